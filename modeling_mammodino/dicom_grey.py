@@ -1,0 +1,137 @@
+"""From stored values to grey (PS3.3 C.7.5.1.1.2, C.11.1, C.11.2): padding, modality LUT, VOI, inversion."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .dicom_header import number, scopes, text
+
+FLAT_FRACTION = 1 / 64  # a window that leaves less contrast than this on a picture is of another bit depth
+
+
+def to_grey(
+    frame: np.ndarray,
+    header: Any,
+    index: int,
+    *,
+    modality: bool,
+    voi: bool,
+    invert: bool,
+    warn: Callable[[str, str], None],
+) -> np.ndarray:
+    """Grey values of frame `index` of the file: (H, W) uint8, uint16 or float32; `frame` may be overwritten.
+
+    `warn(about, message)` is told of a header that does not fit its pixels.
+    """
+    values = frame.astype(frame.dtype.newbyteorder("="), copy=False)
+    inverse = text(header, "PhotometricInterpretation") == "MONOCHROME1"
+    limits = _stored_range(values, header, warn)
+    padding = _padding(values, header) if modality or voi else None  # (H, W) bool
+    if modality:
+        values, limits = _apply_modality(values, limits, header, index)
+    if values.dtype not in (np.uint8, np.uint16):
+        values = values.astype(np.float32, copy=False)
+    if padding is not None and padding.any() and not padding.all():
+        least, most = values.min(), values.max()
+        inside = ~padding
+        air = values.max(where=inside, initial=least) if inverse else values.min(where=inside, initial=most)
+        values[padding] = air  # the darkest value on display
+    if voi:
+        values, limits = _apply_voi(values, limits, header, index, warn)
+    if inverse and invert:
+        np.subtract(values.dtype.type(limits[0] + limits[1]), values, out=values)
+    return values
+
+
+def _stored_range(values: np.ndarray, header: Any, warn: Callable[[str, str], None]) -> tuple[float, float]:
+    """Lowest and highest storable value by BitsStored, widened to the next power of two where pixels exceed it."""
+    bits = int(number(header, "BitsStored") or 8 * values.dtype.itemsize)
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if values.dtype.kind == "i" else (0, (1 << bits) - 1)
+    least, most = int(values.min()), int(values.max())
+    if least < low or most > high:
+        warn("BitsStored", "pixels exceed it; taken as they are")
+        low, high = min(low, least), max(high, (1 << most.bit_length()) - 1)
+    return low, high
+
+
+def _padding(values: np.ndarray, header: Any) -> np.ndarray | None:
+    """Pixels between PixelPaddingValue and PixelPaddingRangeLimit, both included."""
+    one = number(header, "PixelPaddingValue")
+    if one is None:
+        return None
+    other = number(header, "PixelPaddingRangeLimit")
+    low, high = sorted((one, one if other is None else other))
+    return values == low if low == high else (values >= low) & (values <= high)
+
+
+def _apply_modality(
+    values: np.ndarray, limits: tuple[float, float], header: Any, index: int
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Modality LUT, else rescale slope and intercept, of the frame, the volume or the file (C.11.1)."""
+    for scope in scopes(header, index, "PixelValueTransformationSequence"):
+        if tables := scope.get("ModalityLUTSequence"):
+            table, first, top = _table(tables[0], values)
+            return _look_up(values, table, first), (0, top)
+        slope, intercept = number(scope, "RescaleSlope"), number(scope, "RescaleIntercept")
+        if slope is not None or intercept is not None:
+            slope, intercept = slope or 1.0, intercept or 0.0
+            if (slope, intercept) == (1, 0):
+                return values, limits
+            low, high = sorted(slope * limit + intercept for limit in limits)
+            return values.astype(np.float32) * np.float32(slope) + np.float32(intercept), (low, high)
+    return values, limits
+
+
+def _apply_voi(
+    values: np.ndarray, limits: tuple[float, float], header: Any, index: int, warn: Callable[[str, str], None]
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """float32 in 0..1 by the VOI LUT, else the first window; unchanged where the header has neither (C.11.2)."""
+    for scope in scopes(header, index, "FrameVOILUTSequence"):
+        if tables := scope.get("VOILUTSequence"):
+            table, first, top = _table(tables[0], values)
+            return _look_up(values, (table / top).astype(np.float32), first), (0, 1)
+        center, width = number(scope, "WindowCenter"), number(scope, "WindowWidth")
+        if center is not None and width is not None:
+            seen = window(values, center, width, text(scope, "VOILUTFunction"))
+            if seen is None or (np.ptp(seen) < FLAT_FRACTION and np.ptp(values) > 0):
+                warn("WindowCenter and WindowWidth", "they do not fit the pixels; full range used")
+                low, high = limits
+                seen = np.clip((values.astype(np.float32) - low) / max(high - low, 1), 0, 1, dtype=np.float32)
+            return seen, (0, 1)
+    return values, limits
+
+
+def window(values: np.ndarray, center: float, width: float, function: str = "LINEAR") -> np.ndarray | None:
+    """float32 in 0..1 by LINEAR, LINEAR_EXACT or SIGMOID (C.11.2.1.2, C.11.2.1.3); None for an illegal width."""
+    if width <= 0 or (width < 1 and function not in ("LINEAR_EXACT", "SIGMOID")):
+        return None
+    if function == "SIGMOID":  # 1 / (1 + exp(-4 x)) without overflow
+        return (0.5 + 0.5 * np.tanh((values.astype(np.float32) - center) * (2 / width))).astype(np.float32)
+    if function != "LINEAR_EXACT":  # LINEAR, the default
+        center, width = center - 0.5, width - 1
+    if width == 0:
+        return (values > center).astype(np.float32)
+    seen = values.astype(np.float32)
+    seen -= np.float32(center - width / 2)
+    seen /= np.float32(width)
+    return np.clip(seen, 0, 1, out=seen)
+
+
+def _table(item: Any, values: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Entries of a LUT item as uint16, the value that the first maps, and the highest output (C.11.1.1.1)."""
+    entries, first, bits = (int(value) for value in item.LUTDescriptor)
+    entries = entries or 65536
+    data = item.LUTData
+    if isinstance(data, bytes):  # OW: a word an entry, or two packed bytes
+        order = ">" if item.original_encoding[1] is False else "<"
+        data = np.frombuffer(data, np.uint8 if len(data) < 2 * entries else f"{order}u2")
+    table = np.atleast_1d(np.asarray(data)).astype(np.uint16)[:entries]
+    if first > 32767 and values.min() < 0:  # written unsigned, meant signed
+        first -= 65536
+    return table, first, max((1 << bits) - 1, (1 << int(table.max()).bit_length()) - 1)
+
+
+def _look_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:
+    places = np.rint(values).astype(np.int64) - first
+    return table[np.clip(places, 0, len(table) - 1)]
