@@ -1,0 +1,36 @@
+"""MammoDINO: a vision foundation model for mammography and tomosynthesis. For research use only.
+
+Importing the package registers its classes with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+# imported from its module: the top-level name is a dummy on transformers 5.17 without torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .configuration_mammodino import MammoDinoConfig
+from .errors import ImageRefused
+from .image_processing_mammodino import MammoDinoImageProcessor
+from .modeling_mammodino import MammoDinoForImageClassification, MammoDinoModel, pool_tokens
+
+__version__ = "0.1.0"
+
+AutoConfig.register("mammodino", MammoDinoConfig, exist_ok=True)
+AutoModel.register(MammoDinoConfig, MammoDinoModel, exist_ok=True)
+AutoModelForImageClassification.register(MammoDinoConfig, MammoDinoForImageClassification, exist_ok=True)
+AutoImageProcessor.register(MammoDinoConfig, image_processor_classes={"pil": MammoDinoImageProcessor}, exist_ok=True)
+
+# save_pretrained then copies the source beside the weights, so that the folder opens where this package is missing
+MammoDinoConfig.register_for_auto_class()
+MammoDinoModel.register_for_auto_class("AutoModel")
+MammoDinoForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+MammoDinoImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = [
+    "ImageRefused",
+    "MammoDinoConfig",
+    "MammoDinoForImageClassification",
+    "MammoDinoImageProcessor",
+    "MammoDinoModel",
+    "pool_tokens",
+]

@@ -1,0 +1,137 @@
+"""Pictures and arrays that are not DICOM, as one grey plane (H, W) at the bit depth that they came in.
+
+EXIF orientation is ignored on purpose: mammography viewers and converters write pixels upright, and a tag left behind
+by an editor would turn the chest wall away from its side.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import ImageRefused
+
+try:
+    import cv2
+except ImportError:  # transformers imports remote code before its packages are checked
+    cv2 = None  # type: ignore[assignment]
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".bmp")
+MIN_SIDE_PX = 32
+GREY_TOLERANCE = 4 / 255  # largest difference between channels, of the full scale: what a JPEG's chroma leaves
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """The grey plane (H, W) of a PNG, JPEG, PGM, TIFF or BMP file, as uint8, uint16 or (TIFF) float32."""
+    data = Path(path).read_bytes()
+    if not data:
+        raise ImageRefused(f"{path}: the file is empty; copy it again from its source.")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+            picture.load()  # raises where the file ends early; cv2 would fill the rest with grey and say nothing
+    except Image.UnidentifiedImageError:
+        known = ", ".join(PICTURE_SUFFIXES)
+        raise ImageRefused(f"{path}: not a readable picture; give one of {known}, or a DICOM file.") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageRefused(f"{path}: broken or cut short ({error}); copy it again from its source.") from error
+    if pages > 1:
+        raise ImageRefused(f"{path}: {pages} pages in one file; save each page as a file of its own.")
+    if _pillow_changes_depth(picture, data):
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if decoded is None:
+            raise ImageRefused(f"{path}: cannot be decoded; save it as an 8- or 16-bit grey PNG.")
+        return to_grey_plane(decoded, str(path))
+    return to_grey_plane(picture, str(path))
+
+
+def to_grey_plane(image: Any, name: str = "image") -> np.ndarray:
+    """The grey plane (H, W) of an array, torch tensor or PIL image; `name` stands in the message of a refusal.
+
+    Shapes: (H, W), (1, H, W), (H, W, 1), and 3 or 4 channels first or last, where the colours are equal and the fourth
+    is opaque. uint8 and uint16 stay; other integers become uint16 where they fit, else float32; floats become float32.
+    """
+    if isinstance(image, Image.Image):
+        image = _from_pil(image, name)
+    elif hasattr(image, "detach"):  # a torch tensor, without importing torch
+        image = image.detach().cpu()
+        try:
+            image = image.numpy()
+        except TypeError:  # bfloat16 has no numpy counterpart
+            image = image.float().numpy()
+    plane = _one_channel(np.asarray(image), name)
+    H, W = plane.shape
+    if min(H, W) < MIN_SIDE_PX:
+        raise ImageRefused(f"{name}: {H} x {W} pixels, fewer than {MIN_SIDE_PX} on a side; give the full-size image.")
+    plane = _plain_dtype(plane, name)
+    finite = plane[np.isfinite(plane)] if plane.dtype.kind == "f" else plane
+    if finite.size == 0 or finite.min() == finite.max():
+        raise ImageRefused(f"{name}: every pixel has the same value; leave it out or export it again.")
+    return np.ascontiguousarray(plane)
+
+
+def _pillow_changes_depth(picture: Image.Image, data: bytes) -> bool:
+    """Pillow stretches 10- to 16-bit PGM to its own range and cuts 16-bit colour PNG down to 8 bits."""
+    if picture.format == "PNG":
+        depth, colour_type = data[24], data[25]  # in IHDR, which the PNG standard puts first
+        return depth == 16 and colour_type != 0
+    return picture.format == "PPM" and data[:2] in (b"P2", b"P5")
+
+
+def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
+    if "transparency" in picture.info and picture.mode in ("P", "L", "RGB"):
+        picture = picture.convert("RGBA")
+    if picture.mode in ("LA", "PA", "RGBA"):
+        _check_opaque(np.asarray(picture.getchannel("A")), name)
+        picture = picture.convert("L" if picture.mode == "LA" else "RGB")
+    elif picture.mode == "P":
+        picture = picture.convert("RGB")
+    elif picture.mode == "1":
+        picture = picture.convert("L")
+    elif picture.mode not in ("L", "I", "F", "RGB") and not picture.mode.startswith("I;16"):
+        raise ImageRefused(f"{name}: colour mode {picture.mode}; save it as an 8- or 16-bit grey PNG.")
+    return np.asarray(picture)
+
+
+def _one_channel(image: np.ndarray, name: str) -> np.ndarray:
+    if image.dtype.kind not in "buif":
+        raise ImageRefused(f"{name}: values of type {image.dtype}; give integers or floats.")
+    if image.ndim == 2:
+        return image
+    if image.ndim == 3 and image.shape[-1] in (1, 3, 4):
+        image = np.moveaxis(image, -1, 0)
+    if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
+        raise ImageRefused(f"{name}: shape {image.shape}; give one plane (H, W), (1, H, W) or (H, W, 1) at a time.")
+    if len(image) == 4:
+        _check_opaque(image[3], name)
+    if len(image) > 1:
+        _check_grey(image[:3], name)
+    return image[len(image) // 3]  # green of three or four, else the one plane
+
+
+def _check_opaque(alpha: np.ndarray, name: str) -> None:
+    if alpha.min() != alpha.max() or alpha.max() == 0:
+        raise ImageRefused(f"{name}: partly transparent; flatten it and save it as a grey PNG.")
+
+
+def _check_grey(channels: np.ndarray, name: str) -> None:
+    spread = np.ptp(channels.astype(np.float32), axis=0)  # (H, W)
+    scale = np.iinfo(channels.dtype).max if channels.dtype in (np.uint8, np.uint16) else float(np.nanmax(channels))
+    coloured = float(np.mean(spread > GREY_TOLERANCE * scale))
+    if coloured > 0:
+        raise ImageRefused(
+            f"{name}: {coloured:.1%} of the pixels are coloured (or the planes are separate slices), and a mammogram "
+            "is grey; give the original without marks, one plane at a time."
+        )
+
+
+def _plain_dtype(plane: np.ndarray, name: str) -> np.ndarray:
+    if plane.dtype.kind == "b":
+        return plane.astype(np.uint8) * np.uint8(255)
+    if plane.dtype.kind == "f":
+        return plane.astype(np.float32)
+    if plane.dtype.itemsize == 1 and plane.dtype.kind == "u":
+        return plane
+    return plane.astype(np.uint16 if plane.min() >= 0 and plane.max() <= 65535 else np.float32)
