@@ -1,0 +1,1 @@
+"""Data in: the phantom and the pretraining corpus."""
