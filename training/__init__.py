@@ -1,0 +1,1 @@
+"""Learning: pretraining, probes and benchmarks, run from a checkout with `python -m training.…`."""

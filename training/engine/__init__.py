@@ -1,0 +1,1 @@
+"""The parts of a pretraining run around the losses."""

@@ -1,0 +1,39 @@
+"""Schedules as arrays over steps: `schedule[step]`, pure and inspectable."""
+
+import numpy as np
+
+from ..recipe import Recipe
+
+
+def linear_warmup_cosine(start: float, peak: float, end: float, warmup_steps: int, total_steps: int) -> np.ndarray:
+    """(total_steps,) float64: linear from `start` to `peak` over the warm-up, inclusive, then a cosine that would
+    reach `end` one step after the last: v(i) = end + (peak - end) / 2 * (1 + cos(pi * i / n))
+    (dinov2/utils/utils.py, CosineScheduler)."""
+    warmup_steps = min(warmup_steps, total_steps)
+    steps = np.arange(total_steps - warmup_steps)
+    cosine = end + 0.5 * (peak - end) * (1 + np.cos(np.pi * steps / max(len(steps), 1)))
+    return np.concatenate((np.linspace(start, peak, warmup_steps), cosine))
+
+
+def make_schedules(recipe: Recipe, global_batch_size: int) -> dict[str, np.ndarray]:
+    """learning_rate, last_layer_learning_rate, weight_decay, teacher_momentum, teacher_temperature."""
+    optimizer, loss, steps = recipe.optimizer, recipe.loss, recipe.run.max_steps
+    reference = optimizer.learning_rate_reference_batch
+    peak = optimizer.learning_rate * ((global_batch_size / reference) ** 0.5 if reference else 1.0)
+    learning_rate = linear_warmup_cosine(0.0, peak, optimizer.min_learning_rate, optimizer.warmup_steps, steps)
+    last_layer = learning_rate.copy()
+    last_layer[: optimizer.freeze_last_layer_steps] = 0.0
+    temperature_warmup = min(loss.teacher_temperature_warmup_steps, steps)
+    temperature = np.full(steps, loss.teacher_temperature)
+    temperature[:temperature_warmup] = np.linspace(
+        loss.teacher_temperature_start, loss.teacher_temperature, temperature_warmup
+    )
+    return {
+        "learning_rate": learning_rate,
+        "last_layer_learning_rate": last_layer,
+        "weight_decay": linear_warmup_cosine(0, optimizer.weight_decay, optimizer.weight_decay_end, 0, steps),
+        "teacher_momentum": linear_warmup_cosine(
+            0, optimizer.teacher_momentum, optimizer.teacher_momentum_end, 0, steps
+        ),
+        "teacher_temperature": temperature,
+    }

@@ -1,0 +1,100 @@
+"""Student and teacher: one network each, seen side by side by the losses."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from modeling_mammodino import MammoDinoConfig, MammoDinoModel
+
+from ..recipe import Recipe
+from ..views.sample import NUM_GLOBAL_CROPS
+from .heads import ProjectionHead
+
+Batch = dict[str, torch.Tensor]
+
+
+class Outputs(NamedTuple):
+    """Prototype logits of one network for one batch. Letters: see training.losses; P slice pairs, N patches."""
+
+    global_cls: torch.Tensor  # (G, B, K)
+    local_cls: torch.Tensor  # (L, B, K), student only
+    masked_patches: torch.Tensor  # (M, K)
+    slice_cls: torch.Tensor  # (P, K): student's slice, teacher's neighbour
+    slice_patches: torch.Tensor  # (T, K), the T tissue patches of the pairs
+    features: torch.Tensor  # (G, B, D), class tokens before the head
+
+
+class Network(nn.Module):
+    """Encoder and projection head, one head for class tokens and patches (DINOv2's short recipe)."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        model = recipe.model
+        self.tissue_tokens = recipe.views.tissue_tokens
+        self.backbone = MammoDinoModel(
+            MammoDinoConfig(
+                hidden_size=model.hidden_size,
+                num_hidden_layers=model.num_hidden_layers,
+                num_attention_heads=model.num_attention_heads,
+                image_size=recipe.views.global_crop_size,
+                patch_size=model.patch_size,
+                num_register_tokens=model.num_register_tokens,
+                layerscale_value=model.layerscale_value,
+                drop_path_rate=model.drop_path_rate,
+            )
+        )
+        self.head = ProjectionHead(
+            model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
+        )
+
+    def forward(self, batch: Batch, is_student: bool, with_slices: bool) -> Outputs:
+        """The student sees masked global crops, local crops and the slices; the teacher unmasked global crops and
+        the neighbours. Heads see class tokens and the patches that a loss needs, never all patches."""
+        masks = batch["masks"].flatten(1)  # (G*B, N)
+        global_cls, global_patches = self.encode(
+            batch["global_crops"], batch["global_tissue"], masks if is_student else None
+        )
+        local_cls = global_cls[:0]
+        if is_student and len(batch["local_crops"]):
+            local_cls, _ = self.encode(batch["local_crops"], batch["local_tissue"])
+        slice_cls, slice_patches = global_cls[:0], global_patches[:0, 0]
+        if with_slices and len(batch["slice_pairs"]):
+            pixels = batch["slice_pairs"][:, 0 if is_student else 1]  # (P, 1, S, S)
+            slice_cls, patches = self.encode(pixels, batch["slice_tissue"])
+            slice_patches = patches[batch["slice_tissue"].flatten(1) > 0]
+
+        tokens = (global_cls, local_cls, global_patches[masks], slice_cls, slice_patches)
+        logits = self.head(torch.cat(tokens)).split([len(each) for each in tokens])
+        batch_size = len(global_cls) // NUM_GLOBAL_CROPS
+        return Outputs(
+            global_cls=logits[0].unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
+            local_cls=logits[1].unflatten(0, (len(local_cls) // batch_size, batch_size)),
+            masked_patches=logits[2],
+            slice_cls=logits[3],
+            slice_patches=logits[4],
+            features=global_cls.unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
+        )
+
+    def encode(
+        self, pixels: torch.Tensor, tissue: torch.Tensor, masks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class tokens (n, D) and patch tokens (n, N, D) of crops (n, 1, S, S)."""
+        tissue_mask = tissue if self.tissue_tokens else None
+        sequence = self.backbone(pixels, bool_masked_pos=masks, tissue_mask=tissue_mask).last_hidden_state
+        return sequence[:, 0], sequence[:, 1 + self.backbone.config.num_register_tokens :]
+
+
+def make_teacher(student: Network) -> Network:
+    """An exact copy, backbone and head, without gradients and without stochastic depth."""
+    teacher = copy.deepcopy(student).eval()
+    return teacher.requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only."""
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    targets, sources = zip(*pairs, strict=True)
+    torch._foreach_lerp_(list(targets), [source.detach() for source in sources], 1 - momentum)

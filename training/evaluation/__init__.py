@@ -1,0 +1,1 @@
+"""Judging an encoder by its frozen features."""

@@ -1,0 +1,22 @@
+"""iBOT loss on masked patches (Zhou et al. 2022), as DINOv2 weights it."""
+
+import torch
+
+
+def ibot_loss(
+    student_logits: torch.Tensor,
+    teacher_probabilities: torch.Tensor,
+    masks: torch.Tensor,
+    student_temperature: float = 0.1,
+) -> torch.Tensor:
+    """Mean over all global crops of each crop's mean cross-entropy over its masked patches.
+
+    student_logits and teacher_probabilities (M, K), the masked patches in the order of `masks.flatten().nonzero()`;
+    masks (C, N) bool, C = G * B global crops. Crops without a mask count in the divisor (dinov2/loss/
+    ibot_patch_loss.py). Returns a scalar float32, zero where nothing is masked.
+    """
+    log_probabilities = torch.log_softmax(student_logits.float() / student_temperature, dim=-1)
+    cross_entropy = -(teacher_probabilities * log_probabilities).sum(dim=-1)  # (M,)
+    masked_per_crop = masks.sum(dim=1, keepdim=True).clamp_min(1)  # (C, 1)
+    weights = (1.0 / masked_per_crop).expand_as(masks)[masks]  # (M,)
+    return (cross_entropy * weights).sum() / masks.shape[0]

@@ -1,0 +1,239 @@
+"""Self-supervised pretraining: `accelerate launch -m training.pretrain RECIPE --corpus DIR --output_dir RUN`.
+
+RECIPE is a YAML file or the name of one in training/recipes; every field can be overridden as `--name value`. Started
+again with the same output_dir, a run goes on from its last good checkpoint.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from torch.utils.data import DataLoader
+
+from dataset_scripts.corpus_reader import Corpus
+
+from .engine import checkpoints
+from .engine.export import export_encoder
+from .engine.monitor import Monitor, feature_rank, target_statistics
+from .engine.param_groups import param_groups
+from .engine.schedules import make_schedules
+from .engine.student_teacher import Batch, Network, make_teacher, update_teacher
+from .engine.targets import TeacherTargets
+from .losses.adjacent_slice import adjacent_slice_loss
+from .losses.dino import dino_loss
+from .losses.ibot import ibot_loss
+from .losses.koleo import koleo_loss
+from .recipe import Recipe, load_recipe
+from .views.sample import NUM_GLOBAL_CROPS, PretrainingViews, collate
+
+logger = logging.getLogger(__name__)
+
+
+def compute_losses(
+    batch: Batch,
+    student: torch.nn.Module,
+    teacher: Network,
+    targets_of: TeacherTargets,
+    temperature: float,
+    recipe: Recipe,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """One forward of both networks: unweighted losses by name, and what the monitor shows."""
+    loss = recipe.loss
+    with_slices = loss.adjacent_slice_weight > 0 or loss.adjacent_patch_weight > 0
+    with torch.no_grad():
+        targets = targets_of(teacher(batch, is_student=False, with_slices=with_slices), temperature)
+    seen = student(batch, is_student=True, with_slices=with_slices)
+
+    num_pairs = NUM_GLOBAL_CROPS * (recipe.views.num_local_crops + NUM_GLOBAL_CROPS - 1)
+    tau, tissue = loss.student_temperature, batch["slice_tissue"].flatten(1)
+    losses = {
+        "dino_global": dino_loss(seen.global_cls, targets.global_cls, tau, ignore_diagonal=True) / num_pairs,
+        "dino_local": dino_loss(seen.local_cls, targets.global_cls, tau) / num_pairs,
+        "ibot": ibot_loss(seen.masked_patches, targets.masked_patches, batch["masks"].flatten(1), tau),
+        "koleo": sum(koleo_loss(features, batch["volume"]) for features in seen.features),
+        "adjacent_slice": adjacent_slice_loss(seen.slice_cls, targets.slice_cls, None, tau),
+        "adjacent_patch": adjacent_slice_loss(seen.slice_patches, targets.slice_patches, tissue[tissue > 0], tau),
+    }
+    signs = target_statistics(targets.global_cls) | {"feature_rank": feature_rank(seen.features[0])}
+    return losses, signs
+
+
+def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    weights = recipe.loss
+    return (
+        weights.dino_weight * (losses["dino_global"] + losses["dino_local"])
+        + weights.ibot_weight * losses["ibot"]
+        + weights.koleo_weight * losses["koleo"]
+        + weights.adjacent_slice_weight * losses["adjacent_slice"]
+        + weights.adjacent_patch_weight * losses["adjacent_patch"]
+    )
+
+
+def train(recipe: Recipe) -> Path:
+    """Runs or resumes a recipe; returns the folder of the exported encoder."""
+    run = recipe.run
+    accelerator = Accelerator(
+        gradient_accumulation_steps=run.gradient_accumulation_steps, mixed_precision="bf16" if run.bf16 else "no"
+    )
+    corpus = Corpus(run.corpus)
+    global_batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
+
+    set_seed(run.seed)
+    student = Network(recipe)
+    teacher, targets_of = make_teacher(student), TeacherTargets(recipe)
+    optimizer = torch.optim.AdamW(
+        param_groups(student, recipe.model.num_hidden_layers, recipe.optimizer),
+        betas=(recipe.optimizer.adam_beta1, recipe.optimizer.adam_beta2),
+    )
+    modules = {"student": student, "teacher": teacher, "targets": targets_of}
+    step = resume(recipe, modules, optimizer)
+    if run.gradient_checkpointing:
+        student.backbone.gradient_checkpointing_enable()
+    if run.torch_compile:
+        student.backbone.compile(), teacher.backbone.compile()
+    teacher.to(accelerator.device), targets_of.to(accelerator.device)
+    wrapped, optimizer = accelerator.prepare(student, optimizer)
+
+    views = PretrainingViews(corpus, recipe.views, recipe.model.patch_size, run.seed, global_batch)
+    schedules = make_schedules(recipe, global_batch)
+    monitor = Monitor(run, step, global_batch, accelerator.is_main_process)
+    batches = monitor.wait(load_batches(views, recipe, step, accelerator))
+    wrapped.train()
+    while step < run.max_steps:
+        now = {name: float(values[step]) for name, values in schedules.items()}
+        set_learning_rates(optimizer, now)
+        seed_step(run.seed, step, accelerator.process_index)
+        for _ in range(run.gradient_accumulation_steps):
+            batch = next(batches)
+            with accelerator.accumulate(wrapped):
+                with accelerator.autocast():
+                    losses, signs = compute_losses(
+                        batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe
+                    )
+                    total = weighted_sum(losses, recipe)
+                accelerator.backward(total)
+                if accelerator.sync_gradients:
+                    for part in (student.backbone, student.head):
+                        accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        update_teacher(teacher, student, now["teacher_momentum"])
+        step += 1
+
+        if monitor.step(step):
+            values = {f"loss_{name}": float(value) for name, value in losses.items()} | {"loss": float(total)}
+            stop_if_not_finite(values, batch, step, run.output_dir)
+            monitor.log(step, values | signs | now | tissue_shares(batch))
+        if step % run.save_steps == 0 or step == run.max_steps:
+            stop_if_not_finite({"loss": float(total)}, batch, step, run.output_dir)
+            if accelerator.is_main_process:
+                checkpoints.save_checkpoint(Path(run.output_dir), step, modules, optimizer, recipe)
+            accelerator.wait_for_everyone()
+    monitor.close()
+    encoder = Path(run.output_dir) / "encoder"
+    if accelerator.is_main_process:
+        export_encoder(teacher.backbone, corpus, recipe, step, encoder)
+        print(f"encoder: {encoder}")
+    accelerator.end_training()
+    return encoder
+
+
+class StepSampler:
+    """Global sample indices of each forward of one process, from a step on: process r of W takes the r-th part of each
+    forward's W * B indices, so the samples of a step do not depend on W."""
+
+    def __init__(self, recipe: Recipe, first_step: int, process_index: int, num_processes: int):
+        run = recipe.run
+        self.per_process = run.per_device_train_batch_size
+        self.forwards = range(
+            first_step * run.gradient_accumulation_steps, run.max_steps * run.gradient_accumulation_steps
+        )
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __len__(self) -> int:
+        return len(self.forwards)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for forward in self.forwards:
+            start = (forward * self.num_processes + self.process_index) * self.per_process
+            yield list(range(start, start + self.per_process))
+
+
+def load_batches(views: PretrainingViews, recipe: Recipe, first_step: int, accelerator: Accelerator) -> Iterator[Batch]:
+    loader = DataLoader(
+        views,
+        batch_sampler=StepSampler(recipe, first_step, accelerator.process_index, accelerator.num_processes),
+        num_workers=recipe.run.dataloader_num_workers,
+        collate_fn=collate,
+        worker_init_fn=lambda _: cv2.setNumThreads(1),
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    for batch in loader:
+        yield send_to_device(batch, accelerator.device, non_blocking=True)
+
+
+def resume(recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Goes on from a checkpoint where there is one; returns the number of finished steps."""
+    path = checkpoints.find_checkpoint(recipe)
+    if path is None:
+        return 0
+    checkpoints.check_same_recipe(recipe, yaml.safe_load((path / checkpoints.RECIPE_FILE).read_text()), path)
+    step = checkpoints.load_checkpoint(path, modules, optimizer)
+    logger.info("going on from %s", path)
+    return step
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> None:
+    for group in optimizer.param_groups:
+        rate = now["last_layer_learning_rate" if group["is_last_layer"] else "learning_rate"]
+        group["lr"] = rate * group["lr_multiplier"]
+        group["weight_decay"] = now["weight_decay"] * group["wd_multiplier"]
+
+
+def seed_step(seed: int, step: int, process_index: int) -> None:
+    """Stochastic depth is the only randomness in the networks: made a function of seed, step and process, so that a
+    resumed run draws what the uninterrupted one does."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def tissue_shares(batch: Batch) -> dict[str, float]:
+    """How much breast the views hold."""
+    masks = batch["masks"]
+    return {
+        "tissue_in_crops": float(batch["crop_tissue"].mean()),
+        "tissue_in_masks": float((batch["global_tissue"] * masks).sum() / masks.sum().clamp_min(1)),
+        "masked_fraction": float(masks.float().mean()),
+        "crops_below_minimum": float(batch["crops_below_minimum"].sum()),
+        "slice_pairs": float(len(batch["slice_pairs"])),
+    }
+
+
+def stop_if_not_finite(values: dict[str, float], batch: Batch, step: int, output_dir: str) -> None:
+    """Raises RuntimeError with the samples at fault; the last checkpoint stands."""
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise RuntimeError(
+            f"step {step}: {', '.join(broken)} is not finite; corpus rows of the batch: {batch['row'].tolist()}. The "
+            f"last good checkpoint in {output_dir} stands; lower learning_rate or max_grad_norm, or look at these rows"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        recipe = load_recipe(sys.argv[1:] if arguments is None else arguments)
+        train(recipe)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        raise SystemExit(f"pretrain: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What student and teacher see of a user's own file, beside plain random views (the article's figures 1a to 1c).
+
+    python -m training.preview FILE --output PNG [--recipe RECIPE] [--seed N]
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+
+from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino.tissue import patch_tissue
+
+from .recipe import Recipe, load_recipe
+from .views.crops import TissueTable, cut, tissue_aware_crop
+from .views.masks import block_mask
+from .views.slices import sample_neighbour
+
+matplotlib.use("Agg")
+from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen first)
+
+NUM_GLOBAL, NUM_LOCAL = 2, 8
+COLORS = {"global": "#ffb000", "local": "#4fc3f7", "mask": (220, 60, 60)}
+
+
+class Sheet:
+    """One file's picture with tissue-aware views on the upper row and plain ones below."""
+
+    def __init__(self, picture: np.ndarray, tissue: np.ndarray, recipe: Recipe, seed: int):
+        self.picture, self.tissue, self.recipe = picture, tissue, recipe
+        height, width = picture.shape
+        self.table = TissueTable(patch_tissue(tissue, (-(-height // 4), -(-width // 4))), (height, width))
+        self.rng = np.random.default_rng(seed)
+
+    def crops(self, count: int, kind: str, aware: bool) -> list[tuple[np.ndarray, float]]:
+        """Boxes (y0, x0, y1, x1) and their breast fractions."""
+        views = self.recipe.views
+        scale, minimum = (
+            (views.global_crop_scale, views.global_min_tissue)
+            if kind == "global"
+            else (views.local_crop_scale, views.local_min_tissue)
+        )
+        found = [
+            tissue_aware_crop(
+                self.rng, self.table, tuple(scale), tuple(views.crop_ratio), minimum if aware else 0, 64 if aware else 1
+            )
+            for _ in range(count)
+        ]
+        return [(crop.box, crop.tissue_fraction) for crop in found]
+
+    def draw_boxes(self, axis, aware: bool) -> list[tuple[np.ndarray, float]]:
+        axis.imshow(self.picture, cmap="gray", vmin=0)
+        drawn = []
+        for kind, count in (("local", NUM_LOCAL), ("global", NUM_GLOBAL)):
+            crops = self.crops(count, kind, aware)
+            for (y0, x0, y1, x1), _ in crops:
+                axis.add_patch(
+                    patches.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=COLORS[kind], linewidth=1.5)
+                )
+            drawn += crops if kind == "global" else []
+            fractions = [fraction for _, fraction in crops]
+            axis.plot([], color=COLORS[kind], label=f"{kind}: {min(fractions):.0%} to {max(fractions):.0%} breast")
+        axis.legend(loc="upper right", fontsize=7, framealpha=0.8)
+        return drawn
+
+    def draw_masked(self, axis, box: np.ndarray, aware: bool) -> None:
+        """A global crop with the patches of an iBOT mask in red."""
+        size = self.recipe.views.global_crop_size
+        grid = (size // self.recipe.model.patch_size,) * 2
+        tissue = self.table.grid(box, grid)
+        allowed = tissue > 0 if aware and (tissue > 0).any() else np.ones(grid, bool)
+        mask = block_mask(self.rng, self.recipe.views.mask_ratio[1], allowed)
+        shown = np.repeat(cut(self.picture, box, size)[..., None], 3, axis=2).astype(float)
+        shown = shown * (255 / max(1, np.iinfo(self.picture.dtype).max))
+        large = cv2.resize(mask.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST).astype(bool)
+        shown[large] = 0.45 * shown[large] + 0.55 * np.array(COLORS["mask"])
+        axis.imshow(shown.astype(np.uint8))
+        share = tissue[mask].mean() if mask.any() else float("nan")
+        axis.set_xlabel(f"masked patches: {share:.0%} breast", fontsize=8)
+
+
+def draw_preview(source: str, recipe: Recipe, seed: int) -> pyplot.Figure:
+    views = recipe.views
+    processor = MammoDinoImageProcessor()
+    slices = list(processor.render_source(source, (1024, 1024), upscale=False))
+    position = len(slices) // 2
+    mammogram, (picture, tissue) = slices[position]
+    sheet = Sheet(picture, tissue, recipe, seed)
+
+    figure, axes = pyplot.subplots(2, 5, figsize=(17, 8.6), layout="constrained")
+    axes[0, 0].imshow(picture, cmap="gray", vmin=0)
+    axes[0, 0].set_title("as the encoder sees it")
+    axes[1, 0].imshow(tissue, cmap="gray")
+    axes[1, 0].set_title(f"breast tissue: {tissue.mean():.0%} of the picture")
+    for row, (aware, word) in enumerate(((True, "tissue-aware"), (False, "plain random"))):
+        boxes = sheet.draw_boxes(axes[row, 1], aware)
+        axes[row, 1].set_title(f"{word} crops")
+        for column, (box, fraction) in enumerate(boxes, start=2):
+            sheet.draw_masked(axes[row, column], box, aware)
+            axes[row, column].set_title(f"{word} mask on a global crop, {fraction:.0%} breast", fontsize=9)
+    draw_neighbours(axes[:, 4], slices, position, recipe, sheet)
+    for axis in axes.flat:
+        axis.set_xticks([]), axis.set_yticks([])
+    figure.suptitle(
+        f"{Path(source).name}: crops hold at least {views.global_min_tissue:.0%} (global) and {views.local_min_tissue:.0%} "
+        "(local) breast. Research use only."
+    )
+    return figure
+
+
+def draw_neighbours(axes, slices: list, position: int, recipe: Recipe, sheet: Sheet) -> None:
+    """The student's slice and the teacher's neighbour under one crop; for a 2D image, a word on why there is none."""
+    mammogram = slices[position][0]
+    views = recipe.views
+    other = sample_neighbour(
+        sheet.rng,
+        np.array([each.slice_index for each, _ in slices]),
+        position,
+        mammogram.slice_spacing_mm,
+        views.slice_max_distance_mm,
+        views.slice_max_distance_slices,
+    )
+    if other is None:
+        for axis in axes:
+            axis.text(0.5, 0.5, "one slice: no neighbour,\nno adjacent-slice loss", ha="center", va="center")
+            axis.set_axis_off()
+        return
+    crop = tissue_aware_crop(
+        sheet.rng, sheet.table, tuple(views.slice_crop_scale), tuple(views.crop_ratio), views.global_min_tissue
+    )
+    for axis, place, word in zip(axes, (position, other), ("student", "teacher"), strict=True):
+        axis.imshow(cut(slices[place][1].picture, crop.box, views.global_crop_size), cmap="gray", vmin=0)
+        axis.set_title(f"{word}: slice {slices[place][0].slice_index} of {mammogram.num_slices}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.preview", description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="DICOM, PNG, JPEG or PGM")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--recipe", default="mammodino", help="whose crops and masks (default: mammodino)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        recipe = load_recipe([options.recipe, "--corpus", "none", "--output_dir", "none"])
+        draw_preview(options.file, recipe, options.seed).savefig(options.output, dpi=90)
+    except (ImageRefused, OSError, ValueError) as error:
+        raise SystemExit(f"preview: {error}") from error
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A first judgement of encoders by their frozen features: k-NN and logistic regression on held-out patients.
+
+    python -m training.probe --models NAME=FOLDER... --labels LABELS.csv --tasks density lesion --output PROBE.json
+
+LABELS.csv has the columns `file` (relative to it), `patient` and one per task; empty cells are left out. Without
+--test_labels its patients are split. An untrained encoder of the first model's architecture is always judged beside.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas
+import torch
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+
+from .evaluation.features import embed_files
+from .evaluation.metrics import bootstrap_auc
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = "untrained"
+NUM_NEIGHBOURS = 20
+REGULARISATION = np.logspace(-4, 1, 6)
+
+
+class Features(NamedTuple):
+    """Features of the files of one label table: {model: (n, F)}, in the order of the table's rows."""
+
+    table: pandas.DataFrame
+    by_model: dict[str, np.ndarray]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.probe", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="encoders to judge")
+    parser.add_argument("--labels", type=Path, required=True, help="CSV of the patients that the probes learn from")
+    parser.add_argument("--test_labels", type=Path, help="CSV of held-out patients (default: a part of --labels)")
+    parser.add_argument("--tasks", nargs="+", required=True, help="columns to predict")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--slices_per_volume", type=int, default=4, help="slices averaged of a volume (default 4)")
+    parser.add_argument("--test_fraction", type=float, default=0.4, help="patients held out without --test_labels")
+    parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap resamples (default 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        results = probe(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"probe: {error}") from error
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(format_results(results))
+
+
+def probe(options: argparse.Namespace) -> dict[str, Any]:
+    folders = dict(item.split("=", 1) if "=" in item else (Path(item).name, item) for item in options.models)
+    models = {name: MammoDinoModel.from_pretrained(folder).eval() for name, folder in folders.items()}
+    torch.manual_seed(options.seed)
+    models = {UNTRAINED: MammoDinoModel(next(iter(models.values())).config).eval(), **models}
+    processors = {name: MammoDinoImageProcessor.from_pretrained(folder) for name, folder in folders.items()}
+    image_processor = next(iter(processors.values()))
+    for name, other in processors.items():
+        if other.to_dict() != image_processor.to_dict():
+            raise ValueError(f"{name}: its image processor has other settings; judge it in a run of its own")
+
+    learn = read_features(options.labels, options.tasks, models, image_processor, options.slices_per_volume)
+    if options.test_labels:
+        test = read_features(options.test_labels, options.tasks, models, image_processor, options.slices_per_volume)
+        if shared := set(learn.table["patient"]) & set(test.table["patient"]):
+            raise ValueError(f"{options.test_labels}: {len(shared)} patients are in both tables, {min(shared)} first")
+    else:
+        learn, test = split_patients(learn, options.tasks[0], options.test_fraction, options.seed)
+    return {
+        "seed": options.seed,
+        "num_resamples": options.num_resamples,
+        "models": folders,
+        "tasks": {task: judge(learn, test, task, options.num_resamples, options.seed) for task in options.tasks},
+    }
+
+
+def read_features(
+    labels: Path,
+    tasks: list[str],
+    models: dict[str, MammoDinoModel],
+    image_processor: MammoDinoImageProcessor,
+    slices_per_volume: int,
+) -> Features:
+    table = pandas.read_csv(labels, dtype={"patient": str}, keep_default_na=True)
+    if missing := [column for column in ("file", "patient", *tasks) if column not in table]:
+        raise ValueError(f"{labels}: no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+    paths = [labels.parent / file for file in table["file"]]
+    features, refused = embed_files(paths, models, image_processor, slices_per_volume)
+    for reason in refused.values():
+        logger.warning("left out: %s", reason)
+    kept = [path not in refused for path in paths]
+    return Features(table[kept].reset_index(drop=True), features)
+
+
+def split_patients(features: Features, task: str, test_fraction: float, seed: int) -> tuple[Features, Features]:
+    """Learning and held-out part, by patient, stratified by the first task."""
+    table = features.table
+    folds = StratifiedGroupKFold(max(2, round(1 / test_fraction)), shuffle=True, random_state=seed)
+    learn, test = next(folds.split(table, table[task].astype(str), table["patient"]))
+    return tuple(  # type: ignore[return-value]
+        Features(table.iloc[rows].reset_index(drop=True), {k: v[rows] for k, v in features.by_model.items()})
+        for rows in (learn, test)
+    )
+
+
+def judge(learn: Features, test: Features, task: str, num_resamples: int, seed: int) -> dict[str, Any]:
+    """AUC on held-out patients of each model under k-NN and logistic regression, with differences between models."""
+    learn_rows = learn.table[task].notna().to_numpy()
+    test_rows = test.table[task].notna().to_numpy()
+    classes, y = np.unique(learn.table[task][learn_rows].astype(str), return_inverse=True)
+    test_labels = test.table[task][test_rows].astype(str).to_numpy()
+    if len(classes) < 2 or set(test_labels) - set(classes):
+        raise ValueError(
+            f"task {task}: learning patients have {list(classes)}, held-out ones {sorted(set(test_labels))}; each "
+            "class of the held-out patients must occur among the others, and two at least"
+        )
+    test_y = np.searchsorted(classes, test_labels)
+    patients, test_patients = learn.table["patient"][learn_rows], test.table["patient"][test_rows].to_numpy()
+    folds = list(GroupKFold(4).split(y, y, patients))
+    heads = {
+        "knn": lambda: make_pipeline(
+            StandardScaler(), KNeighborsClassifier(NUM_NEIGHBOURS, metric="cosine", weights="distance")
+        ),
+        "logistic": lambda: make_pipeline(
+            StandardScaler(),
+            LogisticRegressionCV(
+                Cs=REGULARISATION,
+                cv=folds,
+                scoring="neg_log_loss",
+                max_iter=2000,
+                l1_ratios=(0,),
+                use_legacy_attributes=False,
+            ),
+        ),
+    }
+    result: dict[str, Any] = {
+        "classes": classes.tolist(),
+        "learning_images": int(learn_rows.sum()),
+        "test_images": int(test_rows.sum()),
+        "test_patients": int(len(set(test_patients))),
+    }
+    for head, make in heads.items():
+        probabilities = {
+            name: make().fit(learn.by_model[name][learn_rows], y).predict_proba(test.by_model[name][test_rows])
+            for name in learn.by_model
+        }
+        scores, differences = bootstrap_auc(test_y, probabilities, test_patients, num_resamples, seed)
+        result[head] = {
+            "auc": {name: list(score) for name, score in scores.items()},
+            "difference": {f"{a} - {b}": list(value) for (a, b), value in differences.items()},
+        }
+    return result
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """The AUCs as a Markdown table, a row a task and head."""
+    names = [UNTRAINED, *results["models"]]
+    lines = ["| task | head | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for task, result in results["tasks"].items():
+        for head in ("knn", "logistic"):
+            cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*result[head]["auc"][name]) for name in names]
+            lines.append(f"| {task} | {head} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The recipe of a pretraining run: typed, from YAML, overridden on the command line, checked before any work.
+
+Where a value is unpublished for MammoDINO the default is DINOv2's; what differs is said at the field. Fields carry the
+names of `transformers.TrainingArguments` where it has one.
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Range:
+    """The numbers from `low` to `high`, inclusive, as argparse's `choices`: checked there and in YAML by `in`."""
+
+    def __init__(self, low: float, high: float | None):
+        self.low, self.high = low, high
+
+    def __contains__(self, number: float) -> bool:
+        return number >= self.low and (self.high is None or number <= self.high)
+
+    def __iter__(self):  # argparse lists the choices in its help and errors
+        yield self
+
+    def __repr__(self) -> str:
+        return f"{self.low} or more" if self.high is None else f"{self.low} to {self.high}"
+
+
+def setting(
+    default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
+    """A field with its help text and the values it may take; a list is checked element by element."""
+    metadata: dict[str, Any] = {"help": help}
+    if choices or low is not None:
+        metadata["choices"] = choices or Range(low, high)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelRecipe:
+    hidden_size: int = setting(768, "Width D of the encoder.", low=1)
+    num_hidden_layers: int = setting(12, "Transformer blocks.", low=1)
+    num_attention_heads: int = setting(12, "Attention heads.", low=1)
+    patch_size: int = setting(14, "Patch side in pixels.", low=1)
+    num_register_tokens: int = setting(4, "Register tokens.", low=0)
+    layerscale_value: float = setting(1e-5, "Initial LayerScale.", low=0)
+    drop_path_rate: float = setting(0.3, "Stochastic depth of the student.", low=0, high=0.99)
+    head_hidden_size: int = setting(2048, "Hidden size of the projection head.", low=1)
+    head_bottleneck_size: int = setting(256, "Bottleneck of the projection head.", low=1)
+    num_prototypes: int = setting(65536, "Prototypes K.", low=2)
+    image_height: int = setting(518, "Canvas height of the exported image processor, in pixels.", low=1)
+    image_width: int = setting(518, "Canvas width of the exported image processor, in pixels.", low=1)
+
+
+@dataclass
+class ViewsRecipe:
+    global_crop_size: int = setting(224, "Side of the global crops in pixels.", low=1)
+    local_crop_size: int = setting(98, "Side of the local crops in pixels.", low=1)
+    num_local_crops: int = setting(8, "Local crops an image.", low=0)
+    global_crop_scale: list[float] = setting([0.32, 1.0], "Area of global crops over the picture.", low=0, high=1)
+    local_crop_scale: list[float] = setting([0.05, 0.32], "Area of local crops over the picture.", low=0, high=1)
+    crop_ratio: list[float] = setting([0.75, 4 / 3], "Aspect of all crops, width over height.", low=0.01)
+    tissue_aware_crops: bool = setting(True, "Crops hold a minimum of breast; off: plain random crops.")
+    global_min_tissue: float = setting(0.5, "Least breast fraction of a global crop.", low=0, high=1)
+    local_min_tissue: float = setting(0.7, "Least breast fraction of a local crop.", low=0, high=1)
+    tissue_aware_masks: bool = setting(True, "Only breast patches are masked; off: any patch.")
+    tissue_tokens: bool = setting(False, "Student and teacher drop background patches (DESIGN: signature idea).")
+    mask_probability: float = setting(0.5, "Share of global crops that are masked.", low=0, high=1)
+    mask_ratio: list[float] = setting([0.1, 0.5], "Masked share of the patches that may be masked.", low=0, high=1)
+    horizontal_flip_probability: float = setting(0.5, "Left-right flips.", low=0, high=1)
+    vertical_flip_probability: float = setting(0.0, "Upside-down flips.", low=0, high=1)
+    jitter_probability: float = setting(0.8, "Share of crops with brightness and contrast jitter.", low=0, high=1)
+    brightness: float = setting(0.4, "Brightness factor drawn in 1 +- this.", low=0, high=1)
+    contrast: float = setting(0.4, "Contrast factor drawn in 1 +- this.", low=0, high=1)
+    blur_probability: list[float] = setting([1.0, 0.1, 0.5], "Blur of global 1, global 2, local crops.", low=0, high=1)
+    blur_sigma_px: list[float] = setting([0.1, 2.0], "Standard deviation of the blur.", low=0.01)
+    solarize_probability: float = setting(0.0, "Solarisation of global crop 2 (DINOv2: 0.2).", low=0, high=1)
+    slice_crop_scale: list[float] = setting([0.5, 1.0], "Area of the crop shared by two slices.", low=0, high=1)
+    slice_max_distance_mm: float = setting(3.0, "Farthest neighbour where the slice spacing is known.", low=0)
+    slice_max_distance_slices: int = setting(2, "Farthest neighbour where it is not.", low=1)
+
+
+@dataclass
+class LossRecipe:
+    dino_weight: float = setting(1.0, "Weight of the DINO loss.", low=0)
+    ibot_weight: float = setting(1.0, "Weight of the iBOT loss.", low=0)
+    koleo_weight: float = setting(0.1, "Weight of KoLeo, summed over the global crops.", low=0)
+    adjacent_slice_weight: float = setting(1.0, "Weight of the adjacent-slice loss on the class token.", low=0)
+    adjacent_patch_weight: float = setting(0.5, "Weight of the same on co-located tissue patches.", low=0)
+    student_temperature: float = setting(0.1, "Temperature of the student.", low=1e-3)
+    teacher_temperature: float = setting(0.07, "Temperature of the teacher after warm-up.", low=1e-3)
+    teacher_temperature_start: float = setting(0.04, "Temperature of the teacher at step 0.", low=1e-3)
+    teacher_temperature_warmup_steps: int = setting(37500, "Steps of its linear warm-up.", low=0)
+    teacher_targets: str = setting(
+        "sinkhorn_knopp", "How the teacher is kept from collapse.", choices=("sinkhorn_knopp", "centering")
+    )
+
+
+@dataclass
+class OptimizerRecipe:
+    learning_rate: float = setting(4e-3, "Peak learning rate at a batch of 1024.", low=0)
+    learning_rate_reference_batch: int = setting(
+        1024, "The peak is scaled by sqrt(batch / this); 0 takes learning_rate as it is.", low=0
+    )
+    min_learning_rate: float = setting(1e-6, "Learning rate at the end of the cosine.", low=0)
+    warmup_steps: int = setting(12500, "Linear warm-up of the learning rate.", low=0)
+    weight_decay: float = setting(0.04, "Weight decay at step 0.", low=0)
+    weight_decay_end: float = setting(0.4, "Weight decay at the end of its cosine.", low=0)
+    adam_beta1: float = setting(0.9, "AdamW beta1.", low=0, high=1)
+    adam_beta2: float = setting(0.999, "AdamW beta2.", low=0, high=1)
+    max_grad_norm: float = setting(3.0, "Clipping, separately for backbone and head.", low=0)
+    layerwise_decay: float = setting(0.9, "Learning-rate factor from a block to the one below.", low=0, high=1)
+    patch_embed_lr_multiplier: float = setting(0.2, "Learning-rate factor of the patch embedding.", low=0)
+    freeze_last_layer_steps: int = setting(1250, "Steps in which the prototypes do not move.", low=0)
+    teacher_momentum: float = setting(0.992, "EMA momentum at step 0.", low=0, high=1)
+    teacher_momentum_end: float = setting(1.0, "EMA momentum at the end of its cosine.", low=0, high=1)
+
+
+@dataclass
+class RunRecipe:
+    corpus: str = setting("", "Folder written by dataset_scripts.corpus.")
+    output_dir: str = setting("", "Where checkpoints, logs and the exported encoder go.")
+    max_steps: int = setting(125000, "Optimizer steps; every schedule is in steps.", low=1)
+    per_device_train_batch_size: int = setting(64, "Images a process and forward.", low=1)
+    gradient_accumulation_steps: int = setting(1, "Forwards a step.", low=1)
+    dataloader_num_workers: int = setting(4, "Worker processes that prepare views.", low=0)
+    seed: int = setting(0, "Seed of order, views, initial weights and stochastic depth.", low=0)
+    save_steps: int = setting(1250, "Steps between checkpoints.", low=1)
+    save_total_limit: int = setting(2, "Checkpoints kept.", low=1)
+    logging_steps: int = setting(10, "Steps between log lines.", low=1)
+    bf16: bool = setting(False, "bfloat16 autocast.")
+    torch_compile: bool = setting(False, "Compile student and teacher backbones.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the student's backward.")
+    report_to: str = setting("tensorboard", "Where the log goes.", choices=("tensorboard", "none"))
+    resume_from_checkpoint: str = setting("", "A checkpoint folder; empty: the last good one in output_dir.")
+
+
+@dataclass
+class Recipe:
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    views: ViewsRecipe = field(default_factory=ViewsRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its name, as in the YAML file and on the command line."""
+        return {name: value for section in asdict(self).values() for name, value in section.items()}
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.flat(), sort_keys=False))
+
+
+SECTIONS = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerRecipe, RunRecipe)
+# what may change between the parts of one run: it alters where and how fast, never what is computed
+MAY_CHANGE_ON_RESUME = {
+    "corpus", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
+    "save_steps", "save_total_limit", "logging_steps", "report_to", "resume_from_checkpoint", "torch_compile",
+    "gradient_checkpointing",
+}  # fmt: skip
+
+
+def load_recipe(arguments: list[str]) -> Recipe:
+    """`RECIPE [--name value ...]`: a YAML file, or the name of one in training/recipes, with overrides.
+
+    Raises ValueError naming the field and what it may be.
+    """
+    parser = HfArgumentParser(SECTIONS, prog="python -m training.pretrain")
+    parser.add_argument("recipe", help="a YAML file, or the name of one in training/recipes")
+    known = [each.name for section in SECTIONS for each in fields(section)]
+    if arguments and not arguments[0].startswith("-"):
+        parser.set_defaults(**_read_yaml(arguments[0], known))
+    *sections, _ = parser.parse_args_into_dataclasses(args=arguments)
+    recipe = Recipe(*sections)
+    for section in sections:
+        _check_values(section)
+    _check_together(recipe)
+    return recipe
+
+
+def _read_yaml(name: str, known: list[str]) -> dict[str, Any]:
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(each.stem for each in RECIPES.glob("*.yaml")))
+        raise ValueError(f"recipe {name!r}: no file {path}; shipped recipes: {shipped}")
+    values = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path}: must be lines of `name: value`")
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(
+                f"recipe {path}: unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+    return values
+
+
+def _check_values(section: Any) -> None:
+    for each in fields(section):
+        value, allowed = getattr(section, each.name), each.metadata.get("choices")
+        for element in value if isinstance(value, list) else [value]:
+            kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in str(each.type))
+            if not isinstance(element, (int, float) if kind is float else kind):
+                raise ValueError(f"{each.name}={value!r}: must be of type {kind.__name__}")
+            if allowed and element not in allowed:
+                raise ValueError(f"{each.name}={value!r}: must be {', '.join(map(str, allowed))}")
+
+
+def _check_together(recipe: Recipe) -> None:
+    model, views, run = recipe.model, recipe.views, recipe.run
+    if model.hidden_size % model.num_attention_heads:
+        raise ValueError(f"hidden_size={model.hidden_size}: must be a multiple of num_attention_heads")
+    sizes = {"global_crop_size": views.global_crop_size, "local_crop_size": views.local_crop_size}
+    sizes |= {"image_height": model.image_height, "image_width": model.image_width}
+    for name, size in sizes.items():
+        if size % model.patch_size:
+            raise ValueError(f"{name}={size}: must be a multiple of patch_size={model.patch_size}")
+    for name in (
+        "global_crop_scale",
+        "local_crop_scale",
+        "crop_ratio",
+        "mask_ratio",
+        "blur_sigma_px",
+        "slice_crop_scale",
+    ):
+        pair = getattr(views, name)
+        if len(pair) != 2 or pair[0] > pair[1]:
+            raise ValueError(f"{name}={pair}: must be two numbers, the smaller first")
+        if name.endswith("scale") and pair[0] <= 0:
+            raise ValueError(f"{name}={pair}: must be above 0")
+    if len(views.blur_probability) != 3:
+        raise ValueError(f"blur_probability={views.blur_probability}: must be three numbers: global 1, global 2, local")
+    if not (run.corpus and run.output_dir):
+        raise ValueError("corpus and output_dir must be given: --corpus DIR --output_dir RUN")
