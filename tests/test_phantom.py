@@ -1,0 +1,190 @@
+"""The phantom: a pure function of its key, labels that agree with the volume, real DBT blur, DICOM files that read."""
+
+import csv
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+
+from dataset_scripts.phantom import (
+    ADIPOSE,
+    DENSITY_CLASSES,
+    LESION_TYPES,
+    Breast,
+    BreastLabels,
+    PhantomParameters,
+    acquire_2d,
+    acquire_dbt,
+    main,
+    simulate_breast,
+    write_archive,
+)
+
+SMALL = PhantomParameters(num_slices=10, height_px=96, width_px=64, pixel_spacing_mm=1.8, slice_spacing_mm=4.0)
+
+
+@pytest.fixture(scope="module")
+def breasts() -> list[Breast]:
+    return [simulate_breast(SMALL, seed=3, index=index) for index in range(60)]
+
+
+def test_a_breast_is_a_pure_function_of_seed_and_index(breasts):
+    again = simulate_breast(SMALL, seed=3, index=5)
+    assert again.labels == breasts[5].labels
+    np.testing.assert_array_equal(again.volume, breasts[5].volume)
+    np.testing.assert_array_equal(acquire_dbt(again), acquire_dbt(breasts[5]))
+    np.testing.assert_array_equal(acquire_2d(again), acquire_2d(breasts[5]))
+    for seed, index in ((3, 6), (4, 5)):
+        assert not np.array_equal(simulate_breast(SMALL, seed, index).volume, breasts[5].volume)
+
+
+def test_box_and_slices_are_those_of_the_lesion(breasts):
+    seen = set()
+    for breast in breasts:
+        plain = simulate_breast(SMALL, breast.seed, breast.index, lesion=False)
+        assert plain.labels.lesion == 0 and plain.labels.cancer == 0 and plain.labels.box is None
+        added = breast.volume != plain.volume
+        seen.add(breast.labels.lesion_type)
+        if not breast.labels.lesion:
+            assert not added.any() and breast.labels.lesion_slice is None
+            continue
+        (x0, y0, x1, y1), (d0, d1) = breast.labels.box, breast.labels.lesion_slices
+        assert 0 <= x0 < x1 <= SMALL.width_px and 0 <= y0 < y1 <= SMALL.height_px
+        assert d0 <= breast.labels.lesion_slice < d1
+        assert added[d0:d1, y0:y1, x0:x1].sum() == added.sum() > 0
+        assert (breast.volume * added).max() > ADIPOSE
+    assert seen == {"none", *LESION_TYPES}
+
+
+def test_cancer_follows_the_kind_of_lesion_but_not_always(breasts):
+    many = [simulate_breast(replace(SMALL, lesion_probability=1.0), 0, index).labels for index in range(60)]
+    share = {kind: np.mean([one.cancer for one in many if one.lesion_type == kind]) for kind in LESION_TYPES}
+    assert share["mass_spiculated"] > 0.7 and share["mass_round"] < 0.3
+    assert 0 < share["calcification"] < 1
+
+
+def test_neighbouring_slices_are_more_alike_than_distant_ones(breasts):
+    for breast in breasts[:6]:
+        inside = (breast.body[2] > 0.9) & (breast.body[7] > 0.9)
+        slices = acquire_dbt(breast).astype(np.float32)
+        fine = [(one - cv2.GaussianBlur(one, (0, 0), 2.5))[inside] for one in slices]  # without wide structures
+        near, far = (np.corrcoef(fine[2], fine[other])[0, 1] for other in (3, 6))
+        assert near > 0.9 and near > far + 0.02
+        volume = [one[inside] for one in breast.volume]
+        near, far = (np.corrcoef(volume[2], volume[other])[0, 1] for other in (3, 6))
+        assert near > far
+
+
+def test_a_speck_blurs_out_of_its_plane_along_the_sweep():
+    parameters = PhantomParameters(num_slices=20, height_px=128, width_px=48)
+    body = np.ones((20, 128, 48), np.float32)
+    volume = body * np.float32(ADIPOSE)
+    plain = Breast(volume, body, BreastLabels("A", 0.0), "L", "CC", parameters, 0, 0)
+    speck = volume.copy()
+    speck[8, 64, 24] += 0.2
+    difference = acquire_dbt(replace(plain, volume=speck)).astype(int) - acquire_dbt(plain)
+    contrast = difference[:, 60:69, 22:27].max(axis=(1, 2))
+    assert contrast.argmax() == 8
+    assert contrast[8] > 1.5 * contrast[10] > 1.5 * contrast[16]
+    far = np.abs(difference[16]).max(axis=1) > 0.2 * np.abs(difference[16]).max()
+    assert np.ptp(np.flatnonzero(far)) > 8  # a row of faint copies, one for each view
+    assert np.abs(difference[16]).max(axis=0)[30:].max() < 0.1 * contrast[8]  # none across the sweep
+
+
+def test_density_classes_are_ordered_and_overlap(breasts):
+    fractions = {
+        density: [b.labels.glandular_fraction for b in breasts if b.labels.density == density]
+        for density in DENSITY_CLASSES
+    }
+    medians = [np.median(fractions[density]) for density in DENSITY_CLASSES]
+    assert medians == sorted(medians) and medians[3] > 3 * medians[0]
+    assert all(0 < fraction < 0.8 for values in fractions.values() for fraction in values)
+
+
+def test_images_are_bright_on_black_air_with_the_chest_wall_on_the_side_of_the_breast(breasts):
+    for breast in breasts[:12]:
+        outside = breast.body.max(axis=0) == 0
+        for image in (acquire_dbt(breast)[5], acquire_2d(breast)):
+            assert image.dtype == np.uint16 and image.max() < 4096
+            assert image[outside].max() == 0 and np.median(image[breast.body[5] > 0.9]) > 200
+            left, right = (image[:, :8] > 0).mean(), (image[:, -8:] > 0).mean()
+            assert left > right if breast.laterality == "L" else right > left
+
+
+def test_archive_reads_back(tmp_path):
+    labels = write_archive(tmp_path, 3, seed=1, parameters=SMALL, first_patient=7)
+    with open(labels, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"PHANTOM-{i:06d}" for i in (7, 8, 9)), "labels.csv"]
+    assert [row["kind"] for row in rows] == ["dbt", "ffdm"] * 3
+    uids = set()
+    for row in rows:
+        breast = simulate_breast(SMALL, 1, int(row["patient"][-6:]))
+        dicom = pydicom.dcmread(tmp_path / row["file"])
+        uids.add(dicom.SOPInstanceUID)
+        pixels = acquire_dbt(breast) if row["kind"] == "dbt" else acquire_2d(breast)
+        np.testing.assert_array_equal(dicom.pixel_array, pixels)
+        assert (row["laterality"], row["view"], row["density"]) == (
+            breast.laterality,
+            breast.view,
+            breast.labels.density,
+        )
+        if breast.labels.lesion:
+            assert tuple(int(row[name]) for name in ("x0", "y0", "x1", "y1")) == breast.labels.box
+            assert int(row["lesion_slice"]) == breast.labels.lesion_slice
+        else:
+            assert row["x0"] == row["lesion_slice"] == "" and row["lesion_type"] == "none"
+        assert dicom.PatientID == row["patient"] and "not a patient" in dicom.ImageComments
+        assert (dicom.BitsAllocated, dicom.BitsStored, dicom.PhotometricInterpretation) == (16, 12, "MONOCHROME2")
+        assert dicom.PresentationIntentType == "FOR PRESENTATION"
+        meaning = {"CC": "cranio-caudal", "MLO": "medio-lateral oblique"}[row["view"]]
+        assert dicom.ViewCodeSequence[0].CodeMeaning == meaning
+    assert len(uids) == 6
+
+
+def test_geometry_of_a_tomosynthesis_file(tmp_path):
+    write_archive(tmp_path, 4, seed=2, parameters=SMALL)
+    for path in sorted(tmp_path.glob("*/*_dbt.dcm")):
+        dicom = pydicom.dcmread(path)
+        assert dicom.SOPClassUID == "1.2.840.10008.5.1.4.1.1.13.1.3" and dicom.NumberOfFrames == 10
+        shared = dicom.SharedFunctionalGroupsSequence[0]
+        assert shared.PixelMeasuresSequence[0].PixelSpacing == [1.8, 1.8]
+        assert shared.PixelMeasuresSequence[0].SpacingBetweenSlices == 4.0
+        assert shared.FrameAnatomySequence[0].FrameLaterality == path.name[0]
+        assert shared.FrameVOILUTSequence[0].WindowWidth == 4096
+        row, column = np.reshape([float(v) for v in shared.PlaneOrientationSequence[0].ImageOrientationPatient], (2, 3))
+        normal = np.cross(row, column)
+        np.testing.assert_allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=1e-6)
+        assert row[1] == (-1 if path.name[0] == "L" else 1)  # nipple on the right of a left breast
+        assert normal[2] < -0.7  # slices go down, from the paddle to the detector
+        positions = [g.PlanePositionSequence[0].ImagePositionPatient for g in dicom.PerFrameFunctionalGroupsSequence]
+        along = np.array(positions, float) @ normal
+        np.testing.assert_allclose(np.diff(along), 4.0, atol=1e-4)
+    mammogram = pydicom.dcmread(min(tmp_path.glob("*/*_2d.dcm")))
+    assert mammogram.SOPClassUID == "1.2.840.10008.5.1.4.1.1.1.2" and mammogram.ImagerPixelSpacing == [1.8, 1.8]
+    assert mammogram.ImageLaterality in "LR" and mammogram.ViewPosition in ("CC", "MLO")
+
+
+def test_archive_is_the_same_whatever_the_number_of_processes(tmp_path):
+    shape = ["--num_slices", "6", "--height_px", "64", "--width_px", "48", "--pixel_spacing_mm", "2.5"]
+    for name, processes in (("one", "1"), ("two", "2")):
+        main(["--output", str(tmp_path / name), "--num_patients", "3", "--num_proc", processes, *shape])
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
+    assert len(files) == 7 and files == sorted(p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.*"))
+    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+
+
+def test_labels_are_written_last_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "dataset_scripts.phantom_dicom.write_2d", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        write_archive(tmp_path, 1, parameters=SMALL)
+    assert not (tmp_path / "labels.csv").exists()
+
+
+def test_parameters_out_of_range_are_named():
+    with pytest.raises(ValueError, match="num_slices=0 is outside 4 to 200"):
+        PhantomParameters(num_slices=0)
