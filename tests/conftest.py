@@ -1,0 +1,61 @@
+"""Shared fixtures: pictures of made-up breasts, a small phantom corpus, and where real files lie, if they do."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def real_slices() -> list[Path]:
+    """Real DBT slices, which are not part of the project."""
+    found = sorted((REAL_DATA / "bcs_dbt" / "slices").glob("*.jpg"))
+    if not found:
+        pytest.skip("the real DBT slices (shared/data/bcs_dbt) are not here")
+    return found
+
+
+def draw_breast(height: int = 300, width: int = 200, seed: int = 0, side: str = "left") -> np.ndarray:
+    """A half-ellipse of textured tissue on air, (height, width) uint16 of 12 bits."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    breast = ((y - height / 2) / (0.42 * height)) ** 2 + (x / (0.7 * width)) ** 2 < 1
+    texture = cv2.GaussianBlur(rng.normal(size=(height, width)).astype(np.float32), (0, 0), 4)
+    picture = np.where(breast, 1800 + 4000 * texture, 20 + 5 * rng.normal(size=(height, width)))
+    picture = np.clip(picture, 0, 4095).astype(np.uint16)
+    return picture if side == "left" else np.ascontiguousarray(picture[:, ::-1])
+
+
+@pytest.fixture(scope="session")
+def breast() -> np.ndarray:
+    return draw_breast()
+
+
+@pytest.fixture(scope="session")
+def phantom_archive(tmp_path_factory) -> Path:
+    """Twelve simulated patients as DICOM, a DBT volume and a mammogram each."""
+    from dataset_scripts.phantom import PhantomParameters, write_archive
+
+    folder = tmp_path_factory.mktemp("phantom")
+    parameters = PhantomParameters(num_slices=6, height_px=128, width_px=96, pixel_spacing_mm=1.4, slice_spacing_mm=6.0)
+    write_archive(folder, 12, seed=3, parameters=parameters)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_corpus(phantom_archive, tmp_path_factory) -> Path:
+    from dataset_scripts.corpus import build_corpus
+    from modeling_mammodino import MammoDinoImageProcessor
+
+    folder = tmp_path_factory.mktemp("corpus")
+    build_corpus([phantom_archive], folder, (128, 96), MammoDinoImageProcessor(), "phantom", b"key")
+    return folder
