@@ -118,7 +118,11 @@ def _check_opaque(alpha: np.ndarray, name: str) -> None:
 
 def _check_grey(channels: np.ndarray, name: str) -> None:
     spread = np.ptp(channels.astype(np.float32), axis=0)  # (H, W)
-    scale = np.iinfo(channels.dtype).max if channels.dtype in (np.uint8, np.uint16) else float(np.nanmax(channels))
+    if channels.dtype in (np.uint8, np.uint16):
+        scale = float(np.iinfo(channels.dtype).max)
+    else:
+        finite = channels[np.isfinite(channels)]
+        scale = float(np.ptp(finite)) if finite.size else 0.0
     coloured = float(np.mean(spread > GREY_TOLERANCE * scale))
     if coloured > 0:
         raise ImageRefused(

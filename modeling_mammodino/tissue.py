@@ -15,6 +15,7 @@ FRAME_FRACTION = 0.1  # deepest scanner frame, of a side
 OPENING_FRACTION = 0.006  # radius of the opening, of the longer side: tape, lines and narrow labels go
 SKIN_FRACTION = 0.06  # threshold, of the way from air to the typical tissue
 NOISE_SIGMAS = 4.0  # threshold, in standard deviations of the air
+MAX_NOISE = 0.125  # of the step to tissue: the threshold comes no higher than half of the step
 MAX_ROUGHNESS = 0.03  # of the step to tissue, see _roughness; above it the darkest mode is tissue, not air
 
 
@@ -22,13 +23,12 @@ def segment_breast(image: np.ndarray) -> np.ndarray:
     """Breast mask (H, W) bool of a grey image (H, W) in which tissue is brighter than air.
 
     Air is the lowest significant mode of the histogram of a thumbnail, whatever its level; uniform scanner frames are
-    set aside before. The threshold stands just above it (noise of the air, or a small share of the step to tissue), so
-    that the skin line stays in; an opening cuts tape, lines and labels off, the largest component wins, one that
-    touches a vertical side counting double, and its holes are filled. This is the classical "threshold, open, largest
-    component" chain of mammogram preprocessing (Nagi et al., IECBES 2010; Wu et al., IEEE TMI 2020) with the threshold
-    placed by the air mode, as Bick et al. (Acad. Radiol. 1995) do, rather than by Otsu, which splits fat from gland.
-    An image whose lowest mode is as wide as tissue is a crop inside the breast and comes back all True; an image with
-    no breast comes back all False. NaN and infinite pixels are air.
+    set aside before. The threshold stands just above that mode, so that the skin line stays in; an opening cuts tape,
+    lines and labels off; the largest component wins, one that touches a vertical side counting double, and its holes
+    are filled. This is the usual "threshold, open, largest component" chain of mammogram preprocessing (Nagi et al.,
+    IECBES 2010; Wu et al., IEEE TMI 2020) with a threshold of our own: zero fails on film, Otsu splits fat from gland.
+    Where the darkest mode is as rough as tissue there is no air: a crop inside the breast, all True. An image with no
+    breast (constant, or white noise) is all False. NaN and infinite pixels are air.
     """
     if image.ndim != 2:
         raise ValueError(f"segment_breast takes a 2-D grey image, got shape {image.shape}; pass one plane (H, W).")
@@ -41,7 +41,7 @@ def segment_breast(image: np.ndarray) -> np.ndarray:
         return np.full((H, W), bool(mask.flat[0]))
     if mask.shape == (H, W):
         return mask
-    return cv2.resize(mask.astype(np.float32), (W, H), interpolation=cv2.INTER_LINEAR) >= 0.5
+    return cv2.resize(mask.astype(np.uint8) * 255, (W, H), interpolation=cv2.INTER_LINEAR) > 127
 
 
 def breast_box(mask: np.ndarray, margin_fraction: float = 0.02) -> tuple[int, int, int, int]:
@@ -56,7 +56,7 @@ def breast_box(mask: np.ndarray, margin_fraction: float = 0.02) -> tuple[int, in
 
 
 def chest_wall_side(mask: np.ndarray) -> str:
-    """ "left" or "right": the vertical side with more tissue in its border columns, then the nearer to the centroid."""
+    """The vertical side, "left" or "right", with more tissue in its border columns; if even, nearer to the centroid."""
     W = mask.shape[1]
     border_px = max(1, round(0.02 * W))
     left, right = int(mask[:, :border_px].sum()), int(mask[:, W - border_px :].sum())
@@ -88,7 +88,7 @@ def _interpolated(integral: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _unit_thumbnail(image: np.ndarray) -> np.ndarray | None:
-    """Float32 thumbnail with values scaled so that min = 0 and the 99.5th percentile = 1; None if there is no contrast."""
+    """Float32 thumbnail, its minimum at 0 and its 99.5th percentile at 1; None where there is no contrast."""
     if image.size == 0:
         return None
     if image.dtype.kind == "f":
@@ -97,12 +97,14 @@ def _unit_thumbnail(image: np.ndarray) -> np.ndarray | None:
             if not finite.any():
                 return None
             image = np.where(finite, image, image[finite].min())
-    if image.dtype.itemsize > 2:  # a large offset would eat the precision of float32
-        image = image - np.asarray(image.min(), np.float64)
+    if image.dtype == np.float32:
+        image = image - image.min()  # a large offset would eat the precision of the sums below
+    elif image.dtype.itemsize > 2:
+        image = image - np.float64(image.min())
         image = image / max(float(image.max()), np.finfo(np.float64).tiny)
     H, W = image.shape
     scale = THUMBNAIL_PX / max(H, W)
-    values = image.astype(np.float32)
+    values: np.ndarray = image.astype(np.float32, copy=False)
     if scale < 1:
         size = (max(1, round(W * scale)), max(1, round(H * scale)))
         values = cv2.resize(values, size, interpolation=cv2.INTER_AREA)
@@ -122,11 +124,13 @@ def _segment_unit(values: np.ndarray) -> np.ndarray:
     for blur_px in (3, 11):  # noise of the air averages out under a wider blur, tissue does not
         smooth = cv2.GaussianBlur(view, (blur_px, blur_px), 0)
         air, noise, tissue = _levels(smooth)
-        threshold = air + min(max(NOISE_SIGMAS * noise, SKIN_FRACTION * (tissue - air)), 0.5 * (tissue - air))
-        if tissue > air and _roughness(smooth, smooth <= threshold) <= MAX_ROUGHNESS * (tissue - air):
+        step = tissue - air
+        threshold = air + max(NOISE_SIGMAS * noise, SKIN_FRACTION * step)
+        stands_apart = step > 0 and noise <= MAX_NOISE * step
+        if stands_apart and _roughness(smooth, smooth <= threshold) <= MAX_ROUGHNESS * step:
             break
     else:
-        mask[:] = not _is_white_noise(view)
+        mask[y0:y1, x0:x1] = not _is_white_noise(view)
         return mask
     mask[y0:y1, x0:x1] = _largest_component(smooth > threshold)
     return mask
