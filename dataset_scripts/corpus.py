@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import logging
+import multiprocessing
 import os
 import secrets
 import time
@@ -62,7 +63,18 @@ def main(arguments: list[str] | None = None) -> None:
     for source in options.source:
         if not source.exists():
             parser.error(f"SOURCE {source}: no such file or folder")
-    report = build_corpus(
+    try:
+        report = run(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"corpus: {error}") from error
+    print(
+        f"{options.output}: {report['rows']} images of {report['volumes']} volumes from {report['files_read']} files; "
+        f"{report['files_refused']} refused, see refused.csv"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    return build_corpus(
         options.source,
         options.output,
         fit=(options.height, options.width),
@@ -70,10 +82,6 @@ def main(arguments: list[str] | None = None) -> None:
         collection=options.collection or options.source[0].resolve().name,
         hash_key=read_hash_key(options.hash_key_file),
         num_proc=options.num_proc,
-    )
-    print(
-        f"{options.output}: {report['rows']} images of {report['volumes']} volumes from {report['files_read']} files; "
-        f"{report['files_refused']} refused, see refused.csv"
     )
 
 
@@ -115,9 +123,13 @@ def build_corpus(
         "image_processor": corpus_settings(image_processor),
         "hash_key_check": keyed_hash("corpus", hash_key),  # tells two keys apart, reveals neither
     }
-    output.mkdir(parents=True, exist_ok=True)
     _check_same_settings(output, settings)
-    files = sorted(set(find_files(sources)))
+    files, ignored = find_files(sources)
+    if not files:
+        raise ValueError(
+            f"{', '.join(map(str, sources))}: nothing to read; give folders with DICOM, PNG, JPEG or PGM files"
+        )
+    output.mkdir(parents=True, exist_ok=True)
     shards = Shards(output, shard_bytes)
     pending = [path for path in files if str(path) not in shards.finished_files]
     _write_json(output / MANIFEST, {"complete": False, **settings})
@@ -135,6 +147,7 @@ def build_corpus(
         "files_found": len(files),
         "files_read": len(files) - len(shards.refused),
         "files_refused": len(shards.refused),
+        "files_ignored": dict(sorted(ignored.items())),
         "rows": shards.num_rows,
         "volumes": len(shards.volumes),
         "rows_by_kind": dict(sorted(shards.kinds.items())),
@@ -156,15 +169,20 @@ def corpus_settings(image_processor: MammoDinoImageProcessor) -> dict[str, Any]:
 _PICTURE_SETTINGS = ("do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std")
 
 
-def find_files(sources: list[Path]) -> Iterator[Path]:
-    """Every file that may be an image: by a picture's or a DICOM's suffix, or by content where it has none."""
+def find_files(sources: list[Path]) -> tuple[list[Path], Counter[str]]:
+    """Every file that may be an image, by a picture's or DICOM's suffix or by its content, sorted; and how many others
+    were ignored, by suffix. A file named as a source is always tried."""
+    found, ignored = set(), Counter()
     for source in sources:
-        candidates = [source] if source.is_file() else source.rglob("*")
-        for path in candidates:
+        for path in [source] if source.is_file() else source.rglob("*"):
             suffix = path.suffix.lower()
-            known = suffix in PICTURE_SUFFIXES or suffix in (".dcm", ".dicom")
-            if path.is_file() and (known or path == source or is_dicom(path)):
-                yield path
+            if not path.is_file():
+                continue
+            if path == source or suffix in (*PICTURE_SUFFIXES, ".dcm", ".dicom") or is_dicom(path):
+                found.add(path)
+            else:
+                ignored[suffix or "no suffix"] += 1
+    return sorted(found), ignored
 
 
 def read_file(
@@ -199,7 +217,9 @@ def _map(read, paths: list[Path], num_proc: int) -> Iterator[FileResult]:
     if num_proc <= 1 or len(paths) <= 1:
         yield from map(read, paths)
         return
-    with ProcessPoolExecutor(num_proc, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    # spawned, not forked: a fork of a process in which OpenCV or torch has run threads can hang
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_proc, spawn, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
         yield from pool.map(read, paths)
 
 

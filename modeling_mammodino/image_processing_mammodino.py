@@ -16,7 +16,6 @@ from .pictures import read_picture, to_grey_plane
 from .rendering import Rendered, RenderPlan, RenderSettings, place_on_canvas, plan_rendering, render, standardize
 from .tissue import patch_tissue
 
-
 # a volume's plan is made from this many slices, evenly spaced through it
 PLAN_SLICES = 5
 

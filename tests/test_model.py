@@ -102,7 +102,10 @@ def test_tissue_tokens_equal_a_dense_encoder_that_ignores_background(attention):
 def test_a_mask_of_ones_changes_nothing():
     model, pixels = random_model(), torch.randn(2, 1, 112, 112)
     torch.testing.assert_close(
-        model(pixels, tissue_mask=torch.ones(2, 8, 8)).last_hidden_state, model(pixels).last_hidden_state, rtol=0, atol=0
+        model(pixels, tissue_mask=torch.ones(2, 8, 8)).last_hidden_state,
+        model(pixels).last_hidden_state,
+        rtol=0,
+        atol=0,
     )
 
 
@@ -142,7 +145,9 @@ def test_stochastic_depth_keeps_the_expectation():
     expected = layer(states) - states  # eval: nothing is dropped
     layer.train()
     with torch.no_grad():
-        updates = torch.stack([layer.add_residual(states, lambda x, rows: torch.ones_like(x)) - states for _ in range(400)])
+        updates = torch.stack(
+            [layer.add_residual(states, lambda x, rows: torch.ones_like(x)) - states for _ in range(400)]
+        )
     dropped = (updates == 0).all(dim=(2, 3))
     assert (dropped.sum(dim=1) == 4).all()  # half of the batch, every time
     torch.testing.assert_close(updates.mean(0), torch.ones_like(expected), rtol=0, atol=0.25)

@@ -46,21 +46,19 @@ def compute_losses(
     recipe: Recipe,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """One forward of both networks: unweighted losses by name, and what the monitor shows."""
-    loss = recipe.loss
-    with_slices = loss.adjacent_slice_weight > 0 or loss.adjacent_patch_weight > 0
     with torch.no_grad():
-        targets = targets_of(teacher(batch, is_student=False, with_slices=with_slices), temperature)
-    seen = student(batch, is_student=True, with_slices=with_slices)
+        targets = targets_of(teacher(batch, is_student=False), temperature)
+    seen = student(batch, is_student=True)
 
     num_pairs = NUM_GLOBAL_CROPS * (recipe.views.num_local_crops + NUM_GLOBAL_CROPS - 1)
-    tau, tissue = loss.student_temperature, batch["slice_tissue"].flatten(1)
+    tau, tissue = recipe.loss.student_temperature, batch["slice_tissue"][batch["slice_tissue"] > 0]
     losses = {
         "dino_global": dino_loss(seen.global_cls, targets.global_cls, tau, ignore_diagonal=True) / num_pairs,
         "dino_local": dino_loss(seen.local_cls, targets.global_cls, tau) / num_pairs,
         "ibot": ibot_loss(seen.masked_patches, targets.masked_patches, batch["masks"].flatten(1), tau),
         "koleo": sum(koleo_loss(features, batch["volume"]) for features in seen.features),
         "adjacent_slice": adjacent_slice_loss(seen.slice_cls, targets.slice_cls, None, tau),
-        "adjacent_patch": adjacent_slice_loss(seen.slice_patches, targets.slice_patches, tissue[tissue > 0], tau),
+        "adjacent_patch": adjacent_slice_loss(seen.slice_patches, targets.slice_patches, tissue, tau),
     }
     signs = target_statistics(targets.global_cls) | {"feature_rank": feature_rank(seen.features[0])}
     return losses, signs
@@ -102,7 +100,8 @@ def train(recipe: Recipe) -> Path:
     teacher.to(accelerator.device), targets_of.to(accelerator.device)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
 
-    views = PretrainingViews(corpus, recipe.views, recipe.model.patch_size, run.seed, global_batch)
+    slice_pairs = recipe.loss.adjacent_slice_weight > 0 or recipe.loss.adjacent_patch_weight > 0
+    views = PretrainingViews(corpus, recipe.views, recipe.model.patch_size, run.seed, global_batch, slice_pairs)
     schedules = make_schedules(recipe, global_batch)
     monitor = Monitor(run, step, global_batch, accelerator.is_main_process)
     batches = monitor.wait(load_batches(views, recipe, step, accelerator))

@@ -1,6 +1,6 @@
 """What student and teacher see of a user's own file, beside plain random views (the article's figures 1a to 1c).
 
-    python -m training.preview FILE --output PNG [--recipe RECIPE] [--seed N]
+python -m training.preview FILE --output PNG [--recipe RECIPE] [--seed N]
 """
 
 import argparse
@@ -44,9 +44,7 @@ class Sheet:
             else (views.local_crop_scale, views.local_min_tissue)
         )
         found = [
-            tissue_aware_crop(
-                self.rng, self.table, tuple(scale), tuple(views.crop_ratio), minimum if aware else 0, 64 if aware else 1
-            )
+            tissue_aware_crop(self.rng, self.table, tuple(scale), tuple(views.crop_ratio), minimum if aware else 0)
             for _ in range(count)
         ]
         return [(crop.box, crop.tissue_fraction) for crop in found]
@@ -105,8 +103,8 @@ def draw_preview(source: str, recipe: Recipe, seed: int) -> pyplot.Figure:
     for axis in axes.flat:
         axis.set_xticks([]), axis.set_yticks([])
     figure.suptitle(
-        f"{Path(source).name}: crops hold at least {views.global_min_tissue:.0%} (global) and {views.local_min_tissue:.0%} "
-        "(local) breast. Research use only."
+        f"{Path(source).name}: crops hold at least {views.global_min_tissue:.0%} (global) and "
+        f"{views.local_min_tissue:.0%} (local) breast. Research use only."
     )
     return figure
 

@@ -172,7 +172,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
 
     Raises ValueError naming the field and what it may be.
     """
-    parser = HfArgumentParser(SECTIONS, prog="python -m training.pretrain")
+    parser = HfArgumentParser(SECTIONS, prog="pretrain", usage="python -m training.pretrain RECIPE [--name value ...]")
     parser.add_argument("recipe", help="a YAML file, or the name of one in training/recipes")
     known = [each.name for section in SECTIONS for each in fields(section)]
     if arguments and not arguments[0].startswith("-"):

@@ -49,7 +49,7 @@ class Network(nn.Module):
             model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
         )
 
-    def forward(self, batch: Batch, is_student: bool, with_slices: bool) -> Outputs:
+    def forward(self, batch: Batch, is_student: bool) -> Outputs:
         """The student sees masked global crops, local crops and the slices; the teacher unmasked global crops and
         the neighbours. Heads see class tokens and the patches that a loss needs, never all patches."""
         masks = batch["masks"].flatten(1)  # (G*B, N)
@@ -60,7 +60,7 @@ class Network(nn.Module):
         if is_student and len(batch["local_crops"]):
             local_cls, _ = self.encode(batch["local_crops"], batch["local_tissue"])
         slice_cls, slice_patches = global_cls[:0], global_patches[:0, 0]
-        if with_slices and len(batch["slice_pairs"]):
+        if len(batch["slice_pairs"]):
             pixels = batch["slice_pairs"][:, 0 if is_student else 1]  # (P, 1, S, S)
             slice_cls, patches = self.encode(pixels, batch["slice_tissue"])
             slice_patches = patches[batch["slice_tissue"].flatten(1) > 0]

@@ -36,11 +36,19 @@ class PretrainingViews(torch.utils.data.Dataset):
     a batch.
 
     corpus: a `dataset_scripts.corpus_reader.Corpus`. global_batch_size: images a step over all processes; it fixes how
-    mask ratios are stratified, so the number of processes does not matter.
+    mask ratios are stratified, so the number of processes does not matter. slice_pairs: whether to draw neighbours.
     """
 
-    def __init__(self, corpus, recipe: ViewsRecipe, patch_size: int, seed: int, global_batch_size: int):
-        self.corpus, self.recipe, self.patch_size = corpus, recipe, patch_size
+    def __init__(
+        self,
+        corpus,
+        recipe: ViewsRecipe,
+        patch_size: int,
+        seed: int,
+        global_batch_size: int,
+        slice_pairs: bool = True,
+    ):
+        self.corpus, self.recipe, self.patch_size, self.with_slice_pairs = corpus, recipe, patch_size, slice_pairs
         self.seed, self.global_batch_size = seed, global_batch_size
         processor = corpus.image_processor
         self.mean = np.float32(processor.image_mean[0] if processor.do_normalize else 0)
@@ -143,7 +151,7 @@ class PretrainingViews(torch.utils.data.Dataset):
         jitter. pixels (2, 1, S, S): the student's slice, the teacher's neighbour; tissue (h, w) of both. None where
         the image has no neighbour (2D)."""
         recipe, corpus = self.recipe, self.corpus
-        if len(rows) < 2:
+        if len(rows) < 2 or not self.with_slice_pairs:
             return None
         neighbour = sample_neighbour(
             rng,

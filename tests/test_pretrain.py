@@ -1,0 +1,210 @@
+"""A pretraining run: it learns, resumes exactly, survives bad ends, and its export opens anywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import draw_breast
+from safetensors.torch import load_file
+
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from training.engine.checkpoints import list_checkpoints
+from training.engine.monitor import feature_rank, target_statistics
+from training.pretrain import StepSampler, main, train
+from training.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "4", "--num_prototypes", "64",
+    "--head_hidden_size", "32", "--head_bottleneck_size", "16", "--global_crop_size", "64", "--local_crop_size", "32",
+    "--num_local_crops", "2", "--per_device_train_batch_size", "8", "--dataloader_num_workers", "0",
+    "--image_height", "128", "--image_width", "96", "--logging_steps", "1", "--warmup_steps", "2",
+    "--report_to", "none", "--drop_path_rate", "0.2",
+]  # fmt: skip
+
+
+def recipe(corpus: Path, output: Path, *arguments: str) -> Recipe:
+    return load_recipe(["demo", "--corpus", str(corpus), "--output_dir", str(output), *TINY, *arguments])
+
+
+def log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "logs" / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(phantom_corpus, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    train(recipe(phantom_corpus, output, "--max_steps", "20", "--save_steps", "10"))
+    return output
+
+
+def test_the_losses_fall_in_twenty_steps(run):
+    lines = log(run)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    first, last = (np.mean([line["loss"] for line in part]) for part in (lines[:3], lines[-3:]))
+    assert last < 0.97 * first
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert all(line["slice_pairs"] > 0 for line in lines[:3]) and all(line["tissue_in_masks"] > 0 for line in lines)
+
+
+def test_the_first_loss_is_the_closed_form_of_copied_heads(phantom_corpus, tmp_path):
+    """At the start student and teacher agree, and every target is nearly uniform: each cross-entropy is about ln K."""
+    train(recipe(phantom_corpus, tmp_path, "--max_steps", "1", "--teacher_temperature_start", "1"))
+    first = log(tmp_path)[0]
+    ln_k = np.log(64)
+    pairs = 2 * (2 + 1)
+    assert first["loss_dino_global"] == pytest.approx(2 / pairs * ln_k, rel=0.1)
+    assert first["loss_dino_local"] == pytest.approx(4 / pairs * ln_k, rel=0.1)
+    assert first["loss_ibot"] == pytest.approx(ln_k / 2, rel=0.15)  # half of the crops carry masks
+    assert first["loss_adjacent_slice"] == pytest.approx(ln_k, rel=0.15)
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {f"{name}.{key}": value for name in ("student", "teacher", "optimizer")
+            for key, value in load_file(checkpoint / f"{name}.safetensors").items()}  # fmt: skip
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(run, phantom_corpus, tmp_path):
+    whole = weights(run / "checkpoint-20")
+    half = recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10")
+    train(half)
+    for path in (tmp_path / "checkpoint-20", tmp_path / "encoder"):
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    half.run.dataloader_num_workers = 1  # may change: it changes nothing
+    train(half)
+    resumed = weights(tmp_path / "checkpoint-20")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(run, phantom_corpus, tmp_path):
+    """SIGKILL right after a checkpoint: the process dies without a word, and the same command finishes the run."""
+    command = [sys.executable, "-m", "training.pretrain", "demo", "--corpus", str(phantom_corpus), "--output_dir",
+               str(tmp_path), *TINY, "--max_steps", "20", "--save_steps", "10"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "checkpoint-10").is_dir() and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+    (tmp_path / ".checkpoint-15.tmp").mkdir()  # what a death while writing leaves
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-20"]
+    whole, resumed = weights(run / "checkpoint-20"), weights(tmp_path / "checkpoint-20")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_another_recipe_does_not_go_on_silently(run, phantom_corpus):
+    with pytest.raises(ValueError, match="ibot_weight"):
+        train(recipe(phantom_corpus, run, "--max_steps", "20", "--save_steps", "10", "--ibot_weight", "0.5"))
+
+
+def test_a_damaged_checkpoint_is_named(run, phantom_corpus, tmp_path):
+    damaged = tmp_path / "checkpoint-10"
+    subprocess.run(["cp", "-r", str(run / "checkpoint-10"), str(damaged)], check=True)
+    (damaged / "student.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="checkpoint-10"):
+        train(recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(phantom_corpus, tmp_path, monkeypatch):
+    import training.pretrain as pretrain
+
+    real, calls = pretrain.weighted_sum, []
+
+    def break_at_step_12(losses, recipe):
+        calls.append(1)
+        return real(losses, recipe) * (float("nan") if len(calls) == 12 else 1)
+
+    monkeypatch.setattr(pretrain, "weighted_sum", break_at_step_12)
+    with pytest.raises(RuntimeError, match=r"step 12: loss is not finite; corpus rows of the batch: \[\d+"):
+        train(recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10"))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10"]
+
+
+def test_processes_share_out_the_same_samples():
+    one = load_recipe(
+        ["demo", "--corpus", "c", "--output_dir", "o", "--max_steps", "3", "--per_device_train_batch_size", "8"]
+    )
+    two = load_recipe(
+        ["demo", "--corpus", "c", "--output_dir", "o", "--max_steps", "3", "--per_device_train_batch_size", "4"]
+    )
+    alone = list(StepSampler(one, 1, 0, 1))
+    shared = [a + b for a, b in zip(StepSampler(two, 1, 0, 2), StepSampler(two, 1, 1, 2), strict=True)]
+    assert alone == shared and alone[0] == list(range(8, 16))
+
+
+@pytest.mark.parametrize("switch", [["--tissue_aware_crops", "false", "--tissue_aware_masks", "false"],
+                                    ["--adjacent_slice_weight", "0", "--adjacent_patch_weight", "0"],
+                                    ["--tissue_tokens", "true"], ["--teacher_targets", "centering"],
+                                    ["--num_local_crops", "0"], ["--mask_probability", "0"],
+                                    ["--gradient_accumulation_steps", "2"], ["--bf16", "true"],
+                                    ["--gradient_checkpointing", "true"]])  # fmt: skip
+def test_every_part_can_be_switched(phantom_corpus, tmp_path, switch):
+    train(recipe(phantom_corpus, tmp_path, "--max_steps", "2", *switch))
+    assert np.isfinite(log(tmp_path)[-1]["loss"])
+
+
+def test_the_export_opens_where_the_package_is_not_installed(run, tmp_path):
+    """A fresh process, far from the checkout, with nothing of the package on its path."""
+    cv2.imwrite(str(tmp_path / "breast.png"), draw_breast())
+    program = f"""
+import importlib.util, json, torch
+assert importlib.util.find_spec("training") is None
+from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained({str(run / "encoder")!r}, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained({str(run / "encoder")!r}, trust_remote_code=True)
+assert "transformers_modules" in type(model).__module__, type(model).__module__
+assert "transformers_modules" in type(processor).__module__, type(processor).__module__
+output = model(**processor({str(tmp_path / "breast.png")!r}, return_tensors="pt"))
+print(json.dumps(output.pooler_output[0].tolist()))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    environment.pop("PYTHONPATH", None)
+    # an editable install would make the package importable: block it, as on a machine that lacks it
+    blocker = "import sys; sys.modules['modeling_mammodino'] = None; sys.meta_path = " \
+              "[f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", blocker + program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    here = MammoDinoModel.from_pretrained(run / "encoder")
+    inputs = MammoDinoImageProcessor.from_pretrained(run / "encoder")(tmp_path / "breast.png", return_tensors="pt")
+    expected = here(**inputs).pooler_output[0]
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_export_is_the_teacher_with_card_recipe_and_figure(run):
+    names = {path.name for path in (run / "encoder").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml",
+            "pretraining.png"} <= names  # fmt: skip
+    card = (run / "encoder" / "README.md").read_text()
+    assert "Research use only" in card and "84 images of 24 volumes" in card and "license: apache-2.0" in card
+    teacher, exported = (
+        load_file(run / "checkpoint-20" / "teacher.safetensors"),
+        load_file(run / "encoder" / "model.safetensors"),
+    )
+    assert all(torch.equal(teacher[f"backbone.{key}"], value) for key, value in exported.items())
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
+    for arguments, message in (
+        (["demo", "--corpus", str(tmp_path), "--output_dir", str(tmp_path)], "not a corpus"),
+        (["nowhere", "--corpus", "c", "--output_dir", "o"], "shipped recipes"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+
+
+def test_signs_of_collapse_have_known_values():
+    uniform, peaked = torch.full((8, 16), 1 / 16), torch.eye(16)
+    assert target_statistics(uniform) == pytest.approx({"target_entropy": 1, "prototype_entropy": 1})
+    assert target_statistics(peaked) == pytest.approx({"target_entropy": 0, "prototype_entropy": 1}, abs=1e-6)
+    assert target_statistics(peaked[:1].repeat(8, 1))["prototype_entropy"] == pytest.approx(0, abs=1e-6)
+    assert feature_rank(torch.eye(6)) == pytest.approx(6, rel=1e-3)
+    assert feature_rank(torch.ones(6, 4)) == pytest.approx(1, rel=1e-3)
