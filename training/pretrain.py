@@ -109,9 +109,9 @@ def train(recipe: Recipe) -> Path:
     while step < run.max_steps:
         now = {name: float(values[step]) for name, values in schedules.items()}
         set_learning_rates(optimizer, now)
-        seed_step(run.seed, step, accelerator.process_index)
-        for _ in range(run.gradient_accumulation_steps):
+        for forward in range(run.gradient_accumulation_steps):
             batch = next(batches)
+            seed_forward(run.seed, step, forward, accelerator.process_index)
             with accelerator.accumulate(wrapped):
                 with accelerator.autocast():
                     losses, signs = compute_losses(
@@ -167,12 +167,12 @@ class StepSampler:
 
 
 def load_batches(views: PretrainingViews, recipe: Recipe, first_step: int, accelerator: Accelerator) -> Iterator[Batch]:
+    cv2.setNumThreads(1)  # crops are small, and a worker forked while OpenCV holds threads can hang
     loader = DataLoader(
         views,
         batch_sampler=StepSampler(recipe, first_step, accelerator.process_index, accelerator.num_processes),
         num_workers=recipe.run.dataloader_num_workers,
         collate_fn=collate,
-        worker_init_fn=lambda _: cv2.setNumThreads(1),
         pin_memory=accelerator.device.type == "cuda",
     )
     for batch in loader:
@@ -197,10 +197,10 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, now: dict[str, float]) 
         group["weight_decay"] = now["weight_decay"] * group["wd_multiplier"]
 
 
-def seed_step(seed: int, step: int, process_index: int) -> None:
-    """Stochastic depth is the only randomness in the networks: made a function of seed, step and process, so that a
-    resumed run draws what the uninterrupted one does."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, process_index]).generate_state(1, np.uint64)[0] >> 1))
+def seed_forward(*numbers: int) -> None:
+    """Stochastic depth is the only randomness in the networks: made a function of seed, step, forward and process, so
+    that a resumed run draws what the uninterrupted one does."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 def tissue_shares(batch: Batch) -> dict[str, float]:
