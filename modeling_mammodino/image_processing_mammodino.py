@@ -83,6 +83,9 @@ class MammoDinoImageProcessor(PilBackend):
     do_zero_background = RenderSettings.do_zero_background
     bit_depth = RenderSettings.bit_depth
 
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        return super().__call__(images, *args, **kwargs)
+
     @property
     def render_settings(self) -> RenderSettings:
         return _render_settings(vars(self))

@@ -183,7 +183,7 @@ class MammoDinoForImageClassification(MammoDinoPreTrainedModel):
 
     def __init__(self, config: MammoDinoConfig):
         super().__init__(config)
-        self.num_labels = int(config.num_labels)
+        self.num_labels: int = config.num_labels or 0
         self.dinov2_with_registers = MammoDinoModel(config)
         self.classifier = nn.Linear(2 * config.hidden_size, self.num_labels)
         self.post_init()

@@ -106,16 +106,16 @@ def report(results: dict[str, Any], commands: list[tuple[str, float]], seed: int
     lines = [
         "# MammoDINO demo: phantom results",
         "",
-        "**These are results on simulated breasts. They say whether the chain works and what moves at this size, nothing "
-        "about patients. Research use only.**",
+        "**These are results on simulated breasts. They say whether the chain works and what moves at this size, "
+        "nothing about patients. Research use only.**",
         "",
         f"Frozen features of a small encoder, judged on {any_task['test_patients']} held-out phantom patients "
         f"({any_task['test_images']} files: a DBT volume and a mammogram each); probes learned on "
-        f"{any_task['learning_images']} files of the pretraining patients. One seed ({seed}). AUC (macro over classes, one "
-        f"against the rest) with 95 % intervals from {results['num_resamples']} bootstrap resamples of patients.",
+        f"{any_task['learning_images']} files of the pretraining patients. One seed ({seed}). AUC (macro over classes, "
+        f"one against the rest) with 95 % intervals from {results['num_resamples']} bootstrap resamples of patients.",
         "",
         f"- *{UNTRAINED}*: the same architecture, random weights.",
-        f"- *{PLAIN_NAME}*: random crops and masks, no slice loss; {PLAIN_STEPS} steps for {STEPS}, which is equal compute.",
+        f"- *{PLAIN_NAME}*: random crops and masks, no slice loss; {PLAIN_STEPS} steps to our {STEPS}: equal compute.",
         f"- *{OURS_NAME}*: tissue-aware crops and masks, adjacent-slice loss.",
         "",
         format_results(results),
