@@ -5,6 +5,7 @@ by an editor would turn the chest wall away from its side.
 """
 
 import io
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def _check_opaque(alpha: np.ndarray, name: str) -> None:
 
 
 def _check_grey(channels: np.ndarray, name: str) -> None:
-    spread = np.ptp(channels.astype(np.float32), axis=0)  # (H, W)
+    # plane by plane: a reduction along the short, strided channel axis is ten times slower
+    spread = reduce(np.maximum, channels) - reduce(np.minimum, channels)  # (H, W), same dtype
     if channels.dtype in (np.uint8, np.uint16):
         scale = float(np.iinfo(channels.dtype).max)
     else:

@@ -1,0 +1,112 @@
+"""Scores against oracles, patients as the unit, and probes that find what is there and not what is not."""
+
+import json
+
+import numpy as np
+import pandas
+import pytest
+
+from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
+from training.evaluation.metrics import auc, bootstrap_auc, bootstrap_resamples
+from training.probe import Features, format_results, judge, main, split_patients
+
+
+def test_auc_counts_ordered_pairs():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(0, 2, 60), rng.normal(size=60).round(1)
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
+    assert auc(labels, np.stack((-scores, scores), axis=1)) == pytest.approx(np.mean(pairs))
+
+
+def test_auc_of_many_classes_is_the_mean_of_one_against_the_rest():
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.integers(0, 3, 90), rng.dirichlet((1, 1, 1), 90)
+    each = [
+        auc((labels == c).astype(int), np.stack((1 - probabilities[:, c], probabilities[:, c]), 1)) for c in range(3)
+    ]
+    assert auc(labels, probabilities) == pytest.approx(np.mean(each))
+    assert np.isnan(auc(np.zeros(5, int), np.ones((5, 2)) / 2))
+
+
+def test_a_resample_takes_patients_whole():
+    patients = np.array(["a", "a", "b", "c", "c", "c"])
+    for rows in bootstrap_resamples(patients, 50, seed=0):
+        counts = np.bincount(rows, minlength=6)
+        assert counts[0] == counts[1] and counts[3] == counts[4] == counts[5]
+        assert counts[0] + counts[2] + counts[3] == 3
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """Two normal scores at distance 1 have AUC Phi(1 / sqrt 2) = 0.760; 95 % intervals should nearly always hold it."""
+    rng, held = np.random.default_rng(0), 0
+    for repeat in range(60):
+        labels = np.repeat([0, 1], 60)
+        scores = rng.normal(size=120) + labels
+        probabilities = {"m": np.stack((-scores, scores), 1)}
+        (interval, _) = bootstrap_auc(labels, probabilities, np.arange(120), 200, seed=repeat)[0]["m"], None
+        held += interval.low <= 0.760 <= interval.high
+    assert 52 <= held <= 60
+
+
+def made_up_features(informative: bool, seed: int, patients: int = 120) -> Features:
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 2, patients)
+    table = pandas.DataFrame({"patient": [f"p{seed}-{n}" for n in range(patients)], "cancer": label})
+    noise = rng.normal(size=(patients, 8))
+    return Features(table, {"good": noise + informative * 1.5 * label[:, None], "noise": noise})
+
+
+def test_a_probe_finds_what_is_there_and_nothing_else():
+    result = judge(made_up_features(True, 0), made_up_features(True, 1), "cancer", 200, seed=0)
+    for head in ("knn", "logistic"):
+        value, low, high = result[head]["auc"]["good"]
+        assert low <= value <= high and value > 0.95
+        assert result[head]["auc"]["noise"][1] < 0.5 < result[head]["auc"]["noise"][2]
+        assert result[head]["difference"]["good - noise"][1] > 0.2
+    assert result["test_patients"] == 120 and result["classes"] == ["0", "1"]
+
+
+def test_a_split_keeps_patients_apart():
+    features = made_up_features(True, 0)
+    table = pandas.concat([features.table] * 2, ignore_index=True)  # two images a patient
+    doubled = Features(table, {name: np.concatenate([rows] * 2) for name, rows in features.by_model.items()})
+    learn, test = split_patients(doubled, "cancer", 0.4, seed=0)
+    assert not set(learn.table["patient"]) & set(test.table["patient"])
+    assert 0.3 < len(test.table) / len(table) < 0.6 and len(learn.by_model["good"]) == len(learn.table)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    config = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
+    MammoDinoModel(MammoDinoConfig(**config)).save_pretrained(folder)
+    MammoDinoImageProcessor(size={"height": 128, "width": 96}, patch_size=16).save_pretrained(folder)
+    return folder
+
+
+def test_the_command_judges_files(model_folder, phantom_archive, tmp_path, capsys):
+    """Twelve patients are too few to judge by; the chain, the table and the left-out file are what is tested."""
+    table = pandas.read_csv(phantom_archive / "labels.csv")
+    extra = {"file": "missing.png", "patient": "nobody", "lesion": 1}
+    labels = phantom_archive / "with_missing.csv"
+    pandas.concat([table, pandas.DataFrame([extra])]).to_csv(labels, index=False)
+    (phantom_archive / "missing.png").write_bytes(b"")
+    main(["--models", f"tiny={model_folder}", "--labels", str(labels), "--tasks", "lesion", "--num_resamples", "20",
+          "--output", str(tmp_path / "probe.json")])  # fmt: skip
+    results = json.loads((tmp_path / "probe.json").read_text())
+    lesion = results["tasks"]["lesion"]
+    assert lesion["learning_images"] + lesion["test_images"] == 24
+    assert set(lesion["knn"]["auc"]) == {"untrained", "tiny"}
+    assert format_results(results) in capsys.readouterr().out
+
+
+def test_bad_tables_are_refused_by_name(model_folder, phantom_archive, tmp_path):
+    common = ["--models", str(model_folder), "--labels", str(phantom_archive / "labels.csv"), "--output", "x.json"]
+    with pytest.raises(SystemExit, match="no column age"):
+        main([*common, "--tasks", "age"])
+    with pytest.raises(SystemExit, match="patients are in both tables"):
+        main([*common, "--tasks", "lesion", "--test_labels", str(phantom_archive / "labels.csv")])
+    one_class = made_up_features(True, 0)
+    one_class.table["cancer"] = 1
+    with pytest.raises(ValueError, match="task cancer"):
+        judge(one_class, one_class, "cancer", 10, 0)
