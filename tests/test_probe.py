@@ -39,13 +39,13 @@ def test_a_resample_takes_patients_whole():
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     """Two normal scores at distance 1 have AUC Phi(1 / sqrt 2) = 0.760; 95 % intervals should nearly always hold it."""
     rng, held = np.random.default_rng(0), 0
-    for repeat in range(60):
-        labels = np.repeat([0, 1], 60)
-        scores = rng.normal(size=120) + labels
+    for repeat in range(40):
+        labels = np.repeat([0, 1], 40)
+        scores = rng.normal(size=80) + labels
         probabilities = {"m": np.stack((-scores, scores), 1)}
-        (interval, _) = bootstrap_auc(labels, probabilities, np.arange(120), 200, seed=repeat)[0]["m"], None
+        interval = bootstrap_auc(labels, probabilities, np.arange(80), 150, seed=repeat)[0]["m"]
         held += interval.low <= 0.760 <= interval.high
-    assert 52 <= held <= 60
+    assert 34 <= held <= 40
 
 
 def made_up_features(informative: bool, seed: int, patients: int = 120) -> Features:
@@ -61,7 +61,7 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
     for head in ("knn", "logistic"):
         value, low, high = result[head]["auc"]["good"]
         assert low <= value <= high and value > 0.95
-        assert result[head]["auc"]["noise"][1] < 0.5 < result[head]["auc"]["noise"][2]
+        assert 0.35 < result[head]["auc"]["noise"][0] < 0.65
         assert result[head]["difference"]["good - noise"][1] > 0.2
     assert result["test_patients"] == 120 and result["classes"] == ["0", "1"]
 

@@ -128,11 +128,12 @@ def train(recipe: Recipe) -> Path:
         step += 1
 
         if monitor.step(step):
-            values = {f"loss_{name}": float(value) for name, value in losses.items()} | {"loss": float(total)}
+            values = {f"loss_{name}": float(value.detach()) for name, value in losses.items()}
+            values["loss"] = float(total.detach())
             stop_if_not_finite(values, batch, step, run.output_dir)
             monitor.log(step, values | signs | now | tissue_shares(batch))
         if step % run.save_steps == 0 or step == run.max_steps:
-            stop_if_not_finite({"loss": float(total)}, batch, step, run.output_dir)
+            stop_if_not_finite({"loss": float(total.detach())}, batch, step, run.output_dir)
             if accelerator.is_main_process:
                 checkpoints.save_checkpoint(Path(run.output_dir), step, modules, optimizer, recipe)
             accelerator.wait_for_everyone()

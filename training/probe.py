@@ -133,7 +133,7 @@ def judge(learn: Features, test: Features, task: str, num_resamples: int, seed: 
     folds = list(GroupKFold(4).split(y, y, patients))
     heads = {
         "knn": lambda: make_pipeline(
-            StandardScaler(), KNeighborsClassifier(NUM_NEIGHBOURS, metric="cosine", weights="distance")
+            StandardScaler(), KNeighborsClassifier(min(NUM_NEIGHBOURS, len(y)), metric="cosine", weights="distance")
         ),
         "logistic": lambda: make_pipeline(
             StandardScaler(),
