@@ -223,3 +223,14 @@ def test_signs_of_collapse_have_known_values():
     assert target_statistics(peaked[:1].repeat(8, 1))["prototype_entropy"] == pytest.approx(0, abs=1e-6)
     assert feature_rank(torch.eye(6)) == pytest.approx(6, rel=1e-3)
     assert feature_rank(torch.ones(6, 4)) == pytest.approx(1, rel=1e-3)
+
+
+def test_two_processes_are_one_run(phantom_corpus, tmp_path):
+    """torchrun on the CPU: one log, one checkpoint, and both halves of each batch trained on."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "training.pretrain", "demo", "--corpus", str(phantom_corpus), "--output_dir",
+               str(tmp_path), *TINY, "--max_steps", "2", "--per_device_train_batch_size", "4"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line["step"] for line in log(tmp_path)] == [1, 2]
+    assert done.stdout.count("encoder:") == 1 and [each.name for each in list_checkpoints(tmp_path)] == ["checkpoint-2"]

@@ -79,7 +79,9 @@ def train(recipe: Recipe) -> Path:
     """Runs or resumes a recipe; returns the folder of the exported encoder."""
     run = recipe.run
     accelerator = Accelerator(
-        gradient_accumulation_steps=run.gradient_accumulation_steps, mixed_precision="bf16" if run.bf16 else "no"
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        mixed_precision="bf16" if run.bf16 else "no",
+        cpu=not torch.accelerator.is_available(),  # said aloud: else torchrun's processes each run alone on a CPU
     )
     corpus = Corpus(run.corpus)
     global_batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
