@@ -101,12 +101,6 @@ class MammoDinoImageProcessor(PilBackend):
         for mammogram, plan in _planned_slices(source, settings, {**options, "hash_key": hash_key}):
             yield mammogram, render(mammogram.pixels, plan, settings, fit, upscale)
 
-    def standardize(self, picture: np.ndarray) -> np.ndarray:
-        """A rendered picture (H, W), uint8 or uint16, as the float32 values that the encoder takes."""
-        return (
-            standardize(picture, self.image_mean[0], self.image_std[0]) if self.do_normalize else standardize(picture)
-        )
-
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
         _render_settings(kwargs)  # refuses values out of range
         size, patch_size = kwargs["size"], kwargs["patch_size"]
@@ -171,9 +165,11 @@ def _planned_slices(
         yield Mammogram.from_picture(source, plane, options["hash_key"]), plan_rendering([plane], settings, name)
         return
     num_slices = count_slices(source)
-    samples = [each.pixels for each in iter_slices(source, indices=_spread(num_slices, PLAN_SLICES), **options)]
-    plan = plan_rendering(samples, settings, name)
-    for each in iter_slices(source, indices=_spread(num_slices, slices_per_volume or num_slices), **options):
+    sampled, wanted = _spread(num_slices, PLAN_SLICES), _spread(num_slices, slices_per_volume or num_slices)
+    samples = list(iter_slices(source, indices=sampled, **options))
+    plan = plan_rendering([each.pixels for each in samples], settings, name)
+    # a 2D image, or a short volume, is decoded once
+    for each in samples if wanted == sampled else iter_slices(source, indices=wanted, **options):
         yield each, plan
 
 

@@ -28,10 +28,9 @@ OURS_NAME, PLAIN_NAME = "MammoDINO", "plain DINOv2"
 
 
 class Chain:
-    """Runs commands one after another in `root`, timed; stops with the command's own words where one fails."""
+    """Runs commands one after another, timed; stops with the command's own words where one fails."""
 
-    def __init__(self, output: Path):
-        self.output = output
+    def __init__(self) -> None:
         self.done: list[tuple[str, float]] = []
 
     def run(self, *arguments: str | Path) -> None:
@@ -53,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     output, python = options.output, sys.executable
     output.mkdir(parents=True, exist_ok=True)
-    chain = Chain(output)
+    chain = Chain()
 
     phantom = [python, "-m", "dataset_scripts.phantom", "--seed", options.seed, "--num_proc", os.cpu_count() or 1]
     chain.run(*phantom, "--output", output / "train", "--num_patients", NUM_PRETRAINING_PATIENTS)

@@ -11,12 +11,13 @@ import cv2
 import matplotlib
 import numpy as np
 
+from dataset_scripts.corpus_reader import TISSUE_CELL_PX
 from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
 from modeling_mammodino.tissue import patch_tissue
 
 from .recipe import Recipe, load_recipe
 from .views.crops import TissueTable, cut, tissue_aware_crop
-from .views.masks import block_mask
+from .views.masks import block_mask, maskable_patches
 from .views.slices import sample_neighbour
 
 matplotlib.use("Agg")
@@ -32,7 +33,9 @@ class Sheet:
     def __init__(self, picture: np.ndarray, tissue: np.ndarray, recipe: Recipe, seed: int):
         self.picture, self.tissue, self.recipe = picture, tissue, recipe
         height, width = picture.shape
-        self.table = TissueTable(patch_tissue(tissue, (-(-height // 4), -(-width // 4))), (height, width))
+        self.table = TissueTable(
+            patch_tissue(tissue, (-(-height // TISSUE_CELL_PX), -(-width // TISSUE_CELL_PX))), (height, width)
+        )
         self.rng = np.random.default_rng(seed)
 
     def crops(self, count: int, kind: str, aware: bool) -> list[tuple[np.ndarray, float]]:
@@ -69,8 +72,7 @@ class Sheet:
         size = self.recipe.views.global_crop_size
         grid = (size // self.recipe.model.patch_size,) * 2
         tissue = self.table.grid(box, grid)
-        allowed = tissue > 0 if aware and (tissue > 0).any() else np.ones(grid, bool)
-        mask = block_mask(self.rng, self.recipe.views.mask_ratio[1], allowed)
+        mask = block_mask(self.rng, self.recipe.views.mask_ratio[1], maskable_patches(tissue, aware))
         shown = np.repeat(cut(self.picture, box, size)[..., None], 3, axis=2).astype(float)
         shown = shown * (255 / max(1, np.iinfo(self.picture.dtype).max))
         large = cv2.resize(mask.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST).astype(bool)

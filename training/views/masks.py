@@ -21,6 +21,13 @@ def stratified_mask_ratios(
     return rng.permutation(ratios)
 
 
+def maskable_patches(tissue: np.ndarray, tissue_aware: bool) -> np.ndarray:
+    """(h, w) bool, the patches that a mask may cover, of breast fractions (h, w): those with breast, where masks keep
+    to it and there is any; else all."""
+    breast = tissue > 0
+    return breast if tissue_aware and breast.any() else np.ones_like(breast)
+
+
 def block_mask(rng: np.random.Generator, ratio: float, allowed: np.ndarray, max_ratio: float = 0.5) -> np.ndarray:
     """Rectangular blocks, added until `ratio` of the allowed patches is masked; never outside `allowed`.
 

@@ -9,7 +9,7 @@ import torch
 
 from ..recipe import ViewsRecipe
 from .crops import Crop, TissueTable, cut, tissue_aware_crop
-from .masks import block_mask, stratified_mask_ratios
+from .masks import block_mask, maskable_patches, stratified_mask_ratios
 from .slices import sample_neighbour
 
 NUM_GLOBAL_CROPS = 2
@@ -90,7 +90,7 @@ class PretrainingViews(torch.utils.data.Dataset):
         globals_ = [self.view(rng, picture, number) for number in range(NUM_GLOBAL_CROPS)]
         locals_ = [self.view(rng, picture, NUM_GLOBAL_CROPS) for _ in range(recipe.num_local_crops)]
         masks = [
-            block_mask(rng, ratio, self.maskable(view["tissue"]))
+            block_mask(rng, ratio, maskable_patches(view["tissue"], recipe.tissue_aware_masks))
             for view, ratio in zip(globals_, self.mask_ratios(index), strict=True)
         ]
         return {
@@ -107,11 +107,6 @@ class PretrainingViews(torch.utils.data.Dataset):
             "boxes": np.stack([view["crop"].box for view in globals_ + locals_]),
             "slice_pair": self.slice_pair(rng, rows, position, picture),
         }
-
-    def maskable(self, tissue: np.ndarray) -> np.ndarray:
-        """Patches that may be masked: breast, where the recipe keeps masks to it and there is any."""
-        breast = tissue > 0
-        return breast if self.recipe.tissue_aware_masks and breast.any() else np.ones_like(breast)
 
     def view(self, rng: np.random.Generator, picture: Picture, number: int) -> dict[str, Any]:
         """Crop `number` (0, 1: global; 2: local) with its photometric changes: pixels (S, S) float32, standardised,
