@@ -3,7 +3,7 @@
 Importing the package registers its classes with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 # imported from its module: the top-level name is a dummy on transformers 5.17 without torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -11,23 +11,26 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from .configuration_mammodino import MammoDinoConfig
 from .errors import ImageRefused
 from .image_processing_mammodino import MammoDinoImageProcessor
-from .modeling_mammodino import MammoDinoForImageClassification, MammoDinoModel, pool_tokens
+from .modeling_mammodino import MammoDinoBackbone, MammoDinoForImageClassification, MammoDinoModel, pool_tokens
 
 __version__ = "0.1.0"
 
 AutoConfig.register("mammodino", MammoDinoConfig, exist_ok=True)
 AutoModel.register(MammoDinoConfig, MammoDinoModel, exist_ok=True)
+AutoBackbone.register(MammoDinoConfig, MammoDinoBackbone, exist_ok=True)
 AutoModelForImageClassification.register(MammoDinoConfig, MammoDinoForImageClassification, exist_ok=True)
 AutoImageProcessor.register(MammoDinoConfig, image_processor_classes={"pil": MammoDinoImageProcessor}, exist_ok=True)
 
 # save_pretrained then copies the source beside the weights, so that the folder opens where this package is missing
 MammoDinoConfig.register_for_auto_class()
 MammoDinoModel.register_for_auto_class("AutoModel")
+MammoDinoBackbone.register_for_auto_class("AutoBackbone")
 MammoDinoForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 MammoDinoImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
     "ImageRefused",
+    "MammoDinoBackbone",
     "MammoDinoConfig",
     "MammoDinoForImageClassification",
     "MammoDinoImageProcessor",

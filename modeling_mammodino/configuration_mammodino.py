@@ -1,11 +1,12 @@
 """Configuration of the MammoDINO vision transformer."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 
 @strict
-class MammoDinoConfig(PreTrainedConfig):
+class MammoDinoConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`MammoDinoModel`]. The fields are those of `Dinov2WithRegistersConfig`, so that one checkpoint
     serves both, with the defaults of a ViT-B/14 for one grey channel.
@@ -29,8 +30,15 @@ class MammoDinoConfig(PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth in training, on a random subset of the batch.
         use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU instead of the MLP.
         num_register_tokens (`int`, defaults to 4): Register tokens R.
+        interpolate_antialias (`bool`, defaults to `True`), interpolate_offset (`float`, defaults to 0.0): How stored
+            position embeddings reach other sizes, in the words of facebookresearch/dinov2. The defaults are those of
+            its register variants and of `Dinov2WithRegistersModel`; its plain variants use `False` and 0.1.
         tissue_threshold (`float`, defaults to 0.0): With `tissue_mask`, a patch whose breast fraction is at most this
             is background: it is dropped before the first block.
+        out_features (`list[str]`), out_indices (`list[int]`): Stages that a backbone returns, of `"stem"`,
+            `"stage1"`, ...; the last by default.
+        apply_layernorm (`bool`, defaults to `True`): Final LayerNorm on a backbone's feature maps.
+        reshape_hidden_states (`bool`, defaults to `True`): A backbone's feature maps are (B, D, h, w).
     """
 
     model_type = "mammodino"
@@ -52,15 +60,26 @@ class MammoDinoConfig(PreTrainedConfig):
     drop_path_rate: float | int = 0.0
     use_swiglu_ffn: bool = False
     num_register_tokens: int = 4
+    interpolate_antialias: bool = True
+    interpolate_offset: float | int = 0.0
     tissue_threshold: float | int = 0.0
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
 
     def __post_init__(self, **kwargs):
+        self.stage_names = ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
         # One folder serves every Auto class through remote code; save_pretrained alone would list only one.
         kwargs.setdefault(
             "auto_map",
             {
                 "AutoConfig": "configuration_mammodino.MammoDinoConfig",
                 "AutoModel": "modeling_mammodino.MammoDinoModel",
+                "AutoBackbone": "modeling_mammodino.MammoDinoBackbone",
                 "AutoModelForImageClassification": "modeling_mammodino.MammoDinoForImageClassification",
             },
         )

@@ -6,6 +6,7 @@ names of the native classes change between transformers versions.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -55,16 +56,22 @@ class MammoDinoEmbeddings(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches + 1, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.interpolate_antialias = config.interpolate_antialias
+        self.interpolate_offset = config.interpolate_offset
 
     def interpolate_position_embeddings(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings (1, 1 + h*w, D) for a patch grid (h, w): bicubic in float32, antialiased, as the
-        register variants of DINOv2 do."""
+        """Position embeddings (1, 1 + h*w, D) for a patch grid (h, w): bicubic in float32, as `config` says
+        (facebookresearch/dinov2, dinov2/models/vision_transformer.py, interpolate_pos_encoding)."""
         if grid == self.stored_grid:
             return self.position_embeddings
         cls_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
         patch_positions = patch_positions.reshape(1, *self.stored_grid, -1).permute(0, 3, 1, 2)
+        target: dict = {"size": grid}
+        if self.interpolate_offset:  # the sampled points then differ from those of size=
+            ratios = zip(grid, self.stored_grid, strict=True)
+            target = {"scale_factor": tuple((wanted + self.interpolate_offset) / stored for wanted, stored in ratios)}
         patch_positions = nn.functional.interpolate(
-            patch_positions.float(), size=grid, mode="bicubic", align_corners=False, antialias=True
+            patch_positions.float(), mode="bicubic", antialias=self.interpolate_antialias, **target
         ).to(patch_positions.dtype)
         return torch.cat((cls_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
@@ -112,25 +119,32 @@ class MammoDinoSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        lengths: list[int] | None = None,
+        **kwargs,
+    ):
+        """hidden_states (B, T, D); with `lengths`, (1, T, D), images packed in one row that must not see each other."""
         batch_size, length, _ = hidden_states.shape
-
-        def split_heads(states: torch.Tensor) -> torch.Tensor:
-            return states.view(batch_size, length, -1, self.head_size).transpose(1, 2)
-
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        context, weights = attention(
+        implementation = self.config._attn_implementation
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attention = partial(
+            interface,
             self,
-            split_heads(self.query(hidden_states)),
-            split_heads(self.key(hidden_states)),
-            split_heads(self.value(hidden_states)),
-            attention_mask,
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             **kwargs,
         )
+        projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))
+        heads = [states.view(batch_size, length, -1, self.head_size).transpose(1, 2) for states in projections]
+        if lengths is None:
+            context, weights = attention(*heads, attention_mask=attention_mask)
+        else:
+            images = zip(*(states.split(lengths, dim=2) for states in heads), strict=True)
+            contexts = [attention(*image, attention_mask=None)[0] for image in images]
+            context, weights = torch.cat(contexts, dim=1) if len(contexts) > 1 else contexts[0], None
         return context.reshape(batch_size, length, -1), weights
 
 
@@ -205,20 +219,21 @@ class MammoDinoLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         def attend(states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
             mask = attention_mask if attention_mask is None else attention_mask[rows]
-            return self.layer_scale1(self.attention(self.norm1(states), mask, **kwargs))
+            return self.attention(self.norm1(states), mask, **kwargs)
 
         def mix(states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
-            return self.layer_scale2(self.mlp(self.norm2(states)))
+            return self.mlp(self.norm2(states))
 
-        return self.add_residual(self.add_residual(hidden_states, attend), mix)
+        hidden_states = self.add_residual(hidden_states, attend, self.layer_scale1)
+        return self.add_residual(hidden_states, mix, self.layer_scale2)
 
-    def add_residual(self, states: torch.Tensor, branch: Callable) -> torch.Tensor:
+    def add_residual(self, states: torch.Tensor, branch: Callable, scale: MammoDinoLayerScale) -> torch.Tensor:
         if not self.training or self.drop_path_rate == 0:
-            return states + branch(states, slice(None))
+            return torch.addcmul(states, branch(states, slice(None)), scale.lambda1)  # scaled and added in one pass
         batch_size = states.shape[0]
         kept = max(int(batch_size * (1 - self.drop_path_rate)), 1)
         rows = torch.randperm(batch_size, device=states.device)[:kept]
-        update = branch(states[rows], rows).to(states.dtype)
+        update = scale(branch(states[rows], rows)).to(states.dtype)
         return torch.index_add(states, 0, rows, update, alpha=batch_size / kept)
 
 

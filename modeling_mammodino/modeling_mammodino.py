@@ -1,11 +1,15 @@
 """The MammoDINO encoder: a ViT with registers in which background costs nothing."""
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -17,6 +21,7 @@ from .layers_mammodino import (
     MammoDinoLayerScale,
     MammoDinoSelfAttention,
 )
+from .tissue_tokens import TissueTokens, select_tokens
 
 
 class MammoDinoPreTrainedModel(PreTrainedModel):
@@ -46,45 +51,6 @@ class MammoDinoPreTrainedModel(PreTrainedModel):
             init.zeros_(module.mask_token)
         elif isinstance(module, MammoDinoLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
-
-
-class TissueTokens(NamedTuple):
-    """Which tokens of a dense sequence of length S = 1 + R + N are encoded, padded to the longest of the batch.
-
-    positions (B, T) int64: place of each kept token in the dense sequence; valid (B, T) bool: False where padded.
-    """
-
-    positions: torch.Tensor
-    valid: torch.Tensor
-
-    @classmethod
-    def select(cls, tissue_mask: torch.Tensor, threshold: float, num_prefix_tokens: int) -> "TissueTokens | None":
-        """The class token, the registers and the patches with more breast than `threshold`; None to keep all.
-
-        tissue_mask: (B, h, w) or (B, N), breast fraction of each patch or bool.
-        """
-        patches = tissue_mask.flatten(1) > threshold  # (B, N)
-        keep = nn.functional.pad(patches, (num_prefix_tokens, 0), value=True)  # (B, S)
-        lengths = keep.sum(dim=1)
-        longest = int(lengths.max())
-        if int(lengths.min()) == keep.shape[1]:
-            return None
-        positions = torch.argsort(keep.int(), dim=1, descending=True, stable=True)[:, :longest]
-        return cls(positions, torch.arange(longest, device=keep.device) < lengths[:, None])
-
-    def gather(self, dense: torch.Tensor) -> torch.Tensor:  # (B, S, D) -> (B, T, D)
-        return dense.gather(1, self.positions.unsqueeze(-1).expand(-1, -1, dense.shape[-1]))
-
-    def scatter(self, tokens: torch.Tensor, length: int) -> torch.Tensor:  # (B, T, D) -> (B, S, D), dropped rows zero
-        dense = tokens.new_zeros(tokens.shape[0], length, tokens.shape[-1])
-        tokens = tokens * self.valid.unsqueeze(-1)
-        return dense.scatter(1, self.positions.unsqueeze(-1).expand_as(tokens), tokens)
-
-    def attention_mask(self, dtype: torch.dtype) -> torch.Tensor | None:  # (B, 1, 1, T), added to the scores
-        if bool(self.valid.all()):
-            return None
-        bias = torch.zeros(self.valid.shape, dtype=dtype, device=self.valid.device)
-        return bias.masked_fill(~self.valid, torch.finfo(dtype).min)[:, None, None, :]
 
 
 class MammoDinoEncoder(MammoDinoPreTrainedModel):
@@ -132,50 +98,111 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
 
         Returns:
             `last_hidden_state` (B, 1 + R + N, D), the rows of dropped patches zero; `pooler_output` (B, D), the class
-            token. `hidden_states` on request have the dense shape; `attentions` cover the kept tokens only.
+            token. `hidden_states` on request have the dense shape; `attentions` (eager attention only) cover the kept
+            tokens, padded to the longest image.
         """
-        embeddings = self.embeddings(pixel_values, bool_masked_pos)  # (B, S, D)
-        length = embeddings.shape[1]
-        kept, attention_mask = None, None
-        if tissue_mask is not None:
-            num_prefix_tokens = 1 + self.config.num_register_tokens
-            if tissue_mask[0].numel() != length - num_prefix_tokens:
-                raise ValueError(
-                    f"tissue_mask has {tissue_mask[0].numel()} patches an image, pixel_values have "
-                    f"{length - num_prefix_tokens}; use one image processor with patch_size={self.config.patch_size}."
-                )
-            kept = TissueTokens.select(tissue_mask, self.config.tissue_threshold, num_prefix_tokens)
-        if kept is not None:
-            embeddings, attention_mask = kept.gather(embeddings), kept.attention_mask(embeddings.dtype)
-
-        encoded: BaseModelOutput = self.encoder(embeddings, attention_mask=attention_mask, **kwargs)
-        sequence, hidden_states = self.layernorm(encoded.last_hidden_state), encoded.hidden_states
-        if kept is not None:
-            sequence = kept.scatter(sequence, length)
-            if hidden_states is not None:
-                hidden_states = tuple(kept.scatter(states, length) for states in hidden_states)
+        encoded, kept = self.encode(pixel_values, bool_masked_pos, tissue_mask, **kwargs)
+        sequence = restore(self.layernorm(encoded.last_hidden_state), kept)  # (B, S, D)
         return BaseModelOutputWithPooling(
             last_hidden_state=sequence,
             pooler_output=sequence[:, 0],
-            hidden_states=hidden_states,
+            hidden_states=restore_all(encoded.hidden_states, kept),
             attentions=encoded.attentions,
         )
 
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None,
+        tissue_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[BaseModelOutput, TissueTokens | None]:
+        """The blocks' outputs, of the kept tokens alone where a selection is returned beside."""
+        embeddings = self.embeddings(pixel_values, bool_masked_pos)  # (B, S, D)
+        if tissue_mask is None:
+            return self.encoder(embeddings, **kwargs), None
+        config, num_prefix_tokens = self.config, 1 + self.config.num_register_tokens
+        num_patches = embeddings.shape[1] - num_prefix_tokens
+        if len(tissue_mask) != len(embeddings):
+            raise ValueError(f"tissue_mask is for {len(tissue_mask)} images, pixel_values for {len(embeddings)}.")
+        if tissue_mask[0].numel() != num_patches:
+            raise ValueError(
+                f"tissue_mask has {tissue_mask[0].numel()} patches an image, pixel_values have {num_patches}; "
+                f"use one image processor with patch_size={config.patch_size}."
+            )
+        draws_images = self.training and config.drop_path_rate > 0  # stochastic depth
+        shows_attentions = config._attn_implementation == "eager"
+        pack = not (draws_images or shows_attentions or torch.compiler.is_compiling())
+        kept = select_tokens(tissue_mask, config.tissue_threshold, num_prefix_tokens, pack)
+        if kept is None:
+            return self.encoder(embeddings, **kwargs), None
+        return self.encoder(kept.gather(embeddings), **kept.attention_arguments(embeddings.dtype), **kwargs), kept
+
+
+def restore(tokens: torch.Tensor, kept: TissueTokens | None) -> torch.Tensor:
+    """Kept tokens back in the dense shape (B, S, D), where some were dropped."""
+    return tokens if kept is None else kept.scatter(tokens)
+
+
+def restore_all(recorded: tuple | None, kept: TissueTokens | None) -> tuple | None:
+    """The same for recorded hidden states, of which a user may have asked for a few: the others are None."""
+    return recorded and tuple(states if states is None else restore(states, kept) for states in recorded)
+
 
 def pool_tokens(
-    last_hidden_state: torch.Tensor, num_register_tokens: int, tissue_mask: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor,
+    num_register_tokens: int,
+    tissue_mask: torch.Tensor | None = None,
+    tissue_threshold: float = 0.0,
 ) -> torch.Tensor:
     """The class token beside the mean of the patch tokens, weighted by tissue where a mask is given.
 
-    last_hidden_state (B, 1 + R + N, D) -> (B, 2 * D). An image without any tissue gets the plain mean.
+    last_hidden_state (B, 1 + R + N, D) -> (B, 2 * D). Patches that the encoder dropped have no weight; an image without
+    any tissue gets the plain mean.
     """
     cls_token, patches = last_hidden_state[:, 0], last_hidden_state[:, 1 + num_register_tokens :]
     if tissue_mask is None:
         return torch.cat((cls_token, patches.mean(dim=1)), dim=1)
     weights = tissue_mask.flatten(1).to(patches.dtype)  # (B, N)
+    weights = weights * (weights > tissue_threshold)
     weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))
     weights = weights / weights.sum(dim=1, keepdim=True)
     return torch.cat((cls_token, torch.einsum("bn,bnd->bd", weights, patches)), dim=1)
+
+
+class MammoDinoBackbone(BackboneMixin, MammoDinoModel):
+    """The encoder as a backbone of transformers' detection and segmentation heads: one feature map a chosen stage.
+
+    Choose stages by `out_features` (`"stem"`, `"stage1"`, ...) or `out_indices`. Maps of dropped patches are zero.
+    """
+
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(  # type: ignore[override]
+        self, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None = None, **kwargs
+    ) -> BackboneOutput:
+        """`pixel_values` (B, C, H, W), `tissue_mask` (B, h, w). Returns `feature_maps`, each (B, D, h, w), or
+        (B, 1 + R + N, D) with `config.reshape_hidden_states=False`."""
+        encoded, kept = self.encode(pixel_values, None, tissue_mask, **kwargs)
+        patch_height, patch_width = self.embeddings.patch_embeddings.patch_size
+        grid = (pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width)
+        feature_maps = []
+        for stage, states in zip(self.stage_names, encoded.hidden_states or (), strict=True):
+            if stage not in self.out_features:
+                continue
+            states = restore(self.layernorm(states) if self.config.apply_layernorm else states, kept)  # (B, S, D)
+            if self.config.reshape_hidden_states:
+                states = states[:, 1 + self.config.num_register_tokens :].transpose(1, 2).unflatten(2, grid)
+            feature_maps.append(states.contiguous())
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]
+            hidden_states=restore_all(encoded.hidden_states, kept),
+            attentions=encoded.attentions,
+        )
 
 
 class MammoDinoForImageClassification(MammoDinoPreTrainedModel):
@@ -199,7 +226,9 @@ class MammoDinoForImageClassification(MammoDinoPreTrainedModel):
         """`pixel_values` (B, C, H, W), `tissue_mask` (B, h, w), `labels` (B,) int64, or (B, num_labels) float for
         multi-label problems. Returns `logits` (B, num_labels) and, with labels, `loss`."""
         outputs = self.dinov2_with_registers(pixel_values, tissue_mask=tissue_mask, **kwargs)
-        features = pool_tokens(outputs.last_hidden_state, self.config.num_register_tokens, tissue_mask)
+        features = pool_tokens(
+            outputs.last_hidden_state, self.config.num_register_tokens, tissue_mask, self.config.tissue_threshold
+        )
         logits = self.classifier(features)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(
@@ -207,4 +236,10 @@ class MammoDinoForImageClassification(MammoDinoPreTrainedModel):
         )
 
 
-__all__ = ["MammoDinoForImageClassification", "MammoDinoModel", "MammoDinoPreTrainedModel", "pool_tokens"]
+__all__ = [
+    "MammoDinoBackbone",
+    "MammoDinoForImageClassification",
+    "MammoDinoModel",
+    "MammoDinoPreTrainedModel",
+    "pool_tokens",
+]

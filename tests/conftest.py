@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_mammodino import MammoDinoConfig, MammoDinoModel
+
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -33,6 +35,25 @@ def draw_breast(height: int = 300, width: int = 200, seed: int = 0, side: str = 
     picture = np.where(breast, 1800 + 4000 * texture, 20 + 5 * rng.normal(size=(height, width)))
     picture = np.clip(picture, 0, 4095).astype(np.uint16)
     return picture if side == "left" else np.ascontiguousarray(picture[:, ::-1])
+
+
+TINY_ENCODER = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "patch_size": 14,
+    "image_size": 112,
+    "num_register_tokens": 3,
+    "layerscale_value": 1.0,
+}
+
+
+def random_encoder(**changes) -> MammoDinoModel:
+    torch.manual_seed(0)
+    model = MammoDinoModel(MammoDinoConfig(**{**TINY_ENCODER, **changes})).eval()
+    for parameter in model.parameters():  # tokens and biases away from their zero initial values
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -1,61 +1,54 @@
-"""The encoder: equal to transformers' own on the same weights, and background really costs nothing."""
+"""The encoder: equal to transformers' own on the same weights, and a backbone and classifier as its heads expect."""
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForImageClassification, Dinov2WithRegistersConfig
+from conftest import TINY_ENCODER, random_encoder
+from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, Dinov2WithRegistersConfig
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersBackbone,
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
 )
 
-from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoModel, pool_tokens
+from modeling_mammodino import MammoDinoBackbone, MammoDinoConfig, MammoDinoForImageClassification, MammoDinoModel
 
-TINY = {
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "patch_size": 14,
-    "image_size": 112,
-    "num_register_tokens": 3,
-    "layerscale_value": 1.0,
-}
+SIZES = ((224, 224), (518, 518), (896, 448))
 
 
-def random_model(**changes) -> MammoDinoModel:
-    torch.manual_seed(0)
-    model = MammoDinoModel(MammoDinoConfig(**{**TINY, **changes})).eval()
-    for parameter in model.parameters():  # tokens and biases away from their zero initial values
-        torch.nn.init.normal_(parameter, std=0.05)
-    return model
+def assert_same(ours: torch.nn.Module, theirs: torch.nn.Module, height: int, width: int) -> None:
+    pixels = torch.randn(2, 1, height, width)
+    masked = torch.rand(2, height // 14 * (width // 14)) < 0.3
+    with torch.inference_mode():
+        for arguments in ({}, {"bool_masked_pos": masked}):
+            one, other = ours(pixels, **arguments), theirs(pixels, **arguments)
+            torch.testing.assert_close(one.last_hidden_state, other.last_hidden_state, rtol=0, atol=1e-5)
+            torch.testing.assert_close(one.pooler_output, other.pooler_output, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
-def test_equals_dinov2_with_registers_on_the_same_file(tmp_path, swiglu):
-    model = random_model(use_swiglu_ffn=swiglu)
+def test_dinov2_with_registers_opens_ours(tmp_path, swiglu):
+    model = random_encoder(use_swiglu_ffn=swiglu, image_size=518)
     model.save_pretrained(tmp_path)
     native = Dinov2WithRegistersModel.from_pretrained(tmp_path).eval()
-    for height, width in ((112, 112), (224, 224), (126, 70)):
-        pixels = torch.randn(2, 1, height, width)
-        masked = torch.rand(2, height // 14 * (width // 14)) < 0.3
-        for arguments in ({}, {"bool_masked_pos": masked}):
-            ours, theirs = model(pixels, **arguments), native(pixels, **arguments)
-            torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, rtol=0, atol=1e-5)
-            torch.testing.assert_close(ours.pooler_output, theirs.pooler_output, rtol=0, atol=1e-5)
+    for height, width in SIZES:
+        assert_same(model, native, height, width)
 
 
 def test_opens_what_dinov2_with_registers_wrote(tmp_path):
     torch.manual_seed(1)
-    native = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY, num_channels=1)).eval()
+    native = Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(**{**TINY_ENCODER, "image_size": 518}, num_channels=1)
+    ).eval()
     native.save_pretrained(tmp_path)
     model, report = MammoDinoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    pixels = torch.randn(1, 1, 112, 112)
-    torch.testing.assert_close(model(pixels).pooler_output, native(pixels).pooler_output, rtol=0, atol=1e-5)
+    for height, width in SIZES:
+        assert_same(model, native, height, width)
 
 
 def test_classification_checkpoint_opens_natively(tmp_path):
     torch.manual_seed(2)
-    model = MammoDinoForImageClassification(MammoDinoConfig(**TINY, num_labels=4)).eval()
+    model = MammoDinoForImageClassification(MammoDinoConfig(**TINY_ENCODER, num_labels=4)).eval()
     model.save_pretrained(tmp_path)
     native = Dinov2WithRegistersForImageClassification.from_pretrained(tmp_path).eval()
     pixels = torch.randn(2, 1, 112, 112)
@@ -63,7 +56,7 @@ def test_classification_checkpoint_opens_natively(tmp_path):
 
 
 def test_save_and_load_keep_the_features(tmp_path):
-    model = random_model()
+    model = random_encoder()
     model.save_pretrained(tmp_path)
     pixels = torch.randn(2, 1, 140, 112)
     again = AutoModel.from_pretrained(tmp_path)
@@ -74,79 +67,27 @@ def test_save_and_load_keep_the_features(tmp_path):
     torch.testing.assert_close(encoder(pixels).pooler_output, model(pixels).pooler_output, rtol=0, atol=0)
 
 
-def dense_with_background_ignored(model, pixels, kept):
-    """Oracle: encode every patch, but let no attention see background keys. kept (B, N) bool."""
-    prefix = torch.ones(len(kept), 1 + model.config.num_register_tokens, dtype=torch.bool)
-    keys = torch.cat((prefix, kept), dim=1)
-    bias = torch.zeros(keys.shape).masked_fill(~keys, -torch.inf)[:, None, None, :]
-    hidden = model.encoder(model.embeddings(pixels), attention_mask=bias).last_hidden_state
-    return model.layernorm(hidden) * keys[..., None]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_tissue_tokens_equal_a_dense_encoder_that_ignores_background(attention):
-    model = random_model()
-    model.set_attn_implementation(attention)
-    pixels, tissue = torch.randn(4, 1, 112, 112), torch.rand(4, 8, 8) - 0.5
-    tissue[1] = tissue[1].abs() + 0.1  # all breast
-    tissue[2] = 0  # none
-    tissue = tissue.clamp(0, 1)
-    result = model(pixels, tissue_mask=tissue).last_hidden_state
-    expected = dense_with_background_ignored(model, pixels, tissue.flatten(1) > 0)
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
-    for row in range(4):  # a batch of unequal masks equals its images one by one
-        alone = model(pixels[row : row + 1], tissue_mask=tissue[row : row + 1]).last_hidden_state
-        torch.testing.assert_close(alone[0], result[row], rtol=0, atol=1e-5)
-
-
-def test_a_mask_of_ones_changes_nothing():
-    model, pixels = random_model(), torch.randn(2, 1, 112, 112)
-    torch.testing.assert_close(
-        model(pixels, tissue_mask=torch.ones(2, 8, 8)).last_hidden_state,
-        model(pixels).last_hidden_state,
-        rtol=0,
-        atol=0,
-    )
-
-
-def test_dropped_patches_are_never_encoded():
-    model, lengths = random_model(), []
-    model.encoder.layer[0].register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
-    tissue = torch.zeros(1, 8, 8)
-    tissue[0, :2, :3] = 0.4
-    output = model(torch.randn(1, 1, 112, 112), tissue_mask=tissue, output_hidden_states=True)
-    assert lengths == [1 + 3 + 6]
-    assert output.last_hidden_state.shape == (1, 1 + 3 + 64, 48)
-    assert all(states.shape == (1, 1 + 3 + 64, 48) for states in output.hidden_states)
-
-
 def test_wrong_shapes_are_refused_with_the_remedy():
-    model = random_model()
+    model = random_encoder()
     with pytest.raises(ValueError, match="MammoDinoImageProcessor"):
         model(torch.randn(1, 3, 112, 112))
-    with pytest.raises(ValueError, match="tissue_mask has 49 patches"):
-        model(torch.randn(1, 1, 112, 112), tissue_mask=torch.ones(1, 7, 7))
     with pytest.raises(Exception, match="must divide"):
         MammoDinoConfig(hidden_size=50, num_attention_heads=4)
 
 
-def test_pooling_weighs_patches_by_tissue():
-    states, tissue = torch.randn(2, 1 + 3 + 4, 5), torch.tensor([[[1.0, 0.5], [0, 0]], [[0.0, 0], [0, 0]]])
-    pooled = pool_tokens(states, 3, tissue)
-    torch.testing.assert_close(pooled[:, :5], states[:, 0])
-    torch.testing.assert_close(pooled[0, 5:], (states[0, 4] + 0.5 * states[0, 5]) / 1.5)
-    torch.testing.assert_close(pooled[1, 5:], states[1, 4:].mean(0))  # no tissue: the plain mean
-
-
 def test_stochastic_depth_keeps_the_expectation():
     torch.manual_seed(0)
-    model = random_model(drop_path_rate=0.5, num_hidden_layers=1)
+    model = random_encoder(drop_path_rate=0.5, num_hidden_layers=1)
     layer, states = model.encoder.layer[0], torch.randn(8, 5, 48)
     expected = layer(states) - states  # eval: nothing is dropped
     layer.train()
     with torch.no_grad():
+        layer.layer_scale1.lambda1.fill_(1.0)
         updates = torch.stack(
-            [layer.add_residual(states, lambda x, rows: torch.ones_like(x)) - states for _ in range(400)]
+            [
+                layer.add_residual(states, lambda x, rows: torch.ones_like(x), layer.layer_scale1) - states
+                for _ in range(400)
+            ]
         )
     dropped = (updates == 0).all(dim=(2, 3))
     assert (dropped.sum(dim=1) == 4).all()  # half of the batch, every time
@@ -155,7 +96,7 @@ def test_stochastic_depth_keeps_the_expectation():
 
 def test_a_classifier_learns():
     torch.manual_seed(0)
-    model = MammoDinoForImageClassification(MammoDinoConfig(**TINY, num_labels=2))
+    model = MammoDinoForImageClassification(MammoDinoConfig(**TINY_ENCODER, num_labels=2))
     pixels, labels = torch.randn(8, 1, 56, 56), torch.tensor([0, 1] * 4)
     pixels[labels == 1] += 0.5
     tissue = torch.ones(8, 4, 4)
@@ -168,3 +109,52 @@ def test_a_classifier_learns():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_backbone_returns_the_stages_asked_for(tmp_path):
+    model = random_encoder()
+    model.save_pretrained(tmp_path)
+    backbone = MammoDinoBackbone.from_pretrained(tmp_path, out_features=["stage1", "stage3"]).eval()
+    native = Dinov2WithRegistersBackbone.from_pretrained(tmp_path, out_features=["stage1", "stage3"]).eval()
+    pixels = torch.randn(2, 1, 112, 84)
+    ours, theirs = backbone(pixels), native(pixels)
+    assert backbone.channels == [48, 48] and ours.hidden_states is None
+    assert [tuple(each.shape) for each in ours.feature_maps] == [(2, 48, 8, 6)] * 2
+    for one, other in zip(ours.feature_maps, theirs.feature_maps, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    last = model(pixels).last_hidden_state[:, 1 + 3 :].transpose(1, 2).unflatten(2, (8, 6))
+    torch.testing.assert_close(ours.feature_maps[-1], last, rtol=0, atol=0)
+
+
+def test_a_backbone_is_saved_with_its_stages(tmp_path):
+    backbone = MammoDinoBackbone(
+        MammoDinoConfig(**TINY_ENCODER, out_indices=[0, 2], reshape_hidden_states=False)
+    ).eval()
+    backbone.save_pretrained(tmp_path)
+    again = AutoBackbone.from_config(MammoDinoConfig.from_pretrained(tmp_path))
+    assert isinstance(again, MammoDinoBackbone) and again.out_features == ["stem", "stage2"]
+    maps = MammoDinoBackbone.from_pretrained(tmp_path)(torch.randn(1, 1, 56, 56)).feature_maps
+    assert [tuple(each.shape) for each in maps] == [(1, 1 + 3 + 16, 48)] * 2
+
+
+def test_position_embeddings_follow_the_plain_reference():
+    """Oracle: facebookresearch/dinov2's formula for its plain variants, `scale_factor=(n + 0.1) / M`, written out."""
+    model = random_encoder(interpolate_antialias=False, interpolate_offset=0.1)
+    stored = model.embeddings.position_embeddings[0, 1:].reshape(8, 8, 48)
+    ours = model.embeddings.interpolate_position_embeddings((5, 11))[0, 1:].reshape(5, 11, 48)
+    for row, column in ((0, 0), (2, 7), (4, 10)):
+        y, x = ((place + 0.5) * 8 / (size + 0.1) - 0.5 for place, size in ((row, 5), (column, 11)))
+        expected = sum(
+            cubic(y - j) * cubic(x - i) * stored[min(max(j, 0), 7), min(max(i, 0), 7)]
+            for j in range(int(y // 1) - 1, int(y // 1) + 3)
+            for i in range(int(x // 1) - 1, int(x // 1) + 3)
+        )
+        torch.testing.assert_close(ours[row, column], expected, rtol=0, atol=1e-5)
+
+
+def cubic(distance: float, a: float = -0.75) -> float:
+    """Keys' cubic convolution kernel with torch's a."""
+    t = abs(distance)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
