@@ -172,8 +172,9 @@ class MammoDinoLayerScale(nn.Module):
         super().__init__()
         self.lambda1 = nn.Parameter(config.layerscale_value * torch.ones(config.hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states * self.lambda1
+    def forward(self, update: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The scaled update, added to the residual in the same pass where one is given."""
+        return update * self.lambda1 if residual is None else torch.addcmul(residual, update, self.lambda1)
 
 
 class MammoDinoMLP(nn.Module):
@@ -229,7 +230,7 @@ class MammoDinoLayer(GradientCheckpointingLayer):
 
     def add_residual(self, states: torch.Tensor, branch: Callable, scale: MammoDinoLayerScale) -> torch.Tensor:
         if not self.training or self.drop_path_rate == 0:
-            return torch.addcmul(states, branch(states, slice(None)), scale.lambda1)  # scaled and added in one pass
+            return scale(branch(states, slice(None)), residual=states)
         batch_size = states.shape[0]
         kept = max(int(batch_size * (1 - self.drop_path_rate)), 1)
         rows = torch.randperm(batch_size, device=states.device)[:kept]

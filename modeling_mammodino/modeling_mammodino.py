@@ -123,8 +123,9 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
             return self.encoder(embeddings, **kwargs), None
         config, num_prefix_tokens = self.config, 1 + self.config.num_register_tokens
         num_patches = embeddings.shape[1] - num_prefix_tokens
-        if len(tissue_mask) != len(embeddings):
-            raise ValueError(f"tissue_mask is for {len(tissue_mask)} images, pixel_values for {len(embeddings)}.")
+        num_images = embeddings.shape[0]  # not len(), which would fix the batch of an exported graph
+        if tissue_mask.shape[0] != num_images:
+            raise ValueError(f"tissue_mask is for {tissue_mask.shape[0]} images, pixel_values for {num_images}.")
         if tissue_mask[0].numel() != num_patches:
             raise ValueError(
                 f"tissue_mask has {tissue_mask[0].numel()} patches an image, pixel_values have {num_patches}; "
