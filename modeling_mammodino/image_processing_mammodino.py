@@ -6,33 +6,67 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+from huggingface_hub.dataclasses import validate_typed_dict
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
 from .dicom import Mammogram, count_slices, is_dicom, iter_slices
 from .errors import ImageRefused
-from .pictures import read_picture, to_grey_plane
-from .rendering import Rendered, RenderPlan, RenderSettings, place_on_canvas, plan_rendering, render, standardize
+from .pictures import GreyPicture, read_picture, to_grey_plane
+from .rendering import (
+    Rendered,
+    RenderPlan,
+    RenderSettings,
+    Thumbnail,
+    make_thumbnail,
+    place_on_canvas,
+    plan_rendering,
+    render,
+    standardize,
+)
 from .tissue import patch_tissue
 
 # a volume's plan is made from this many slices, evenly spaced through it
 PLAN_SLICES = 5
 
+# transformers' settings that have one value here: what is allowed beside None, and why
+FIXED_SETTINGS: dict[str, tuple[Any, str]] = {
+    "do_resize": (True, "the breast is always fitted into `size`"),
+    "resample": (None, "area average to shrink, bilinear to enlarge"),
+    "do_rescale": (True, "pixels are always scaled to 0..1 before image_mean and image_std"),
+    "rescale_factor": (1 / 255, "pixels are scaled to 0..1, whatever their `bit_depth`"),
+    "do_convert_rgb": (False, "there is one grey channel"),
+    "do_center_crop": (False, "see do_crop_to_breast"),
+    "crop_size": (None, "see do_crop_to_breast"),
+    "do_pad": (True, "the picture always stands on a canvas of `size`"),
+    "pad_size": (None, "the canvas is `size`"),
+    "data_format": ("channels_first", "pixel_values are (B, 1, H, W)"),
+    "input_data_format": (None, "channels are found by the shape"),
+    "device": ("cpu", "images are prepared on the CPU; move the batch with .to(device)"),
+    "disable_grouping": (None, "images are prepared one by one"),
+    "image_seq_length": (None, "there is no text"),
+}
+# what a saved processor says beside its settings
+DESCRIPTIONS = ("image_processor_type", "auto_map", "processor_class", "feature_extractor_type")
+
 
 class MammoDinoImageProcessorKwargs(ImagesKwargs, total=False):
     """Settings beside transformers' own; each is documented in `RenderSettings` or in the processor."""
 
+    # as in transformers, and whole numbers too, as JSON has them
+    image_mean: float | int | list[float | int] | tuple[float | int, ...] | None  # type: ignore[misc]
+    image_std: float | int | list[float | int] | tuple[float | int, ...] | None  # type: ignore[misc]
     do_modality_lut: bool
     do_voi_lut: bool
     do_invert_monochrome1: bool
     do_intensity_normalize: bool
-    intensity_percentiles: tuple[float, float] | list[float]
+    intensity_percentiles: tuple[float | int, float | int] | list[float | int]
     chest_wall_side: str
     do_crop_to_breast: bool
-    crop_margin_fraction: float
+    crop_margin_fraction: float | int
     do_clahe: bool
-    clahe_clip_limit: float
+    clahe_clip_limit: float | int
     clahe_grid: int
     do_zero_background: bool
     bit_depth: int
@@ -44,10 +78,15 @@ class MammoDinoImageProcessor(PilBackend):
     r"""
     Prepares mammograms and DBT slices. Research use only.
 
-    Takes a DICOM path or data set, a PNG / JPEG / PGM path, an array or tensor (2-D, or 3-D with one or three equal
-    channels; 8-bit, 10-16-bit or float), a PIL image, or a list of these. A multi-frame DICOM given alone yields its
-    slices in order. Returns `pixel_values` (B, 1, H, W) float32 and `tissue_mask` (B, h, w) float32, the breast
-    fraction of each patch. Raises `ImageRefused`, naming the image, for what is not a mammogram.
+    Takes a DICOM path or data set, a PNG / JPEG / PGM / TIFF / BMP path, an array or tensor (2-D, or 3-D with one or
+    three equal channels; 8-bit, 10-16-bit or float), a PIL image, or a list or 4-D batch of these. A multi-frame DICOM
+    given alone yields its slices in order. Returns `pixel_values` (B, 1, H, W) float32 and `tissue_mask` (B, h, w)
+    float32, the breast fraction of each patch. Raises `ImageRefused`, naming the image, for what is not a mammogram.
+
+    Every setting may be given for one call, too; None leaves it as it is. A setting of transformers that has no meaning
+    here (`FIXED_SETTINGS`) is refused by name, with the reason.
+
+    A pipeline cuts a 16-bit path to 8 bits; give it `fetch_images(path)` instead.
 
     Args:
         size (`dict`): The canvas, `{"height": H, "width": W}` in pixels; the breast is fitted into it at its aspect.
@@ -65,6 +104,8 @@ class MammoDinoImageProcessor(PilBackend):
     patch_size = 14
     slices_per_volume = 0
     do_resize = True
+    do_rescale = True
+    rescale_factor = None  # type: ignore[assignment]
     do_normalize = True
     # mean and standard deviation inside the breast, over the rendered real DBT slices we had; our choice
     image_mean = [0.5]
@@ -83,8 +124,44 @@ class MammoDinoImageProcessor(PilBackend):
     do_zero_background = RenderSettings.do_zero_background
     bit_depth = RenderSettings.bit_depth
 
-    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        return super().__call__(images, *args, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        if unknown := set(kwargs) - set(self.valid_kwargs.__annotations__) - set(DESCRIPTIONS):
+            raise TypeError(f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}")
+        super().__init__(**kwargs)
+        settings = {name: getattr(self, name) for name in self._valid_kwargs_names}
+        chosen = {name: value for name, value in kwargs.items() if name in settings and value is not None}
+        validate_typed_dict(self.valid_kwargs, chosen)  # type: ignore[type-var]
+        self._validate_preprocess_kwargs(**settings)
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        return self.preprocess(images, **kwargs)
+
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        for name in ("image_mean", "image_std"):
+            if isinstance(kwargs.get(name), (int, float)):
+                kwargs[name] = (kwargs[name],)
+        return super()._standardize_kwargs(**kwargs)
+
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        return super().preprocess(images, **{key: value for key, value in kwargs.items() if value is not None})
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Opens paths and DICOM data sets at their full depth, as this processor would: for transformers' pipelines.
+
+        A path, or a list of them, gives a `GreyPicture`, or a list; of a multi-frame DICOM, the list of its slices,
+        which then are images of their own: only the processor itself gives the slices of a volume one common crop and
+        window. Images pass unchanged, as in transformers. The argument has the name that transformers gave it.
+        """
+        source = image_url_or_urls
+        if isinstance(source, (list, tuple)):
+            return [self.fetch_images(each) for each in source]
+        if _is_dicom_source(source):
+            num_slices = count_slices(source)
+            wanted = _spread(num_slices, self.slices_per_volume or num_slices)
+            slices = iter_slices(source, indices=wanted, **_read_options(vars(self)))
+            pictures = [GreyPicture.of(each.pixels) for each in slices]
+            return pictures if num_slices > 1 else pictures[0]
+        return GreyPicture.of(read_picture(source)) if _is_path(source) else source
 
     @property
     def render_settings(self) -> RenderSettings:
@@ -98,29 +175,41 @@ class MammoDinoImageProcessor(PilBackend):
         One plan serves the whole volume, so that its slices stay aligned. `fit` is (height, width) in pixels.
         """
         settings, options = self.render_settings, _read_options(vars(self))
-        for mammogram, plan in _planned_slices(source, settings, {**options, "hash_key": hash_key}):
-            yield mammogram, render(mammogram.pixels, plan, settings, fit, upscale)
+        for mammogram, small, plan in _planned_slices(source, settings, {**options, "hash_key": hash_key}):
+            yield mammogram, render(mammogram.pixels, small.breast, plan, settings, fit, upscale)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
         _render_settings(kwargs)  # refuses values out of range
+        for name, (value, reason) in FIXED_SETTINGS.items():
+            given = kwargs[name]
+            if given is not None and str(getattr(given, "value", given)) != str(value):
+                raise ValueError(
+                    f"{name}={given!r}: MammoDinoImageProcessor has no such option, {reason}; leave it out"
+                )
         size, patch_size = kwargs["size"], kwargs["patch_size"]
-        if not (size.height and size.width) or size.height % patch_size or size.width % patch_size:
+        if patch_size < 1 or not all(
+            side and side > 0 and side % patch_size == 0 for side in (size.height, size.width)
+        ):
             raise ValueError(
                 f"size={dict(size)}: needs 'height' and 'width', both multiples of patch_size={patch_size}"
             )
+        if kwargs["slices_per_volume"] < 0:
+            raise ValueError(f"slices_per_volume={kwargs['slices_per_volume']}: must be 0 (all slices) or more")
+        _mean_and_std(kwargs)
 
-    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+    def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         settings, options = _render_settings(kwargs), _read_options(kwargs)
         canvas = (kwargs["size"].height, kwargs["size"].width)
         grid = (canvas[0] // kwargs["patch_size"], canvas[1] // kwargs["patch_size"])
-        statistics = (kwargs["image_mean"][0], kwargs["image_std"][0]) if kwargs["do_normalize"] else ()
+        mean, std = _mean_and_std(kwargs)
         pixel_values, tissue_mask = [], []
-        for plane, plan in _planes(images, settings, options, kwargs["slices_per_volume"]):
-            rendered = place_on_canvas(render(plane, plan, settings, canvas), canvas, settings.chest_wall_side)
-            pixel_values.append(standardize(rendered.picture, *statistics)[None])
+        for plane, small, plan in _planes(images, settings, options, kwargs["slices_per_volume"]):
+            rendered = render(plane, small.breast, plan, settings, canvas)
+            rendered = place_on_canvas(rendered, canvas, settings.chest_wall_side)
+            pixel_values.append(standardize(rendered.picture, mean, std)[None])
             tissue_mask.append(patch_tissue(rendered.tissue, grid))
         data = {"pixel_values": np.stack(pixel_values), "tissue_mask": np.stack(tissue_mask)}
-        return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
+        return BatchFeature(data, tensor_type=kwargs["return_tensors"])
 
 
 def _render_settings(values: Mapping[str, Any]) -> RenderSettings:
@@ -138,39 +227,71 @@ def _read_options(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _mean_and_std(values: Mapping[str, Any]) -> tuple[float, float]:
+    """Of the one channel; 0 and 1 leave pixels as they are."""
+    if not values["do_normalize"]:
+        return 0.0, 1.0
+    mean, std = values["image_mean"], values["image_std"]
+    if len(mean) != 1 or len(std) != 1 or not np.isfinite(mean[0]) or not 0 < std[0] < np.inf:
+        raise ValueError(
+            f"image_mean={mean}, image_std={std}: give one number each, for the one grey channel, image_std above 0"
+        )
+    return float(mean[0]), float(std[0])
+
+
 def _planes(
     images: Any, settings: RenderSettings, options: dict, slices_per_volume: int
-) -> Iterator[tuple[np.ndarray, RenderPlan]]:
-    """Each image of a call as a grey plane (H, W) with its plan."""
-    is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-    items = list(images) if is_batch else [images]
+) -> Iterator[tuple[np.ndarray, Thumbnail, RenderPlan]]:
+    """Each image of a call as a grey plane (H, W) with its thumbnail and plan."""
+    items = list(_flat(images))
+    if not items:
+        raise ImageRefused("images: an empty list; give at least one image")
     for position, item in enumerate(items):
+        name = _name(item, position)
         if _is_dicom_source(item):
             if len(items) > 1 and count_slices(item) > 1:
-                raise ImageRefused(f"{_name(item, position)}: a volume among other images; give volumes one at a time")
-            for mammogram, plan in _planned_slices(item, settings, options, slices_per_volume):
-                yield mammogram.pixels, plan
+                raise ImageRefused(f"{name}: a volume among other images; give volumes one at a time")
+            for mammogram, small, plan in _planned_slices(item, settings, options, slices_per_volume):
+                yield mammogram.pixels, small, plan
         else:
-            plane = read_picture(item) if _is_path(item) else to_grey_plane(item, _name(item, position))
-            yield plane, plan_rendering([plane], settings, _name(item, position))
+            plane = read_picture(item) if _is_path(item) else to_grey_plane(item, name)
+            small = make_thumbnail(plane)
+            yield plane, small, plan_rendering([small], settings, name)
 
 
 def _planned_slices(
     source: Any, settings: RenderSettings, options: dict, slices_per_volume: int = 0
-) -> Iterator[tuple[Mammogram, RenderPlan]]:
+) -> Iterator[tuple[Mammogram, Thumbnail, RenderPlan]]:
     """The slices of a source, or `slices_per_volume` of them, under the plan of its volume."""
     name = _name(source, 0)
     if not _is_dicom_source(source):
         plane = read_picture(source)
-        yield Mammogram.from_picture(source, plane, options["hash_key"]), plan_rendering([plane], settings, name)
+        small = make_thumbnail(plane)
+        picture = Mammogram.from_picture(source, plane, options["hash_key"])
+        yield picture, small, plan_rendering([small], settings, name)
         return
     num_slices = count_slices(source)
     sampled, wanted = _spread(num_slices, PLAN_SLICES), _spread(num_slices, slices_per_volume or num_slices)
-    samples = list(iter_slices(source, indices=sampled, **options))
-    plan = plan_rendering([each.pixels for each in samples], settings, name)
-    # a 2D image, or a short volume, is decoded once
-    for each in samples if wanted == sampled else iter_slices(source, indices=wanted, **options):
-        yield each, plan
+    samples = [(each, make_thumbnail(each.pixels)) for each in iter_slices(source, indices=sampled, **options)]
+    plan = plan_rendering([small for _, small in samples], settings, name)
+    if wanted == sampled:  # a 2D image, or a short volume, is decoded once
+        for each, small in samples:
+            yield each, small, plan
+        return
+    del samples
+    for each in iter_slices(source, indices=wanted, **options):
+        yield each, make_thumbnail(each.pixels), plan
+
+
+def _flat(images: Any) -> Iterator[Any]:
+    """The images of nested lists and of a 4-D batch, one by one."""
+    if isinstance(images, (list, tuple)):
+        for each in images:
+            yield from _flat(each)
+    elif getattr(images, "ndim", 0) == 4:
+        yield from images
+    else:
+        yield images
 
 
 def _spread(num_slices: int, count: int) -> list[int]:

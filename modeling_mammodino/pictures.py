@@ -22,10 +22,41 @@ except ImportError:  # transformers imports remote code before its packages are 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".bmp")
 MIN_SIDE_PX = 32
 GREY_TOLERANCE = 4 / 255  # largest difference between channels, of the full scale: what a JPEG's chroma leaves
+CLIPPED_REMEDY = (
+    "a picture of more bits was clipped on the way, as transformers' pipelines do with a path: "
+    "give the path to the image processor, or image_processor.fetch_images(path) to the pipeline"
+)
+
+
+class GreyPicture(Image.Image):
+    """A grey plane as the PIL image that a transformers pipeline takes, at its own depth: mode L, I;16 or F.
+
+    A pipeline calls `convert("RGB")` on every picture (transformers.image_utils.load_image), and Pillow then cuts what
+    is above 255. Here a picture of more than 8 bits answers with a grey copy of itself; all else is Pillow's, and
+    `numpy.asarray` gives the plane (H, W).
+    """
+
+    @classmethod
+    def of(cls, plane: np.ndarray) -> "GreyPicture":
+        """Of a plane (H, W) uint8, uint16 or float32."""
+        return cls._from(Image.fromarray(plane))
+
+    @classmethod
+    def _from(cls, picture: Image.Image) -> "GreyPicture":
+        picture.__class__ = cls  # Pillow offers no constructor that keeps the pixels
+        return picture  # type: ignore[return-value]
+
+    def copy(self) -> "GreyPicture":
+        return self._from(super().copy())
+
+    def convert(self, mode: str | None = None, *args: Any, **kwargs: Any) -> Image.Image:
+        return self.copy() if mode == "RGB" and self.mode != "L" else super().convert(mode, *args, **kwargs)
 
 
 def read_picture(path: str | Path) -> np.ndarray:
     """The grey plane (H, W) of a PNG, JPEG, PGM, TIFF or BMP file, as uint8, uint16 or (TIFF) float32."""
+    if str(path).startswith(("http://", "https://", "data:")):
+        raise ImageRefused(f"{str(path)[:80]}: not a file; download the image and give its path.")
     data = Path(path).read_bytes()
     if not data:
         raise ImageRefused(f"{path}: the file is empty; copy it again from its source.")
@@ -62,14 +93,23 @@ def to_grey_plane(image: Any, name: str = "image") -> np.ndarray:
             image = image.numpy()
         except TypeError:  # bfloat16 has no numpy counterpart
             image = image.float().numpy()
-    plane = _one_channel(np.asarray(image), name)
+    values = np.asarray(image)
+    if values.dtype.kind not in "buif":
+        raise ImageRefused(
+            f"{name}: {type(image).__name__} with values of type {values.dtype}; give a path, a PIL image, or an array "
+            "or tensor of integers or floats (the bytes of a file: save them, and give the path)."
+        )
+    if values.dtype.kind == "b":
+        values = values.astype(np.uint8) * np.uint8(255)
+    plane = _one_channel(values, name)
     H, W = plane.shape
     if min(H, W) < MIN_SIDE_PX:
         raise ImageRefused(f"{name}: {H} x {W} pixels, fewer than {MIN_SIDE_PX} on a side; give the full-size image.")
-    plane = _plain_dtype(plane, name)
-    finite = plane[np.isfinite(plane)] if plane.dtype.kind == "f" else plane
-    if finite.size == 0 or finite.min() == finite.max():
-        raise ImageRefused(f"{name}: every pixel has the same value; leave it out or export it again.")
+    plane = _plain_dtype(plane)
+    if not (_varies(plane[:: 1 + H // 64]) or _varies(plane)):  # some rows mostly spare the whole scan
+        clipped = plane.dtype == np.uint8 and plane.flat[0] == 255
+        remedy = CLIPPED_REMEDY if clipped else "leave it out or export it again."
+        raise ImageRefused(f"{name}: every pixel has the same value; {remedy}")
     return np.ascontiguousarray(plane)
 
 
@@ -97,8 +137,6 @@ def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
 
 
 def _one_channel(image: np.ndarray, name: str) -> np.ndarray:
-    if image.dtype.kind not in "buif":
-        raise ImageRefused(f"{name}: values of type {image.dtype}; give integers or floats.")
     if image.ndim == 2:
         return image
     if image.ndim == 3 and image.shape[-1] in (1, 3, 4):
@@ -107,9 +145,11 @@ def _one_channel(image: np.ndarray, name: str) -> np.ndarray:
         raise ImageRefused(f"{name}: shape {image.shape}; give one plane (H, W), (1, H, W) or (H, W, 1) at a time.")
     if len(image) == 4:
         _check_opaque(image[3], name)
-    if len(image) > 1:
-        _check_grey(image[:3], name)
-    return image[len(image) // 3]  # green of three or four, else the one plane
+    # plane by plane: passes over channels that lie interleaved are several times slower than one copy of each
+    channels = [np.ascontiguousarray(channel) for channel in image[:3]]
+    if len(channels) > 1 and not all(np.array_equal(channels[0], channel) for channel in channels[1:]):
+        _check_grey(channels, name)
+    return channels[len(channels) // 2]  # green, or the one plane
 
 
 def _check_opaque(alpha: np.ndarray, name: str) -> None:
@@ -117,13 +157,13 @@ def _check_opaque(alpha: np.ndarray, name: str) -> None:
         raise ImageRefused(f"{name}: partly transparent; flatten it and save it as a grey PNG.")
 
 
-def _check_grey(channels: np.ndarray, name: str) -> None:
-    # plane by plane: a reduction along the short, strided channel axis is ten times slower
+def _check_grey(channels: list[np.ndarray], name: str) -> None:
     spread = reduce(np.maximum, channels) - reduce(np.minimum, channels)  # (H, W), same dtype
-    if channels.dtype in (np.uint8, np.uint16):
-        scale = float(np.iinfo(channels.dtype).max)
+    if spread.dtype in (np.uint8, np.uint16):
+        scale = float(np.iinfo(spread.dtype).max)
     else:
-        finite = channels[np.isfinite(channels)]
+        values = np.stack(channels)
+        finite = values[np.isfinite(values)]
         scale = float(np.ptp(finite)) if finite.size else 0.0
     coloured = float(np.mean(spread > GREY_TOLERANCE * scale))
     if coloured > 0:
@@ -133,11 +173,14 @@ def _check_grey(channels: np.ndarray, name: str) -> None:
         )
 
 
-def _plain_dtype(plane: np.ndarray, name: str) -> np.ndarray:
-    if plane.dtype.kind == "b":
-        return plane.astype(np.uint8) * np.uint8(255)
-    if plane.dtype.kind == "f":
-        return plane.astype(np.float32)
-    if plane.dtype.itemsize == 1 and plane.dtype.kind == "u":
+def _varies(plane: np.ndarray) -> bool:
+    finite = plane[np.isfinite(plane)] if plane.dtype.kind == "f" else plane
+    return finite.size > 0 and bool(finite.min() != finite.max())
+
+
+def _plain_dtype(plane: np.ndarray) -> np.ndarray:
+    if plane.dtype in (np.uint8, np.uint16):
         return plane
+    if plane.dtype.kind == "f":
+        return plane.astype(np.float32, copy=False)
     return plane.astype(np.uint16 if plane.min() >= 0 and plane.max() <= 65535 else np.float32)

@@ -1,17 +1,17 @@
 """The breast mask on pictures whose truth is known, and on real slices where they lie beside the checkout."""
 
 import csv
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REAL_DATA
 
 cv2 = pytest.importorskip("cv2")
 
 from modeling_mammodino.tissue import breast_box, chest_wall_side, patch_tissue, segment_breast  # noqa: E402
 
 H, W = 600, 450
-REAL = Path(__file__).parents[2] / "shared" / "data"
+
 Y, X = np.mgrid[:H, :W].astype(np.float32)
 
 
@@ -217,13 +217,13 @@ def test_patch_tissue_keeps_the_area(grid: tuple[int, int]):
     assert np.allclose(tissue, exact, atol=1e-6)
 
 
-@pytest.mark.skipif(not (REAL / "bcs_dbt").is_dir(), reason="real slices are not beside this checkout")
+@pytest.mark.skipif(not (REAL_DATA / "bcs_dbt").is_dir(), reason="real slices are not beside this checkout")
 def test_real_tomosynthesis_slices():
-    with open(REAL / "bcs_dbt" / "slices.csv", newline="") as rows:
+    with open(REAL_DATA / "bcs_dbt" / "slices.csv", newline="") as rows:
         boxed = [row for row in csv.DictReader(rows) if row["X"]]
     assert len(boxed) == 51
     for row in boxed:
-        image = cv2.imread(str(REAL / "bcs_dbt" / "slices" / row["file"]), cv2.IMREAD_GRAYSCALE)
+        image = cv2.imread(str(REAL_DATA / "bcs_dbt" / "slices" / row["file"]), cv2.IMREAD_GRAYSCALE)
         mask, above_air = segment_breast(image), image > 8
         x, y, width, height = (int(float(row[name])) for name in ("X", "Y", "Width", "Height"))
         box = np.s_[y : y + height, x : x + width]
@@ -231,9 +231,9 @@ def test_real_tomosynthesis_slices():
         assert mask.sum() <= 1.1 * above_air.sum(), row["file"]
 
 
-@pytest.mark.skipif(not (REAL / "cdd_cesm").is_dir(), reason="real CESM images are not beside this checkout")
+@pytest.mark.skipif(not (REAL_DATA / "cdd_cesm").is_dir(), reason="real CESM images are not beside this checkout")
 def test_real_subtracted_images():
-    paths = sorted((REAL / "cdd_cesm" / "subtracted_512").rglob("*.png"))
+    paths = sorted((REAL_DATA / "cdd_cesm" / "subtracted_512").rglob("*.png"))
     assert paths
     for path in paths:
         image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)

@@ -1,0 +1,179 @@
+"""Settings of the image processor: each is honoured, survives a round trip, and ends with the call it was given for."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from conftest import draw_breast
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino.image_processing_mammodino import FIXED_SETTINGS
+
+SIZE = {"height": 84, "width": 56}
+SETTINGS = sorted(MammoDinoImageProcessor.valid_kwargs.__annotations__)
+# another value of each setting; one that is forgotten here fails by its name
+CHANGED = {
+    "bit_depth": 16,
+    "chest_wall_side": "right",
+    "clahe_clip_limit": 40,
+    "clahe_grid": 3,
+    "crop_margin_fraction": 0.2,
+    "default_to_square": False,
+    "do_clahe": False,
+    "do_crop_to_breast": False,
+    "do_intensity_normalize": False,
+    "do_invert_monochrome1": False,
+    "do_modality_lut": False,
+    "do_normalize": False,
+    "do_voi_lut": False,
+    "do_zero_background": False,
+    "image_mean": [0.3],
+    "image_std": [0.5],
+    "intensity_percentiles": [5.0, 95],
+    "patch_size": 7,
+    "return_tensors": "pt",
+    "size": {"height": 56, "width": 112},
+    "slices_per_volume": 2,
+}
+REFUSED = {
+    "crop_size": {"height": 56, "width": 56},
+    "data_format": "channels_last",
+    "device": "cuda",
+    "disable_grouping": True,
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_pad": False,
+    "do_rescale": False,
+    "do_resize": False,
+    "image_seq_length": 4,
+    "input_data_format": "channels_first",
+    "pad_size": {"height": 56, "width": 56},
+    "resample": 3,
+    "rescale_factor": 1.0,
+}
+ALLOWED = {  # what is done anyhow, in the words of transformers
+    "data_format": "channels_first",
+    "device": torch.device("cpu"),
+    "do_center_crop": False,
+    "do_convert_rgb": False,
+    "do_pad": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "rescale_factor": 1 / 255,
+}
+
+
+@pytest.fixture(scope="module")
+def volume(phantom_archive) -> Path:
+    return sorted(phantom_archive.rglob("*_dbt.dcm"))[0]
+
+
+@pytest.fixture(scope="module")
+def mammogram(phantom_archive) -> pydicom.Dataset:
+    """A DICOM in which each step of reading it counts: rescaled, windowed, and stored as MONOCHROME1."""
+    dataset = pydicom.dcmread(sorted(phantom_archive.rglob("*_2d.dcm"))[0])
+    dataset.PixelData = (4095 - dataset.pixel_array).astype(np.uint16).tobytes()
+    dataset.PhotometricInterpretation, dataset.PresentationLUTShape = "MONOCHROME1", "INVERSE"
+    dataset.RescaleSlope, dataset.RescaleIntercept = 2, -300
+    dataset.WindowCenter, dataset.WindowWidth = 6000, 4000
+    return dataset
+
+
+def picture(processor: MammoDinoImageProcessor, image, **settings) -> tuple:
+    try:
+        inputs = processor(image, **settings)
+    except ImageRefused as refusal:  # without its inversion the breast is darker than the air
+        return (str(refusal),)
+    values, tissue = inputs["pixel_values"], inputs["tissue_mask"]
+    return type(values), values.shape, tissue.shape, np.asarray(values).tobytes(), np.asarray(tissue).tobytes()
+
+
+@pytest.mark.parametrize("name", [each for each in SETTINGS if each not in FIXED_SETTINGS])
+def test_a_setting_counts_survives_and_does_not_stick(name, tmp_path, volume, mammogram):
+    change = {name: CHANGED[name]}
+    image = mammogram if name in ("do_invert_monochrome1", "do_modality_lut", "do_voi_lut") else draw_breast()
+    image = volume if name == "slices_per_volume" else image
+    plain, changed = MammoDinoImageProcessor(size=SIZE), MammoDinoImageProcessor(**{"size": SIZE, **change})
+    before, expected = picture(plain, image), picture(changed, image)
+    assert (before == expected) == (name == "default_to_square")  # which only says how one number becomes a size
+
+    assert picture(plain, image, **change) == expected
+    assert picture(plain, image) == before
+    changed.save_pretrained(tmp_path)
+    for again in (
+        AutoImageProcessor.from_pretrained(tmp_path),
+        MammoDinoImageProcessor.from_dict(changed.to_dict()),
+        MammoDinoImageProcessor.from_pretrained(tmp_path),
+    ):
+        assert json.loads(again.to_json_string()) == json.loads(changed.to_json_string())
+        assert np.array_equal(getattr(again, name), getattr(changed, name))
+        assert picture(again, image) == expected
+
+
+@pytest.mark.parametrize("name", FIXED_SETTINGS)
+def test_a_setting_without_meaning_here_is_refused_by_name(name, breast):
+    processor = MammoDinoImageProcessor(size=SIZE)
+    for refuse in (lambda **each: processor(breast, **each), MammoDinoImageProcessor):
+        with pytest.raises(ValueError, match=f"{name}=.*leave it out"):
+            refuse(**{name: REFUSED[name]})
+    if name in ALLOWED:
+        assert picture(processor, breast, **{name: ALLOWED[name]}) == picture(processor, breast)
+
+
+def test_none_leaves_every_setting_as_it_is(breast):
+    processor = MammoDinoImageProcessor(size=SIZE, do_clahe=False)
+    assert picture(processor, breast, **dict.fromkeys(SETTINGS)) == picture(processor, breast)
+
+
+@pytest.mark.parametrize("tensors, kind", [("np", np.ndarray), ("pt", torch.Tensor), (None, np.ndarray)])
+def test_return_tensors(breast, tensors, kind):
+    inputs = MammoDinoImageProcessor(size=SIZE)([breast] * 2, return_tensors=tensors)
+    assert set(inputs) == {"pixel_values", "tissue_mask"}
+    assert isinstance(inputs["pixel_values"], kind) and inputs["pixel_values"].shape == (2, 1, 84, 56)
+    assert isinstance(inputs["tissue_mask"], kind) and inputs["tissue_mask"].shape == (2, 6, 4)
+
+
+def test_one_number_is_a_square_canvas_and_a_mean(breast):
+    processor = MammoDinoImageProcessor(size=56, image_mean=0.4, image_std=1)
+    assert processor(breast)["pixel_values"].shape == (1, 1, 56, 56)
+    assert processor.image_mean == (0.4,) and processor.image_std == (1,)
+
+
+def test_normalization_is_of_pixels_in_0_to_1(breast):
+    plain = MammoDinoImageProcessor(size=SIZE, do_normalize=False)(breast)["pixel_values"]
+    assert plain.min() == 0 and plain.max() == 1
+    shifted = MammoDinoImageProcessor(size=SIZE, image_mean=0.2, image_std=0.4)(breast)["pixel_values"]
+    np.testing.assert_allclose(shifted, (plain - 0.2) / 0.4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "setting,message",
+    [
+        ({"patch_size": 15}, "multiples of patch_size"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"size": {"height": -84, "width": 56}}, "multiples of patch_size"),
+        ({"size": {"shortest_edge": 84}}, "'height' and 'width'"),
+        ({"bit_depth": 12}, "bit_depth"),
+        ({"bit_depth": "8"}, "bit_depth"),
+        ({"chest_wall_side": "up"}, "chest_wall_side"),
+        ({"intensity_percentiles": [90.0, 10.0]}, "intensity_percentiles"),
+        ({"crop_margin_fraction": -0.1}, "crop_margin_fraction"),
+        ({"clahe_clip_limit": 0}, "clahe_clip_limit"),
+        ({"clahe_grid": 0}, "clahe_grid"),
+        ({"slices_per_volume": -1}, "slices_per_volume"),
+        ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
+        ({"image_std": [0.0]}, "image_std"),
+        ({"do_clahe": "no"}, "do_clahe"),
+        ({"clahe_limit": 2}, "clahe_limit"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name_before_any_work(breast, setting, message):
+    processor = MammoDinoImageProcessor(size=SIZE)
+    for refuse in (lambda **each: processor(breast, **each), MammoDinoImageProcessor):
+        with pytest.raises((ValueError, TypeError, StrictDataclassFieldValidationError), match=message):
+            refuse(**setting)
