@@ -92,6 +92,10 @@ def test_schedules_have_the_reference_values():
     assert rate[-1] == pytest.approx(1e-6, abs=1e-8)
     assert (schedules["last_layer_learning_rate"][:1250] == 0).all()
     assert schedules["last_layer_learning_rate"][1250] == rate[1250] > 0
+    assert (schedules["backbone_learning_rate"] == rate).all()
+    late = make_schedules(load_recipe(["paper", *WHERE, "--freeze_backbone_steps", "600"]), 2048)
+    assert (late["backbone_learning_rate"][:600] == 0).all() and (late["learning_rate"] == rate).all()
+    assert (late["backbone_learning_rate"][600:] == rate[600:]).all()
     assert schedules["weight_decay"][0] == pytest.approx(0.04) and schedules["weight_decay"][-1] == pytest.approx(
         0.4, abs=1e-6
     )
@@ -128,9 +132,11 @@ def test_parameter_groups_follow_dinov2():
         assert name in names
         found = multipliers(name, 3, recipe)
         assert (found["lr_multiplier"], found["wd_multiplier"]) == pytest.approx((rate, decay)), name
+        part = "backbone_" if name.startswith("backbone") else "last_layer_" if "last_layer" in name else ""
+        assert found["lr_schedule"] == f"{part}learning_rate"
     groups = param_groups(network, 3, recipe)
     assert sum(len(group["params"]) for group in groups) == len(names)
-    frozen = [group for group in groups if group["is_last_layer"]]
+    frozen = [group for group in groups if group["lr_schedule"] == "last_layer_learning_rate"]
     assert sum(parameter.numel() for group in frozen for parameter in group["params"]) == 16 * 8 + 16  # it does freeze
 
 

@@ -87,7 +87,7 @@ def train(recipe: Recipe) -> Path:
     global_batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
 
     set_seed(run.seed)
-    student = Network(recipe)
+    student = Network(recipe, corpus.image_processor)
     teacher, targets_of = make_teacher(student), TeacherTargets(recipe)
     optimizer = torch.optim.AdamW(
         param_groups(student, recipe.model.num_hidden_layers, recipe.optimizer),
@@ -195,8 +195,7 @@ def resume(recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> None:
     for group in optimizer.param_groups:
-        rate = now["last_layer_learning_rate" if group["is_last_layer"] else "learning_rate"]
-        group["lr"] = rate * group["lr_multiplier"]
+        group["lr"] = now[group["lr_schedule"]] * group["lr_multiplier"]
         group["weight_decay"] = now["weight_decay"] * group["wd_multiplier"]
 
 
@@ -233,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         recipe = load_recipe(sys.argv[1:] if arguments is None else arguments)
         train(recipe)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"pretrain: {error}") from error
 
 

@@ -45,12 +45,15 @@ def setting(
 
 @dataclass
 class ModelRecipe:
+    init_from: str = setting(
+        "", "Weights that student and teacher start from: a Hub id, a folder or DINOv2's .pth; empty: random."
+    )
     hidden_size: int = setting(768, "Width D of the encoder.", low=1)
     num_hidden_layers: int = setting(12, "Transformer blocks.", low=1)
     num_attention_heads: int = setting(12, "Attention heads.", low=1)
     patch_size: int = setting(14, "Patch side in pixels.", low=1)
-    num_register_tokens: int = setting(4, "Register tokens.", low=0)
-    layerscale_value: float = setting(1e-5, "Initial LayerScale.", low=0)
+    num_register_tokens: int = setting(4, "Register tokens; what init_from lacks starts fresh.", low=0)
+    layerscale_value: float = setting(1e-5, "Initial LayerScale; with init_from, its own.", low=0)
     drop_path_rate: float = setting(0.3, "Stochastic depth of the student.", low=0, high=0.99)
     head_hidden_size: int = setting(2048, "Hidden size of the projection head.", low=1)
     head_bottleneck_size: int = setting(256, "Bottleneck of the projection head.", low=1)
@@ -118,6 +121,7 @@ class OptimizerRecipe:
     max_grad_norm: float = setting(3.0, "Clipping, separately for backbone and head.", low=0)
     layerwise_decay: float = setting(0.9, "Learning-rate factor from a block to the one below.", low=0, high=1)
     patch_embed_lr_multiplier: float = setting(0.2, "Learning-rate factor of the patch embedding.", low=0)
+    freeze_backbone_steps: int = setting(0, "First steps in which only the head learns (with init_from).", low=0)
     freeze_last_layer_steps: int = setting(1250, "Steps in which the prototypes do not move.", low=0)
     teacher_momentum: float = setting(0.992, "EMA momentum at step 0.", low=0, high=1)
     teacher_momentum_end: float = setting(1.0, "EMA momentum at the end of its cosine.", low=0, high=1)

@@ -1,5 +1,5 @@
-"""Parameter groups: layer-wise learning-rate decay, weight-decay exemptions, the frozen last layer (dinov2/utils/
-param_groups.py)."""
+"""Parameter groups: layer-wise learning-rate decay, weight-decay exemptions, and the learning-rate schedule of a group,
+by which backbone and last layer are frozen for a while (dinov2/utils/param_groups.py)."""
 
 import re
 from collections import defaultdict
@@ -10,7 +10,8 @@ from ..recipe import OptimizerRecipe
 
 
 def multipliers(name: str, num_layers: int, recipe: OptimizerRecipe) -> dict:
-    """Learning-rate and weight-decay multipliers of a parameter of `student_teacher.Network`, by its name.
+    """Learning-rate schedule, and multipliers of it and of the weight decay, of a parameter of
+    `student_teacher.Network`, by its name.
 
     Layer 0 are embeddings and tokens, layer i + 1 block i; the final norm and the head get 1. Biases, norms and
     LayerScale are not decayed; position embeddings, tokens and the prototypes' magnitude are, as in DINOv2.
@@ -20,14 +21,16 @@ def multipliers(name: str, num_layers: int, recipe: OptimizerRecipe) -> dict:
         depth = 0
     elif block := re.search(r"encoder\.layer\.(\d+)\.", name):
         depth = int(block.group(1)) + 1
-    learning_rate = recipe.layerwise_decay ** (num_layers + 1 - depth) if name.startswith("backbone.") else 1.0
+    is_backbone = name.startswith("backbone.")
+    learning_rate = recipe.layerwise_decay ** (num_layers + 1 - depth) if is_backbone else 1.0
     if "patch_embeddings" in name:
         learning_rate *= recipe.patch_embed_lr_multiplier
     exempt = name.endswith(".bias") or "norm" in name or "layer_scale" in name
+    part = "backbone_" if is_backbone else "last_layer_" if "last_layer" in name else ""
     return {
+        "lr_schedule": f"{part}learning_rate",
         "lr_multiplier": learning_rate,
         "wd_multiplier": 0.0 if exempt else 1.0,
-        "is_last_layer": "last_layer" in name,
     }
 
 

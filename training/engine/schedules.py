@@ -16,12 +16,15 @@ def linear_warmup_cosine(start: float, peak: float, end: float, warmup_steps: in
 
 
 def make_schedules(recipe: Recipe, global_batch_size: int) -> dict[str, np.ndarray]:
-    """learning_rate, last_layer_learning_rate, weight_decay, teacher_momentum, teacher_temperature."""
+    """learning_rate, backbone_learning_rate, last_layer_learning_rate, weight_decay, teacher_momentum,
+    teacher_temperature. The backbone's and the last layer's are the first, but zero while they are frozen:
+    gradients flow all the same, so that Adam's moments have settled when they thaw."""
     optimizer, loss, steps = recipe.optimizer, recipe.loss, recipe.run.max_steps
     reference = optimizer.learning_rate_reference_batch
     peak = optimizer.learning_rate * ((global_batch_size / reference) ** 0.5 if reference else 1.0)
     learning_rate = linear_warmup_cosine(0.0, peak, optimizer.min_learning_rate, optimizer.warmup_steps, steps)
-    last_layer = learning_rate.copy()
+    backbone, last_layer = learning_rate.copy(), learning_rate.copy()
+    backbone[: optimizer.freeze_backbone_steps] = 0.0
     last_layer[: optimizer.freeze_last_layer_steps] = 0.0
     temperature_warmup = min(loss.teacher_temperature_warmup_steps, steps)
     temperature = np.full(steps, loss.teacher_temperature)
@@ -30,6 +33,7 @@ def make_schedules(recipe: Recipe, global_batch_size: int) -> dict[str, np.ndarr
     )
     return {
         "learning_rate": learning_rate,
+        "backbone_learning_rate": backbone,
         "last_layer_learning_rate": last_layer,
         "weight_decay": linear_warmup_cosine(0, optimizer.weight_decay, optimizer.weight_decay_end, 0, steps),
         "teacher_momentum": linear_warmup_cosine(

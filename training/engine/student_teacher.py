@@ -1,16 +1,21 @@
 """Student and teacher: one network each, seen side by side by the losses."""
 
 import copy
+import logging
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from modeling_mammodino import MammoDinoConfig, MammoDinoModel
+from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino.convert_dinov2 import load_encoder, rebuild
+from modeling_mammodino.layers_mammodino import as_pair
 
 from ..recipe import Recipe
 from ..views.sample import NUM_GLOBAL_CROPS
 from .heads import ProjectionHead
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 
@@ -27,24 +32,14 @@ class Outputs(NamedTuple):
 
 
 class Network(nn.Module):
-    """Encoder and projection head, one head for class tokens and patches (DINOv2's short recipe)."""
+    """Encoder and projection head, one head for class tokens and patches (DINOv2's short recipe). The head starts from
+    random weights; image_processor: what standardises the views, for weights that were made with another."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None):
         super().__init__()
         model = recipe.model
         self.tissue_tokens = recipe.views.tissue_tokens
-        self.backbone = MammoDinoModel(
-            MammoDinoConfig(
-                hidden_size=model.hidden_size,
-                num_hidden_layers=model.num_hidden_layers,
-                num_attention_heads=model.num_attention_heads,
-                image_size=recipe.views.global_crop_size,
-                patch_size=model.patch_size,
-                num_register_tokens=model.num_register_tokens,
-                layerscale_value=model.layerscale_value,
-                drop_path_rate=model.drop_path_rate,
-            )
-        )
+        self.backbone = load_backbone(recipe, image_processor) if model.init_from else random_backbone(recipe)
         self.head = ProjectionHead(
             model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
         )
@@ -84,6 +79,53 @@ class Network(nn.Module):
         tissue_mask = tissue if self.tissue_tokens else None
         sequence = self.backbone(pixels, bool_masked_pos=masks, tissue_mask=tissue_mask).last_hidden_state
         return sequence[:, 0], sequence[:, 1 + self.backbone.config.num_register_tokens :]
+
+
+def random_backbone(recipe: Recipe) -> MammoDinoModel:
+    model = recipe.model
+    return MammoDinoModel(
+        MammoDinoConfig(
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            image_size=recipe.views.global_crop_size,
+            patch_size=model.patch_size,
+            num_register_tokens=model.num_register_tokens,
+            layerscale_value=model.layerscale_value,
+            drop_path_rate=model.drop_path_rate,
+        )
+    )
+
+
+def load_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None) -> MammoDinoModel:
+    """The encoder of `init_from`, for pixels as `image_processor` standardises them. Its position embeddings stay at
+    their stored size, and reach the crops' by its own rule: so nothing is lost, and the export takes any size as well
+    as the source did. Raises ValueError where the recipe's architecture is another."""
+    model = recipe.model
+    encoder = load_encoder(model.init_from, image_processor=image_processor)
+    config = encoder.config
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+        wanted, found = getattr(model, name), getattr(config, name)
+        if as_pair(found) != as_pair(wanted):
+            raise ValueError(
+                f"{name}={wanted}: init_from={model.init_from} has {name}={found}; give --{name} {found}, or other "
+                "weights"
+            )
+    fresh = model.num_register_tokens - config.num_register_tokens
+    if fresh < 0:
+        raise ValueError(
+            f"num_register_tokens={model.num_register_tokens}: init_from={model.init_from} has "
+            f"{config.num_register_tokens}, none of which can be left out; give at least as many"
+        )
+    if fresh:
+        logger.info("init_from=%s has %d register tokens: %d fresh", model.init_from, config.num_register_tokens, fresh)
+    registers = [encoder.embeddings.register_tokens, 1e-6 * torch.randn(1, fresh, config.hidden_size)]  # DINOv2's start
+    return rebuild(
+        encoder,
+        {"embeddings.register_tokens": torch.cat(registers, dim=1).detach()},
+        num_register_tokens=model.num_register_tokens,
+        drop_path_rate=model.drop_path_rate,
+    )
 
 
 def make_teacher(student: Network) -> Network:
