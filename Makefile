@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-oldest lint format clean
 
 # torch first and from the constraints, so that nothing pulls another build in
 $(VENV)/ready: setup.cfg constraints.txt
@@ -19,6 +19,18 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
+# the oldest transformers that setup.cfg allows, and a hub client of its time
+OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
+$(VENV)-oldest/ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -viE '^(transformers|huggingface[-_]hub)==' constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt torch
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt $(OLDEST) --editable '.[test]'
+	touch $@
+
+test-oldest: $(VENV)-oldest/ready
+	$(VENV)-oldest/bin/python -m pytest
+
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -29,4 +41,4 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,15 +1,18 @@
 """Shared fixtures: pictures of made-up breasts, a small phantom corpus, and where real files lie, if they do."""
 
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from hub_server import hub, hub_server  # noqa: F401 (fixtures)
+from model_folder import model_copy, model_folder  # noqa: F401 (fixtures)
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoModel
 
-REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+REAL_DATA = Path(os.environ.get("MAMMODINO_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--first_patient",
         FIRST_TEST_PATIENT,
     )
-    chain.run(python, "-m", "dataset_scripts.corpus", output / "train", "--output", output / "corpus")
+    corpus = [python, "-m", "dataset_scripts.corpus", output / "train", "--collection", "phantom"]
+    chain.run(*corpus, "--output", output / "corpus")
     pretrain = [python, "-m", "accelerate.commands.launch", "--cpu", "-m", "training.pretrain", "demo"]
     pretrain += ["--corpus", output / "corpus", "--seed", options.seed]
     chain.run(*pretrain, "--output_dir", output / "mammodino", "--max_steps", STEPS)
@@ -82,10 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--labels", output / "train" / "labels.csv", "--test_labels", output / "test" / "labels.csv",
         "--tasks", *TASKS, "--seed", options.seed, "--output", output / "probe.json",
     )  # fmt: skip
-    check_opens(output / "mammodino" / "encoder", volume)
+    encoder = output / "mammodino" / "encoder"
+    chain.run(python, "-m", "training.card", encoder, "--results", output / "probe.json", "--dataset", "phantom")
+    check_opens(encoder, volume)
     results = json.loads((output / "probe.json").read_text())
     (output / "report.md").write_text(report(results, chain.done, options.seed))
-    print(f"\nreport: {output / 'report.md'}  encoder: {output / 'mammodino' / 'encoder'}")
+    print(f"\nreport: {output / 'report.md'}  encoder: {encoder}")
 
 
 def check_opens(folder: Path, volume: Path) -> None:

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import matplotlib
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
 
 from dataset_scripts.corpus_reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
 from ..recipe import Recipe
+from .model_card import published_recipe, write_card
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend is chosen first)
 
-CARD_TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
 FIGURE = "pretraining.png"
 
 
@@ -29,10 +28,11 @@ def export_encoder(encoder: MammoDinoModel, corpus: Corpus, recipe: Recipe, step
     model.load_state_dict(encoder.state_dict())
     model.config.drop_path_rate = 0.0
     model.save_pretrained(temporary)
-    image_processor(corpus, recipe).save_pretrained(temporary)
-    recipe.save(temporary / "recipe.yaml")
+    processor = image_processor(corpus, recipe)
+    processor.save_pretrained(temporary)
+    (temporary / "recipe.yaml").write_text(yaml.safe_dump(published_recipe(recipe), sort_keys=False))
     draw_log(Path(recipe.run.output_dir) / "logs" / "log.jsonl", temporary / FIGURE)
-    write_card(temporary / "README.md", model, corpus, recipe, step)
+    write_card(temporary / "README.md", model, processor, corpus, recipe, step, FIGURE)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -41,31 +41,6 @@ def image_processor(corpus: Corpus, recipe: Recipe) -> MammoDinoImageProcessor:
     """The corpus' own preprocessing, on the canvas of the recipe."""
     size = {"height": recipe.model.image_height, "width": recipe.model.image_width}
     return MammoDinoImageProcessor(**corpus.manifest["image_processor"], size=size, patch_size=recipe.model.patch_size)
-
-
-def write_card(path: Path, model: MammoDinoModel, corpus: Corpus, recipe: Recipe, step: int) -> None:
-    manifest, config = corpus.manifest, model.config
-    card = ModelCard.from_template(
-        ModelCardData(
-            license="apache-2.0",
-            library_name="transformers",
-            pipeline_tag="image-feature-extraction",
-            tags=["mammography", "tomosynthesis", "self-supervised", "research-use-only"],
-        ),
-        template_path=str(CARD_TEMPLATE),
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        patch_size=config.patch_size,
-        num_parameters=f"{model.num_parameters() / 1e6:.1f} M",
-        canvas=f"{recipe.model.image_height} x {recipe.model.image_width}",
-        num_images=manifest["rows"],
-        num_volumes=manifest["volumes"],
-        kinds=", ".join(f"{count} {kind}" for kind, count in manifest["rows_by_kind"].items()),
-        steps=step,
-        figure=FIGURE,
-        recipe=yaml.safe_dump(recipe.flat(), sort_keys=False),
-    )
-    card.save(path)
 
 
 def draw_log(log: Path, output: Path) -> None:
@@ -84,5 +59,5 @@ def draw_log(log: Path, output: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.legend(fontsize=7)
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=110, metadata={"Software": None})  # nothing but the picture
     pyplot.close(figure)
