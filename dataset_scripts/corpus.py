@@ -28,10 +28,10 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-from modeling_mammodino.dicom import is_dicom, keyed_hash
+from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.errors import ImageRefused
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.pictures import PICTURE_SUFFIXES
+from modeling_mammodino.picture_stream import find_files
 from modeling_mammodino.tissue import patch_tissue
 
 from .corpus_reader import FEATURES, MANIFEST, TISSUE_CELL_PX, encode_png
@@ -167,22 +167,6 @@ def corpus_settings(image_processor: MammoDinoImageProcessor) -> dict[str, Any]:
 
 
 _PICTURE_SETTINGS = ("do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std")
-
-
-def find_files(sources: list[Path]) -> tuple[list[Path], Counter[str]]:
-    """Every file that may be an image, by a picture's or DICOM's suffix or by its content, sorted; and how many others
-    were ignored, by suffix. A file named as a source is always tried."""
-    found, ignored = set(), Counter()
-    for source in sources:
-        for path in [source] if source.is_file() else source.rglob("*"):
-            suffix = path.suffix.lower()
-            if not path.is_file():
-                continue
-            if path == source or suffix in (*PICTURE_SUFFIXES, ".dcm", ".dicom") or is_dicom(path):
-                found.add(path)
-            else:
-                ignored[suffix or "no suffix"] += 1
-    return sorted(found), ignored
 
 
 def read_file(

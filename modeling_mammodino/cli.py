@@ -1,71 +1,34 @@
-"""The command `mammodino`: what a checkpoint sees of a file. Research use only."""
+"""The command `mammodino`: a foundation model for mammography and tomosynthesis. Research use only."""
 
 import argparse
+import logging
 import sys
-from pathlib import Path
+from importlib import import_module
 
-import numpy as np
-
-from .errors import ImageRefused
-from .image_processing_mammodino import MammoDinoImageProcessor
-
-try:
-    import cv2
-except ImportError:
-    cv2 = None  # type: ignore[assignment]
-
-OUTLINE, GRID = (80, 220, 120), (90, 90, 90)  # BGR
-
-
-def inspect_file(path: str, image_processor: MammoDinoImageProcessor) -> np.ndarray:
-    """What the encoder sees of a file, (H, 3 * W + gaps, 3) uint8 BGR: the picture on its canvas, the breast's outline
-    on it, and the patches that are encoded. Of a volume, the middle slice."""
-    inputs = image_processor(path, slices_per_volume=1, return_tensors="np")
-    values, tissue = inputs["pixel_values"][0, 0], inputs["tissue_mask"][0]  # (H, W), (h, w)
-    if image_processor.do_normalize:
-        values = values * image_processor.image_std[0] + image_processor.image_mean[0]
-    picture = cv2.cvtColor(np.rint(values.clip(0, 1) * 255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
-    height, width = picture.shape[:2]
-    fraction = cv2.resize(tissue, (width, height), interpolation=cv2.INTER_LINEAR)
-    contours, _ = cv2.findContours((fraction >= 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    outlined = cv2.drawContours(picture.copy(), contours, -1, OUTLINE, max(1, height // 300))
-    return side_by_side([picture, outlined, encoded_patches(picture, tissue > 0)])
-
-
-def encoded_patches(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The picture (H, W, 3) with dropped patches of the grid (h, w) darkened and the kept ones ruled."""
-    height, width = picture.shape[:2]
-    mask = cv2.resize(kept.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
-    shown = np.where(mask[..., None], picture, picture // 4 + np.array([40, 0, 0], np.uint8))
-    patch_height, patch_width = height // kept.shape[0], width // kept.shape[1]
-    ruled = np.zeros_like(mask)
-    ruled[::patch_height] = ruled[:, ::patch_width] = True
-    shown[ruled & mask] = GRID
-    return shown.astype(np.uint8)
-
-
-def side_by_side(panels: list[np.ndarray], gap_px: int = 12) -> np.ndarray:
-    """Panels of one height (H, W, 3) in a row, on white."""
-    padded = [np.pad(panel, ((0, 0), (0, gap_px), (0, 0)), constant_values=255) for panel in panels]
-    return np.hstack(padded)[:, :-gap_px]
+from .convert_dinov2 import add_command as add_convert
+from .embed import add_command as add_embed
+from .hub import add_command as add_push
+from .inspect_image import add_command as add_inspect
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs one subcommand. Each comes from a module whose `add_command` names the function that runs it."""
     parser = argparse.ArgumentParser(prog="mammodino", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="draw what a checkpoint sees: image, breast outline, encoded patches")
-    inspect.add_argument("file", help="DICOM, PNG, JPEG or PGM")
-    inspect.add_argument("--output", type=Path, required=True, help="PNG to write")
-    inspect.add_argument("--model", help="checkpoint folder or Hub id (default: the default image processor)")
+    version = import_module(__package__).__version__
+    parser.add_argument("--version", action="version", version=f"mammodino {version}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add_command in (add_inspect, add_embed, add_convert, add_push):
+        add_command(commands)
     options = parser.parse_args(arguments)
-    processor = MammoDinoImageProcessor.from_pretrained(options.model) if options.model else MammoDinoImageProcessor()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    for client in ("httpx", "httpx2"):  # of the Hub's client: a line for every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
-        drawing = inspect_file(options.file, processor)
-    except (ImageRefused, OSError) as refusal:
-        sys.exit(f"mammodino inspect: {refusal}")
-    if not cv2.imwrite(str(options.output), drawing):
-        sys.exit(f"mammodino inspect: cannot write {options.output}")
-    print(options.output)
+        options.run(options)
+    except (ImportError, OSError, ValueError) as error:  # ImageRefused is a ValueError
+        sys.exit(f"mammodino {options.command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports it
 
 
 if __name__ == "__main__":

@@ -168,14 +168,19 @@ class MammoDinoImageProcessor(PilBackend):
         return _render_settings(vars(self))
 
     def render_source(
-        self, source: Any, fit: tuple[int, int], upscale: bool = True, hash_key: bytes | None = None
+        self,
+        source: Any,
+        fit: tuple[int, int],
+        upscale: bool = True,
+        hash_key: bytes | None = None,
+        slices_per_volume: int = 0,
     ) -> Iterator[tuple[Mammogram, Rendered]]:
-        """Every slice of a file with its picture and breast mask, before canvas and standardisation.
+        """Slices of a file, all or some, with picture and breast mask, before canvas and standardisation.
 
         One plan serves the whole volume, so that its slices stay aligned. `fit` is (height, width) in pixels.
         """
-        settings, options = self.render_settings, _read_options(vars(self))
-        for mammogram, small, plan in _planned_slices(source, settings, {**options, "hash_key": hash_key}):
+        settings, options = self.render_settings, {**_read_options(vars(self)), "hash_key": hash_key}
+        for mammogram, small, plan in _planned_slices(source, settings, options, slices_per_volume):
             yield mammogram, render(mammogram.pixels, small.breast, plan, settings, fit, upscale)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]

@@ -6,8 +6,8 @@ import pytest
 from conftest import draw_breast
 
 from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.cli import inspect_file
 from modeling_mammodino.cli import main as mammodino
+from modeling_mammodino.inspect_image import inspect_file
 from modeling_mammodino.tissue import patch_tissue
 from training.demo import report, verdict
 from training.preview import main as preview

@@ -11,7 +11,6 @@ cv2 = pytest.importorskip("cv2")
 from modeling_mammodino.tissue import breast_box, chest_wall_side, patch_tissue, segment_breast  # noqa: E402
 
 H, W = 600, 450
-
 Y, X = np.mgrid[:H, :W].astype(np.float32)
 
 

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
-from .evaluation.features import embed_files
+from .evaluation.features import mean_features
 from .evaluation.metrics import bootstrap_auc
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def read_features(
     if missing := [column for column in ("file", "patient", *tasks) if column not in table]:
         raise ValueError(f"{labels}: no column {', '.join(missing)}; it has {', '.join(table.columns)}")
     paths = [labels.parent / file for file in table["file"]]
-    features, refused = embed_files(paths, models, image_processor, slices_per_volume)
+    features, refused = mean_features(paths, models, image_processor, slices_per_volume)
     for reason in refused.values():
         logger.warning("left out: %s", reason)
     kept = [path not in refused for path in paths]

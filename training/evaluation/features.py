@@ -1,23 +1,15 @@
-"""Frozen features of files: the image processor and the encoder, as a user would call them."""
+"""Frozen features of files for probes: one feature a file, of several encoders at once."""
 
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from modeling_mammodino import ImageRefused, MammoDinoImageProcessor, MammoDinoModel, pool_tokens
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino.file_embeddings import embed_files
 
 
-@torch.inference_mode()
-def embed(model: MammoDinoModel, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    """(S, 2 * D) float32: class token beside the tissue-weighted mean of the patch tokens, an image a row."""
-    inputs = {name: values.to(model.device) for name, values in inputs.items()}
-    sequence = model(**inputs).last_hidden_state
-    return pool_tokens(sequence, model.config.num_register_tokens, inputs["tissue_mask"]).float().cpu().numpy()
-
-
-def embed_files(
+def mean_features(
     paths: list[Path],
     models: dict[str, MammoDinoModel],
     image_processor: MammoDinoImageProcessor,
@@ -25,16 +17,18 @@ def embed_files(
 ) -> tuple[dict[str, np.ndarray], dict[Path, str]]:
     """One feature per file and model, the mean over its slices: {model: (n, 2 * D)}, and why files were refused.
 
-    Refused files are left out of the rows, which keep the order of `paths`. Each file is read once for all models.
+    A feature is the class token beside the tissue-weighted mean of the patch tokens. Refused files are left out of the
+    rows, which keep the order of `paths`. Each file is read once for all models.
     """
-    features: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    rows: list[np.ndarray] = []
     refused: dict[Path, str] = {}
-    for path in tqdm(paths, desc="features", unit="file"):
-        try:
-            inputs = image_processor(path, slices_per_volume=slices_per_volume, return_tensors="pt")
-        except ImageRefused as refusal:
-            refused[path] = str(refusal)
-            continue
-        for name, model in models.items():
-            features[name].append(embed(model, inputs).mean(axis=0))
-    return {name: np.stack(rows) for name, rows in features.items()}, refused
+    results = embed_files(
+        paths, list(models.values()), image_processor, pool="both", slices_per_volume=slices_per_volume
+    )
+    for path, result in tqdm(zip(paths, results, strict=True), desc="features", unit="file", total=len(paths)):
+        if result.refused is not None:
+            refused[path] = result.refused
+        else:
+            rows.append(result.embeddings.mean(axis=0))  # (F,), the models side by side
+    ends = np.cumsum([2 * model.config.hidden_size for model in models.values()])
+    return dict(zip(models, np.split(np.stack(rows), ends[:-1], axis=1), strict=True)), refused
