@@ -1,6 +1,7 @@
 # Each target makes the environment that it needs. Python 3.11 or 3.12; PYTHON=python3.12 picks another.
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?= tests
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-oldest lint format clean
@@ -17,7 +18,7 @@ demo: $(VENV)/ready
 	$(BIN)/python -m training.demo --output runs/demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 # the oldest transformers that setup.cfg allows, and a hub client of its time
 OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
@@ -29,7 +30,7 @@ $(VENV)-oldest/ready: setup.cfg constraints.txt
 	touch $@
 
 test-oldest: $(VENV)-oldest/ready
-	$(VENV)-oldest/bin/python -m pytest
+	$(VENV)-oldest/bin/python -m pytest $(TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -171,9 +171,9 @@ def test_the_export_opens_where_the_package_is_not_installed(run, tmp_path):
     program = f"""
 import importlib.util, json, torch
 assert importlib.util.find_spec("training") is None
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained({str(run / "encoder")!r}, trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained({str(run / "encoder")!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({str(run / "encoder")!r}, trust_remote_code=True)
 assert "transformers_modules" in type(model).__module__, type(model).__module__
 assert "transformers_modules" in type(processor).__module__, type(processor).__module__
 output = model(**processor({str(tmp_path / "breast.png")!r}, return_tensors="pt"))
