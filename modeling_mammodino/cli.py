@@ -20,9 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     for add_command in (add_inspect, add_embed, add_convert, add_push):
         add_command(commands)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    for client in ("httpx", "httpx2"):  # of the Hub's client: a line for every request
-        logging.getLogger(client).setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO)  # of other libraries, warnings only
     try:
         options.run(options)
     except (ImportError, OSError, ValueError) as error:  # ImageRefused is a ValueError

@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from .configuration_mammodino import MammoDinoConfig
 from .dicom import is_dicom
 from .published_figures import check_figure
 from .published_files import (
@@ -137,7 +138,8 @@ def _check_folder(folder: Path) -> Iterator[tuple[str, str]]:
     for name in names:
         if name not in weights:
             yield from ((name, complaint) for complaint in _check_file(folder / name, code, weights, figures))
-    yield from _check_completeness(names, weights, code)
+    is_foreign = config.get("model_type", MammoDinoConfig.model_type) != MammoDinoConfig.model_type  # and said to be
+    yield from _check_completeness(names, weights, {} if is_foreign else code)
     if weights and architecture(config) and not any(check_config(config)):
         yield from check_weights(folder, weights, config)
 

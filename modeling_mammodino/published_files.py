@@ -72,7 +72,10 @@ def check_config(config: dict[str, Any]) -> Iterator[str]:
     known = (set(MammoDinoConfig().to_dict()) | CONFIG_FIELDS) - {"_name_or_path"}
     yield from _unknown_fields(config, known)
     if config.get("model_type") != MammoDinoConfig.model_type:
-        yield f"model_type {config.get('model_type')!r}: not a MammoDINO model; push it with its own library"
+        yield (
+            f"model_type {config.get('model_type')!r}: not a MammoDINO model, so its files cannot be checked; push "
+            "what `mammodino convert` makes of it, or this with its own library"
+        )
         return
     try:
         MammoDinoConfig.from_dict(config)
