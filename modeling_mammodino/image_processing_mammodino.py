@@ -167,6 +167,11 @@ class MammoDinoImageProcessor(PilBackend):
     def render_settings(self) -> RenderSettings:
         return _render_settings(vars(self))
 
+    @property
+    def mean_and_std(self) -> tuple[float, float]:
+        """What standardises pixels of 0..1; 0 and 1 where nothing does."""
+        return _mean_and_std(vars(self))
+
     def render_source(
         self,
         source: Any,

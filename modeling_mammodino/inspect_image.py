@@ -20,9 +20,8 @@ def inspect_file(path: str, image_processor: MammoDinoImageProcessor) -> np.ndar
     """What the encoder sees of a file, (H, 3 * W + gaps, 3) uint8 BGR: the picture on its canvas, the breast's outline
     on it, and the patches that are encoded. Of a volume, the middle slice."""
     inputs = image_processor(path, slices_per_volume=1, return_tensors="np")
-    values, tissue = inputs["pixel_values"][0, 0], inputs["tissue_mask"][0]  # (H, W), (h, w)
-    if image_processor.do_normalize:
-        values = values * image_processor.image_std[0] + image_processor.image_mean[0]
+    (mean, std), tissue = image_processor.mean_and_std, inputs["tissue_mask"][0]  # (h, w)
+    values = inputs["pixel_values"][0, 0] * std + mean  # (H, W)
     picture = cv2.cvtColor(np.rint(values.clip(0, 1) * 255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
     height, width = picture.shape[:2]
     fraction = cv2.resize(tissue, (width, height), interpolation=cv2.INTER_LINEAR)

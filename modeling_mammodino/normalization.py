@@ -22,9 +22,8 @@ class Normalization(NamedTuple):
 
     @classmethod
     def of(cls, image_processor: MammoDinoImageProcessor) -> "Normalization":
-        if not image_processor.do_normalize:
-            return cls((0.0,), (1.0,))
-        return cls((float(image_processor.image_mean[0]),), (float(image_processor.image_std[0]),))
+        mean, std = image_processor.mean_and_std
+        return cls((mean,), (std,))
 
 
 IMAGENET = Normalization(tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))  # of DINOv2's own training

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .dicom import is_dicom
 from .errors import ImageRefused
 from .image_processing_mammodino import MammoDinoImageProcessor
-from .normalization import Normalization
 from .pictures import PICTURE_SUFFIXES
 from .rendering import place_on_canvas, standardize
 from .tissue import patch_tissue
@@ -63,7 +62,7 @@ class PictureStream(IterableDataset):
         path, processor = self.paths[file], self.image_processor
         settings, patch_size = processor.render_settings, processor.patch_size
         canvas = (processor.size["height"], processor.size["width"])
-        (mean,), (std,) = Normalization.of(processor)
+        mean, std = processor.mean_and_std
         slices = processor.render_source(path, canvas, hash_key=self.hash_key, slices_per_volume=self.slices_per_volume)
         for mammogram, rendered in slices:
             placed = place_on_canvas(rendered, canvas, settings.chest_wall_side)

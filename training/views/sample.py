@@ -51,8 +51,7 @@ class PretrainingViews(torch.utils.data.Dataset):
         self.corpus, self.recipe, self.patch_size, self.with_slice_pairs = corpus, recipe, patch_size, slice_pairs
         self.seed, self.global_batch_size = seed, global_batch_size
         processor = corpus.image_processor
-        self.mean = np.float32(processor.image_mean[0] if processor.do_normalize else 0)
-        self.std = np.float32(processor.image_std[0] if processor.do_normalize else 1)
+        self.mean, self.std = map(np.float32, processor.mean_and_std)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
 
     def picture(self, row: int) -> Picture:
