@@ -10,7 +10,6 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ from .dicom_header import (
     view,
 )
 from .errors import ImageRefused
+from .image_file import DICOM_SUFFIXES, ImageFile, suffix
 
 PROCESS_KEY = secrets.token_bytes(32)  # made at import, so that forked workers share it
 
@@ -79,13 +79,16 @@ def keyed_hash(value: str, key: bytes) -> str:
     return hmac.new(key, value.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
 
 
-def is_dicom(path: str | os.PathLike[str]) -> bool:
+def is_dicom(source: str | os.PathLike[str] | ImageFile) -> bool:
     """Whether the file has the DICM preamble, or is a data set without one under the name *.dcm or *.dicom."""
     try:
-        with open(path, "rb") as stream:
-            if stream.read(132)[128:] == b"DICM":
-                return True
-        return Path(path).suffix.lower() in (".dcm", ".dicom") and bool(open_header(path))
+        if isinstance(source, ImageFile):
+            source.stream.seek(0)
+            start = source.stream.read(132)
+        else:
+            with open(source, "rb") as stream:
+                start = stream.read(132)
+        return start[128:] == b"DICM" or suffix(source) in DICOM_SUFFIXES and bool(open_header(source))
     except (OSError, ImageRefused):
         return False
 
@@ -114,7 +117,7 @@ def read_mammogram(
     """The one picture of a single-frame file.
 
     Args:
-        source: a path or a pydicom Dataset.
+        source: a path, an ImageFile or a pydicom Dataset.
         hash_key: key of the hashes. None takes a random key made once per process: such hashes agree within the
             process and its forks and cannot be linked between runs.
         apply_modality_lut: rescale slope and intercept or modality LUT (PS3.3 C.11.1).

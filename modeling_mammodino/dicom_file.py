@@ -8,7 +8,7 @@ import re
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from .dicom_header import FOR_PROCESSING, SECONDARY_CAPTURE, identifier, num_frames, number, text
 from .errors import ImageRefused
+from .image_file import MAX_PIXELS, ImageFile
 
 try:
     import pydicom
@@ -25,14 +26,13 @@ except ImportError:  # a checkpoint runs on ready tensors without pydicom
 logger = logging.getLogger(__name__)
 
 MAX_SIDE_PX = 32768
-MAX_FRAME_BYTES = 1 << 30
 COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT", "XYB")
 
 
 class Source(NamedTuple):
-    name: str  # the path, for messages
+    name: str  # for messages
     header: Any  # Dataset
-    pixels: Any  # what pydicom decodes from: the path, or the data set where it must be in memory
+    pixels: Any  # what pydicom decodes from: the path or stream, or the data set where it must be in memory
     warned: set[str]
 
     @property
@@ -43,7 +43,7 @@ class Source(NamedTuple):
         return frames
 
     def refuse(self, problem: str, remedy: str) -> ImageRefused:
-        return ImageRefused(f"{self.name}: {problem}; {remedy}")
+        return ImageRefused(self.name, f"{problem}; {remedy}")
 
     def warn_once(self, about: str, message: str) -> None:
         if about not in self.warned:
@@ -70,25 +70,33 @@ def open_header(source: Any) -> Source:
         raise ImportError("reading DICOM needs pydicom: pip install pydicom")
     if isinstance(source, pydicom.Dataset):
         return Source(str(getattr(source, "filename", None) or "DICOM data set"), source, source, set())
-    if not isinstance(source, (str, os.PathLike)):
-        raise ImageRefused(f"source is a {type(source).__name__}; give a path or a pydicom Dataset")
-    path = Path(source)
-    opened = Source(str(path), None, path, set())
-    if not path.is_file():
-        raise opened.refuse("no such file", "check the path")
+    if isinstance(source, ImageFile):
+        opened = Source(source.name, None, source.stream, set())
+    elif isinstance(source, (str, os.PathLike)):
+        opened = Source(str(source), None, Path(source), set())
+        if not opened.pixels.is_file():
+            raise opened.refuse("no such file", "check the path")
+    else:
+        raise ImageRefused("source", f"a {type(source).__name__}; give a path, an ImageFile or a pydicom Dataset")
     with boundary(opened, "not a readable DICOM file", "give a DICOM file, or an image by its own extension"):
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        header = _read(opened.pixels, stop_before_pixels=True)
         if "SOPClassUID" not in header and "Rows" not in header:
             raise opened.refuse("not a DICOM file", "give a DICOM file, or an image by its own extension")
         syntax = header.file_meta.get("TransferSyntaxUID")
         if not syntax or syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:  # pydicom decodes neither from the file
-            header = pydicom.dcmread(path, force=True)
+            header = _read(opened.pixels)
             if not syntax:
                 implicit, little = header.original_encoding
                 explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
                 header.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
-            return Source(str(path), header, header, set())
+            return opened._replace(header=header, pixels=header)
     return opened._replace(header=header)
+
+
+def _read(file: Any, **options: Any) -> Any:
+    if hasattr(file, "seek"):
+        file.seek(0)
+    return pydicom.dcmread(file, force=True, **options)
 
 
 def open_checked(source: Any, allow_for_processing: bool) -> Source:
@@ -136,8 +144,10 @@ def _check_geometry(opened: Source) -> float:
             raise opened.refuse(f"{keyword} is missing or not in 1..{limit}", "check the header")
         sizes[keyword] = value
     frame_bytes = sizes["Rows"] * sizes["Columns"] * sizes["BitsAllocated"] / 8
-    if frame_bytes > MAX_FRAME_BYTES:
-        raise opened.refuse("Rows x Columns x BitsAllocated: a frame is over 1 GiB", "check the header")
+    if sizes["Rows"] * sizes["Columns"] > MAX_PIXELS:
+        raise opened.refuse(
+            f"Rows x Columns: a frame of over {MAX_PIXELS / 1e6:.0f} million pixels", "check the header"
+        )
     return frame_bytes
 
 
@@ -162,12 +172,14 @@ def _check_transfer_syntax(opened: Source) -> Any:
 def _pixel_data(opened: Source, syntax: Any) -> Iterator[tuple[BinaryIO, int]]:
     """A stream at the first byte of PixelData, and the length in bytes that the element states."""
     missing = opened.refuse("no PixelData (7FE0,0010)", "give an image object; or the file is cut off, fetch it again")
-    if not isinstance(opened.pixels, Path):
+    if opened.pixels is opened.header:
         if "PixelData" not in opened.header:
             raise missing
         yield io.BytesIO(opened.header.PixelData), len(opened.header.PixelData)
         return
-    with open(opened.pixels, "rb") as stream:
+    is_open = hasattr(opened.pixels, "seek")
+    with nullcontext(opened.pixels) if is_open else open(opened.pixels, "rb") as stream:
+        stream.seek(0)
         pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=["Rows"], force=True)
         endian = "<" if syntax.is_little_endian else ">"
         if stream.read(4) != struct.pack(f"{endian}HH", 0x7FE0, 0x0010):
@@ -205,6 +217,8 @@ def decode(opened: Source, frames: list[int]) -> Iterator[np.ndarray]:
     # Bits above BitsStored are cleared where they may be a sign or an embedded overlay, else kept: BitsStored lies.
     overlay = (0x6000, 0x0102) in header and header[0x6000, 0x0102].value
     clear = bool(number(header, "PixelRepresentation") or overlay)
+    if hasattr(opened.pixels, "seek"):
+        opened.pixels.seek(0)
     decoded: Any = pydicom.pixels.iter_pixels(opened.pixels, indices=frames, raw=True, correct_unused_bits=clear)
     syntax = header.file_meta.TransferSyntaxUID.name
     with closing(decoded):

@@ -13,6 +13,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .dicom import Mammogram, count_slices, is_dicom, iter_slices
 from .errors import ImageRefused
+from .image_file import ImageFile
 from .pictures import GreyPicture, read_picture, to_grey_plane
 from .rendering import (
     Rendered,
@@ -161,7 +162,7 @@ class MammoDinoImageProcessor(PilBackend):
             slices = iter_slices(source, indices=wanted, **_read_options(vars(self)))
             pictures = [GreyPicture.of(each.pixels) for each in slices]
             return pictures if num_slices > 1 else pictures[0]
-        return GreyPicture.of(read_picture(source)) if _is_path(source) else source
+        return GreyPicture.of(read_picture(source)) if _is_file(source) else source
 
     @property
     def render_settings(self) -> RenderSettings:
@@ -255,16 +256,16 @@ def _planes(
     """Each image of a call as a grey plane (H, W) with its thumbnail and plan."""
     items = list(_flat(images))
     if not items:
-        raise ImageRefused("images: an empty list; give at least one image")
+        raise ImageRefused("images", "an empty list; give at least one image")
     for position, item in enumerate(items):
         name = _name(item, position)
         if _is_dicom_source(item):
             if len(items) > 1 and count_slices(item) > 1:
-                raise ImageRefused(f"{name}: a volume among other images; give volumes one at a time")
+                raise ImageRefused(name, "a volume among other images; give volumes one at a time")
             for mammogram, small, plan in _planned_slices(item, settings, options, slices_per_volume):
                 yield mammogram.pixels, small, plan
         else:
-            plane = read_picture(item) if _is_path(item) else to_grey_plane(item, name)
+            plane = read_picture(item) if _is_file(item) else to_grey_plane(item, name)
             small = make_thumbnail(plane)
             yield plane, small, plan_rendering([small], settings, name)
 
@@ -311,16 +312,16 @@ def _spread(num_slices: int, count: int) -> list[int]:
     return ((np.arange(count) + 0.5) * num_slices / count).astype(int).tolist()
 
 
-def _is_path(item: Any) -> bool:
-    return isinstance(item, (str, os.PathLike))
+def _is_file(item: Any) -> bool:
+    return isinstance(item, (str, os.PathLike, ImageFile))
 
 
 def _is_dicom_source(item: Any) -> bool:
-    return is_dicom(item) if _is_path(item) else hasattr(item, "SOPClassUID") or hasattr(item, "file_meta")
+    return is_dicom(item) if _is_file(item) else hasattr(item, "SOPClassUID") or hasattr(item, "file_meta")
 
 
 def _name(item: Any, position: int) -> str:
-    return str(item) if _is_path(item) else f"image {position}"
+    return item.name if isinstance(item, ImageFile) else str(item) if _is_file(item) else f"image {position}"
 
 
 __all__ = ["MammoDinoImageProcessor"]

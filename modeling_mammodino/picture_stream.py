@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .dicom import is_dicom
 from .errors import ImageRefused
+from .image_file import DICOM_SUFFIXES, PICTURE_SUFFIXES
 from .image_processing_mammodino import MammoDinoImageProcessor
-from .pictures import PICTURE_SUFFIXES
 from .rendering import place_on_canvas, standardize
 from .tissue import patch_tissue
 
@@ -129,7 +129,7 @@ def find_files(sources: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
         for folder, _, names in os.walk(source, onerror=_raise):
             for path in (Path(folder, name) for name in names):
                 suffix = path.suffix.lower()
-                if suffix in (*PICTURE_SUFFIXES, ".dcm", ".dicom") or path.is_file() and is_dicom(path):
+                if suffix in (*PICTURE_SUFFIXES, *DICOM_SUFFIXES) or path.is_file() and is_dicom(path):
                     found.add(path)
                 else:
                     ignored[suffix or "no suffix"] += 1

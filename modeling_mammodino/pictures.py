@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from .errors import ImageRefused
+from .image_file import MAX_PIXELS, PICTURE_SUFFIXES, ImageFile
 
 try:
     import cv2
 except ImportError:  # transformers imports remote code before its packages are checked
     cv2 = None  # type: ignore[assignment]
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".bmp")
 MIN_SIDE_PX = 32
 GREY_TOLERANCE = 4 / 255  # largest difference between channels, of the full scale: what a JPEG's chroma leaves
 CLIPPED_REMEDY = (
@@ -53,30 +53,42 @@ class GreyPicture(Image.Image):
         return self.copy() if mode == "RGB" and self.mode != "L" else super().convert(mode, *args, **kwargs)
 
 
-def read_picture(path: str | Path) -> np.ndarray:
+def read_picture(source: str | Path | ImageFile) -> np.ndarray:
     """The grey plane (H, W) of a PNG, JPEG, PGM, TIFF or BMP file, as uint8, uint16 or (TIFF) float32."""
-    if str(path).startswith(("http://", "https://", "data:")):
-        raise ImageRefused(f"{str(path)[:80]}: not a file; download the image and give its path.")
-    data = Path(path).read_bytes()
+    name, data = _read(source)
     if not data:
-        raise ImageRefused(f"{path}: the file is empty; copy it again from its source.")
+        raise ImageRefused(name, "the file is empty; copy it again from its source.")
     try:
         with Image.open(io.BytesIO(data)) as picture:
+            if (pixels := picture.width * picture.height) > MAX_PIXELS:
+                raise ImageRefused(name, f"{pixels / 1e6:.0f} million pixels; give at most {MAX_PIXELS / 1e6:.0f}.")
             pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
             picture.load()  # raises where the file ends early; cv2 would fill the rest with grey and say nothing
+    except ImageRefused:
+        raise
     except Image.UnidentifiedImageError:
         known = ", ".join(PICTURE_SUFFIXES)
-        raise ImageRefused(f"{path}: not a readable picture; give one of {known}, or a DICOM file.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageRefused(f"{path}: broken or cut short ({error}); copy it again from its source.") from error
+        raise ImageRefused(name, f"not a readable picture; give one of {known}, or a DICOM file.") from None
+    except Exception as error:  # Pillow's plugins raise whatever they meet in a damaged file
+        raise ImageRefused(name, f"broken or cut short ({type(error).__name__}); copy it again.") from error
     if pages > 1:
-        raise ImageRefused(f"{path}: {pages} pages in one file; save each page as a file of its own.")
+        raise ImageRefused(name, f"{pages} pages in one file; save each page as a file of its own.")
     if _pillow_changes_depth(picture, data):
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if decoded is None:
-            raise ImageRefused(f"{path}: cannot be decoded; save it as an 8- or 16-bit grey PNG.")
-        return to_grey_plane(decoded, str(path))
-    return to_grey_plane(picture, str(path))
+            raise ImageRefused(name, "cannot be decoded; save it as an 8- or 16-bit grey PNG.")
+        return to_grey_plane(decoded, name)
+    return to_grey_plane(picture, name)
+
+
+def _read(source: str | Path | ImageFile) -> tuple[str, bytes]:
+    """The name for messages, and the content."""
+    if isinstance(source, ImageFile):
+        source.stream.seek(0)
+        return source.name, source.stream.read()
+    if str(source).startswith(("http://", "https://", "data:")):
+        raise ImageRefused(str(source)[:80], "not a file; download the image and give its path.")
+    return str(source), Path(source).read_bytes()
 
 
 def to_grey_plane(image: Any, name: str = "image") -> np.ndarray:
@@ -96,20 +108,21 @@ def to_grey_plane(image: Any, name: str = "image") -> np.ndarray:
     values = np.asarray(image)
     if values.dtype.kind not in "buif":
         raise ImageRefused(
-            f"{name}: {type(image).__name__} with values of type {values.dtype}; give a path, a PIL image, or an array "
-            "or tensor of integers or floats (the bytes of a file: save them, and give the path)."
+            name,
+            f"{type(image).__name__} with values of type {values.dtype}; give a path, a PIL image, or an array "
+            "or tensor of integers or floats (the bytes of a file: save them, and give the path).",
         )
     if values.dtype.kind == "b":
         values = values.astype(np.uint8) * np.uint8(255)
     plane = _one_channel(values, name)
     H, W = plane.shape
     if min(H, W) < MIN_SIDE_PX:
-        raise ImageRefused(f"{name}: {H} x {W} pixels, fewer than {MIN_SIDE_PX} on a side; give the full-size image.")
+        raise ImageRefused(name, f"{H} x {W} pixels, fewer than {MIN_SIDE_PX} on a side; give the full-size image.")
     plane = _plain_dtype(plane)
     if not (_varies(plane[:: 1 + H // 64]) or _varies(plane)):  # some rows mostly spare the whole scan
         clipped = plane.dtype == np.uint8 and plane.flat[0] == 255
         remedy = CLIPPED_REMEDY if clipped else "leave it out or export it again."
-        raise ImageRefused(f"{name}: every pixel has the same value; {remedy}")
+        raise ImageRefused(name, f"every pixel has the same value; {remedy}")
     return np.ascontiguousarray(plane)
 
 
@@ -132,7 +145,7 @@ def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
     elif picture.mode == "1":
         picture = picture.convert("L")
     elif picture.mode not in ("L", "I", "F", "RGB") and not picture.mode.startswith("I;16"):
-        raise ImageRefused(f"{name}: colour mode {picture.mode}; save it as an 8- or 16-bit grey PNG.")
+        raise ImageRefused(name, f"colour mode {picture.mode}; save it as an 8- or 16-bit grey PNG.")
     return np.asarray(picture)
 
 
@@ -142,7 +155,7 @@ def _one_channel(image: np.ndarray, name: str) -> np.ndarray:
     if image.ndim == 3 and image.shape[-1] in (1, 3, 4):
         image = np.moveaxis(image, -1, 0)
     if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
-        raise ImageRefused(f"{name}: shape {image.shape}; give one plane (H, W), (1, H, W) or (H, W, 1) at a time.")
+        raise ImageRefused(name, f"shape {image.shape}; give one plane (H, W), (1, H, W) or (H, W, 1) at a time.")
     if len(image) == 4:
         _check_opaque(image[3], name)
     # plane by plane: passes over channels that lie interleaved are several times slower than one copy of each
@@ -154,7 +167,7 @@ def _one_channel(image: np.ndarray, name: str) -> np.ndarray:
 
 def _check_opaque(alpha: np.ndarray, name: str) -> None:
     if alpha.min() != alpha.max() or alpha.max() == 0:
-        raise ImageRefused(f"{name}: partly transparent; flatten it and save it as a grey PNG.")
+        raise ImageRefused(name, "partly transparent; flatten it and save it as a grey PNG.")
 
 
 def _check_grey(channels: list[np.ndarray], name: str) -> None:
@@ -168,8 +181,9 @@ def _check_grey(channels: list[np.ndarray], name: str) -> None:
     coloured = float(np.mean(spread > GREY_TOLERANCE * scale))
     if coloured > 0:
         raise ImageRefused(
-            f"{name}: {coloured:.1%} of the pixels are coloured (or the planes are separate slices), and a mammogram "
-            "is grey; give the original without marks, one plane at a time."
+            name,
+            f"{coloured:.1%} of the pixels are coloured (or the planes are separate slices), and a mammogram "
+            "is grey; give the original without marks, one plane at a time.",
         )
 
 

@@ -114,17 +114,17 @@ def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, na
     first = thumbnails[0]
     breast = np.logical_or.reduce([each.breast for each in thumbnails])  # (h, w)
     if not breast.any():
-        raise ImageRefused(f"{name}: no breast found (the picture is constant or empty); check the window and the file")
+        raise ImageRefused(name, "no breast found (the picture is constant or empty); check the window and the file")
     inside = np.concatenate([each.pixels[each.breast] for each in thumbnails])
     if first.source_max == 255 and (saturated := float(np.mean(inside == 255))) > MAX_SATURATED_FRACTION:
         raise ImageRefused(
-            f"{name}: {saturated:.0%} of the breast has the largest value of 8 bits, 255; {CLIPPED_REMEDY}"
+            name, f"{saturated:.0%} of the breast has the largest value of 8 bits, 255; {CLIPPED_REMEDY}"
         )
     black, white = 0.0, first.source_max
     if settings.do_intensity_normalize:
         black, white = (float(value) for value in np.percentile(inside, settings.intensity_percentiles))
     if white <= black:
-        raise ImageRefused(f"{name}: every pixel of the breast has the value {black:g}; check the window and the file")
+        raise ImageRefused(name, f"every pixel of the breast has the value {black:g}; check the window and the file")
 
     height, width = first.source_shape
     box = (0, 0, height, width)
@@ -154,7 +154,7 @@ def render(
     breast: (h, w) bool, of the plane's thumbnail.
     """
     if plane.shape != plan.shape:
-        raise ImageRefused(f"a slice of {plane.shape} pixels in a volume of {plan.shape}: the slices must share a size")
+        raise ImageRefused("slice", f"{plane.shape} pixels in a volume of {plan.shape}; the slices must share a size")
     y0, x0, y1, x1 = plan.box
     crop: np.ndarray = _cv2_ready(plane[y0:y1, x0:x1])
     crop_breast: np.ndarray = breast[

@@ -11,7 +11,8 @@ from PIL import Image
 cv2 = pytest.importorskip("cv2")
 
 from modeling_mammodino.errors import ImageRefused  # noqa: E402
-from modeling_mammodino.pictures import PICTURE_SUFFIXES, read_picture, to_grey_plane  # noqa: E402
+from modeling_mammodino.image_file import PICTURE_SUFFIXES  # noqa: E402
+from modeling_mammodino.pictures import read_picture, to_grey_plane  # noqa: E402
 
 RNG = np.random.default_rng(0)
 GREY8 = RNG.integers(0, 256, (40, 50), dtype=np.uint8)
