@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import datasets
 import numpy as np
 
+from modeling_mammodino.dicom import Mammogram
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.rendering import Rendered
+from modeling_mammodino.tissue import patch_tissue
 
 # Everything that a corpus keeps of an image. Nothing else of a DICOM header enters it.
 FEATURES = datasets.Features(
@@ -31,6 +35,19 @@ TISSUE_CELL_PX = 4
 MANIFEST = "manifest.json"
 
 
+def make_row(mammogram: Mammogram, rendered: Rendered, collection: str) -> dict[str, Any]:
+    """A row of a picture; of the header only what FEATURES names."""
+    height, width = rendered.tissue.shape
+    cells = (-(-height // TISSUE_CELL_PX), -(-width // TISSUE_CELL_PX))
+    fractions = np.rint(patch_tissue(rendered.tissue, cells) * 255).astype(np.uint8)
+    return {
+        "image": {"bytes": encode_png(rendered.picture), "path": None},
+        "tissue": {"bytes": encode_png(fractions), "path": None},
+        "source": collection,
+        **{name: getattr(mammogram, name) for name in FEATURES if hasattr(mammogram, name)},
+    }
+
+
 class Corpus:
     """A corpus opened for training. Rows of one volume stand together, in the order of its slices.
 
@@ -41,14 +58,15 @@ class Corpus:
         self.directory = Path(directory)
         if not (self.directory / MANIFEST).is_file():
             raise FileNotFoundError(
-                f"{self.directory}: no {MANIFEST}, so not a corpus; build one with python -m dataset_scripts.corpus"
+                f"{self.directory}: no {MANIFEST}, so no corpus, or an unfinished one; build it, or go on with it, "
+                "with python -m dataset_scripts.corpus"
             )
         self.manifest = json.loads((self.directory / MANIFEST).read_text())
-        if not self.manifest["complete"]:
-            raise ValueError(f"{self.directory}: the corpus is unfinished; run dataset_scripts.corpus again to go on")
         rows = datasets.load_from_disk(str(self.directory))
         if len(rows) == 0:
-            raise ValueError(f"{self.directory}: the corpus has no rows; its refused.csv says why")
+            raise ValueError(
+                f"{self.directory}: the corpus has no rows; refused.csv in {self.directory}.private says why"
+            )
         self.rows = rows.cast_column("image", datasets.Image(decode=False)).cast_column(
             "tissue", datasets.Image(decode=False)
         )

@@ -22,6 +22,7 @@ import numpy as np
 from scipy import fft
 
 from dataset_scripts.phantom_dicom import BreastInfo, BreastLabels, write_patients
+from dataset_scripts.phantom_encoding import DEFAULT_SYNTAX, TRANSFER_SYNTAXES
 
 # Linear attenuation in 1/mm at about 20 keV, after Johns and Yaffe, Phys. Med. Biol. 32 (1987) 675. Muscle and skin
 # count as fibroglandular.
@@ -321,13 +322,22 @@ def _image(patient: int, seed: int, parameters: PhantomParameters):
     return info, breast.labels, acquire_dbt(breast), acquire_2d(breast)
 
 
-def write_archive(output, num_patients, seed=0, parameters=PhantomParameters(), num_proc=1, first_patient=0) -> Path:
+def write_archive(
+    output,
+    num_patients,
+    seed=0,
+    parameters=PhantomParameters(),
+    num_proc=1,
+    first_patient=0,
+    transfer_syntax=DEFAULT_SYNTAX,
+) -> Path:
     """Write DIR/PHANTOM-000012/{L,R}_{CC,MLO}_{dbt,2d}.dcm, one breast a patient, then DIR/labels.csv; return that.
 
     labels.csv covers the patients of this call and comes last: where it stands, the archive is complete.
     """
     patients = range(first_patient, first_patient + num_patients)
-    return write_patients(output, patients, partial(_image, seed=seed, parameters=parameters), num_proc)
+    image = partial(_image, seed=seed, parameters=parameters)
+    return write_patients(output, patients, image, num_proc, transfer_syntax)
 
 
 def main(arguments=None):
@@ -341,6 +351,12 @@ def main(arguments=None):
     counts |= {option.name: (option.default, option.metadata["help"]) for option in fields(PhantomParameters)}
     for name, (default, meaning) in counts.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default})")
+    parser.add_argument(
+        "--transfer_syntax",
+        choices=TRANSFER_SYNTAXES,
+        default=DEFAULT_SYNTAX,
+        help="how the pixels are encoded, to try a pipeline on it; 8 bits where it holds no 12 (default %(default)s)",
+    )
     options = vars(parser.parse_args(arguments))
     parameters = PhantomParameters(**{option.name: options.pop(option.name) for option in fields(PhantomParameters)})
     write_archive(parameters=parameters, **options)

@@ -2,7 +2,7 @@
 
 Attributes follow DICOM PS3.3 A.55 and C.8.31 (tomosynthesis, enhanced multi-frame) and A.26 (mammogram, for
 presentation). Every file says that it is simulated. UIDs derive from the seed and the patient, dates are fixed, so
-the same breast is the same file.
+the same breast is the same file. `dataset_scripts.phantom_encoding` writes it in other transfer syntaxes.
 """
 
 import csv
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     BreastTomosynthesisImageStorage,
     DigitalMammographyXRayImageStorageForPresentation,
@@ -25,6 +25,8 @@ from pydicom.uid import (
     generate_uid,
 )
 from tqdm import tqdm
+
+from dataset_scripts.phantom_encoding import DEFAULT_SYNTAX, check_encoder, save
 
 LABEL_COLUMNS = (
     *("file", "patient", "laterality", "view", "kind"),  # kind: "dbt" or "ffdm"; file: relative to labels.csv
@@ -88,14 +90,15 @@ def _code(value: str, meaning: str, scheme: str = "SCT", **more) -> list[Dataset
     return _sequence(CodeValue=value, CodingSchemeDesignator=scheme, CodeMeaning=meaning, **more)
 
 
-def _header(path, pixels: np.ndarray, info: BreastInfo, sop_class: str, role: str) -> FileDataset:
+def _header(pixels: np.ndarray, info: BreastInfo, sop_class: str, role: str) -> Dataset:
     """What both kinds of file share: patient, study, series, equipment, acquisition and pixels."""
     if pixels.dtype != np.uint16 or pixels.max(initial=0) > 4095:
-        raise ValueError(f"{path}: pixels must be uint16 of 12 bits, not {pixels.dtype} up to {pixels.max()}")
+        raise ValueError(f"{info.patient}: pixels must be uint16 of 12 bits, not {pixels.dtype} up to {pixels.max()}")
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, info.uid(role, "instance")
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    image = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    image = Dataset()
+    image.file_meta = meta
     image.SpecificCharacterSet = "ISO_IR 192"
     image.SOPClassUID, image.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
     image.PatientName, image.PatientID = f"{info.patient}^SIMULATED", info.patient
@@ -128,9 +131,9 @@ def _view_code(info: BreastInfo) -> list[Dataset]:
     return _code(*VIEW_CODES[info.view], ViewModifierCodeSequence=[])
 
 
-def write_2d(path, image: np.ndarray, info: BreastInfo):
+def mammogram_dataset(image: np.ndarray, info: BreastInfo) -> Dataset:
     """A mammogram (H, W) uint16 as Digital Mammography X-Ray Image Storage, For Presentation."""
-    dicom = _header(path, image, info, DigitalMammographyXRayImageStorageForPresentation, "2d")
+    dicom = _header(image, info, DigitalMammographyXRayImageStorageForPresentation, "2d")
     dicom.ImageType = ["DERIVED", "PRIMARY"]
     dicom.ImageLaterality, dicom.ViewPosition, dicom.ViewCodeSequence = info.laterality, info.view, _view_code(info)
     dicom.AnatomicRegionSequence = _code("76752008", "Breast")
@@ -140,12 +143,12 @@ def write_2d(path, image: np.ndarray, info: BreastInfo):
     dicom.RescaleIntercept, dicom.RescaleSlope, dicom.RescaleType = 0, 1, "US"
     dicom.WindowCenter, dicom.WindowWidth, dicom.VOILUTFunction = 2048, 4096, "LINEAR"
     dicom.AcquisitionContextSequence = []
-    dicom.save_as(path, enforce_file_format=True)
+    return dicom
 
 
-def write_dbt(path, slices: np.ndarray, info: BreastInfo):
+def tomosynthesis_dataset(slices: np.ndarray, info: BreastInfo) -> Dataset:
     """Slices (D, H, W) uint16 as Breast Tomosynthesis Image Storage, one frame a slice, with their positions."""
-    dicom = _header(path, slices, info, BreastTomosynthesisImageStorage, "dbt")
+    dicom = _header(slices, info, BreastTomosynthesisImageStorage, "dbt")
     frame_type = ["DERIVED", "PRIMARY", "TOMOSYNTHESIS", "NONE"]
     dicom.ImageType, dicom.NumberOfFrames = frame_type, len(slices)
     dicom.PixelPresentation, dicom.VolumetricProperties = "MONOCHROME", "VOLUME"
@@ -191,7 +194,15 @@ def write_dbt(path, slices: np.ndarray, info: BreastInfo):
             PlanePositionSequence=_sequence(ImagePositionPatient=[f"{value:.9g}" for value in position]),
         )
     dicom.PerFrameFunctionalGroupsSequence = frames
-    dicom.save_as(path, enforce_file_format=True)
+    return dicom
+
+
+def write_2d(path, image: np.ndarray, info: BreastInfo, transfer_syntax: str = DEFAULT_SYNTAX):
+    save(mammogram_dataset(image, info), path, transfer_syntax)
+
+
+def write_dbt(path, slices: np.ndarray, info: BreastInfo, transfer_syntax: str = DEFAULT_SYNTAX):
+    save(tomosynthesis_dataset(slices, info), path, transfer_syntax)
 
 
 def write_labels(path, rows) -> Path:
@@ -204,23 +215,27 @@ def write_labels(path, rows) -> Path:
     return path
 
 
-def _write_patient(patient: int, image: Callable, output: Path) -> list[tuple]:
+def _write_patient(patient: int, image: Callable, output: Path, transfer_syntax: str) -> list[tuple]:
     info, truth, slices, mammogram = image(patient)
     (output / info.patient).mkdir(exist_ok=True)
     rows = []
     for kind, suffix, write, pixels in (("dbt", "dbt", write_dbt, slices), ("ffdm", "2d", write_2d, mammogram)):
         file = f"{info.patient}/{info.laterality}_{info.view}_{suffix}.dcm"
-        write(output / file, pixels, info)
+        write(output / file, pixels, info, transfer_syntax)
         found = (truth.density, truth.lesion, truth.lesion_type, truth.cancer, *(truth.box or (None,) * 4))
         rows.append((file, info.patient, info.laterality, info.view, kind, *found, truth.lesion_slice))
     return rows
 
 
-def write_patients(output, patients: range, image: Callable, num_proc: int = 1) -> Path:
+def write_patients(
+    output, patients: range, image: Callable, num_proc: int = 1, transfer_syntax: str = DEFAULT_SYNTAX
+) -> Path:
     """Write what `image(patient)` returns, (BreastInfo, BreastLabels, slices, mammogram), and labels.csv at the end."""
+    check_encoder(transfer_syntax)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    write, bar = partial(_write_patient, image=image, output=output), {"total": len(patients), "unit": "breast"}
+    write = partial(_write_patient, image=image, output=output, transfer_syntax=transfer_syntax)
+    bar = {"total": len(patients), "unit": "breast"}
     if num_proc > 1:  # spawn: safe beside threads of the caller
         with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
             rows = list(tqdm(pool.map(write, patients, chunksize=4), **bar))

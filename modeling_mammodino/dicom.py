@@ -65,7 +65,8 @@ class Mammogram:
     @classmethod
     def from_picture(cls, source: Any, pixels: np.ndarray, hash_key: bytes | None = None) -> "Mammogram":
         """A picture without a header, such as a PNG: only its pixels and the keyed hash of its path are known."""
-        volume_id = keyed_hash(str(source), hash_key or PROCESS_KEY)
+        identity = source.identity or source.name if isinstance(source, ImageFile) else str(source)
+        volume_id = keyed_hash(identity, hash_key or PROCESS_KEY)
         return cls(pixels, "unknown", None, None, None, 0, 1, None, volume_id, None, None)
 
 
@@ -166,7 +167,7 @@ def _slices(opened: Source, wanted: Sequence[int], options: _Options) -> Iterato
     header, frames = opened.header, opened.num_frames
     with boundary(opened, "the header cannot be interpreted"):
         order, positions = order_of_frames(header, frames), positions_mm(header, frames)
-        shared = _shared_fields(opened, frames, positions, options.key)
+        shared = shared_fields(opened, frames, positions, options.key)
     decoded = decode(opened, [order[index] for index in wanted])
     for index, frame in zip(wanted, decoded, strict=True):
         place = order[index]
@@ -182,10 +183,15 @@ def _slices(opened: Source, wanted: Sequence[int], options: _Options) -> Iterato
         yield mammogram
 
 
-def _shared_fields(opened: Source, frames: int, positions: np.ndarray | None, key: bytes) -> dict[str, Any]:
+def instance_uid(opened: Source) -> str:
+    """Of the SOP instance; where the header has none, the identity of the file."""
+    return identifier(opened.header, "SOPInstanceUID") or opened.identity or opened.name
+
+
+def shared_fields(opened: Source, frames: int, positions: np.ndarray | None, key: bytes) -> dict[str, Any]:
     """The fields of `Mammogram` that all slices of a file have in common."""
     header, what = opened.header, kind(opened.header, frames)
-    uid = identifier(header, "SOPInstanceUID") or opened.name
+    uid = instance_uid(opened)
     series = identifier(header, "SeriesInstanceUID")
     if what == "dbt" and frames == 1 and series:
         uid = f"{series} {laterality(header)} {view(header)}"

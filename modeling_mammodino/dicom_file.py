@@ -34,6 +34,7 @@ class Source(NamedTuple):
     header: Any  # Dataset
     pixels: Any  # what pydicom decodes from: the path or stream, or the data set where it must be in memory
     warned: set[str]
+    identity: str = ""  # hashed where the header has no UID; the name if empty
 
     @property
     def num_frames(self) -> int:
@@ -71,7 +72,7 @@ def open_header(source: Any) -> Source:
     if isinstance(source, pydicom.Dataset):
         return Source(str(getattr(source, "filename", None) or "DICOM data set"), source, source, set())
     if isinstance(source, ImageFile):
-        opened = Source(source.name, None, source.stream, set())
+        opened = Source(source.name, None, source.stream, set(), source.identity)
     elif isinstance(source, (str, os.PathLike)):
         opened = Source(str(source), None, Path(source), set())
         if not opened.pixels.is_file():
@@ -102,14 +103,18 @@ def _read(file: Any, **options: Any) -> Any:
 def open_checked(source: Any, allow_for_processing: bool) -> Source:
     """`open_header`, then every refusal that needs no decoding."""
     opened = open_header(source)
-    with boundary(opened, "the header cannot be interpreted"):
-        _check_object(opened, allow_for_processing)
-        frame_bytes = _check_geometry(opened)
-        syntax = _check_transfer_syntax(opened)
+    frame_bytes, syntax = check_header(opened, allow_for_processing)
     damaged = boundary(opened, "PixelData is damaged", "fetch the file again")
     with damaged, _pixel_data(opened, syntax) as (stream, length):
         _check_complete(opened, stream, length, None if syntax.is_encapsulated else frame_bytes)
     return opened
+
+
+def check_header(opened: Source, allow_for_processing: bool) -> tuple[float, Any]:
+    """Every refusal for which the header is enough. Bytes of one uncompressed frame, and the transfer syntax."""
+    with boundary(opened, "the header cannot be interpreted"):
+        _check_object(opened, allow_for_processing)
+        return _check_geometry(opened), _check_transfer_syntax(opened)
 
 
 def _check_object(opened: Source, allow_for_processing: bool) -> None:

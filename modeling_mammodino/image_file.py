@@ -15,6 +15,7 @@ class ImageFile:
 
     stream: BinaryIO  # seekable
     name: str  # for messages; its suffix counts as a path's does
+    identity: str = ""  # hashed where a file has no UID of its own; `name` if empty
 
 
 def suffix(source: Any) -> str:

@@ -1,7 +1,7 @@
 """Image processor: any mammogram a user holds -> `pixel_values` and `tissue_mask`."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
 from .dicom import Mammogram, count_slices, is_dicom, iter_slices
+from .dicom_series import iter_series
 from .errors import ImageRefused
 from .image_file import ImageFile
 from .pictures import GreyPicture, read_picture, to_grey_plane
@@ -180,13 +181,15 @@ class MammoDinoImageProcessor(PilBackend):
         upscale: bool = True,
         hash_key: bytes | None = None,
         slices_per_volume: int = 0,
+        correct: Callable[[Mammogram], Mammogram] | None = None,
     ) -> Iterator[tuple[Mammogram, Rendered]]:
         """Slices of a file, all or some, with picture and breast mask, before canvas and standardisation.
 
-        One plan serves the whole volume, so that its slices stay aligned. `fit` is (height, width) in pixels.
+        One plan serves the whole volume, so that its slices stay aligned. `fit` is (height, width) in pixels. A list of
+        DICOM files is one volume, a file a slice, in order. `correct` sees each slice as it was read.
         """
         settings, options = self.render_settings, {**_read_options(vars(self)), "hash_key": hash_key}
-        for mammogram, small, plan in _planned_slices(source, settings, options, slices_per_volume):
+        for mammogram, small, plan in _planned_slices(source, settings, options, slices_per_volume, correct):
             yield mammogram, render(mammogram.pixels, small.breast, plan, settings, fit, upscale)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
@@ -271,27 +274,38 @@ def _planes(
 
 
 def _planned_slices(
-    source: Any, settings: RenderSettings, options: dict, slices_per_volume: int = 0
+    source: Any,
+    settings: RenderSettings,
+    options: dict,
+    slices_per_volume: int = 0,
+    correct: Callable[[Mammogram], Mammogram] | None = None,
 ) -> Iterator[tuple[Mammogram, Thumbnail, RenderPlan]]:
     """The slices of a source, or `slices_per_volume` of them, under the plan of its volume."""
-    name = _name(source, 0)
-    if not _is_dicom_source(source):
+    is_series = isinstance(source, (list, tuple))
+    name = _name(source[0] if is_series else source, 0)
+    if not is_series and not _is_dicom_source(source):
         plane = read_picture(source)
         small = make_thumbnail(plane)
         picture = Mammogram.from_picture(source, plane, options["hash_key"])
         yield picture, small, plan_rendering([small], settings, name)
         return
-    num_slices = count_slices(source)
+
+    def read(indices: list[int]) -> Iterator[tuple[Mammogram, Thumbnail]]:
+        slices = (iter_series if is_series else iter_slices)(source, indices=indices, **options)
+        for each in map(correct, slices) if correct else slices:
+            yield each, make_thumbnail(each.pixels)
+
+    num_slices = len(source) if is_series else count_slices(source)
     sampled, wanted = _spread(num_slices, PLAN_SLICES), _spread(num_slices, slices_per_volume or num_slices)
-    samples = [(each, make_thumbnail(each.pixels)) for each in iter_slices(source, indices=sampled, **options)]
+    samples = list(read(sampled))
     plan = plan_rendering([small for _, small in samples], settings, name)
     if wanted == sampled:  # a 2D image, or a short volume, is decoded once
         for each, small in samples:
             yield each, small, plan
         return
     del samples
-    for each in iter_slices(source, indices=wanted, **options):
-        yield each, make_thumbnail(each.pixels), plan
+    for each, small in read(wanted):
+        yield each, small, plan
 
 
 def _flat(images: Any) -> Iterator[Any]:

@@ -15,9 +15,17 @@ from modeling_mammodino import MammoDinoConfig, MammoDinoModel
 REAL_DATA = Path(os.environ.get("MAMMODINO_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+HASH_KEY = "a key of the tests, long enough"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hash_key():
+    os.environ["MAMMODINO_HASH_KEY"] = HASH_KEY
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +88,6 @@ def phantom_corpus(phantom_archive, tmp_path_factory) -> Path:
     from dataset_scripts.corpus import build_corpus
     from modeling_mammodino import MammoDinoImageProcessor
 
-    folder = tmp_path_factory.mktemp("corpus")
-    build_corpus([phantom_archive], folder, (128, 96), MammoDinoImageProcessor(), "phantom", b"key")
+    folder = tmp_path_factory.mktemp("built") / "corpus"
+    build_corpus([phantom_archive], folder, (128, 96), MammoDinoImageProcessor(), "phantom", tasks=1)
     return folder

@@ -1,0 +1,136 @@
+"""Stages of a build on datatrove's executors: processes of this machine, Slurm or Ray. Finished tasks are skipped."""
+
+import ctypes
+import importlib
+import inspect
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import loguru
+import multiprocess
+import yaml
+
+loguru.logger.disable("datatrove")  # its tracebacks print the values of variables, and so paths
+
+ENGINES = {
+    "local": ("datatrove.executor.local", "LocalPipelineExecutor"),
+    "slurm": ("datatrove.executor.slurm", "SlurmPipelineExecutor"),
+    "ray": ("datatrove.executor.ray", "RayPipelineExecutor"),
+}
+OURS = ("self", "pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed", "start_method", "job_name")
+CHECKOUT = Path(__file__).parents[1]
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+WATCH_SECONDS = 0.5
+
+
+class Stage(NamedTuple):
+    name: str
+    step: Callable[[Any, int, int], None]  # called with (data, rank, world_size)
+    tasks: int
+    progress: Callable[[], None] = lambda: None  # called now and then while a local stage runs
+
+
+def parse_arguments(engine: str, given: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE arguments of datatrove's executor. Raises ValueError where it has none of that name."""
+    known = [name for name in inspect.signature(_executor(engine)).parameters if name not in OURS]
+    arguments = {}
+    for each in given:
+        name, separator, value = each.partition("=")
+        if not separator or name not in known:
+            raise ValueError(f"--engine_args {each}: {engine} takes NAME=VALUE, where NAME is {', '.join(known)}")
+        arguments[name] = yaml.safe_load(value)
+    return arguments
+
+
+def run_stages(stages: Sequence[Stage], engine: str, workers: int, logs: Path, arguments: dict[str, Any]) -> bool:
+    """Each stage when the one before it is done. Whether all is done at the return: Slurm's jobs are only sent off.
+
+    Raises ChildProcessError where a local worker process died, and whatever a task raised.
+    """
+    before = None
+    for stage in stages:
+        executor = _executor(engine)(
+            pipeline=[stage.step],
+            tasks=stage.tasks,
+            workers=min(workers, stage.tasks),
+            logging_dir=str(logs / stage.name),
+            **{"slurm": _slurm, "local": _local, "ray": dict}[engine](stage, before),
+            **arguments,
+        )
+        if engine == "slurm":
+            executor.run()
+            before = executor
+        else:
+            with _watched(stage.progress):
+                executor.run()
+    return engine != "slurm"
+
+
+def _local(stage: Stage, before: Any) -> dict[str, Any]:
+    return {"start_method": "spawn"}  # a fork of a process in which OpenCV or torch has run threads can hang
+
+
+def _slurm(stage: Stage, before: Any) -> dict[str, Any]:
+    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CHECKOUT}
+    environment = "export " + " ".join(f"{name}={path}:${name}" for name, path in paths.items())
+    return {"depends": before, "job_name": f"mammodino_{stage.name}", "env_command": environment}
+
+
+def _executor(engine: str) -> Any:
+    module, name = ENGINES[engine]
+    return getattr(importlib.import_module(module), name)
+
+
+@contextmanager
+def _watched(progress: Callable[[], None]) -> Iterator[None]:
+    """While a local stage runs: shows progress, and stops where a worker dies, for which a pool would wait forever."""
+    done, died = threading.Event(), []
+
+    def watch() -> None:
+        children: set[Any] = set()
+        while not done.wait(WATCH_SECONDS):
+            progress()
+            children.update(multiprocess.active_children())
+            died.extend(child.exitcode for child in children if child.exitcode not in (None, 0, -signal.SIGTERM))
+            if died:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    _helpers_are_bound.set()
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if died:
+            raise ChildProcessError(f"a worker process died (signal {-died[0]}; 9 is often a lack of memory)") from None
+        raise
+    finally:
+        done.set()
+        watcher.join()
+        _helpers_are_bound.clear()
+    progress()
+
+
+_helpers_are_bound = threading.Event()
+
+
+def die_with_parent() -> None:
+    """Called in a worker process: binds its life to that of the process that started it, so that none goes on alone."""
+    if sys.platform == "linux" and multiprocess.parent_process() is not None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _bind_helper() -> None:
+    """The same for datatrove's own helper process, which is forked."""
+    if sys.platform == "linux" and _helpers_are_bound.is_set():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=_bind_helper)

@@ -1,0 +1,113 @@
+"""Second half of a build: pictures, shard by shard. A shard is whole or absent."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+from datasets.arrow_writer import ArrowWriter
+
+from modeling_mammodino.errors import ImageRefused
+from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
+
+from .corpus_engine import die_with_parent
+from .corpus_job import Job, Notes, read_lines, write_json
+from .corpus_plan import Volume, unreadable
+from .corpus_reader import FEATURES, make_row
+
+ROWS_A_WRITE = 16  # held in memory; a volume is held whole besides
+SHARD = "data-{:05d}.arrow"
+
+
+@dataclass
+class RenderShards:
+    """A task makes every n-th shard, but for those that are there."""
+
+    job: Job
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        cv2.setNumThreads(1)  # the tasks share the cores
+        die_with_parent()
+        shards = len(list((self.job.work / "plan").glob("*.jsonl")))
+        for shard in range(rank, shards, world_size):
+            if not self.job.shard_record(shard).exists():
+                with Notes(self.job.work / "notes" / f"{shard:05d}.log") as notes:
+                    render_shard(self.job, shard, notes.counts)
+
+
+def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
+    """Writes the shard under a temporary name and renames it; its record follows, and counts it."""
+    read = partial(
+        read_volume, image_processor=job.processor(), fit=job.fit, hash_key=job.hash_key, collection=job.collection
+    )
+    record = Record()
+    path = Path(job.output) / SHARD.format(shard)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with ArrowWriter(path=str(temporary), features=FEATURES, writer_batch_size=ROWS_A_WRITE) as writer:
+            for line in read_lines(job.shard_plan(shard)):
+                volume = Volume.from_json(line)
+                try:
+                    rows = list(read(volume))  # a volume enters whole or not at all
+                except ImageRefused as refusal:
+                    record.refuse(volume, refusal.reason)
+                except OSError as error:
+                    record.refuse(volume, unreadable(error))
+                else:
+                    record.count(rows)
+                    for row in rows:
+                        writer.write(row)
+            if record.rows:
+                writer.finalize()
+        if record.rows:
+            with temporary.open("rb") as stream:
+                record.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.replace(temporary, path)
+            record.name = path.name
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    record.notes = dict(noted)
+    write_json(job.shard_record(shard), vars(record))
+
+
+@dataclass
+class Record:
+    """What a shard holds, and what was left out of it."""
+
+    name: str | None = None  # None where nothing could be read
+    rows: int = 0
+    volumes: int = 0
+    sha256: str | None = None
+    refused: list[tuple[int, str]] = field(default_factory=list)  # number of the file, reason
+    kinds: dict[str, int] = field(default_factory=Counter)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def count(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += len(rows)
+        self.volumes += 1
+        for row in rows:
+            self.kinds[row["kind"]] += 1
+
+    def refuse(self, volume: Volume, reason: str) -> None:
+        self.refused += [(file.number, reason) for file in volume.files]
+
+
+def read_volume(
+    volume: Volume, image_processor: MammoDinoImageProcessor, fit: tuple[int, int], hash_key: bytes, collection: str
+) -> Iterator[dict[str, Any]]:
+    """The rows of a volume, slice by slice."""
+    with ExitStack() as opened:
+        files = [opened.enter_context(file.open()) for file in volume.files]
+        source = files if len(files) > 1 else files[0]
+        for mammogram, rendered in image_processor.render_source(source, fit, upscale=False, hash_key=hash_key):
+            row = make_row(mammogram, rendered, collection)
+            row["volume_id"] = volume.volume_id
+            row["slice_spacing_mm"] = mammogram.slice_spacing_mm or volume.slice_spacing_mm
+            yield row
