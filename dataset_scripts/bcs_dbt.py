@@ -8,6 +8,7 @@ pixels; their Slice counts frames in the order of the file.
 
     views = BcsDbtViews.from_csv(["BCS-DBT-file-paths-train-v2.csv"])
     slices = map(views.correction(path), iter_slices(path))
+    pictures = image_processor.render_source(path, (518, 518), correct=views.correction(path))
 """
 
 import csv
@@ -25,6 +26,7 @@ import numpy as np
 from modeling_mammodino.dicom import Mammogram, frame_order, iter_slices
 from modeling_mammodino.dicom_file import open_header
 from modeling_mammodino.dicom_header import identifier
+from modeling_mammodino.errors import ImageRefused
 from modeling_mammodino.image_file import ImageFile
 
 COLUMNS = ("PatientID", "StudyUID", "View", "descriptive_path", "classic_path")
@@ -81,17 +83,25 @@ class BcsDbtViews:
 
     def view_of(self, source: Any) -> View | None:
         """Of a path, ImageFile or pydicom Dataset: by its SeriesInstanceUID, else by its path; None if not listed."""
-        opened = open_header(source)
-        if found := self.by_series.get(identifier(opened.header, "SeriesInstanceUID")):
+        try:
+            series = identifier(open_header(source).header, "SeriesInstanceUID")
+        except ImageRefused:  # no DICOM file; who reads it says so
+            series = ""
+        if found := self.by_series.get(series):
             return found
-        path = source.identity or source.name if isinstance(source, ImageFile) else opened.name
-        return self.by_path.get(_parts(path)[-PATH_PARTS:])
+        if isinstance(source, ImageFile):
+            path = source.identity or source.name
+        else:
+            path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "filename", None) or ""
+        return self.by_path.get(_parts(str(path))[-PATH_PARTS:])
 
     def correction(self, source: Any) -> Callable[[Mammogram], Mammogram]:
         """What sets laterality, view and orientation of each slice of `source` right; one call a volume, counted.
 
-        Reads the header and, of a listed volume, the first frame. Raises ImageRefused as `iter_slices` does.
+        Reads the header and, of a listed volume, the first frame; of a list of files, those of the first. Raises
+        ImageRefused as `iter_slices` does where a listed volume cannot be read.
         """
+        source = source[0] if isinstance(source, (list, tuple)) else source
         view = self.view_of(source)
         if view is None:
             self.counts["unknown"] += 1

@@ -8,6 +8,9 @@ import numpy as np
 from .dicom_header import number, scopes, text
 
 FLAT_FRACTION = 1 / 64  # a window that leaves less contrast than this on a picture is of another bit depth
+MOSTLY_WHITE_FRACTION = 0.5  # of what is not black; such a window is followed, with a warning
+OVERSHOOT_FRACTION = 1 / 64  # of the range of BitsStored; a lossy codec stays within it, beyond it BitsStored lies
+MALFORMED = (AttributeError, ValueError, TypeError, LookupError, NotImplementedError)  # of a LUT
 
 
 def to_grey(
@@ -24,15 +27,17 @@ def to_grey(
 
     `warn(about, message)` is told of a header that does not fit its pixels.
     """
-    values = frame.astype(frame.dtype.newbyteorder("="), copy=False)
+    values = _extend_sign(frame.astype(frame.dtype.newbyteorder("="), copy=False), header)
     inverse = text(header, "PhotometricInterpretation") == "MONOCHROME1"
-    limits = _stored_range(values, header, warn)
     padding = _padding(values, header) if modality or voi else None  # (H, W) bool
+    if padding is not None and (padding.all() or not padding.any()):
+        padding = None
+    limits = _stored_range(values if padding is None else values[~padding], header, warn)
     if modality:
-        values, limits = _apply_modality(values, limits, header, index)
+        values, limits = _apply_modality(values, limits, header, index, warn)
     if values.dtype not in (np.uint8, np.uint16):
         values = values.astype(np.float32, copy=False)
-    if padding is not None and padding.any() and not padding.all():
+    if padding is not None:
         least, most = values.min(), values.max()
         inside = ~padding
         air = values.max(where=inside, initial=least) if inverse else values.min(where=inside, initial=most)
@@ -44,29 +49,45 @@ def to_grey(
     return values
 
 
+def _extend_sign(values: np.ndarray, header: Any) -> np.ndarray:
+    """Signed values, also where the pixels leave the bits above BitsStored clear (PS3.5 8.1.1)."""
+    unused = 8 * values.dtype.itemsize - int(number(header, "BitsStored") or 8 * values.dtype.itemsize)
+    if values.dtype.kind != "i" or unused <= 0 or values.min() < 0 or values.max() >> (8 * values.itemsize - unused):
+        return values  # extended already, or BitsStored lies
+    return values << unused >> unused
+
+
 def _stored_range(values: np.ndarray, header: Any, warn: Callable[[str, str], None]) -> tuple[float, float]:
     """Lowest and highest storable value by BitsStored, widened to the next power of two where pixels exceed it."""
     bits = int(number(header, "BitsStored") or 8 * values.dtype.itemsize)
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if values.dtype.kind == "i" else (0, (1 << bits) - 1)
     least, most = int(values.min()), int(values.max())
-    if least < low or most > high:
+    if max(low - least, most - high) > OVERSHOOT_FRACTION * (high - low):
         warn("BitsStored", "pixels exceed it; taken as they are")
-        low, high = min(low, least), max(high, (1 << most.bit_length()) - 1)
-    return low, high
+        most = max(most, (1 << most.bit_length()) - 1)
+    return min(low, least), max(high, most)
 
 
 def _padding(values: np.ndarray, header: Any) -> np.ndarray | None:
     """Pixels between PixelPaddingValue and PixelPaddingRangeLimit, both included."""
-    one = number(header, "PixelPaddingValue")
-    if one is None:
+    stated = (number(header, "PixelPaddingValue"), number(header, "PixelPaddingRangeLimit"))
+    ends = [_of_pixels_sign(value, values.dtype) for value in stated if value is not None]
+    if stated[0] is None:
         return None
-    other = number(header, "PixelPaddingRangeLimit")
-    low, high = sorted((one, one if other is None else other))
+    low, high = min(ends), max(ends)
     return values == low if low == high else (values >= low) & (values <= high)
 
 
+def _of_pixels_sign(value: float, dtype: np.dtype) -> float:
+    """A value written with the other sign than the pixels have, such as 63536 for -2000, as the pixels have it."""
+    span = 1 << 8 * dtype.itemsize
+    if dtype.kind == "i" and span // 2 <= value < span:
+        return value - span
+    return value + span if dtype.kind == "u" and -span // 2 <= value < 0 else value
+
+
 def _apply_modality(
-    values: np.ndarray, limits: tuple[float, float], header: Any, index: int
+    values: np.ndarray, limits: tuple[float, float], header: Any, index: int, warn: Callable[[str, str], None]
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """Modality LUT, else rescale slope and intercept, of the frame, the volume or the file (C.11.1)."""
     for scope in scopes(header, index, "PixelValueTransformationSequence"):
@@ -75,6 +96,8 @@ def _apply_modality(
             return _look_up(values, table, first), (0, top)
         slope, intercept = number(scope, "RescaleSlope"), number(scope, "RescaleIntercept")
         if slope is not None or intercept is not None:
+            if slope == 0:
+                warn("RescaleSlope", "0 would erase the picture; taken as 1")
             slope, intercept = slope or 1.0, intercept or 0.0
             if (slope, intercept) == (1, 0):
                 return values, limits
@@ -86,20 +109,36 @@ def _apply_modality(
 def _apply_voi(
     values: np.ndarray, limits: tuple[float, float], header: Any, index: int, warn: Callable[[str, str], None]
 ) -> tuple[np.ndarray, tuple[float, float]]:
-    """float32 in 0..1 by the VOI LUT, else the first window; unchanged where the header has neither (C.11.2)."""
+    """float32 in 0..1 by the first VOI LUT, else the first window; unchanged where the header has neither (C.11.2).
+
+    The standard leaves the choice among several, and between LUT and window, to the reader; the first is the vendor's.
+    """
     for scope in scopes(header, index, "FrameVOILUTSequence"):
-        if tables := scope.get("VOILUTSequence"):
-            table, first, top = _table(tables[0], values)
-            return _look_up(values, (table / top).astype(np.float32), first), (0, 1)
-        center, width = number(scope, "WindowCenter"), number(scope, "WindowWidth")
-        if center is not None and width is not None:
-            seen = window(values, center, width, text(scope, "VOILUTFunction"))
-            if seen is None or (np.ptp(seen) < FLAT_FRACTION and np.ptp(values) > 0):
-                warn("WindowCenter and WindowWidth", "they do not fit the pixels; full range used")
-                low, high = limits
-                seen = np.clip((values.astype(np.float32) - low) / max(high - low, 1), 0, 1, dtype=np.float32)
-            return seen, (0, 1)
+        about, seen = _voi(scope, values, warn)
+        if not about:
+            continue
+        if seen is None or (np.ptp(seen) < FLAT_FRACTION and np.ptp(values) > 0):
+            warn(about, "does not fit the pixels; full range used")
+            low, high = limits
+            seen = np.clip((values.astype(np.float32) - low) / max(high - low, 1), 0, 1, dtype=np.float32)
+        elif np.count_nonzero(seen == 1) > MOSTLY_WHITE_FRACTION * np.count_nonzero(seen):
+            warn(about, "most of what is not black is white; is it of another bit depth?")
+        return seen, (0, 1)
     return values, limits
+
+
+def _voi(scope: Any, values: np.ndarray, warn: Callable[[str, str], None]) -> tuple[str, np.ndarray | None]:
+    """Which element of `scope` applies, "" for none, and what it makes of the values; None where it is illegal."""
+    if tables := scope.get("VOILUTSequence"):
+        try:
+            table, first, top = _table(tables[0], values)
+            return "VOILUTSequence", _look_up(values, (table / top).astype(np.float32), first)
+        except MALFORMED:
+            warn("VOILUTSequence", "malformed; left out")
+    center, width = number(scope, "WindowCenter"), number(scope, "WindowWidth")
+    if center is None or width is None:
+        return "", None
+    return "WindowCenter and WindowWidth", window(values, center, width, text(scope, "VOILUTFunction"))
 
 
 def window(values: np.ndarray, center: float, width: float, function: str = "LINEAR") -> np.ndarray | None:
@@ -121,7 +160,7 @@ def window(values: np.ndarray, center: float, width: float, function: str = "LIN
 def _table(item: Any, values: np.ndarray) -> tuple[np.ndarray, int, int]:
     """Entries of a LUT item as uint16, the value that the first maps, and the highest output (C.11.1.1.1)."""
     entries, first, bits = (int(value) for value in item.LUTDescriptor)
-    entries = entries or 65536
+    entries = entries % 65536 or 65536
     data = item.LUTData
     if isinstance(data, bytes):  # OW: a word an entry, or two packed bytes
         order = ">" if item.original_encoding[1] is False else "<"

@@ -35,6 +35,8 @@ _VIEWS = {
     "AT": "axillarytail 399011000 r102d1",
 }
 _VIEW_OF = {alias: view for view, aliases in _VIEWS.items() for alias in (view.lower(), *aliases.split())}
+# Sides: ImageLaterality's terms, meanings, SCT and SRT codes of PS3.16 CID 244, in letters and digits only.
+_SIDE_OF = {"l": "L", "left": "L", "7771000": "L", "ga101": "L", "r": "R", "right": "R", "24028007": "R", "ga100": "R"}
 
 # pydicom converts an element when it is first read, and raises what its converters raise.
 _MALFORMED = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, NotImplementedError)
@@ -101,39 +103,68 @@ def num_frames(dataset: Any) -> int | None:
 
 
 def kind(dataset: Any, frames: int) -> str:
-    """ "ffdm", "synthetic_2d", "dbt" or "unknown", from SOP class, Modality and ImageType."""
+    """ "ffdm", "synthetic_2d", "dbt" or "unknown", from SOP class, Modality, PositionerType and ImageType."""
     sop, modality = identifier(dataset, "SOPClassUID"), text(dataset, "Modality")
     image_type = re.sub(r"[^A-Z0-9\\]", "_", text(dataset, "ImageType"))
-    breast = sop in _MAMMOGRAPHY or sop == _TOMOSYNTHESIS or modality == "MG"
+    mammography = modality == "MG" or text(dataset, "PositionerType").startswith("MAMMO")  # no breast CT has either
+    breast = sop in _MAMMOGRAPHY or sop == _TOMOSYNTHESIS or mammography
     if breast and frames == 1:
         volume_rendered = sop in _MAMMOGRAPHY and "VOLUME" in image_type
         if volume_rendered or _SYNTHETIC_2D.search(image_type):
             return "synthetic_2d"
     if sop == _TOMOSYNTHESIS:
         return "dbt"
-    if modality == "MG" and sop not in _PROJECTION and (frames > 1 or sop in _CT):
+    if mammography and sop not in _PROJECTION and (frames > 1 or sop in _CT):
         return "dbt"
     return "ffdm" if sop in _MAMMOGRAPHY else "unknown"
 
 
 def laterality(dataset: Any, frame: int = 0) -> str | None:
-    """ "L", "R", or None for both, unpaired and unknown."""
-    found = [text(dataset, "ImageLaterality")]
-    found += [text(scope, "FrameLaterality") for scope in scopes(dataset, frame, "FrameAnatomySequence")]
-    found += [text(dataset, "Laterality")]
-    return next(({"L": "L", "LEFT": "L", "R": "R", "RIGHT": "R"}.get(side) for side in found if side), None)
+    """ "L", "R", or None for both, unpaired and unknown.
+
+    From ImageLaterality, FrameLaterality or Laterality; where none of them has a value, from the modifier of the
+    anatomic region, or a letter before the view, as in LCC. PatientOrientation does not tell: a right breast turned by
+    half a turn has that of a left one.
+    """
+    anatomy = list(scopes(dataset, frame, "FrameAnatomySequence"))
+    stated = (text(dataset, "ImageLaterality"), *(text(scope, "FrameLaterality") for scope in anatomy))
+    for side in (*stated, text(dataset, "Laterality")):
+        if side:
+            return _SIDE_OF.get(_plain(side))
+    for scope in anatomy:
+        region = _first(scope, "AnatomicRegionSequence")
+        code = _first(region, "AnatomicRegionModifierSequence")
+        for words in (text(code, "CodeValue"), text(code, "CodeMeaning")):
+            if found := _SIDE_OF.get(_plain(words)):
+                return found
+    return _side_and_view(anatomy)[0]
 
 
 def view(dataset: Any, frame: int = 0) -> str | None:
-    """A view name of CID 4014, from ViewPosition or ViewCodeSequence; no other text."""
-    for scope in scopes(dataset, frame, "FrameAnatomySequence"):
-        code = (scope.get("ViewCodeSequence") or [{}])[0]
-        for words in (text(scope, "ViewPosition"), text(code, "CodeMeaning"), text(code, "CodeValue")):
-            name = re.sub(r"[^a-z0-9]", "", words.lower())
-            found = _VIEW_OF.get(name) or _VIEW_OF.get(name[1:] if name[:1] in ("l", "r") else "")  # also RCC, LMLO
-            if found:
-                return found
-    return None
+    """A view name of CID 4014 from ViewPosition or ViewCodeSequence, without modifiers such as magnification."""
+    return _side_and_view(list(scopes(dataset, frame, "FrameAnatomySequence")))[1]
+
+
+def _side_and_view(anatomy: list[Any]) -> tuple[str | None, str | None]:
+    """The first view found, and the side where a letter before it says so."""
+    for scope in anatomy:
+        code = _first(scope, "ViewCodeSequence")
+        for words in (text(scope, "ViewPosition"), text(code, "CodeValue"), text(code, "CodeMeaning")):
+            name = _plain(words)
+            if found := _VIEW_OF.get(name):
+                return None, found
+            if name[:1] in ("l", "r") and (found := _VIEW_OF.get(name[1:])):
+                return name[0].upper(), found
+    return None, None
+
+
+def _plain(words: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", words.lower())
+
+
+def _first(dataset: Any, sequence: str) -> Any:
+    """The first item of a sequence, or an empty one."""
+    return (dataset.get(sequence) or [{}])[0]
 
 
 def pixel_spacing_mm(dataset: Any) -> float | None:

@@ -1,6 +1,7 @@
 """The breast mask on pictures whose truth is known, and on real slices where they lie beside the checkout."""
 
 import csv
+import logging
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ from conftest import REAL_DATA
 
 cv2 = pytest.importorskip("cv2")
 
-from modeling_mammodino.tissue import breast_box, chest_wall_side, patch_tissue, segment_breast  # noqa: E402
+from modeling_mammodino.rendering import RenderSettings, make_thumbnail, plan_rendering  # noqa: E402
+from modeling_mammodino.tissue import (  # noqa: E402
+    LOW_CONFIDENCE,
+    breast_box,
+    chest_wall_side,
+    find_breast,
+    patch_tissue,
+    segment_breast,
+)
 
 H, W = 600, 450
 Y, X = np.mgrid[:H, :W].astype(np.float32)
@@ -178,6 +187,110 @@ def test_colour_planes_are_refused():
         segment_breast(np.zeros((3, 64, 64)))
 
 
+def film(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The breast on a grey base that slopes, with grain; and its truth."""
+    image, truth = simulated()
+    return 0.8 * image + 25 + 12 * (X / W + Y / H) + noise(3), truth
+
+
+def black_margins(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    around = ((30, 20), (90, 130))
+    return np.pad(image, around), np.pad(truth, around)
+
+
+def slanted_border(image: np.ndarray, truth: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    border = (X > W * (0.93 + 0.04 * Y / H)) | (Y < 0.03 * H + 0.02 * X)
+    return np.where(border, level, image), truth & ~border
+
+
+def label_on_the_skin(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    skin = int(np.flatnonzero(truth[H // 2])[-1])
+    label = np.s_[H // 2 - 40 : H // 2 + 10, skin - 10 : skin + 90]
+    image, truth = image.copy(), truth.copy()
+    image[label], truth[label] = 240, False
+    return image, truth
+
+
+def paddle(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    inside = (Y > 0.05 * H) & (Y < 0.95 * H) & (X < 0.85 * W)
+    return image + 8 * inside, truth
+
+
+def collimated(image: np.ndarray, truth: np.ndarray, is_round: bool) -> tuple[np.ndarray, np.ndarray]:
+    if is_round:
+        field = (Y - H / 2) ** 2 + (X - W * 0.4) ** 2 < (0.48 * H) ** 2
+    else:
+        field = (Y > 0.06 * H) & (Y < 0.94 * H) & (X < 0.9 * W)
+    return np.where(field, image + 40, 0), truth & field
+
+
+def implant(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    filled = ((Y - H * 0.52) / (H * 0.22)) ** 2 + ((X - W * 0.1) / (W * 0.25)) ** 2 < 1
+    return np.where(filled, 245, 0.5 * image), truth
+
+
+COMPOSED = {
+    "sloping film": lambda: film(),
+    "film with black margins": lambda: black_margins(*film()),
+    "film with a slanted white border": lambda: slanted_border(*film(), 255),
+    "film with a slanted black border": lambda: slanted_border(*film(), 0),
+    "label on the skin": lambda: label_on_the_skin(*film()),
+    "paddle": lambda: paddle(*simulated()),
+    "rectangular collimation": lambda: collimated(*simulated(), False),
+    "round collimation": lambda: collimated(*simulated(), True),
+    "implant": lambda: implant(*simulated()),
+}
+
+
+@pytest.mark.parametrize("turns", [0, 1], ids=["upright", "lying"])
+@pytest.mark.parametrize("picture", COMPOSED)
+def test_composed_pictures(picture: str, turns: int):
+    image, truth = COMPOSED[picture]()
+    found = find_breast(np.rot90(u8(image), turns))
+    assert overlap(found.mask, np.rot90(truth, turns)) > 0.93
+    assert found.confidence >= LOW_CONFIDENCE, found.oddity
+    assert np.array_equal(found.mask, segment_breast(np.rot90(u8(image), turns)))
+
+
+def test_confidence_falls_with_the_evidence():
+    image, _ = simulated()
+    clear = find_breast(u8(image + 20 + noise(2)))
+    assert clear.confidence > 0.95 and clear.outside_fraction < 0.01
+    mirrored = u8(np.maximum(image, image[::-1, ::-1]) + 20 + noise(2))  # two breasts, one on each side
+    crop = find_breast(u8(image)[220:400, 10:180])
+    assert crop.mask.all() and crop.confidence < LOW_CONFIDENCE and "no air" in crop.oddity
+    filled = find_breast(u8(np.where((Y > 60) & (Y < H - 60) & (X < W - 60), 120 + noise(1), 10)))  # an empty plate
+    assert filled.mask.any() and filled.confidence < LOW_CONFIDENCE and "rectangle" in filled.oddity
+    assert find_breast(mirrored).confidence < clear.confidence
+    nothing = find_breast(np.zeros((H, W), np.uint8))
+    assert not nothing.mask.any() and nothing.confidence == nothing.outside_fraction == 0
+
+
+def test_what_lies_outside_is_measured():
+    image, truth = simulated()
+    image[40:100, 300:420] = 240  # 7,200 pixels of label
+    found = find_breast(u8(image))
+    assert found.outside_fraction == pytest.approx(7200 / (7200 + truth.sum()), rel=0.1)
+    assert not found.mask[40:100, 300:420].any()
+
+
+def test_a_doubtful_mask_is_logged_once_with_its_name(caplog):
+    image, _ = simulated()
+    sure, doubtful = make_thumbnail(u8(image)), make_thumbnail(np.ascontiguousarray(u8(image)[220:400, 10:180]))
+    with caplog.at_level(logging.WARNING):
+        plan = plan_rendering([sure], RenderSettings(), "sure.png")
+    assert not caplog.records and plan.confidence == sure.confidence > 0.95
+    with caplog.at_level(logging.WARNING):
+        plan = plan_rendering([doubtful], RenderSettings(), "crop.png")
+    assert plan.confidence == doubtful.confidence < LOW_CONFIDENCE
+    assert len(caplog.records) == 1
+    assert all(word in caplog.text for word in ("crop.png", "0.20", "no air", "contact_sheet"))
+    caplog.clear()
+    unsure = sure._replace(confidence=0.1, outside_fraction=0.3)  # one slice of a volume
+    plan = plan_rendering([sure, unsure, sure], RenderSettings(), "volume")
+    assert (plan.confidence, plan.outside_fraction) == (0.1, 0.3) and len(caplog.records) == 1
+
+
 def test_breast_box():
     mask = np.zeros((100, 80), bool)
     mask[20:60, 0:50] = True
@@ -223,7 +336,9 @@ def test_real_tomosynthesis_slices():
     assert len(boxed) == 51
     for row in boxed:
         image = cv2.imread(str(REAL_DATA / "bcs_dbt" / "slices" / row["file"]), cv2.IMREAD_GRAYSCALE)
-        mask, above_air = segment_breast(image), image > 8
+        found = find_breast(image)
+        mask, above_air = found.mask, image > 8
+        assert found.confidence >= LOW_CONFIDENCE, (row["file"], found.oddity)
         x, y, width, height = (int(float(row[name])) for name in ("X", "Y", "Width", "Height"))
         box = np.s_[y : y + height, x : x + width]
         assert mask[box][above_air[box]].mean() >= 0.99, row["file"]
@@ -236,7 +351,9 @@ def test_real_subtracted_images():
     assert paths
     for path in paths:
         image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-        mask, above_air = segment_breast(image), image > 8
+        found = find_breast(image)
+        mask, above_air = found.mask, image > 8
+        assert found.confidence >= LOW_CONFIDENCE, (path.name, found.oddity)
         assert mask[above_air].mean() > 0.9, path.name
         assert mask.sum() <= 1.1 * above_air.sum(), path.name
         assert chest_wall_side(mask) == {"L": "left", "R": "right"}[path.stem.split("_")[1]], path.name
