@@ -5,6 +5,7 @@ import logging
 import sys
 from importlib import import_module
 
+from .contact_sheet import add_command as add_contact_sheet
 from .convert_dinov2 import add_command as add_convert
 from .embed import add_command as add_embed
 from .hub import add_command as add_push
@@ -17,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     version = import_module(__package__).__version__
     parser.add_argument("--version", action="version", version=f"mammodino {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add_command in (add_inspect, add_embed, add_convert, add_push):
+    for add_command in (add_inspect, add_contact_sheet, add_embed, add_convert, add_push):
         add_command(commands)
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")

@@ -48,6 +48,13 @@ def side_by_side(panels: list[np.ndarray], gap_px: int = 12) -> np.ndarray:
     return np.hstack(padded)[:, :-gap_px]
 
 
+def write_png(drawing: np.ndarray, output: Path) -> None:
+    """A drawing (H, W, 3) uint8 BGR as a PNG file, whole or not at all."""
+    temporary = output.with_name(f".{output.name}.tmp")
+    temporary.write_bytes(cv2.imencode(".png", drawing)[1].tobytes())
+    os.replace(temporary, output)
+
+
 def add_command(commands) -> None:
     """The subcommand `inspect`; `commands` is argparse's action of subparsers."""
     parser = commands.add_parser(
@@ -68,7 +75,5 @@ def run(options: Namespace) -> None:
         raise ValueError(f"--output {output}: a PNG is written; give a name that ends in .png")
     processor = MammoDinoImageProcessor.from_pretrained(options.model) if options.model else MammoDinoImageProcessor()
     drawing = inspect_file(options.file, processor)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_bytes(cv2.imencode(".png", drawing)[1].tobytes())
-    os.replace(temporary, output)
+    write_png(drawing, output)
     print(output)

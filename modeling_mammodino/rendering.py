@@ -5,6 +5,7 @@ normalise -> contrast-limited adaptive histogram equalisation (CLAHE; Zuiderveld
 The article names intensity normalisation and CLAHE without parameters; every value here is our choice.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,12 +14,14 @@ import numpy as np
 
 from .errors import ImageRefused
 from .pictures import CLIPPED_REMEDY
-from .tissue import THUMBNAIL_PX, breast_box, chest_wall_side, segment_breast
+from .tissue import LOW_CONFIDENCE, THUMBNAIL_PX, breast_box, chest_wall_side, find_breast
 
 try:
     import cv2
 except ImportError:  # a checkpoint runs on ready tensors without OpenCV
     cv2 = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 # An 8-bit picture with more of its breast at 255 was clipped, not exposed: see CLIPPED_REMEDY. Over 128 real pictures
 # the share is at most 5 %. Of 75 real slices at full range, clipped, it is at least 84 % at 12 bits and 65 % at 11; at
@@ -76,6 +79,9 @@ class Thumbnail(NamedTuple):
     breast: np.ndarray  # (h, w) bool
     source_shape: tuple[int, int]  # (H, W)
     source_max: float  # largest value of the source's data type; 1 of a float
+    confidence: float  # 0 to 1, that the mask is the breast; see tissue.find_breast
+    outside_fraction: float  # of all that is brighter than air, what lies outside the mask
+    oddity: str  # what limits the confidence; empty where nothing is odd
 
 
 class RenderPlan(NamedTuple):
@@ -86,6 +92,8 @@ class RenderPlan(NamedTuple):
     flip: bool
     black: float
     white: float
+    confidence: float  # of a volume, the least of the slices it was made from
+    outside_fraction: float  # of a volume, the largest
 
 
 class Rendered(NamedTuple):
@@ -103,13 +111,17 @@ def make_thumbnail(plane: np.ndarray) -> Thumbnail:
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     pixels = pixels.astype(np.float32)
     source_max = float(np.iinfo(plane.dtype).max) if plane.dtype.kind in "iu" else 1.0
-    return Thumbnail(pixels, segment_breast(pixels), plane.shape, source_max)
+    found = find_breast(pixels)
+    return Thumbnail(
+        pixels, found.mask, plane.shape, source_max, found.confidence, found.outside_fraction, found.oddity
+    )
 
 
 def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, name: str = "image") -> RenderPlan:
     """Plan for one image, or for a volume from a few of its slices.
 
     Raises ImageRefused, naming `name`, where no breast is found, or where it was clipped to 8 bits before it came here.
+    Logs a warning where the mask is doubtful.
     """
     first = thumbnails[0]
     breast = np.logical_or.reduce([each.breast for each in thumbnails])  # (h, w)
@@ -138,7 +150,18 @@ def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, na
             -(-x1 * width // small_width),
         )
     flip = settings.chest_wall_side not in ("as_is", chest_wall_side(breast))
-    return RenderPlan((height, width), box, flip, black, white)
+    worst = min(thumbnails, key=lambda each: each.confidence)
+    outside_fraction = max(each.outside_fraction for each in thumbnails)
+    if worst.confidence < LOW_CONFIDENCE:
+        logger.warning(
+            "%s: the breast mask is doubtful, confidence %.2f of 1 (%s); %.0f %% of what is brighter than air lies "
+            "outside; look at it with `mammodino contact_sheet`",
+            name,
+            worst.confidence,
+            worst.oddity,
+            100 * outside_fraction,
+        )
+    return RenderPlan((height, width), box, flip, black, white, worst.confidence, outside_fraction)
 
 
 def render(
