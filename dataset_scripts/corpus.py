@@ -219,6 +219,8 @@ class Finish:
             "rows": sum(record["rows"] for record in records),
             "volumes": sum(record["volumes"] for record in records),
             "rows_by_kind": dict(sorted(_sum(record["kinds"] for record in records).items())),
+            "doubtful_masks": sum(record["doubtful_masks"] for record in records),
+            "burned_in_annotations": dict(_sum(record["burned_in_annotations"] for record in records)),
             "refused_by_reason": dict(Counter(reason for _, reason in refused).most_common(20)),
             "notes": dict(_sum(record["notes"] for record in records).most_common(20)),
             "shards": shards,

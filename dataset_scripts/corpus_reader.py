@@ -8,6 +8,7 @@ import cv2
 import datasets
 import numpy as np
 
+from modeling_mammodino.burned_in import looks_annotated
 from modeling_mammodino.dicom import Mammogram
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.rendering import Rendered
@@ -29,6 +30,9 @@ FEATURES = datasets.Features(
         "patient": datasets.Value("string"),  # keyed hash
         "study": datasets.Value("string"),  # keyed hash
         "source": datasets.Value("string"),  # name of the collection
+        "mask_confidence": datasets.Value("float32"),  # 0 to 1, that `tissue` is the breast
+        # "header" says so, "picture" looks so: a flag for people to look at; null: neither, which proves nothing
+        "burned_in_annotation": datasets.Value("string"),
     }
 )
 TISSUE_CELL_PX = 4
@@ -44,8 +48,18 @@ def make_row(mammogram: Mammogram, rendered: Rendered, collection: str) -> dict[
         "image": {"bytes": encode_png(rendered.picture), "path": None},
         "tissue": {"bytes": encode_png(fractions), "path": None},
         "source": collection,
+        "mask_confidence": rendered.small.confidence,
+        "burned_in_annotation": _annotation(mammogram, rendered),
         **{name: getattr(mammogram, name) for name in FEATURES if hasattr(mammogram, name)},
     }
+
+
+def _annotation(mammogram: Mammogram, rendered: Rendered) -> str | None:
+    if mammogram.has_burned_in_annotation:
+        return "header"
+    # of a volume one slice is looked at: text is drawn on all
+    is_looked_at = mammogram.slice_index == mammogram.num_slices // 2
+    return "picture" if is_looked_at and looks_annotated(mammogram.pixels, rendered.small.breast) else None
 
 
 class Corpus:

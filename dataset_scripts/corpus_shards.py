@@ -3,10 +3,8 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ import cv2
 from datasets.arrow_writer import ArrowWriter
 
 from modeling_mammodino.errors import ImageRefused
-from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.tissue import LOW_CONFIDENCE
 
+from .bcs_dbt import BcsDbtViews
 from .corpus_engine import die_with_parent
 from .corpus_job import Job, Notes, read_lines, write_json
 from .corpus_plan import Volume, unreadable
@@ -43,9 +42,7 @@ class RenderShards:
 
 def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
     """Writes the shard under a temporary name and renames it; its record follows, and counts it."""
-    read = partial(
-        read_volume, image_processor=job.processor(), fit=job.fit, hash_key=job.hash_key, collection=job.collection
-    )
+    read = VolumeReader(job)
     record = Record()
     path = Path(job.output) / SHARD.format(shard)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -54,7 +51,7 @@ def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
             for line in read_lines(job.shard_plan(shard)):
                 volume = Volume.from_json(line)
                 try:
-                    rows = list(read(volume))  # a volume enters whole or not at all
+                    rows = read.rows(volume)  # a volume enters whole or not at all
                 except ImageRefused as refusal:
                     record.refuse(volume, refusal.reason)
                 except OSError as error:
@@ -73,7 +70,9 @@ def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    record.notes = dict(noted)
+    if read.views:
+        record.notes = {f"BCS-DBT: {name}": count for name, count in read.views.counts.items()}
+    record.notes |= noted
     write_json(job.shard_record(shard), vars(record))
 
 
@@ -87,6 +86,8 @@ class Record:
     sha256: str | None = None
     refused: list[tuple[int, str]] = field(default_factory=list)  # number of the file, reason
     kinds: dict[str, int] = field(default_factory=Counter)
+    doubtful_masks: int = 0
+    burned_in_annotations: dict[str, int] = field(default_factory=Counter)
     notes: dict[str, int] = field(default_factory=dict)
 
     def count(self, rows: list[dict[str, Any]]) -> None:
@@ -94,20 +95,33 @@ class Record:
         self.volumes += 1
         for row in rows:
             self.kinds[row["kind"]] += 1
+            self.doubtful_masks += row["mask_confidence"] < LOW_CONFIDENCE
+            if row["burned_in_annotation"]:
+                self.burned_in_annotations[row["burned_in_annotation"]] += 1
 
     def refuse(self, volume: Volume, reason: str) -> None:
         self.refused += [(file.number, reason) for file in volume.files]
 
 
-def read_volume(
-    volume: Volume, image_processor: MammoDinoImageProcessor, fit: tuple[int, int], hash_key: bytes, collection: str
-) -> Iterator[dict[str, Any]]:
-    """The rows of a volume, slice by slice."""
-    with ExitStack() as opened:
-        files = [opened.enter_context(file.open()) for file in volume.files]
-        source = files if len(files) > 1 else files[0]
-        for mammogram, rendered in image_processor.render_source(source, fit, upscale=False, hash_key=hash_key):
-            row = make_row(mammogram, rendered, collection)
-            row["volume_id"] = volume.volume_id
-            row["slice_spacing_mm"] = mammogram.slice_spacing_mm or volume.slice_spacing_mm
-            yield row
+class VolumeReader:
+    """Rows of a volume, by the settings of a job."""
+
+    def __init__(self, job: Job):
+        self.job, self.hash_key, self.image_processor = job, job.hash_key, job.processor()
+        self.views = BcsDbtViews.from_csv(job.bcs_dbt_paths) if job.bcs_dbt_paths else None
+
+    def rows(self, volume: Volume) -> list[dict[str, Any]]:
+        """Raises ImageRefused or OSError where a file of the volume cannot be used."""
+        with ExitStack() as opened:
+            files = [opened.enter_context(file.open()) for file in volume.files]
+            source = files if len(files) > 1 else files[0]
+            correct = self.views.correction(source) if self.views else None
+            slices = self.image_processor.render_source(
+                source, self.job.fit, upscale=False, hash_key=self.hash_key, correct=correct
+            )
+            rows = [make_row(mammogram, rendered, self.job.collection) for mammogram, rendered in slices]
+        annotation = next((row["burned_in_annotation"] for row in rows if row["burned_in_annotation"]), None)
+        for row in rows:
+            row["volume_id"], row["burned_in_annotation"] = volume.volume_id, annotation
+            row["slice_spacing_mm"] = row["slice_spacing_mm"] or volume.slice_spacing_mm
+        return rows

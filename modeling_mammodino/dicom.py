@@ -17,6 +17,7 @@ import numpy as np
 from .dicom_file import Source, boundary, decode, open_checked, open_header
 from .dicom_grey import to_grey
 from .dicom_header import (
+    has_burned_in_annotation,
     identifier,
     kind,
     laterality,
@@ -47,6 +48,7 @@ class Mammogram:
             file of its own; of the path where the header has no UID.
         patient, study: keyed hashes of PatientID and StudyInstanceUID.
         slice_position_mm: along the slice normal, to order slices that are files of their own.
+        has_burned_in_annotation: whether the header says so.
     """
 
     pixels: np.ndarray = field(repr=False)
@@ -61,6 +63,7 @@ class Mammogram:
     patient: str | None
     study: str | None
     slice_position_mm: float | None = None
+    has_burned_in_annotation: bool = False
 
     @classmethod
     def from_picture(cls, source: Any, pixels: np.ndarray, hash_key: bytes | None = None) -> "Mammogram":
@@ -204,4 +207,5 @@ def shared_fields(opened: Source, frames: int, positions: np.ndarray | None, key
         "volume_id": keyed_hash(uid, key),
         "patient": keyed_hash(patient, key) if patient else None,
         "study": keyed_hash(study, key) if study else None,
+        "has_burned_in_annotation": has_burned_in_annotation(header),
     }

@@ -167,6 +167,11 @@ def _first(dataset: Any, sequence: str) -> Any:
     return (dataset.get(sequence) or [{}])[0]
 
 
+def has_burned_in_annotation(dataset: Any) -> bool:
+    """Whether the header says so; most say nothing, and some say NO where there is."""
+    return text(dataset, "BurnedInAnnotation") == "YES" or text(dataset, "RecognizableVisualFeatures") == "YES"
+
+
 def pixel_spacing_mm(dataset: Any) -> float | None:
     """Row spacing: PixelSpacing (functional groups, then top level), else that of the detector or the film scanner."""
     found = _number_of(dataset, 0, "PixelMeasuresSequence", "PixelSpacing")

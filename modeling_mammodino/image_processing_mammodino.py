@@ -190,7 +190,7 @@ class MammoDinoImageProcessor(PilBackend):
         """
         settings, options = self.render_settings, {**_read_options(vars(self)), "hash_key": hash_key}
         for mammogram, small, plan in _planned_slices(source, settings, options, slices_per_volume, correct):
-            yield mammogram, render(mammogram.pixels, small.breast, plan, settings, fit, upscale)
+            yield mammogram, render(mammogram.pixels, small, plan, settings, fit, upscale)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
         _render_settings(kwargs)  # refuses values out of range
@@ -218,7 +218,7 @@ class MammoDinoImageProcessor(PilBackend):
         mean, std = _mean_and_std(kwargs)
         pixel_values, tissue_mask = [], []
         for plane, small, plan in _planes(images, settings, options, kwargs["slices_per_volume"]):
-            rendered = render(plane, small.breast, plan, settings, canvas)
+            rendered = render(plane, small, plan, settings, canvas)
             rendered = place_on_canvas(rendered, canvas, settings.chest_wall_side)
             pixel_values.append(standardize(rendered.picture, mean, std)[None])
             tissue_mask.append(patch_tissue(rendered.tissue, grid))

@@ -99,6 +99,7 @@ class RenderPlan(NamedTuple):
 class Rendered(NamedTuple):
     picture: np.ndarray  # (H, W) uint8 or uint16
     tissue: np.ndarray  # (H, W) bool
+    small: Thumbnail  # of the plane, before crop and flip
 
 
 def make_thumbnail(plane: np.ndarray) -> Thumbnail:
@@ -166,7 +167,7 @@ def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, na
 
 def render(
     plane: np.ndarray,
-    breast: np.ndarray,
+    small: Thumbnail,
     plan: RenderPlan,
     settings: RenderSettings,
     fit: tuple[int, int],
@@ -174,10 +175,11 @@ def render(
 ) -> Rendered:
     """The picture of one plane (H, W) and its breast mask, as large as `fit` = (height, width) allows at its aspect.
 
-    breast: (h, w) bool, of the plane's thumbnail.
+    small: the plane's thumbnail.
     """
     if plane.shape != plan.shape:
         raise ImageRefused("slice", f"{plane.shape} pixels in a volume of {plan.shape}; the slices must share a size")
+    breast = small.breast
     y0, x0, y1, x1 = plan.box
     crop: np.ndarray = _cv2_ready(plane[y0:y1, x0:x1])
     crop_breast: np.ndarray = breast[
@@ -202,7 +204,7 @@ def render(
         picture = cv2.createCLAHE(settings.clahe_clip_limit, grid).apply(picture)
     if settings.do_zero_background:
         picture[~tissue] = 0
-    return Rendered(picture, tissue)
+    return Rendered(picture, tissue, small)
 
 
 def place_on_canvas(rendered: Rendered, canvas: tuple[int, int], chest_wall: str) -> Rendered:
@@ -210,7 +212,7 @@ def place_on_canvas(rendered: Rendered, canvas: tuple[int, int], chest_wall: str
     height, width = rendered.picture.shape
     top, left = (canvas[0] - height) // 2, canvas[1] - width if chest_wall == "right" else 0
     margins = ((top, canvas[0] - height - top), (left, canvas[1] - width - left))
-    return Rendered(np.pad(rendered.picture, margins), np.pad(rendered.tissue, margins))
+    return Rendered(np.pad(rendered.picture, margins), np.pad(rendered.tissue, margins), rendered.small)
 
 
 def standardize(picture: np.ndarray, mean: float = 0.0, std: float = 1.0) -> np.ndarray:

@@ -125,7 +125,7 @@ def test_slices_of_a_volume_stay_aligned_under_one_plan():
     thumbnails = [make_thumbnail(each) for each in (large, small)]
     plan = plan_rendering(thumbnails, settings)
     a, b = (
-        render(plane, thumbnail.breast, plan, settings, (200, 200))
+        render(plane, thumbnail, plan, settings, (200, 200))
         for plane, thumbnail in zip((large, small), thumbnails, strict=True)
     )
     assert a.picture.shape == b.picture.shape
