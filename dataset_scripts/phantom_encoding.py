@@ -20,7 +20,7 @@ from pydicom.valuerep import DSfloat
 
 DEFAULT_SYNTAX = "ExplicitVRLittleEndian"
 PHANTOM_BITS = 12
-ONE_BYTE_ONLY = ("RLELossless", "JPEGLossless", "JPEGLosslessSV1")  # pydicom writes or reads 8 of 16 bits wrong
+ONE_BYTE_ONLY = ("RLELossless",)  # pydicom writes 8 of 16 bits wrong
 VOI_FORMS = ("LINEAR", "LINEAR_EXACT", "SIGMOID", "SEVERAL", "LUT", "NONE")
 VOI_PLACES = ("top", "shared", "per_frame")
 SECONDARY_CAPTURE = {False: uid.SecondaryCaptureImageStorage, True: uid.MultiFrameTrueColorSecondaryCaptureImageStorage}

@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from .dicom_codestream import HEAD_BYTES, MAX_TILES, frame_header
 from .dicom_header import FOR_PROCESSING, SECONDARY_CAPTURE, identifier, num_frames, number, text
 from .errors import ImageRefused
 from .image_file import MAX_PIXELS, ImageFile
@@ -26,7 +28,16 @@ except ImportError:  # a checkpoint runs on ready tensors without pydicom
 logger = logging.getLogger(__name__)
 
 MAX_SIDE_PX = 32768
-COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT", "XYB")
+MAX_FRAMES = 4096  # a tomosynthesis volume has at most some hundred
+MAX_INFLATED_BYTES = 1 << 29  # of a deflated data set
+VENDORS = {
+    "1.2.840.113619": "GE",
+    "1.3.12.2.1107": "Siemens",
+    "1.3.46.670589": "Philips",
+    "1.2.392.200036.9125": "Fuji",
+}
+LOSSLESS_JPEG = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
+COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
 
 
 class Source(NamedTuple):
@@ -41,6 +52,8 @@ class Source(NamedTuple):
         frames = num_frames(self.header)
         if frames is None:
             raise self.refuse("NumberOfFrames is not a count", "check the header")
+        if frames > MAX_FRAMES:
+            raise self.refuse(f"NumberOfFrames is over {MAX_FRAMES}", "check the header")
         return frames
 
     def refuse(self, problem: str, remedy: str) -> ImageRefused:
@@ -80,6 +93,7 @@ def open_header(source: Any) -> Source:
     else:
         raise ImageRefused("source", f"a {type(source).__name__}; give a path, an ImageFile or a pydicom Dataset")
     with boundary(opened, "not a readable DICOM file", "give a DICOM file, or an image by its own extension"):
+        _check_inflated_size(opened)
         header = _read(opened.pixels, stop_before_pixels=True)
         if "SOPClassUID" not in header and "Rows" not in header:
             raise opened.refuse("not a DICOM file", "give a DICOM file, or an image by its own extension")
@@ -98,6 +112,24 @@ def _read(file: Any, **options: Any) -> Any:
     if hasattr(file, "seek"):
         file.seek(0)
     return pydicom.dcmread(file, force=True, **options)
+
+
+def _check_inflated_size(opened: Source) -> None:
+    """A deflated data set is inflated whole when it is opened: only where that fits."""
+    is_open = hasattr(opened.pixels, "seek")
+    with nullcontext(opened.pixels) if is_open else open(opened.pixels, "rb") as stream:
+        stream.seek(0)
+        start = stream.read(2048)
+        if b"1.2.840.10008.1.2.1.99" not in start or start[132:136] != b"\x02\0\0\0":  # of the group length
+            return
+        stream.seek(144 + int.from_bytes(start[140:144], "little"))
+        inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while piece := inflater.unconsumed_tail or stream.read(1 << 20):
+            size += len(inflater.decompress(piece, 1 << 24))
+            if size > MAX_INFLATED_BYTES:
+                raise opened.refuse(f"the data set inflates to over {MAX_INFLATED_BYTES >> 20} MiB", "check the file")
+            if inflater.eof:
+                return
 
 
 def open_checked(source: Any, allow_for_processing: bool) -> Source:
@@ -137,23 +169,37 @@ def _check_geometry(opened: Source) -> float:
     """Bytes of one uncompressed frame."""
     header = opened.header
     if "Rows" not in header or "PhotometricInterpretation" not in header:
-        raise opened.refuse("no Rows or PhotometricInterpretation, so no image", "give an image object with PixelData")
-    photometric = text(header, "PhotometricInterpretation")
-    if photometric not in ("MONOCHROME1", "MONOCHROME2") or number(header, "SamplesPerPixel") not in (None, 1):
-        colour = photometric if photometric in COLOURS else "not MONOCHROME1 or MONOCHROME2"
-        raise opened.refuse(f"PhotometricInterpretation is {colour}", "convert the picture to grey first")
+        raise opened.refuse(f"{_object_name(header)} without Rows or PhotometricInterpretation", "give an image object")
+    photometric, samples = text(header, "PhotometricInterpretation"), number(header, "SamplesPerPixel")
+    is_grey, is_colour = photometric in ("MONOCHROME1", "MONOCHROME2"), photometric in COLOURS
+    if not (is_grey and samples in (None, 1) or is_colour and samples == 3):
+        known = photometric if is_grey or is_colour or photometric == "PALETTE COLOR" else "unknown"
+        raise opened.refuse(
+            f"PhotometricInterpretation is {known}, SamplesPerPixel {'absent' if samples is None else f'{samples:g}'}",
+            "give MONOCHROME1 or MONOCHROME2 with one sample, or RGB or YBR with three",
+        )
     sizes = {}
     for keyword, limit in {"Rows": MAX_SIDE_PX, "Columns": MAX_SIDE_PX, "BitsAllocated": 64, "BitsStored": 64}.items():
         value = number(header, keyword)
         if value is None or not 1 <= value <= limit:
             raise opened.refuse(f"{keyword} is missing or not in 1..{limit}", "check the header")
         sizes[keyword] = value
-    frame_bytes = sizes["Rows"] * sizes["Columns"] * sizes["BitsAllocated"] / 8
     if sizes["Rows"] * sizes["Columns"] > MAX_PIXELS:
         raise opened.refuse(
             f"Rows x Columns: a frame of over {MAX_PIXELS / 1e6:.0f} million pixels", "check the header"
         )
-    return frame_bytes
+    channels = 2 if photometric == "YBR_FULL_422" else samples or 1
+    return sizes["Rows"] * sizes["Columns"] * sizes["BitsAllocated"] * channels / 8
+
+
+def _object_name(header: Any) -> str:
+    """Of the SOP class; by vendor where it is private."""
+    sop = identifier(header, "SOPClassUID")
+    if sop.startswith("1.2.840.10008."):
+        name = pydicom.uid.UID(sop).name
+        return "an object" if name == sop else f"{name}, an object"
+    vendor = next((name for root, name in VENDORS.items() if sop.startswith(f"{root}.")), None)
+    return f"a private object of {vendor or 'a vendor'}" if sop else "an object"
 
 
 def _check_transfer_syntax(opened: Source) -> Any:
@@ -163,7 +209,7 @@ def _check_transfer_syntax(opened: Source) -> Any:
     try:
         decoder = pydicom.pixels.get_decoder(syntax)
     except NotImplementedError as error:
-        name = syntax.name if re.fullmatch(r"[0-9.]+", syntax) else "(no UID)"
+        name = syntax.name if re.fullmatch(r"1\.2\.840\.10008\.[0-9.]+", syntax) else "(not of DICOM)"
         raise opened.refuse(
             f"transfer syntax {name} is not supported", "convert the file, or export it again"
         ) from error
@@ -208,26 +254,49 @@ def _check_complete(opened: Source, stream: BinaryIO, length: int, frame_bytes: 
     fragments = -1  # the first item is the basic offset table
     while len(item := stream.read(8)) == 8 and item[:4] == b"\xfe\xff\x00\xe0":
         fragments += 1
-        if stream.seek(int.from_bytes(item[4:], "little"), io.SEEK_CUR) > end:
+        after = stream.tell() + int.from_bytes(item[4:], "little")
+        if after > end:
             raise truncated
+        if fragments:
+            _check_codestream(opened, stream.read(min(HEAD_BYTES, after - stream.tell())))
+        stream.seek(after)
     if fragments < opened.num_frames:
         raise truncated
 
 
+def _check_codestream(opened: Source, head: bytes) -> None:
+    try:
+        stated = frame_header(head)
+    except ValueError as error:
+        raise opened.refuse(f"PixelData is damaged: {error}", "fetch the file again") from error
+    if stated is None:
+        return
+    header = opened.header
+    wanted = tuple(int(number(header, name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel"))
+    if stated[:3] != wanted:
+        said, meant = (f"{rows} x {columns} x {samples}" for rows, columns, samples in (stated[:3], wanted))
+        raise opened.refuse(f"the codestream has {said} pixels, the header says {meant}", "check or export it again")
+    if stated.tiles > MAX_TILES:
+        raise opened.refuse(f"the codestream has {stated.tiles} tiles, at most {MAX_TILES} are read", "export it again")
+
+
 def decode(opened: Source, frames: list[int]) -> Iterator[np.ndarray]:
-    """Stored values (H, W) of the given frames of the file, one at a time."""
+    """Stored values (H, W), of colour (H, W, 3) in RGB, of the given frames of the file, one at a time."""
     if not frames:  # pydicom would take an empty list for all
         return
     header = opened.header
-    # Bits above BitsStored are cleared where they may be a sign or an embedded overlay, else kept: BitsStored lies.
-    overlay = (0x6000, 0x0102) in header and header[0x6000, 0x0102].value
-    clear = bool(number(header, "PixelRepresentation") or overlay)
+    is_grey = number(header, "SamplesPerPixel") in (None, 1)
+    syntax = header.file_meta.TransferSyntaxUID
+    # Bits above BitsStored are cleared where they may be an embedded overlay, else kept: BitsStored lies.
+    clear = bool((0x6000, 0x0102) in header and header[0x6000, 0x0102].value)
+    options: dict[str, Any] = {"raw": is_grey, "correct_unused_bits": clear}
+    if is_grey and (number(header, "BitsStored") or 16) <= 8 and syntax in LOSSLESS_JPEG:
+        options["bits_allocated"] = 8  # a stream of one byte a value, also where BitsAllocated is 16
     if hasattr(opened.pixels, "seek"):
         opened.pixels.seek(0)
-    decoded: Any = pydicom.pixels.iter_pixels(opened.pixels, indices=frames, raw=True, correct_unused_bits=clear)
-    syntax = header.file_meta.TransferSyntaxUID.name
+    decoded: Any = pydicom.pixels.iter_pixels(opened.pixels, indices=frames, **options)
     with closing(decoded):
         for _ in frames:
-            with boundary(opened, f"PixelData cannot be decoded as {syntax}", "fetch or export the file again"):
+            with boundary(opened, f"PixelData cannot be decoded as {syntax.name}", "fetch or export the file again"):
                 frame = next(decoded)
             yield frame

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .dicom_header import number, scopes, text
+from .pictures import GREY_TOLERANCE
 
 FLAT_FRACTION = 1 / 64  # a window that leaves less contrast than this on a picture is of another bit depth
 MOSTLY_WHITE_FRACTION = 0.5  # of what is not black; such a window is followed, with a warning
@@ -25,9 +26,11 @@ def to_grey(
 ) -> np.ndarray:
     """Grey values of frame `index` of the file: (H, W) uint8, uint16 or float32; `frame` may be overwritten.
 
+    frame: stored values (H, W), or RGB (H, W, 3).
     `warn(about, message)` is told of a header that does not fit its pixels.
     """
-    values = _extend_sign(frame.astype(frame.dtype.newbyteorder("="), copy=False), header)
+    frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
+    values = _extend_sign(frame if frame.ndim == 2 else _one_channel(frame, warn), header)
     inverse = text(header, "PhotometricInterpretation") == "MONOCHROME1"
     padding = _padding(values, header) if modality or voi else None  # (H, W) bool
     if padding is not None and (padding.all() or not padding.any()):
@@ -47,6 +50,15 @@ def to_grey(
     if inverse and invert:
         np.subtract(values.dtype.type(limits[0] + limits[1]), values, out=values)
     return values
+
+
+def _one_channel(colours: np.ndarray, warn: Callable[[str, str], None]) -> np.ndarray:
+    """Green, where the channels of (H, W, 3) agree as far as a lossy codec lets them; else the luminance (BT.601)."""
+    spread = colours.max(axis=2) - colours.min(axis=2)
+    if spread.max() <= GREY_TOLERANCE * np.iinfo(colours.dtype).max:
+        return np.ascontiguousarray(colours[..., 1])
+    warn("PhotometricInterpretation", "the picture is coloured; its luminance is taken")
+    return np.rint(colours @ np.array([0.299, 0.587, 0.114], np.float32)).astype(colours.dtype)
 
 
 def _extend_sign(values: np.ndarray, header: Any) -> np.ndarray:

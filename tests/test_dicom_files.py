@@ -1,5 +1,6 @@
 """What the DICOM reader refuses, with which words, and real files in many transfer syntaxes."""
 
+import cv2
 import numpy as np
 import pydicom
 import pytest
@@ -9,6 +10,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from modeling_mammodino.dicom import Mammogram, count_slices, frame_order, is_dicom, iter_slices, read_mammogram
+from modeling_mammodino.dicom_file import decode, open_checked
 
 CODECS = REAL_DATA / "dicom_codecs"
 
@@ -106,7 +108,8 @@ def test_colour(colour):
         ({"Columns": 0}, "Columns"),
         ({"Rows": 32768, "Columns": 32768}, "million pixels"),
         ({"BitsStored": None}, "BitsStored"),
-        ({"NumberOfFrames": 10**9}, "truncated"),
+        ({"NumberOfFrames": 10**9}, "NumberOfFrames is over 4096"),
+        ({"NumberOfFrames": 4000}, "truncated"),
         ({"NumberOfFrames": -3}, "Frames"),
     ],
 )
@@ -164,6 +167,15 @@ def test_real_files_decode_as_pydicom_does(name):
 
 
 @real
+def test_a_coloured_capture_is_read_as_its_luminance(caplog):
+    expected = pydicom.dcmread(CODECS / COLOUR).pixel_array  # (H, W, 3)
+    (decoded,) = decode(open_checked(CODECS / COLOUR, False), [0])
+    np.testing.assert_array_equal(decoded, expected)
+    luminance = cv2.cvtColor(expected, cv2.COLOR_RGB2GRAY)  # BT.601, in fixed point
+    assert np.abs(read_mammogram(CODECS / COLOUR).pixels.astype(int) - luminance).max() <= 1
+    assert "coloured" in caplog.text
+
+
+@real
 def test_real_files_refused():
-    refused(CODECS / COLOUR, COLOUR, "RGB")
     refused(CODECS / UNREADABLE, UNREADABLE, "transfer syntax", "1.2.840.10008.1.2.8.1", read=iter_slices)

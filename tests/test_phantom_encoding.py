@@ -267,6 +267,8 @@ def test_grey_written_as_colour(syntax, photometric):
         colour = pydicom.pixels.pixel_array(dataset).reshape(*values.shape, 3)
         grey = np.rint(values / 4095 * 255)
         assert np.abs(colour - grey[..., None]).max() <= COLOUR[syntax]
+        for read, expected in zip(iter_slices(dataset), grey, strict=True):
+            assert np.abs(read.pixels.astype(int) - expected).max() <= COLOUR[syntax]
 
 
 def test_colour_in_a_codec_of_grey_is_refused():
