@@ -53,9 +53,9 @@ class HubServer(ThreadingHTTPServer):
         ours = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
         return {**os.environ, **ours, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
 
-    def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """What a model repository holds."""
-        tree = self.commits[self.resolve(f"model/{repo}", revision)]
+    def files(self, repo: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
+        """What a repository holds."""
+        tree = self.commits[self.resolve(f"{kind}/{repo}", revision)]
         return {path: self.blob(sha256) for path, (sha256, _) in tree.items()}
 
     def resolve(self, repo: str, revision: str) -> str:
