@@ -2,11 +2,12 @@
 
     python -m dataset_scripts.verify CORPUS
 
-Every shard is read and every picture decoded. What is wrong is said with its shard and row; the exit status is then 1.
+Every shard is read and every picture decoded. What is wrong is said with its shard, row, field and remedy, and the exit
+status is then 1. To make shard 00042 again, delete data-00042.arrow, and in CORPUS.private shards/00042.json,
+engine/shards and engine/manifest; then give the command of the build once more, with the same key.
 """
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -14,60 +15,84 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import cv2
 import datasets
-import numpy as np
 
-from modeling_mammodino.published_files import check_text
+from modeling_mammodino.published_files import check_image_processor, check_text, read_settings
 
-from .corpus_reader import FEATURES, MANIFEST, TISSUE_CELL_PX, decode_png
+from .corpus_reader import FEATURES, MANIFEST, TISSUE_CELL_PX
+from .verify_shard import ANNOTATIONS, KINDS, ShardReport, allows, is_hash, is_name, verify_shard
 
-KNOWN_FILES = {MANIFEST, "state.json", "dataset_info.json", "README.md"}
-MANIFEST_FIELDS = {
-    *("complete", "mammodino", "tissue_cell_px", "fit", "image_processor", "collection", "hash_key_check"),
-    *("files_found", "files_read", "files_refused", "files_ignored", "rows", "volumes", "rows_by_kind"),
-    *("doubtful_masks", "burned_in_annotations", "refused_by_reason", "notes", "shards"),
-}
-SHARD = re.compile(r"data-\d{5}\.arrow")
-HASH = re.compile(r"[0-9a-f]{32}")
-PNG_CHUNKS = {b"IHDR", b"IDAT", b"IEND"}  # no text, no time, no profile
-VIEWS = {"CC", "MLO", "ML", "LM", "LMO", "XCC", "XCCL", "XCCM", "FB", "SIO", "ISO", "AT"}
+STATE, INFO, CARD = "state.json", "dataset_info.json", "README.md"
+SHARD, SHA256 = re.compile(r"data-\d{5}\.arrow"), re.compile(r"[0-9a-f]{64}")
+CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # left by `map` of datasets; no part, and never sent
 SHOWN = 50
+REBUILD = "build the corpus again"
 
 
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and HASH.fullmatch(value) is not None
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
-def _is_length(value: Any) -> bool:
-    return value is None or value > 0 and np.isfinite(value)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-# what a value may be, by column; pictures have checks of their own
-CHECKS: dict[str, Callable[[Any], bool]] = {
-    "volume_id": _is_hash,
-    "slice_index": lambda value: value >= 0,
-    "num_slices": lambda value: value > 0,
-    "slice_spacing_mm": _is_length,
-    "pixel_spacing_mm": _is_length,
-    "kind": {"ffdm", "synthetic_2d", "dbt", "unknown"}.__contains__,
-    "laterality": {"L", "R", None}.__contains__,
-    "view": {*VIEWS, None}.__contains__,
-    "patient": lambda value: value is None or _is_hash(value),
-    "study": lambda value: value is None or _is_hash(value),
-    "source": lambda value: isinstance(value, str),
-    "mask_confidence": lambda value: 0 <= value <= 1,
-    "burned_in_annotation": {"header", "picture", None}.__contains__,
+def _are_counts(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: all(of(name) and _is_count(count) for name, count in value.items())
+
+
+def _is_shard_list(value: Any) -> bool:
+    return all(
+        shard.keys() == {"name", "rows", "sha256"}
+        and SHARD.fullmatch(shard["name"])
+        and _is_count(shard["rows"])
+        and SHA256.fullmatch(shard["sha256"])
+        for shard in value
+    ) and len({shard["name"] for shard in value}) == len(value)
+
+
+# What a value may be, by field of the JSON files: all of these, and no other.
+MANIFEST_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "complete": lambda value: value is True,
+    "mammodino": re.compile(r"[\w.+-]+").fullmatch,
+    "tissue_cell_px": lambda value: value == TISSUE_CELL_PX,
+    "fit": lambda value: len(value) == 2 and all(type(side) is int and side > 0 for side in value),
+    "image_processor": lambda value: "bit_depth" in value and not any(check_image_processor(value)),
+    "collection": is_name,
+    "hash_key_check": is_hash,
+    **dict.fromkeys(("files_found", "files_read", "files_refused", "files_ignored", "rows", "volumes"), _is_count),
+    "rows_by_kind": _are_counts(KINDS.__contains__),
+    "doubtful_masks": _is_count,
+    "burned_in_annotations": _are_counts(ANNOTATIONS.__contains__),
+    "refused_by_reason": _are_counts(_is_text),
+    "notes": _are_counts(_is_text),
+    "shards": _is_shard_list,
+}
+STATE_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "_data_files": lambda value: all(each.keys() == {"filename"} for each in value),  # and see _check_folder
+    "_fingerprint": is_hash,
+    "_format_kwargs": lambda value: value == {},
+    "_output_all_columns": lambda value: value is False,
+    **dict.fromkeys(("_format_columns", "_format_type", "_split"), lambda value: value is None),
+}
+INFO_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "features": lambda value: datasets.Features.from_dict(value) == FEATURES,
+    **dict.fromkeys(("description", "citation", "homepage", "license"), lambda value: value == ""),
 }
 
 
 def verify_corpus(folder: str | Path, num_proc: int = 1) -> list[str]:
-    """What is wrong with a corpus, a line each; empty where nothing is. Raises FileNotFoundError without a manifest."""
+    """What is wrong with a corpus, a line each; empty where nothing is.
+
+    Values of rows are not repeated in these lines. Raises FileNotFoundError without a manifest,
+    ChildProcessError where a process was killed.
+    """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder}: no {MANIFEST}; go on with the build, python -m dataset_scripts.corpus")
@@ -75,130 +100,112 @@ def verify_corpus(folder: str | Path, num_proc: int = 1) -> list[str]:
 
 
 def _verify(folder: Path, num_proc: int) -> Iterator[str]:
-    text = (folder / MANIFEST).read_text()
-    manifest = json.loads(text)
-    if missing := sorted(MANIFEST_FIELDS - manifest.keys()):
-        yield f"{MANIFEST}: no {', '.join(missing)}; build the corpus again"
+    complaints = list(_check_document(folder / MANIFEST, MANIFEST_CHECKS))
+    yield from complaints
+    if complaints:
+        return  # nothing can be compared with it
+    manifest = read_settings((folder / MANIFEST).read_bytes())
+    complaints = list(_check_folder(folder, manifest))
+    yield from complaints
+    is_whole = not complaints
+    seen: set[str] = set()
+    counts: Counter[Any] = Counter()
+    copies = 0
+    for shard, report in zip(manifest["shards"], _reports(folder, manifest, num_proc), strict=True):
+        is_whole &= not report.complaints
+        yield from (f"{shard['name']}, {complaint}" for complaint in report.complaints)
+        copies += len(report.volumes) - len(set(report.volumes) - seen)
+        seen.update(report.volumes)
+        counts += report.counts
+    if copies:
+        yield f"{copies} volumes stand more than once; {REBUILD}"
+    yield from (f"{MANIFEST}, {complaint}" for complaint in _check_totals(manifest, len(seen), counts))
+    if is_whole and len(datasets.load_from_disk(str(folder))) != counts["rows"]:
+        yield f"{STATE}: datasets.load_from_disk finds other rows than the shards hold; {REBUILD}"
+
+
+def _check_document(path: Path, checks: dict[str, Callable[[Any], bool]]) -> Iterator[str]:
+    """A JSON file of ours: all fields of `checks`, and no other."""
+    try:
+        content = read_settings(path.read_bytes())
+    except (OSError, ValueError) as error:
+        yield f"{path.name}: cannot be read ({type(error).__name__}); {REBUILD}"
         return
-    if unknown := sorted(manifest.keys() - MANIFEST_FIELDS):
-        yield f"{MANIFEST}: unknown field {', '.join(unknown)}; take it out"
-    for name in KNOWN_FILES:
-        if (folder / name).is_file():
-            yield from (f"{name}: {complaint}" for complaint in check_text((folder / name).read_text()))
+    if unknown := content.keys() - checks.keys():
+        yield f"{path.name}: {len(unknown)} unknown fields beside {', '.join(checks)}; take them out"
+    for name, is_allowed in checks.items():
+        if name not in content or not allows(is_allowed, content[name]):
+            yield f"{path.name}, {name}: missing, or not a value of that field; {REBUILD}"
+
+
+def _check_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     names = [shard["name"] for shard in manifest["shards"]]
+    known = {MANIFEST, STATE, INFO, CARD, *names}
     for path in sorted(folder.iterdir()):
-        if path.name not in KNOWN_FILES and path.name not in names or path.is_symlink() or not path.is_file():
-            yield f"{path.name}: no file of this corpus; take it out"
-    state = json.loads((folder / "state.json").read_text()) if (folder / "state.json").is_file() else {}
-    if [each.get("filename") for each in state.get("_data_files", [])] != names:
-        yield "state.json: does not list the manifest's shards; build the corpus again"
+        if CACHE.fullmatch(path.name):
+            continue
+        if path.is_symlink():
+            yield f"{path.name}: a link; put the file itself there, or remove it"
+        elif path.name not in known or not path.is_file():
+            yield f"{path.name}: no file of this corpus; remove it"
+    yield from _check_document(folder / STATE, STATE_CHECKS)
+    yield from _check_document(folder / INFO, INFO_CHECKS)
+    for path in (folder / name for name in (MANIFEST, STATE, INFO, CARD)):
+        if path.is_file():  # places, tokens and UIDs in what is text
+            yield from (f"{path.name}: {complaint}" for complaint in check_text(path.read_text(errors="replace")))
+    try:
+        listed = [each["filename"] for each in json.loads((folder / STATE).read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # said above
+    if listed != names:
+        yield f"{STATE}, _data_files: not the manifest's shards; {REBUILD}"
 
-    seen: Counter[str] = Counter()
-    rows = 0
-    for shard, (complaints, volumes, count) in zip(names, _map(folder, manifest, num_proc), strict=True):
-        yield from (f"{shard}: {complaint}" for complaint in complaints)
-        seen.update(volumes)
-        rows += count
-    if copies := sum(count > 1 for count in seen.values()):
-        yield f"{copies} volumes stand more than once; build the corpus again"
-    for name, found in (("rows", rows), ("volumes", len(seen))):
-        if manifest[name] != found:
-            yield f"{MANIFEST}: {name} is {manifest[name]}, but there are {found}; build the corpus again"
+
+def _check_totals(manifest: dict[str, Any], volumes: int, counts: Counter[Any]) -> Iterator[str]:
+    by_kind = {kind: counts["kind", kind] for kind in KINDS if counts["kind", kind]}
+    annotated = {name: counts["annotation", name] for name in ANNOTATIONS if counts["annotation", name]}
+    found = {"rows": counts["rows"], "volumes": volumes, "rows_by_kind": by_kind, "burned_in_annotations": annotated}
+    for name, value in found.items():
+        if manifest[name] != value:
+            yield f"{name}: {manifest[name]}, but there are {value}; {REBUILD}"
+    if not counts["doubtful"] <= manifest["doubtful_masks"] <= counts["doubtful"] + counts["on the line"]:
+        yield f"doubtful_masks: {manifest['doubtful_masks']}, but there are {counts['doubtful']}; {REBUILD}"
+    if not counts["rows"]:
+        yield "rows: none; refused.csv in the private folder of the build says why"
+    if manifest["files_found"] != sum(manifest[f"files_{what}"] for what in ("read", "refused", "ignored")):
+        yield f"files_found: not the sum of those read, refused and ignored; {REBUILD}"
 
 
-def _map(folder: Path, manifest: dict[str, Any], num_proc: int) -> Iterator[tuple[list[str], list[str], int]]:
-    check = partial(verify_shard, folder=folder, manifest=manifest)
+def _reports(folder: Path, manifest: dict[str, Any], num_proc: int) -> Iterator[ShardReport]:
+    verify = partial(verify_shard, folder=folder, manifest={**manifest, "shards": None})  # sent with each shard
     if num_proc <= 1:
-        yield from map(check, manifest["shards"])
+        yield from map(verify, manifest["shards"])
         return
-    spawn = multiprocessing.get_context("spawn")  # see corpus_engine
-    with ProcessPoolExecutor(num_proc, spawn, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from pool.map(check, manifest["shards"])
-
-
-def verify_shard(shard: dict[str, Any], folder: Path, manifest: dict[str, Any]) -> tuple[list[str], list[str], int]:
-    """Complaints, the volumes in order, and the number of rows of one shard."""
-    path = folder / str(shard["name"])
-    remedy = f"delete it and {folder}.private/shards, and go on with the build"
-    if not SHARD.fullmatch(path.name) or not path.is_file():
-        return [f"missing; {remedy}"], [], 0
-    with path.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != shard["sha256"]:
-            return [f"its content is not what was written; {remedy}"], [], 0
-    rows = datasets.Dataset.from_file(str(path))
-    if rows.features != FEATURES:
-        columns = sorted(set(rows.features) ^ set(FEATURES)) or [n for n in FEATURES if rows.features[n] != FEATURES[n]]
-        return [f"column {', '.join(columns)} is not of a corpus; {remedy}"], [], len(rows)
-    for name in ("image", "tissue"):
-        rows = rows.cast_column(name, datasets.Image(decode=False))
-    complaints = [] if len(rows) == shard["rows"] else [f"{len(rows)} rows, not {shard['rows']}; {remedy}"]
-    places: list[tuple[str, int, int]] = []
-    for number, row in enumerate(rows):
-        complaints += [f"row {number}: {complaint}" for complaint in _check_row(row, manifest)]
-        places.append((row["volume_id"], row["slice_index"], row["num_slices"]))
-    volumes, first = [], 0
-    for volume, slices in groupby(places, key=lambda place: place[0]):
-        volumes.append(volume)
-        slices = list(slices)
-        if [index for _, index, _ in slices] != list(range(len(slices))) or {n for *_, n in slices} != {len(slices)}:
-            complaints.append(f"row {first}: the slices of its volume are not complete and in order; {remedy}")
-        first += len(slices)
-    return complaints, volumes, len(rows)
-
-
-def _check_row(row: dict[str, Any], manifest: dict[str, Any]) -> Iterator[str]:
-    for name, is_allowed in CHECKS.items():
-        if not is_allowed(row[name]):
-            yield f"{name} is not a value of that column"
-    if row["source"] != manifest["collection"]:
-        yield "source is not the manifest's collection"
-    pictures = {}
-    for name in ("image", "tissue"):
-        data = row[name]["bytes"]
-        if row[name]["path"] is not None:
-            yield f"{name} holds a path"
+    # spawn: a fork of a process in which OpenCV has run threads can hang; one thread each, as they share the cores
+    with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
         try:
-            if unknown := set(png_chunks(data)) - PNG_CHUNKS:
-                yield f"{name} holds {len(unknown)} kinds of PNG chunks beside pixels"
-            pictures[name] = decode_png(data)
-        except (ValueError, cv2.error, TypeError):
-            pictures[name] = None
-        if pictures[name] is None:
-            yield f"{name} cannot be decoded"
-            return
-    image, tissue = pictures["image"], pictures["tissue"]
-    if image.dtype != (np.uint8 if manifest["image_processor"]["bit_depth"] == 8 else np.uint16) or image.ndim != 2:
-        yield f"image is {image.dtype} with {image.ndim} dimensions"
-    if any(side > most for side, most in zip(image.shape, manifest["fit"], strict=False)):
-        yield f"image of {image.shape[:2]} is larger than {manifest['fit']}"
-    if tissue.shape != tuple(-(-side // TISSUE_CELL_PX) for side in image.shape) or tissue.dtype != np.uint8:
-        yield f"tissue of {tissue.shape} does not fit image of {image.shape}"
-
-
-def png_chunks(data: bytes) -> Iterator[bytes]:
-    """Names of the chunks of a PNG. Raises ValueError where it is none, or has something behind its end."""
-    if data[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError("no PNG")
-    at = 8
-    while at < len(data):
-        name = data[at + 4 : at + 8]
-        yield name
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-        if name == b"IEND" and at != len(data):
-            raise ValueError("bytes behind the end")
+            yield from pool.map(verify, manifest["shards"])
+        except BrokenProcessPool as error:
+            raise ChildProcessError("a process died, often for lack of memory; give a smaller --num_proc") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dataset_scripts.verify", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset_scripts.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
     try:
         complaints = verify_corpus(options.corpus, options.num_proc)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SystemExit(f"verify: {error}") from error
     for complaint in complaints[:SHOWN]:
         print(complaint)
+    if len(complaints) > SHOWN:
+        print(f"... and {len(complaints) - SHOWN} more")
     if complaints:
         raise SystemExit(f"verify: {len(complaints)} faults in {options.corpus}")
     manifest = json.loads((options.corpus / MANIFEST).read_text())

@@ -46,6 +46,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, Any]] = {}  # {"private", "branches": {name: oid}}, by "kind/owner/name"
         self.commits: dict[str, dict[str, tuple[str, bool]]] = {"0" * 40: {}}  # oid: {path: (sha256, is LFS)}
         self.messages: dict[str, str] = {}
+        self.commits_left: int | None = None  # until the Hub takes no more
         self.lock = threading.Lock()
 
     def environment(self, home: Path) -> dict[str, str]:
@@ -179,6 +180,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, body: bytes, kind: str, repo: str, revision: str) -> tuple[dict, Any]:
         parent = self.server.resolve(f"{kind}/{repo}", revision)
+        if self.server.commits_left is not None:
+            if not self.server.commits_left:
+                raise Refused(429, "too many commits")
+            self.server.commits_left -= 1
         tree, message = dict(self.server.commits[parent]), ""
         for line in map(json.loads, body.splitlines()):
             key, value = line["key"], line["value"]

@@ -89,7 +89,7 @@ def test_an_export_can_be_published_as_it_is(encoder, phantom_corpus):
 def test_a_corpus_of_patients_is_not_called_simulated(phantom_corpus, encoder, tmp_path):
     corpus = Corpus(phantom_corpus)
     corpus.rows = corpus.rows.map(
-        lambda row, number: {"source": "phantom" if number < 5 else "site"}, with_indices=True
+        lambda row, number: {"source": "phantom" if number < 5 else "site"}, with_indices=True, keep_in_memory=True
     )
     recipe = load_recipe(["demo", "--corpus", str(phantom_corpus), "--output_dir", str(encoder.parent)])
     export_encoder(MammoDinoModel.from_pretrained(encoder), corpus, recipe, 5, tmp_path / "encoder")

@@ -209,7 +209,7 @@ def test_the_export_is_the_teacher_with_card_recipe_and_figure(run):
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     for arguments, message in (
-        (["demo", "--corpus", str(tmp_path), "--output_dir", str(tmp_path)], "not a corpus"),
+        (["demo", "--corpus", str(tmp_path), "--output_dir", str(tmp_path)], "no manifest.json, so no corpus"),
         (["nowhere", "--corpus", "c", "--output_dir", "o"], "shipped recipes"),
     ):
         with pytest.raises(SystemExit, match=message):

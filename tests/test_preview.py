@@ -50,7 +50,8 @@ def test_crops_of_real_slices_hold_the_recipes_minimum(real_slices):
     ratio = tuple(views.crop_ratio)
     below = {"aware": 0, "plain": 0}
     for path in real_slices[::3]:
-        for _, (_, tissue) in processor.render_source(path, (512, 512)):
+        for _, rendered in processor.render_source(path, (512, 512)):
+            tissue = rendered.tissue
             height, width = tissue.shape
             table = TissueTable(patch_tissue(tissue, (height // 4, width // 4)), (height, width))
             for scale, least in (

@@ -87,7 +87,8 @@ def draw_preview(source: str, recipe: Recipe, seed: int) -> pyplot.Figure:
     processor = MammoDinoImageProcessor()
     slices = list(processor.render_source(source, (1024, 1024), upscale=False))
     position = len(slices) // 2
-    mammogram, (picture, tissue) = slices[position]
+    mammogram, rendered = slices[position]
+    picture, tissue = rendered.picture, rendered.tissue
     sheet = Sheet(picture, tissue, recipe, seed)
 
     figure, axes = pyplot.subplots(2, 5, figsize=(17, 8.6), layout="constrained")
