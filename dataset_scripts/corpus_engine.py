@@ -31,7 +31,7 @@ WATCH_SECONDS = 0.5
 
 class Stage(NamedTuple):
     name: str
-    step: Callable[[Any, int, int], None]  # called with (data, rank, world_size)
+    step: Callable[[Any, int, int], None]  # called with (data, rank, world_size); of a module that can be imported
     tasks: int
     progress: Callable[[], None] = lambda: None  # called now and then while a local stage runs
 
@@ -60,7 +60,7 @@ def run_stages(stages: Sequence[Stage], engine: str, workers: int, logs: Path, a
             tasks=stage.tasks,
             workers=min(workers, stage.tasks),
             logging_dir=str(logs / stage.name),
-            **{"slurm": _slurm, "local": _local, "ray": dict}[engine](stage, before),
+            **{"slurm": _slurm, "local": _local, "ray": _ray}[engine](stage, before),
             **arguments,
         )
         if engine == "slurm":
@@ -80,6 +80,10 @@ def _slurm(stage: Stage, before: Any) -> dict[str, Any]:
     paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CHECKOUT}
     environment = "export " + " ".join(f"{name}={path}:${name}" for name, path in paths.items())
     return {"depends": before, "job_name": f"mammodino_{stage.name}", "env_command": environment}
+
+
+def _ray(stage: Stage, before: Any) -> dict[str, Any]:
+    return {}
 
 
 def _executor(engine: str) -> Any:

@@ -45,6 +45,8 @@ def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
     read = VolumeReader(job)
     record = Record()
     path = Path(job.output) / SHARD.format(shard)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a task that was killed: room, where it is scarce
+        leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with ArrowWriter(path=str(temporary), features=FEATURES, writer_batch_size=ROWS_A_WRITE) as writer:

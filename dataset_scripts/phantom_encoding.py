@@ -220,11 +220,13 @@ def encode(
         fragments_per_frame: over how many fragments a frame is cut, where the frame is long enough.
 
     Raises:
-        ValueError: the transfer syntax cannot hold the bits, the sign or the colour.
+        ValueError: the transfer syntax cannot hold the bits, the sign or the colour; or it is encoded already.
         ImportError: the encoder is not installed; the message names the extra.
     """
     check_encoder(transfer_syntax)
     encoding, syntax = TRANSFER_SYNTAXES[transfer_syntax], getattr(uid, transfer_syntax)
+    if (before := dataset.file_meta.TransferSyntaxUID) != uid.ExplicitVRLittleEndian:
+        raise ValueError(f"{transfer_syntax}: the data set is {before.name} already; encode once, and last")
     if dataset.BitsStored not in encoding.bits or (dataset.PixelRepresentation and not encoding.signed):
         signed = "signed" if dataset.PixelRepresentation else "unsigned"
         allowed = ", ".join(map(str, encoding.bits)) + (" bits" if encoding.signed else " bits, unsigned")

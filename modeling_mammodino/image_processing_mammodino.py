@@ -297,14 +297,11 @@ def _planned_slices(
 
     num_slices = len(source) if is_series else count_slices(source)
     sampled, wanted = _spread(num_slices, PLAN_SLICES), _spread(num_slices, slices_per_volume or num_slices)
-    samples = list(read(sampled))
-    plan = plan_rendering([small for _, small in samples], settings, name)
-    if wanted == sampled:  # a 2D image, or a short volume, is decoded once
-        for each, small in samples:
-            yield each, small, plan
-        return
-    del samples
-    for each, small in read(wanted):
+    samples = dict(zip(sampled, read(sampled), strict=True))  # kept until their turn: no slice is decoded twice
+    plan = plan_rendering([small for _, small in samples.values()], settings, name)
+    others = read([index for index in wanted if index not in samples])
+    for index in wanted:
+        each, small = samples.pop(index) if index in samples else next(others)
         yield each, small, plan
 
 

@@ -10,6 +10,7 @@ finding, and its file is kept.
 import argparse
 import io
 import json
+import re
 import resource
 import select
 import subprocess
@@ -274,7 +275,7 @@ def main() -> None:
         return child(options.seed)
     results: Counter[str] = Counter()
     for index, result in fuzz(range(options.first, options.first + options.count), options.seed):
-        results[result] += 1
+        results[re.sub(r"\d+", "#", result)] += 1
         if result.startswith("FINDING"):
             name, content = mutant(options.seed, index)
             print(f"{index}: {result[:300]}", flush=True)

@@ -6,16 +6,19 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import cv2
 import datasets
+import kill_corpus
 import numpy as np
 import pydicom
 import pytest
 from conftest import HASH_KEY, draw_breast
 from datasets.arrow_writer import ArrowWriter
 
-from dataset_scripts import corpus_shards
+from dataset_scripts import corpus_engine, corpus_shards
 from dataset_scripts.corpus import build_corpus, main
 from dataset_scripts.corpus_engine import Stage, parse_arguments, run_stages
 from dataset_scripts.corpus_reader import FEATURES, Corpus
@@ -136,6 +139,14 @@ def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corp
     assert len(made) == len(set(made))
 
 
+def test_a_build_killed_at_random_moments_ends_the_same(phantom_archive, tmp_path):
+    """A short run of `python -m tests.kill_corpus`."""
+    kill_corpus.finish(phantom_archive, tmp_path / "undisturbed")
+    found = kill_corpus.kill_repeatedly(phantom_archive, tmp_path / "killed", kills=3, seed=1, seconds=10.0)
+    assert len(found) == 3
+    assert kill_corpus.digests(tmp_path / "killed") == kill_corpus.digests(tmp_path / "undisturbed")
+
+
 def test_a_full_disk_is_said_and_what_is_finished_stands(phantom_archive, phantom_corpus, tmp_path, monkeypatch):
     write = ArrowWriter.write
     rows = []
@@ -217,6 +228,53 @@ class KillsItself:
 def test_a_worker_that_dies_stops_the_stage(tmp_path):
     with pytest.raises(ChildProcessError, match="signal 9"):
         run_stages([Stage("shards", KillsItself(), 2)], "local", 2, tmp_path / "logs", {})
+
+
+SBATCH = """\
+#!/bin/sh
+# Slurm on this machine, at once: every task of the array one after the other
+export RUN_OFFSET=0 SLURM_NODELIST=here SLURM_NODEID=0 SLURM_JOB_ID=7
+for script; do :; done
+array=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+for task in $(seq 0 "${array:-0}"); do
+    SLURM_ARRAY_TASK_ID=$task sh "$script" 1>&2 || exit 1
+done
+echo "Submitted batch job 7"
+"""
+SRUN = '#!/bin/sh\nshift 3\nexec "$@"\n'  # without -l -n 1
+
+
+def test_on_slurm_the_corpus_is_the_same(phantom_archive, phantom_corpus, tmp_path):
+    """Each task from a script of its own, in a process that knows nothing of the command that sent it off."""
+    for name, content in (("sbatch", SBATCH), ("srun", SRUN)):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    arguments = ["--height", "128", "--width", "96", "--collection", "phantom", "--tasks", "1", "--engine", "slurm"]
+    arguments += ["--engine_args", "partition=cpu", "time=00:10:00"]
+    command = [sys.executable, "-m", "dataset_scripts.corpus", str(phantom_archive), "--output", str(tmp_path / "out")]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=kill_corpus.CHECKOUT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "sent off" in done.stdout, done.stderr
+    assert pictures(tmp_path / "out") == pictures(phantom_corpus)
+
+
+def test_ray_is_given_each_stage(tmp_path, monkeypatch):
+    """Ray itself is not installed with the tests."""
+    ran = []
+
+    class Executor:
+        def __init__(self, pipeline, tasks, workers, logging_dir, num_cpus):
+            self.told = pipeline, tasks, workers, num_cpus
+
+        def run(self):
+            ran.append(self.told)
+
+    monkeypatch.setattr(corpus_engine, "_executor", lambda engine: Executor)
+    steps = [KillsItself(), KillsItself()]
+    assert run_stages([Stage("a", steps[0], 3), Stage("b", steps[1], 1)], "ray", 2, tmp_path, {"num_cpus": 1})
+    assert ran == [([steps[0]], 3, 2, 1), ([steps[1]], 1, 1, 1)]
 
 
 @pytest.mark.parametrize(("given", "message"), [("partition", "NAME=VALUE"), ("nonsense=1", "partition")])
