@@ -133,7 +133,9 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
             )
         draws_images = self.training and config.drop_path_rate > 0  # stochastic depth
         shows_attentions = config._attn_implementation == "eager"
-        pack = not (draws_images or shows_attentions or torch.compiler.is_compiling())
+        # packing splits by lengths, for each of which a graph would be compiled
+        is_compiled = torch.compiler.is_compiling() or self.encoder.layer[0]._compiled_call_impl is not None
+        pack = not (draws_images or shows_attentions or is_compiled)
         kept = select_tokens(tissue_mask, config.tissue_threshold, num_prefix_tokens, pack)
         if kept is None:
             return self.encoder(embeddings, **kwargs), None

@@ -7,7 +7,7 @@ again with the same output_dir, a run goes on from its last good checkpoint.
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 from dataset_scripts.corpus_reader import Corpus
 
 from .engine import checkpoints
+from .engine.cpu_memory import keep_freed_memory
 from .engine.export import export_encoder
 from .engine.monitor import Monitor, feature_rank, target_statistics
 from .engine.param_groups import param_groups
 from .engine.schedules import make_schedules
-from .engine.student_teacher import Batch, Network, make_teacher, update_teacher
+from .engine.student_teacher import Batch, Network, compile_blocks, make_teacher, update_teacher
 from .engine.targets import TeacherTargets
 from .losses.adjacent_slice import adjacent_slice_loss
 from .losses.dino import dino_loss
@@ -75,8 +76,8 @@ def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tenso
     )
 
 
-def train(recipe: Recipe) -> Path:
-    """Runs or resumes a recipe; returns the folder of the exported encoder."""
+def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) -> Path:
+    """Runs or resumes a recipe; returns the folder of the exported encoder. `load` may replace `load_batches`."""
     run = recipe.run
     accelerator = Accelerator(
         gradient_accumulation_steps=run.gradient_accumulation_steps,
@@ -86,19 +87,22 @@ def train(recipe: Recipe) -> Path:
     corpus = Corpus(run.corpus)
     global_batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
 
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     set_seed(run.seed)
     student = Network(recipe, corpus.image_processor)
     teacher, targets_of = make_teacher(student), TeacherTargets(recipe)
     optimizer = torch.optim.AdamW(
         param_groups(student, recipe.model.num_hidden_layers, recipe.optimizer),
         betas=(recipe.optimizer.adam_beta1, recipe.optimizer.adam_beta2),
+        fused=True,
     )
     modules = {"student": student, "teacher": teacher, "targets": targets_of}
     step = resume(recipe, modules, optimizer)
     if run.gradient_checkpointing:
         student.backbone.gradient_checkpointing_enable()
     if run.torch_compile:
-        student.backbone.compile(), teacher.backbone.compile()
+        compile_blocks(student), compile_blocks(teacher)
     teacher.to(accelerator.device), targets_of.to(accelerator.device)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
 
@@ -106,7 +110,7 @@ def train(recipe: Recipe) -> Path:
     views = PretrainingViews(corpus, recipe.views, recipe.model.patch_size, run.seed, global_batch, slice_pairs)
     schedules = make_schedules(recipe, global_batch)
     monitor = Monitor(run, step, global_batch, accelerator.is_main_process)
-    batches = monitor.wait(load_batches(views, recipe, step, accelerator))
+    batches = monitor.wait((load or load_batches)(views, recipe, step, accelerator))
     wrapped.train()
     while step < run.max_steps:
         now = {name: float(values[step]) for name, values in schedules.items()}

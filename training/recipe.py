@@ -140,7 +140,7 @@ class RunRecipe:
     save_total_limit: int = setting(2, "Checkpoints kept.", low=1)
     logging_steps: int = setting(10, "Steps between log lines.", low=1)
     bf16: bool = setting(False, "bfloat16 autocast.")
-    torch_compile: bool = setting(False, "Compile student and teacher backbones.")
+    torch_compile: bool = setting(False, "Compile the transformer blocks of student and teacher.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the student's backward.")
     report_to: str = setting("tensorboard", "Where the log goes.", choices=("tensorboard", "none"))
     resume_from_checkpoint: str = setting("", "A checkpoint folder; empty: the last good one in output_dir.")

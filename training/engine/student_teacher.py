@@ -134,6 +134,13 @@ def make_teacher(student: Network) -> Network:
     return teacher.requires_grad_(False)
 
 
+def compile_blocks(network: Network) -> None:
+    """Compiles the transformer blocks in place: one graph serves all of one size, and what surrounds them, where crops
+    of several sizes meet, stays as it is."""
+    for block in network.backbone.encoder.layer:
+        block.compile()
+
+
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, parameters only."""
