@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,12 +226,42 @@ def test_signs_of_collapse_have_known_values():
     assert feature_rank(torch.ones(6, 4)) == pytest.approx(1, rel=1e-3)
 
 
+def two_processes(corpus: Path, output: Path, *arguments: str) -> str:
+    """Runs the command under torchrun on the CPU; what it prints."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "training.pretrain", "demo", "--corpus", str(corpus), "--output_dir", str(output),
+               *TINY, "--per_device_train_batch_size", "4", *arguments]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def test_two_processes_are_one_run(phantom_corpus, tmp_path):
     """torchrun on the CPU: one log, one checkpoint, and both halves of each batch trained on."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "training.pretrain", "demo", "--corpus", str(phantom_corpus), "--output_dir",
-               str(tmp_path), *TINY, "--max_steps", "2", "--per_device_train_batch_size", "4"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = two_processes(phantom_corpus, tmp_path, "--max_steps", "2")
     assert [line["step"] for line in log(tmp_path)] == [1, 2]
-    assert done.stdout.count("encoder:") == 1 and [each.name for each in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert said.count("encoder:") == 1 and [each.name for each in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_sharded_is_the_same_run(phantom_corpus, tmp_path):
+    """FSDP2 over two processes against DDP over two, and a checkpoint of one goes on as the other."""
+    steps = ["--max_steps", "4", "--save_steps", "2", "--gradient_accumulation_steps", "2"]
+    two_processes(phantom_corpus, tmp_path / "ddp", *steps)
+    two_processes(phantom_corpus, tmp_path / "fsdp", *steps, "--fsdp", "true")
+    shutil.copytree(tmp_path / "fsdp" / "checkpoint-2", tmp_path / "changed" / "checkpoint-2")
+    two_processes(phantom_corpus, tmp_path / "changed", *steps)
+    whole = weights(tmp_path / "ddp" / "checkpoint-4")
+    for name in ("fsdp", "changed"):
+        found = weights(tmp_path / name / "checkpoint-4")
+        assert found.keys() == whole.keys()
+        for key, value in whole.items():
+            if "key.bias" not in key:  # attention does not depend on it: its gradient is rounding, which Adam scales up
+                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
+    exported = load_file(tmp_path / "fsdp" / "encoder" / "model.safetensors")
+    teacher = load_file(tmp_path / "fsdp" / "checkpoint-4" / "teacher.safetensors")
+    assert all(torch.equal(teacher[f"backbone.{key}"], value) for key, value in exported.items())
+
+
+def test_sharding_one_process_is_refused(phantom_corpus, tmp_path):
+    with pytest.raises(ValueError, match="fsdp=True: there is one process"):
+        train(recipe(phantom_corpus, tmp_path, "--max_steps", "2", "--fsdp", "true"))

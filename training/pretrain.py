@@ -26,6 +26,7 @@ from .engine.export import export_encoder
 from .engine.monitor import Monitor, feature_rank, target_statistics
 from .engine.param_groups import param_groups
 from .engine.schedules import make_schedules
+from .engine.sharding import shard
 from .engine.student_teacher import Batch, Network, compile_blocks, make_teacher, update_teacher
 from .engine.targets import TeacherTargets
 from .losses.adjacent_slice import adjacent_slice_loss
@@ -92,6 +93,10 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     set_seed(run.seed)
     student = Network(recipe, corpus.image_processor)
     teacher, targets_of = make_teacher(student), TeacherTargets(recipe)
+    for module in (student, teacher, targets_of):
+        module.to(accelerator.device)
+    if run.fsdp:
+        shard([student, teacher], accelerator.device)
     optimizer = torch.optim.AdamW(
         param_groups(student, recipe.model.num_hidden_layers, recipe.optimizer),
         betas=(recipe.optimizer.adam_beta1, recipe.optimizer.adam_beta2),
@@ -103,8 +108,7 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
         student.backbone.gradient_checkpointing_enable()
     if run.torch_compile:
         compile_blocks(student), compile_blocks(teacher)
-    teacher.to(accelerator.device), targets_of.to(accelerator.device)
-    wrapped, optimizer = accelerator.prepare(student, optimizer)
+    wrapped = student if run.fsdp else accelerator.prepare(student)
 
     slice_pairs = recipe.loss.adjacent_slice_weight > 0 or recipe.loss.adjacent_patch_weight > 0
     views = PretrainingViews(corpus, recipe.views, recipe.model.patch_size, run.seed, global_batch, slice_pairs)
@@ -125,11 +129,10 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
                     )
                     total = weighted_sum(losses, recipe)
                 accelerator.backward(total)
-                if accelerator.sync_gradients:
-                    for part in (student.backbone, student.head):
-                        accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+        for part in (student.backbone, *student.heads()):
+            accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
         update_teacher(teacher, student, now["teacher_momentum"])
         step += 1
 
@@ -140,14 +143,13 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
             monitor.log(step, values | signs | now | tissue_shares(batch))
         if step % run.save_steps == 0 or step == run.max_steps:
             stop_if_not_finite({"loss": float(total.detach())}, batch, step, run.output_dir)
-            if accelerator.is_main_process:
-                checkpoints.save_checkpoint(Path(run.output_dir), step, modules, optimizer, recipe)
+            is_main = accelerator.is_main_process
+            checkpoints.save_checkpoint(Path(run.output_dir), step, modules, optimizer, recipe, is_main)
             accelerator.wait_for_everyone()
     monitor.close()
     encoder = Path(run.output_dir) / "encoder"
-    if accelerator.is_main_process:
-        export_encoder(teacher.backbone, corpus, recipe, step, encoder)
-        print(f"encoder: {encoder}")
+    export_encoder(teacher.backbone, corpus, recipe, step, encoder, accelerator.is_main_process)
+    accelerator.print(f"encoder: {encoder}")
     accelerator.end_training()
     return encoder
 

@@ -140,6 +140,7 @@ class RunRecipe:
     save_total_limit: int = setting(2, "Checkpoints kept.", low=1)
     logging_steps: int = setting(10, "Steps between log lines.", low=1)
     bf16: bool = setting(False, "bfloat16 autocast.")
+    fsdp: bool = setting(False, "Shard weights, gradients and optimizer over the processes (FSDP2); else DDP.")
     torch_compile: bool = setting(False, "Compile the transformer blocks of student and teacher.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the student's backward.")
     report_to: str = setting("tensorboard", "Where the log goes.", choices=("tensorboard", "none"))
@@ -167,7 +168,7 @@ SECTIONS = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerRecipe, RunRecipe)
 MAY_CHANGE_ON_RESUME = {
     "corpus", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
     "save_steps", "save_total_limit", "logging_steps", "report_to", "resume_from_checkpoint", "torch_compile",
-    "gradient_checkpointing",
+    "fsdp",    "gradient_checkpointing",
 }  # fmt: skip
 
 

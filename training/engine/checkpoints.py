@@ -10,25 +10,39 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
 from ..recipe import MAY_CHANGE_ON_RESUME, Recipe
 
 STATE_FILE, RECIPE_FILE = "trainer_state.json", "recipe.yaml"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, however it is spread
 
 
 def save_checkpoint(
-    directory: Path, step: int, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, recipe: Recipe
+    directory: Path, step: int, modules: dict[str, nn.Module], optimizer: Optimizer, recipe: Recipe, is_main: bool
 ) -> Path:
     """Writes `directory/checkpoint-{step}`: one safetensors file a module, the optimizer, the recipe, the step.
 
-    All is written into a folder of a temporary name, which is renamed when everything is on disk.
+    All is written into a folder of a temporary name, which is renamed when everything is on disk. Every process calls
+    it, and the main one writes: tensors that are sharded are gathered.
     """
     final, temporary = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}.tmp"
+    files = {name: get_model_state_dict(module, options=WHOLE) for name, module in modules.items()}
+    files["optimizer"] = _flatten(get_optimizer_state_dict(modules["student"], optimizer, options=WHOLE))
+    if not is_main:
+        return final
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, module in modules.items():
-        save_file(_contiguous(module.state_dict()), temporary / f"{name}.safetensors")
-    save_file(_contiguous(_optimizer_tensors(optimizer)), temporary / "optimizer.safetensors")
+    for name, tensors in files.items():
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
     recipe.save(temporary / RECIPE_FILE)
     (temporary / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
     for path in temporary.iterdir():
@@ -41,12 +55,14 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Loads into modules and optimizer in place; returns the number of finished steps."""
+def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> int:
+    """Loads into modules and optimizer in place, sharded or not; returns the number of finished steps."""
     try:
         for name, module in modules.items():
-            module.load_state_dict(load_file(path / f"{name}.safetensors"))
-        _load_optimizer_tensors(optimizer, load_file(path / "optimizer.safetensors"))
+            set_model_state_dict(module, load_file(path / f"{name}.safetensors"), options=WHOLE)
+        state: dict[str, Any] = get_optimizer_state_dict(modules["student"], optimizer)  # for its groups
+        state["state"] = _unflatten(load_file(path / "optimizer.safetensors"))
+        set_optimizer_state_dict(modules["student"], optimizer, state, options=WHOLE)
         return json.loads((path / STATE_FILE).read_text())["global_step"]
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(
@@ -88,21 +104,15 @@ def check_same_recipe(recipe: Recipe, saved: dict[str, Any], path: Path) -> None
         )
 
 
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+def _flatten(optimizer_state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """`{parameter}.{name}`, such as exp_avg, of all parameters."""
+    states = optimizer_state.get("state", {})
+    return {f"{parameter}.{name}": value for parameter, state in states.items() for name, value in state.items()}
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
-    }
-
-
-def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    state_dict = optimizer.state_dict()
-    state: dict[int, dict[str, torch.Tensor]] = {}
+def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    state: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
+        parameter, _, name = key.rpartition(".")
+        state.setdefault(parameter, {})[name] = tensor
+    return state

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import matplotlib
 import yaml
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from dataset_scripts.corpus_reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
 from ..recipe import Recipe
+from .checkpoints import WHOLE
 from .model_card import published_recipe, write_card
 
 matplotlib.use("Agg")
@@ -20,12 +22,20 @@ from matplotlib import pyplot  # noqa: E402 (the backend is chosen first)
 FIGURE = "pretraining.png"
 
 
-def export_encoder(encoder: MammoDinoModel, corpus: Corpus, recipe: Recipe, step: int, folder: Path) -> None:
-    """Writes `folder` whole or not at all; AutoModel and AutoImageProcessor open it with trust_remote_code=True."""
+def export_encoder(
+    encoder: MammoDinoModel, corpus: Corpus, recipe: Recipe, step: int, folder: Path, is_main: bool = True
+) -> None:
+    """Writes `folder` whole or not at all; AutoModel and AutoImageProcessor open it with trust_remote_code=True.
+
+    Every process calls it, and the main one writes.
+    """
+    weights = get_model_state_dict(encoder, options=WHOLE)
+    if not is_main:
+        return
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model = MammoDinoModel(encoder.config)
-    model.load_state_dict(encoder.state_dict())
+    model.load_state_dict(weights)
     model.config.drop_path_rate = 0.0
     model.save_pretrained(temporary)
     processor = image_processor(corpus, recipe)

@@ -39,6 +39,7 @@ class Network(nn.Module):
         super().__init__()
         model = recipe.model
         self.tissue_tokens = recipe.views.tissue_tokens
+        self.is_sharded = recipe.run.fsdp
         self.backbone = load_backbone(recipe, image_processor) if model.init_from else random_backbone(recipe)
         self.head = ProjectionHead(
             model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
@@ -55,10 +56,14 @@ class Network(nn.Module):
         if is_student and len(batch["local_crops"]):
             local_cls, _ = self.encode(batch["local_crops"], batch["local_tissue"])
         slice_cls, slice_patches = global_cls[:0], global_patches[:0, 0]
-        if len(batch["slice_pairs"]):
+        num_pairs, slice_tissue = len(batch["slice_pairs"]), batch["slice_tissue"]
+        if num_pairs or self.is_sharded:
             pixels = batch["slice_pairs"][:, 0 if is_student else 1]  # (P, 1, S, S)
-            slice_cls, patches = self.encode(pixels, batch["slice_tissue"])
-            slice_patches = patches[batch["slice_tissue"].flatten(1) > 0]
+            if not num_pairs:  # shards are gathered by all processes together, so all must encode: here a blank
+                pixels = pixels.new_zeros(1, *pixels.shape[1:])
+                slice_tissue = slice_tissue.new_zeros(1, *slice_tissue.shape[1:])
+            slice_cls, patches = self.encode(pixels, slice_tissue)
+            slice_cls, slice_patches = slice_cls[:num_pairs], patches[slice_tissue.flatten(1) > 0]
 
         tokens = (global_cls, local_cls, global_patches[masks], slice_cls, slice_patches)
         logits = self.head(torch.cat(tokens)).split([len(each) for each in tokens])
@@ -71,6 +76,9 @@ class Network(nn.Module):
             slice_patches=logits[4],
             features=global_cls.unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
         )
+
+    def heads(self) -> list[ProjectionHead]:
+        return [self.head]
 
     def encode(
         self, pixels: torch.Tensor, tissue: torch.Tensor, masks: torch.Tensor | None = None
