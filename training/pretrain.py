@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch.utils.data import DataLoader
 
+from dataset_scripts.corpus_copy import local_corpus
 from dataset_scripts.corpus_reader import Corpus
 
 from .engine import checkpoints
@@ -85,7 +86,7 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
         mixed_precision="bf16" if run.bf16 else "no",
         cpu=not torch.accelerator.is_available(),  # said aloud: else torchrun's processes each run alone on a CPU
     )
-    corpus = Corpus(run.corpus)
+    corpus = Corpus(local_corpus(run.corpus))
     global_batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
 
     if accelerator.device.type == "cpu":

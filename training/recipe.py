@@ -129,7 +129,7 @@ class OptimizerRecipe:
 
 @dataclass
 class RunRecipe:
-    corpus: str = setting("", "Folder written by dataset_scripts.corpus.")
+    corpus: str = setting("", "Folder written by dataset_scripts.corpus, or its fsspec address, then copied once.")
     output_dir: str = setting("", "Where checkpoints, logs and the exported encoder go.")
     max_steps: int = setting(125000, "Optimizer steps; every schedule is in steps.", low=1)
     per_device_train_batch_size: int = setting(64, "Images a process and forward.", low=1)
