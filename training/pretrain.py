@@ -130,8 +130,8 @@ def train(recipe: Recipe) -> Path:
         step += 1
 
         if monitor.step(step):
-            values = {f"loss_{name}": float(value.detach()) for name, value in losses.items()}
-            values["loss"] = float(total.detach())
+            values = {f"loss_{name}": value.detach() for name, value in losses.items()} | {"loss": total.detach()}
+            values = {name: float(mean) for name, mean in accelerator.reduce(values, reduction="mean").items()}
             stop_if_not_finite(values, batch, step, run.output_dir)
             monitor.log(step, values | signs | now | tissue_shares(batch))
         if step % run.save_steps == 0 or step == run.max_steps:
