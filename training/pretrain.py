@@ -122,7 +122,7 @@ def train(recipe: Recipe) -> Path:
                     total = weighted_sum(losses, recipe)
                 accelerator.backward(total)
                 if accelerator.sync_gradients:
-                    for part in (student.backbone, student.head):
+                    for part in student.children():  # backbone and heads apart
                         accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -58,6 +58,10 @@ class ModelRecipe:
     head_hidden_size: int = setting(2048, "Hidden size of the projection head.", low=1)
     head_bottleneck_size: int = setting(256, "Bottleneck of the projection head.", low=1)
     num_prototypes: int = setting(65536, "Prototypes K.", low=2)
+    separate_ibot_head: bool = setting(False, "Patches go through a head of their own (DINOv2's long recipe).")
+    ibot_num_prototypes: int = setting(0, "Prototypes of that head; 0: num_prototypes.", low=0)
+    ibot_head_hidden_size: int = setting(0, "Hidden size of that head; 0: head_hidden_size.", low=0)
+    ibot_head_bottleneck_size: int = setting(0, "Bottleneck of that head; 0: head_bottleneck_size.", low=0)
     image_height: int = setting(518, "Canvas height of the exported image processor, in pixels.", low=1)
     image_width: int = setting(518, "Canvas width of the exported image processor, in pixels.", low=1)
 
@@ -118,7 +122,7 @@ class OptimizerRecipe:
     weight_decay_end: float = setting(0.4, "Weight decay at the end of its cosine.", low=0)
     adam_beta1: float = setting(0.9, "AdamW beta1.", low=0, high=1)
     adam_beta2: float = setting(0.999, "AdamW beta2.", low=0, high=1)
-    max_grad_norm: float = setting(3.0, "Clipping, separately for backbone and head.", low=0)
+    max_grad_norm: float = setting(3.0, "Clipping, separately for backbone and each head.", low=0)
     layerwise_decay: float = setting(0.9, "Learning-rate factor from a block to the one below.", low=0, high=1)
     patch_embed_lr_multiplier: float = setting(0.2, "Learning-rate factor of the patch embedding.", low=0)
     freeze_backbone_steps: int = setting(0, "First steps in which only the head learns (with init_from).", low=0)
@@ -221,6 +225,11 @@ def _check_together(recipe: Recipe) -> None:
     model, views, run = recipe.model, recipe.views, recipe.run
     if model.hidden_size % model.num_attention_heads:
         raise ValueError(f"hidden_size={model.hidden_size}: must be a multiple of num_attention_heads")
+    for name in ("ibot_num_prototypes", "ibot_head_hidden_size", "ibot_head_bottleneck_size"):
+        if getattr(model, name) and not model.separate_ibot_head:
+            raise ValueError(f"{name}={getattr(model, name)}: needs --separate_ibot_head true")
+    if model.ibot_num_prototypes == 1:
+        raise ValueError("ibot_num_prototypes=1: must be 2 or more, or 0 for num_prototypes")
     sizes = {"global_crop_size": views.global_crop_size, "local_crop_size": views.local_crop_size}
     sizes |= {"image_height": model.image_height, "image_width": model.image_width}
     for name, size in sizes.items():
