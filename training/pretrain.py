@@ -25,8 +25,8 @@ from .engine.export import export_encoder
 from .engine.monitor import Monitor, feature_rank, target_statistics
 from .engine.param_groups import param_groups
 from .engine.schedules import make_schedules
-from .engine.student_teacher import Batch, Network, make_teacher, update_teacher
-from .engine.targets import TeacherTargets
+from .engine.student_teacher import Batch, Network, Outputs, make_teacher, update_teacher
+from .engine.targets import Targets, TeacherTargets
 from .losses.adjacent_slice import adjacent_slice_loss
 from .losses.dino import dino_loss
 from .losses.ibot import ibot_loss
@@ -44,8 +44,8 @@ def compute_losses(
     targets_of: TeacherTargets,
     temperature: float,
     recipe: Recipe,
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """One forward of both networks: unweighted losses by name, and what the monitor shows."""
+) -> tuple[dict[str, torch.Tensor], Targets, Outputs]:
+    """One forward of both networks: unweighted losses by name, the teacher's targets, what the student made."""
     with torch.no_grad():
         targets = targets_of(teacher(batch, is_student=False), temperature)
     seen = student(batch, is_student=True)
@@ -60,8 +60,7 @@ def compute_losses(
         "adjacent_slice": adjacent_slice_loss(seen.slice_cls, targets.slice_cls, None, tau),
         "adjacent_patch": adjacent_slice_loss(seen.slice_patches, targets.slice_patches, tissue, tau),
     }
-    signs = target_statistics(targets.global_cls) | {"feature_rank": feature_rank(seen.features[0])}
-    return losses, signs
+    return losses, targets, seen
 
 
 def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
@@ -116,7 +115,7 @@ def train(recipe: Recipe) -> Path:
             seed_forward(run.seed, step, forward, accelerator.process_index)
             with accelerator.accumulate(wrapped):
                 with accelerator.autocast():
-                    losses, signs = compute_losses(
+                    losses, targets, seen = compute_losses(
                         batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe
                     )
                     total = weighted_sum(losses, recipe)
@@ -133,6 +132,7 @@ def train(recipe: Recipe) -> Path:
             values = {f"loss_{name}": value.detach() for name, value in losses.items()} | {"loss": total.detach()}
             values = {name: float(mean) for name, mean in accelerator.reduce(values, reduction="mean").items()}
             stop_if_not_finite(values, batch, step, run.output_dir)
+            signs = target_statistics(targets.global_cls) | {"feature_rank": feature_rank(seen.features[0])}
             monitor.log(step, values | signs | now | tissue_shares(batch))
         if step % run.save_steps == 0 or step == run.max_steps:
             stop_if_not_finite({"loss": float(total.detach())}, batch, step, run.output_dir)

@@ -137,7 +137,9 @@ class RunRecipe:
     output_dir: str = setting("", "Where checkpoints, logs and the exported encoder go.")
     max_steps: int = setting(125000, "Optimizer steps; every schedule is in steps.", low=1)
     per_device_train_batch_size: int = setting(64, "Images a process and forward.", low=1)
-    gradient_accumulation_steps: int = setting(1, "Forwards a step.", low=1)
+    gradient_accumulation_steps: int = setting(
+        1, "Forwards a step. Targets and KoLeo balance within one: two are not one twice as large.", low=1
+    )
     dataloader_num_workers: int = setting(4, "Worker processes that prepare views.", low=0)
     seed: int = setting(0, "Seed of order, views, initial weights and stochastic depth.", low=0)
     save_steps: int = setting(1250, "Steps between checkpoints.", low=1)
