@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from ..recipe import MAY_CHANGE_ON_RESUME, Recipe
 
-STATE_FILE, RECIPE_FILE = "trainer_state.json", "recipe.yaml"
+STATE_FILE, RECIPE_FILE, CONFIG_FILE = "trainer_state.json", "recipe.yaml", "config.json"
 
 
 def save_checkpoint(
     directory: Path, step: int, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> Path:
-    """Writes `directory/checkpoint-{step}`: one safetensors file a module, the optimizer, the recipe, the step.
+    """Writes `directory/checkpoint-{step}`: one safetensors file a module, the optimizer, the recipe, the step,
+    and the encoder's configuration, by which another run can go on from it.
 
     All is written into a folder of a temporary name, which is renamed when everything is on disk.
     """
@@ -30,6 +31,7 @@ def save_checkpoint(
         save_file(_contiguous(module.state_dict()), temporary / f"{name}.safetensors")
     save_file(_contiguous(_optimizer_tensors(optimizer)), temporary / "optimizer.safetensors")
     recipe.save(temporary / RECIPE_FILE)
+    modules["student"].backbone.config.to_json_file(temporary / CONFIG_FILE)
     (temporary / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
     for path in temporary.iterdir():
         with path.open("rb") as stream:

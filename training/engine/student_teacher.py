@@ -13,6 +13,7 @@ from modeling_mammodino.layers_mammodino import as_pair
 
 from ..recipe import ModelRecipe, Recipe
 from ..views.sample import NUM_GLOBAL_CROPS
+from .continued import former_config
 from .heads import ProjectionHead
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Outputs(NamedTuple):
     slice_cls: torch.Tensor  # (P, K): student's slice, teacher's neighbour
     slice_patches: torch.Tensor  # (T, K), the T tissue patches of the pairs
     features: torch.Tensor  # (G, B, D), class tokens before the head
+    patches: torch.Tensor  # (G*B, N, D), patch tokens of the global crops; (0, N, D) without Gram anchoring
 
 
 class Network(nn.Module):
@@ -40,8 +42,8 @@ class Network(nn.Module):
     def __init__(self, recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None):
         super().__init__()
         model = recipe.model
-        self.tissue_tokens = recipe.views.tissue_tokens
-        self.backbone = load_backbone(recipe, image_processor) if model.init_from else random_backbone(recipe)
+        self.tissue_tokens, self.shows_patches = recipe.views.tissue_tokens, recipe.loss.gram_weight > 0
+        self.backbone = start_backbone(recipe, image_processor)
         self.head = ProjectionHead(
             model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
         )
@@ -79,6 +81,7 @@ class Network(nn.Module):
             masked_patches=logits[3],
             slice_patches=logits[4],
             features=global_cls.unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
+            patches=global_patches if self.shows_patches else global_patches[:0],
         )
 
     def project(self, cls_tokens: list[torch.Tensor], patches: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -90,10 +93,18 @@ class Network(nn.Module):
     def encode(
         self, pixels: torch.Tensor, tissue: torch.Tensor, masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Class tokens (n, D) and patch tokens (n, N, D) of crops (n, 1, S, S)."""
-        tissue_mask = tissue if self.tissue_tokens else None
-        sequence = self.backbone(pixels, bool_masked_pos=masks, tissue_mask=tissue_mask).last_hidden_state
-        return sequence[:, 0], sequence[:, 1 + self.backbone.config.num_register_tokens :]
+        return encode(self.backbone, pixels, tissue if self.tissue_tokens else None, masks)
+
+
+def encode(
+    backbone: MammoDinoModel,
+    pixels: torch.Tensor,
+    tissue_mask: torch.Tensor | None,
+    masks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class tokens (n, D) and patch tokens (n, N, D) of crops (n, 1, S, S)."""
+    sequence = backbone(pixels, bool_masked_pos=masks, tissue_mask=tissue_mask).last_hidden_state
+    return sequence[:, 0], sequence[:, 1 + backbone.config.num_register_tokens :]
 
 
 def project_together(head: nn.Module, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -102,6 +113,13 @@ def project_together(head: nn.Module, tokens: list[torch.Tensor]) -> list[torch.
 
 def num_patch_prototypes(model: ModelRecipe) -> int:
     return (model.separate_ibot_head and model.ibot_num_prototypes) or model.num_prototypes
+
+
+def start_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | None) -> MammoDinoModel:
+    """The encoder of `init_from`, one of the shape of `init_from_checkpoint`, or a random one."""
+    if recipe.model.init_from:
+        return load_backbone(recipe, image_processor)
+    return MammoDinoModel(former_config(recipe)) if recipe.model.init_from_checkpoint else random_backbone(recipe)
 
 
 def random_backbone(recipe: Recipe) -> MammoDinoModel:
