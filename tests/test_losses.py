@@ -9,6 +9,7 @@ import torch
 from training.losses.adjacent_slice import adjacent_slice_loss
 from training.losses.centering import Centering
 from training.losses.dino import dino_loss
+from training.losses.gram import gram_loss
 from training.losses.ibot import ibot_loss
 from training.losses.koleo import koleo_loss
 from training.losses.sinkhorn import sinkhorn_knopp
@@ -79,6 +80,30 @@ def test_adjacent_slice_is_a_weighted_mean():
     expected = (each * weights.numpy()).sum() / weights.sum().item()
     assert adjacent_slice_loss(student, teacher, weights).item() == pytest.approx(expected, rel=1e-5)
     assert adjacent_slice_loss(student[:0], teacher[:0]).item() == 0
+
+
+def test_gram_compares_every_pair_of_kept_patches():
+    student, _ = random_inputs(3, 4, 6)
+    teacher, _ = random_inputs(3, 4, 6, seed=1)
+    keep = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+
+    def cosine(a, b):
+        return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+    def expected(keep):
+        images = []
+        for x, y, kept in zip(student, teacher, keep, strict=True):
+            places = kept.nonzero().flatten().tolist()
+            pairs = [(cosine(x[i], x[j]) - cosine(y[i], y[j])) ** 2 for i in places for j in places]
+            images.append(np.mean(pairs) if pairs else 0.0)  # an image without any kept patch counts as zero
+        return np.mean(images)
+
+    assert gram_loss(student, teacher, keep).item() == pytest.approx(expected(keep), rel=1e-5)
+    assert gram_loss(student, teacher).item() == pytest.approx(expected(torch.ones(3, 4, dtype=bool)), rel=1e-5)
+    assert gram_loss(student * 3, student).item() == pytest.approx(0, abs=1e-10)  # lengths do not matter
+    dropped = (student * keep.unsqueeze(-1)).requires_grad_()  # background tokens are zero
+    gram_loss(dropped, teacher, keep).backward()
+    assert torch.isfinite(dropped.grad).all() and (dropped.grad[~keep] == 0).all()
 
 
 def sinkhorn_oracle(logits, temperature, iterations):

@@ -22,16 +22,19 @@ from dataset_scripts.corpus_copy import local_corpus
 from dataset_scripts.corpus_reader import Corpus
 
 from .engine import checkpoints
+from .engine.continued import load_former_run
 from .engine.cpu_memory import keep_freed_memory
 from .engine.export import export_encoder
+from .engine.gram_teacher import GramTeacher
 from .engine.monitor import Monitor, feature_rank, target_statistics
 from .engine.param_groups import param_groups
 from .engine.schedules import make_schedules
 from .engine.sharding import shard
-from .engine.student_teacher import Batch, Network, compile_blocks, make_teacher, update_teacher
-from .engine.targets import TeacherTargets
+from .engine.student_teacher import Batch, Network, Outputs, compile_blocks, make_teacher, update_teacher
+from .engine.targets import Targets, TeacherTargets
 from .losses.adjacent_slice import adjacent_slice_loss
 from .losses.dino import dino_loss
+from .losses.gram import gram_loss
 from .losses.ibot import ibot_loss
 from .losses.koleo import koleo_loss
 from .recipe import Recipe, load_recipe
@@ -47,8 +50,9 @@ def compute_losses(
     targets_of: TeacherTargets,
     temperature: float,
     recipe: Recipe,
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """One forward of both networks: unweighted losses by name, and what the monitor shows."""
+    gram_teacher: GramTeacher | None = None,
+) -> tuple[dict[str, torch.Tensor], Targets, Outputs]:
+    """One forward of both networks: unweighted losses by name, the teacher's targets, what the student made."""
     with torch.no_grad():
         targets = targets_of(teacher(batch, is_student=False), temperature)
     seen = student(batch, is_student=True)
@@ -62,9 +66,11 @@ def compute_losses(
         "koleo": sum(koleo_loss(features, batch["volume"]) for features in seen.features),
         "adjacent_slice": adjacent_slice_loss(seen.slice_cls, targets.slice_cls, None, tau),
         "adjacent_patch": adjacent_slice_loss(seen.slice_patches, targets.slice_patches, tissue, tau),
+        "gram": seen.features.new_zeros(()),
     }
-    signs = target_statistics(targets.global_cls) | {"feature_rank": feature_rank(seen.features[0])}
-    return losses, signs
+    if gram_teacher is not None:
+        losses["gram"] = gram_loss(seen.patches, gram_teacher(batch), gram_teacher.counted_patches(batch))
+    return losses, targets, seen
 
 
 def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
@@ -75,6 +81,7 @@ def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tenso
         + weights.koleo_weight * losses["koleo"]
         + weights.adjacent_slice_weight * losses["adjacent_slice"]
         + weights.adjacent_patch_weight * losses["adjacent_patch"]
+        + weights.gram_weight * losses["gram"]
     )
 
 
@@ -104,6 +111,9 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
         fused=True,
     )
     modules = {"student": student, "teacher": teacher, "targets": targets_of}
+    gram_teacher = GramTeacher(teacher, recipe).to(accelerator.device) if recipe.loss.gram_weight > 0 else None
+    if gram_teacher:
+        modules["gram_teacher"] = gram_teacher
     step = resume(recipe, modules, optimizer)
     if run.gradient_checkpointing:
         student.backbone.gradient_checkpointing_enable()
@@ -120,17 +130,18 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     while step < run.max_steps:
         now = {name: float(values[step]) for name, values in schedules.items()}
         set_learning_rates(optimizer, now)
+        gram = gram_teacher and gram_teacher.at(step, teacher)
         for forward in range(run.gradient_accumulation_steps):
             batch = next(batches)
             seed_forward(run.seed, step, forward, accelerator.process_index)
             with accelerator.accumulate(wrapped):
                 with accelerator.autocast():
-                    losses, signs = compute_losses(
-                        batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe
+                    losses, targets, seen = compute_losses(
+                        batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe, gram
                     )
                     total = weighted_sum(losses, recipe)
                 accelerator.backward(total)
-        for part in (student.backbone, *student.heads()):
+        for part in student.children():  # backbone and heads apart
             accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -138,9 +149,10 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
         step += 1
 
         if monitor.step(step):
-            values = {f"loss_{name}": float(value.detach()) for name, value in losses.items()}
-            values["loss"] = float(total.detach())
+            values = {f"loss_{name}": value.detach() for name, value in losses.items()} | {"loss": total.detach()}
+            values = {name: float(mean) for name, mean in accelerator.reduce(values, reduction="mean").items()}
             stop_if_not_finite(values, batch, step, run.output_dir)
+            signs = target_statistics(targets.global_cls) | {"feature_rank": feature_rank(seen.features[0])}
             monitor.log(step, values | signs | now | tissue_shares(batch))
         if step % run.save_steps == 0 or step == run.max_steps:
             stop_if_not_finite({"loss": float(total.detach())}, batch, step, run.output_dir)
@@ -190,9 +202,12 @@ def load_batches(views: PretrainingViews, recipe: Recipe, first_step: int, accel
 
 
 def resume(recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Goes on from a checkpoint where there is one; returns the number of finished steps."""
+    """Goes on from a checkpoint where there is one, else from a former run's if the recipe names one; returns the
+    number of finished steps."""
     path = checkpoints.find_checkpoint(recipe)
     if path is None:
+        if recipe.model.init_from_checkpoint:
+            load_former_run(recipe, modules)
         return 0
     checkpoints.check_same_recipe(recipe, yaml.safe_load((path / checkpoints.RECIPE_FILE).read_text()), path)
     step = checkpoints.load_checkpoint(path, modules, optimizer)

@@ -48,6 +48,10 @@ class ModelRecipe:
     init_from: str = setting(
         "", "Weights that student and teacher start from: a Hub id, a folder or DINOv2's .pth; empty: random."
     )
+    init_from_checkpoint: str = setting(
+        "",
+        "A former run's checkpoint-N folder: its networks and heads go on, optimizer and schedules start afresh.",
+    )
     hidden_size: int = setting(768, "Width D of the encoder.", low=1)
     num_hidden_layers: int = setting(12, "Transformer blocks.", low=1)
     num_attention_heads: int = setting(12, "Attention heads.", low=1)
@@ -58,6 +62,10 @@ class ModelRecipe:
     head_hidden_size: int = setting(2048, "Hidden size of the projection head.", low=1)
     head_bottleneck_size: int = setting(256, "Bottleneck of the projection head.", low=1)
     num_prototypes: int = setting(65536, "Prototypes K.", low=2)
+    separate_ibot_head: bool = setting(False, "Patches go through a head of their own (DINOv2's long recipe).")
+    ibot_num_prototypes: int = setting(0, "Prototypes of that head; 0: num_prototypes.", low=0)
+    ibot_head_hidden_size: int = setting(0, "Hidden size of that head; 0: head_hidden_size.", low=0)
+    ibot_head_bottleneck_size: int = setting(0, "Bottleneck of that head; 0: head_bottleneck_size.", low=0)
     image_height: int = setting(518, "Canvas height of the exported image processor, in pixels.", low=1)
     image_width: int = setting(518, "Canvas width of the exported image processor, in pixels.", low=1)
 
@@ -65,6 +73,9 @@ class ModelRecipe:
 @dataclass
 class ViewsRecipe:
     global_crop_size: int = setting(224, "Side of the global crops in pixels.", low=1)
+    gram_crop_size: int = setting(
+        0, "Side of the global crops that the gram teacher sees, in pixels; 0: the student's own crops.", low=0
+    )
     local_crop_size: int = setting(98, "Side of the local crops in pixels.", low=1)
     num_local_crops: int = setting(8, "Local crops an image.", low=0)
     global_crop_scale: list[float] = setting([0.32, 1.0], "Area of global crops over the picture.", low=0, high=1)
@@ -97,6 +108,12 @@ class LossRecipe:
     koleo_weight: float = setting(0.1, "Weight of KoLeo, summed over the global crops.", low=0)
     adjacent_slice_weight: float = setting(1.0, "Weight of the adjacent-slice loss on the class token.", low=0)
     adjacent_patch_weight: float = setting(0.5, "Weight of the same on co-located tissue patches.", low=0)
+    gram_weight: float = setting(0.0, "Weight of Gram anchoring (DINOv3: 2.0); 0: off.", low=0)
+    gram_start_step: int = setting(
+        0, "Step at which the gram teacher is taken from the teacher, and the loss begins.", low=0
+    )
+    gram_update_steps: int = setting(10000, "Steps after which it is taken anew; 0: never.", low=0)
+    gram_max_updates: int = setting(3, "How often it is taken anew at most.", low=0)
     student_temperature: float = setting(0.1, "Temperature of the student.", low=1e-3)
     teacher_temperature: float = setting(0.07, "Temperature of the teacher after warm-up.", low=1e-3)
     teacher_temperature_start: float = setting(0.04, "Temperature of the teacher at step 0.", low=1e-3)
@@ -118,7 +135,7 @@ class OptimizerRecipe:
     weight_decay_end: float = setting(0.4, "Weight decay at the end of its cosine.", low=0)
     adam_beta1: float = setting(0.9, "AdamW beta1.", low=0, high=1)
     adam_beta2: float = setting(0.999, "AdamW beta2.", low=0, high=1)
-    max_grad_norm: float = setting(3.0, "Clipping, separately for backbone and head.", low=0)
+    max_grad_norm: float = setting(3.0, "Clipping, separately for backbone and each head.", low=0)
     layerwise_decay: float = setting(0.9, "Learning-rate factor from a block to the one below.", low=0, high=1)
     patch_embed_lr_multiplier: float = setting(0.2, "Learning-rate factor of the patch embedding.", low=0)
     freeze_backbone_steps: int = setting(0, "First steps in which only the head learns (with init_from).", low=0)
@@ -133,7 +150,9 @@ class RunRecipe:
     output_dir: str = setting("", "Where checkpoints, logs and the exported encoder go.")
     max_steps: int = setting(125000, "Optimizer steps; every schedule is in steps.", low=1)
     per_device_train_batch_size: int = setting(64, "Images a process and forward.", low=1)
-    gradient_accumulation_steps: int = setting(1, "Forwards a step.", low=1)
+    gradient_accumulation_steps: int = setting(
+        1, "Forwards a step. Targets and KoLeo balance within one: two are not one twice as large.", low=1
+    )
     dataloader_num_workers: int = setting(4, "Worker processes that prepare views.", low=0)
     seed: int = setting(0, "Seed of order, views, initial weights and stochastic depth.", low=0)
     save_steps: int = setting(1250, "Steps between checkpoints.", low=1)
@@ -219,14 +238,33 @@ def _check_values(section: Any) -> None:
 
 
 def _check_together(recipe: Recipe) -> None:
-    model, views, run = recipe.model, recipe.views, recipe.run
+    model, views, loss, run = recipe.model, recipe.views, recipe.loss, recipe.run
     if model.hidden_size % model.num_attention_heads:
         raise ValueError(f"hidden_size={model.hidden_size}: must be a multiple of num_attention_heads")
+    for name in ("ibot_num_prototypes", "ibot_head_hidden_size", "ibot_head_bottleneck_size"):
+        if getattr(model, name) and not model.separate_ibot_head:
+            raise ValueError(f"{name}={getattr(model, name)}: needs --separate_ibot_head true")
+    if model.ibot_num_prototypes == 1:
+        raise ValueError("ibot_num_prototypes=1: must be 2 or more, or 0 for num_prototypes")
     sizes = {"global_crop_size": views.global_crop_size, "local_crop_size": views.local_crop_size}
-    sizes |= {"image_height": model.image_height, "image_width": model.image_width}
+    sizes |= {
+        "gram_crop_size": views.gram_crop_size,
+        "image_height": model.image_height,
+        "image_width": model.image_width,
+    }
     for name, size in sizes.items():
         if size % model.patch_size:
             raise ValueError(f"{name}={size}: must be a multiple of patch_size={model.patch_size}")
+    if views.gram_crop_size and not loss.gram_weight:
+        raise ValueError(f"gram_crop_size={views.gram_crop_size}: needs a gram_weight above 0")
+    if 0 < views.gram_crop_size < views.global_crop_size:
+        raise ValueError(f"gram_crop_size={views.gram_crop_size}: must be at least global_crop_size, or 0")
+    if loss.gram_weight and loss.gram_start_step >= run.max_steps:
+        raise ValueError(f"gram_start_step={loss.gram_start_step}: must be below max_steps={run.max_steps}")
+    if loss.gram_weight and run.fsdp:
+        raise ValueError("gram_weight: the Gram teacher is not sharded yet; give --fsdp false, or --gram_weight 0")
+    if model.init_from and model.init_from_checkpoint:
+        raise ValueError("init_from_checkpoint: cannot be combined with init_from; give one of them")
     for name in (
         "global_crop_scale",
         "local_crop_scale",

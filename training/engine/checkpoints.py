@@ -22,14 +22,15 @@ from torch.optim import Optimizer
 
 from ..recipe import MAY_CHANGE_ON_RESUME, Recipe
 
-STATE_FILE, RECIPE_FILE = "trainer_state.json", "recipe.yaml"
+STATE_FILE, RECIPE_FILE, CONFIG_FILE = "trainer_state.json", "recipe.yaml", "config.json"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, however it is spread
 
 
 def save_checkpoint(
     directory: Path, step: int, modules: dict[str, nn.Module], optimizer: Optimizer, recipe: Recipe, is_main: bool
 ) -> Path:
-    """Writes `directory/checkpoint-{step}`: one safetensors file a module, the optimizer, the recipe, the step.
+    """Writes `directory/checkpoint-{step}`: one safetensors file a module, the optimizer, the recipe, the step,
+    and the encoder's configuration, by which another run can go on from it.
 
     All is written into a folder of a temporary name, which is renamed when everything is on disk. Every process calls
     it, and the main one writes: tensors that are sharded are gathered.
@@ -44,6 +45,7 @@ def save_checkpoint(
     for name, tensors in files.items():
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
     recipe.save(temporary / RECIPE_FILE)
+    modules["student"].backbone.config.to_json_file(temporary / CONFIG_FILE)
     (temporary / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
     for path in temporary.iterdir():
         with path.open("rb") as stream:

@@ -24,6 +24,7 @@ def shard(networks: list[Network], device: torch.device) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for network in networks:
-        for part in (*network.backbone.encoder.layer, *network.heads()):
+        heads = [part for part in network.children() if part is not network.backbone]
+        for part in (*network.backbone.encoder.layer, *heads):
             fully_shard(part, mesh=mesh)
         fully_shard(network, mesh=mesh, reshard_after_forward=True)  # a root keeps its own whole until a backward

@@ -11,8 +11,9 @@ from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDi
 from modeling_mammodino.convert_dinov2 import load_encoder, rebuild
 from modeling_mammodino.layers_mammodino import as_pair
 
-from ..recipe import Recipe
+from ..recipe import ModelRecipe, Recipe
 from ..views.sample import NUM_GLOBAL_CROPS
+from .continued import former_config
 from .heads import ProjectionHead
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ Batch = dict[str, torch.Tensor]
 
 
 class Outputs(NamedTuple):
-    """Prototype logits of one network for one batch. Letters: see training.losses; P slice pairs, N patches."""
+    """Prototype logits of one network for one batch. Letters: see training.losses; P slice pairs, N patches. Patches
+    have as many prototypes K as class tokens, unless they have a head of their own."""
 
     global_cls: torch.Tensor  # (G, B, K)
     local_cls: torch.Tensor  # (L, B, K), student only
@@ -29,21 +31,31 @@ class Outputs(NamedTuple):
     slice_cls: torch.Tensor  # (P, K): student's slice, teacher's neighbour
     slice_patches: torch.Tensor  # (T, K), the T tissue patches of the pairs
     features: torch.Tensor  # (G, B, D), class tokens before the head
+    patches: torch.Tensor  # (G*B, N, D), patch tokens of the global crops; (0, N, D) without Gram anchoring
 
 
 class Network(nn.Module):
-    """Encoder and projection head, one head for class tokens and patches (DINOv2's short recipe). The head starts from
-    random weights; image_processor: what standardises the views, for weights that were made with another."""
+    """Encoder and projection heads: one head for class tokens and patches (DINOv2's short recipe), or an `ibot_head`
+    for patches beside it (its long recipe). Heads start from random weights; image_processor: what standardises the
+    views, for weights that were made with another."""
 
     def __init__(self, recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None):
         super().__init__()
         model = recipe.model
-        self.tissue_tokens = recipe.views.tissue_tokens
         self.is_sharded = recipe.run.fsdp
-        self.backbone = load_backbone(recipe, image_processor) if model.init_from else random_backbone(recipe)
+        self.tissue_tokens, self.shows_patches = recipe.views.tissue_tokens, recipe.loss.gram_weight > 0
+        self.backbone = start_backbone(recipe, image_processor)
         self.head = ProjectionHead(
             model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
         )
+        self.ibot_head = None
+        if model.separate_ibot_head:
+            self.ibot_head = ProjectionHead(
+                model.hidden_size,
+                model.ibot_head_hidden_size or model.head_hidden_size,
+                model.ibot_head_bottleneck_size or model.head_bottleneck_size,
+                num_patch_prototypes(model),
+            )
 
     def forward(self, batch: Batch, is_student: bool) -> Outputs:
         """The student sees masked global crops, local crops and the slices; the teacher unmasked global crops and
@@ -65,28 +77,54 @@ class Network(nn.Module):
             slice_cls, patches = self.encode(pixels, slice_tissue)
             slice_cls, slice_patches = slice_cls[:num_pairs], patches[slice_tissue.flatten(1) > 0]
 
-        tokens = (global_cls, local_cls, global_patches[masks], slice_cls, slice_patches)
-        logits = self.head(torch.cat(tokens)).split([len(each) for each in tokens])
+        logits = self.project([global_cls, local_cls, slice_cls], [global_patches[masks], slice_patches])
         batch_size = len(global_cls) // NUM_GLOBAL_CROPS
         return Outputs(
             global_cls=logits[0].unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
             local_cls=logits[1].unflatten(0, (len(local_cls) // batch_size, batch_size)),
-            masked_patches=logits[2],
-            slice_cls=logits[3],
+            slice_cls=logits[2],
+            masked_patches=logits[3],
             slice_patches=logits[4],
             features=global_cls.unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
+            patches=global_patches if self.shows_patches else global_patches[:0],
         )
 
-    def heads(self) -> list[ProjectionHead]:
-        return [self.head]
+    def project(self, cls_tokens: list[torch.Tensor], patches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Logits of each tensor of tokens (n, D), in one call of a head: its prototypes are normalised once."""
+        if self.ibot_head is None:
+            return project_together(self.head, cls_tokens + patches)
+        return project_together(self.head, cls_tokens) + project_together(self.ibot_head, patches)
 
     def encode(
         self, pixels: torch.Tensor, tissue: torch.Tensor, masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Class tokens (n, D) and patch tokens (n, N, D) of crops (n, 1, S, S)."""
-        tissue_mask = tissue if self.tissue_tokens else None
-        sequence = self.backbone(pixels, bool_masked_pos=masks, tissue_mask=tissue_mask).last_hidden_state
-        return sequence[:, 0], sequence[:, 1 + self.backbone.config.num_register_tokens :]
+        return encode(self.backbone, pixels, tissue if self.tissue_tokens else None, masks)
+
+
+def encode(
+    backbone: MammoDinoModel,
+    pixels: torch.Tensor,
+    tissue_mask: torch.Tensor | None,
+    masks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class tokens (n, D) and patch tokens (n, N, D) of crops (n, 1, S, S)."""
+    sequence = backbone(pixels, bool_masked_pos=masks, tissue_mask=tissue_mask).last_hidden_state
+    return sequence[:, 0], sequence[:, 1 + backbone.config.num_register_tokens :]
+
+
+def project_together(head: nn.Module, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(head(torch.cat(tokens)).split([len(each) for each in tokens]))
+
+
+def num_patch_prototypes(model: ModelRecipe) -> int:
+    return (model.separate_ibot_head and model.ibot_num_prototypes) or model.num_prototypes
+
+
+def start_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | None) -> MammoDinoModel:
+    """The encoder of `init_from`, one of the shape of `init_from_checkpoint`, or a random one."""
+    if recipe.model.init_from:
+        return load_backbone(recipe, image_processor)
+    return MammoDinoModel(former_config(recipe)) if recipe.model.init_from_checkpoint else random_backbone(recipe)
 
 
 def random_backbone(recipe: Recipe) -> MammoDinoModel:

@@ -8,7 +8,7 @@ from torch import nn
 from ..losses.centering import Centering
 from ..losses.sinkhorn import sinkhorn_knopp
 from ..recipe import Recipe
-from .student_teacher import Outputs
+from .student_teacher import Outputs, num_patch_prototypes
 
 
 class Targets(NamedTuple):
@@ -25,10 +25,10 @@ class TeacherTargets(nn.Module):
 
     def __init__(self, recipe: Recipe):
         super().__init__()
-        num_prototypes = recipe.model.num_prototypes
         self.use_centering = recipe.loss.teacher_targets == "centering"
         if self.use_centering:
-            self.cls_center, self.patch_center = Centering(num_prototypes), Centering(num_prototypes)
+            self.cls_center = Centering(recipe.model.num_prototypes)
+            self.patch_center = Centering(num_patch_prototypes(recipe.model))
 
     @torch.no_grad()
     def forward(self, teacher: Outputs, temperature: float) -> Targets:

@@ -1,8 +1,9 @@
 """Teacher targets by centering (Caron et al. 2021, DINO): the short recipe's alternative to Sinkhorn-Knopp."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
+
+from .processes import sum_over_processes
 
 
 class Centering(nn.Module):
@@ -20,11 +21,11 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
-        """logits (n, K) -> probabilities (n, K) float32. Updates the centre for the next step."""
+        """logits (n, K) -> probabilities (n, K) float32. Updates the centre for the next step by the mean over all
+        processes; each must call it, also with n = 0."""
         probabilities = torch.softmax((logits.float() - self.center) / temperature, dim=-1)
         total = torch.cat((logits.float().sum(dim=0), logits.new_tensor([float(logits.shape[0])]).float()))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        if total[-1] > 0:
-            self.center.mul_(self.momentum).add_(total[:-1] / total[-1], alpha=1 - self.momentum)
+        total = sum_over_processes(total)
+        mean, any_sample = total[:-1] / total[-1].clamp_min(1), total[-1:] > 0  # an `if` would wait for the device
+        self.center.add_((mean - self.center) * any_sample, alpha=1 - self.momentum)
         return probabilities

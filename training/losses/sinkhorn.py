@@ -1,7 +1,8 @@
 """Teacher targets by Sinkhorn-Knopp (Caron et al. 2020, SwAV; used by DINOv2's long recipe)."""
 
 import torch
-import torch.distributed as dist
+
+from .processes import max_over_processes, sum_over_processes
 
 
 @torch.no_grad()
@@ -13,19 +14,12 @@ def sinkhorn_knopp(logits: torch.Tensor, temperature: float, num_iterations: int
     """
     scores = logits.float() / temperature
     largest = scores.max() if scores.numel() else scores.new_tensor(-torch.inf)
-    _all_reduce(largest, dist.ReduceOp.MAX)  # one shift for all: exact, and exp() cannot overflow
+    largest = max_over_processes(largest)  # one shift for all: exact, and exp() cannot overflow
     assignment = torch.exp(scores - largest)  # (n, K)
-    num_samples = torch.tensor(float(assignment.shape[0]), device=assignment.device)
-    _all_reduce(num_samples)
+    num_samples = sum_over_processes(torch.tensor(float(assignment.shape[0]), device=assignment.device))
     num_prototypes = assignment.shape[1]
     for _ in range(num_iterations):
-        prototype_mass = assignment.sum(dim=0, keepdim=True)  # (1, K)
-        _all_reduce(prototype_mass)
+        prototype_mass = sum_over_processes(assignment.sum(dim=0, keepdim=True))  # (1, K)
         assignment /= prototype_mass.clamp_min(torch.finfo(torch.float32).tiny) * num_prototypes
         assignment /= assignment.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * num_samples
     return assignment * num_samples
-
-
-def _all_reduce(value: torch.Tensor, operation=dist.ReduceOp.SUM) -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value, operation)

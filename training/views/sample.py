@@ -98,6 +98,7 @@ class PretrainingViews(torch.utils.data.Dataset):
             "volume": volume,
             "global_crops": np.stack([view["pixels"] for view in globals_])[:, None],  # (G, 1, H, W)
             "global_tissue": np.stack([view["tissue"] for view in globals_]),  # (G, h, w)
+            **self.gram_views(picture, globals_),
             "local_crops": stack([view["pixels"] for view in locals_], recipe.local_crop_size)[:, None],
             "local_tissue": stack([view["tissue"] for view in locals_], recipe.local_crop_size // self.patch_size),
             "masks": np.stack(masks),  # (G, h, w)
@@ -124,7 +125,20 @@ class PretrainingViews(torch.utils.data.Dataset):
             pixels = np.where(pixels >= 0.5, 1 - pixels, pixels)
         tissue = picture.tissue.grid(crop.box, (size // self.patch_size, size // self.patch_size))
         flips = self.flips(rng)
-        return {"pixels": self.standardize(pixels[flips]), "tissue": tissue[flips], "crop": crop}
+        return {"pixels": self.standardize(pixels[flips]), "tissue": tissue[flips], "crop": crop, "flips": flips}
+
+    def gram_views(self, picture: Picture, globals_: list[dict[str, Any]]) -> dict[str, Any]:
+        """The global crops' boxes and flips at the size of the gram teacher, without photometric changes; nothing
+        where it sees the global crops themselves."""
+        size = self.recipe.gram_crop_size
+        if not size:
+            return {}
+        grid, placed = (size // self.patch_size,) * 2, [(view["crop"].box, view["flips"]) for view in globals_]
+        pixels = [self.standardize(to_unit(cut(picture.pixels, box, size)))[flips] for box, flips in placed]
+        return {
+            "gram_crops": np.stack(pixels)[:, None],  # (G, 1, S, S)
+            "gram_tissue": np.stack([picture.tissue.grid(box, grid)[flips] for box, flips in placed]),
+        }
 
     def crop(self, rng: np.random.Generator, picture: Picture, scale: list[float], minimum: float) -> Crop:
         aware = self.recipe.tissue_aware_crops
@@ -194,7 +208,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     def crop_major(key: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([sample[key] for sample in samples], axis=1)).flatten(0, 1)
 
-    batch = {key: crop_major(key) for key in ("global_crops", "global_tissue", "local_crops", "local_tissue", "masks")}
+    of_crops = ["global_crops", "global_tissue", "local_crops", "local_tissue", "masks", "gram_crops", "gram_tissue"]
+    batch = {key: crop_major(key) for key in of_crops if key in samples[0]}
     for key in ("index", "row", "volume", "crops_below_minimum"):
         batch[key] = torch.tensor([sample[key] for sample in samples])
     for key in ("crop_tissue", "boxes"):
