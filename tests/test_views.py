@@ -1,14 +1,18 @@
 """Crops, masks and neighbours over many random draws, and samples as pure functions of their index."""
 
+import math
+import random
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
 from dataset_scripts.corpus_reader import Corpus
+from training.pretrain import tissue_shares
 from training.recipe import ViewsRecipe
 from training.views.crops import TissueTable, cut, halved, sample_boxes, tissue_aware_crops
-from training.views.masks import block_mask, stratified_mask_ratios
+from training.views.masks import block_mask, maskable_patches, stratified_mask_ratios
 from training.views.sample import PretrainingViews, collate
 from training.views.slices import sample_neighbour
 
@@ -115,6 +119,70 @@ def test_masks_keep_to_what_may_be_masked_and_near_their_ratio():
         assert reached.max() <= ratio and reached.mean() > 0.85 * ratio
         assert masks.any(axis=0)[allowed].mean() > 0.98  # every allowed patch can be masked
     assert not block_mask(rng, 0.0, allowed).any()
+
+
+def dinov2_mask(draw: random.Random, side: int, num_masked: int) -> np.ndarray:
+    """Oracle: facebookresearch/dinov2, dinov2/data/masking.py, patch by patch; max_num_patches is half the grid."""
+    mask, count = np.zeros((side, side), bool), 0
+    while count < num_masked:
+        most, added = min(num_masked - count, side * side / 2), 0
+        for _ in range(10):
+            area = draw.uniform(4, most)
+            aspect = math.exp(draw.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if width < side and height < side:
+                top, left = draw.randint(0, side - height), draw.randint(0, side - width)
+                patches = [(y, x) for y in range(top, top + height) for x in range(left, left + width)]
+                new = [each for each in patches if not mask[each]]
+                if 0 < len(new) <= most:
+                    for each in new:
+                        mask[each] = True
+                    added = len(new)
+                    break
+        if not added:
+            break
+        count += added
+    return mask
+
+
+@pytest.mark.parametrize("ratio", [0.03, 0.3, 0.5, 0.8])
+def test_without_tissue_masks_have_the_law_of_dinov2s_generator(ratio):
+    """Means over many masks: patches masked, where they lie, and how they hang together."""
+    side, count = 8, 3000
+    rng, draw, everywhere = np.random.default_rng(1), random.Random(1), np.ones((side, side), bool)
+    ours = np.stack([block_mask(rng, ratio, everywhere) for _ in range(count)])
+    theirs = np.stack([dinov2_mask(draw, side, int(ratio * side**2)) for _ in range(count)])
+
+    def signs(masks: np.ndarray) -> np.ndarray:
+        """(n, signs) of masks (n, h, w): size, squared size, pairs down and across, each patch."""
+        size = masks.sum(axis=(1, 2)).astype(float)
+        down = (masks[:, 1:] & masks[:, :-1]).sum(axis=(1, 2))
+        across = (masks[:, :, 1:] & masks[:, :, :-1]).sum(axis=(1, 2))
+        return np.column_stack((size, size**2, down, across, masks.reshape(len(masks), -1)))
+
+    ours, theirs = signs(ours), signs(theirs)
+    error = np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / count) + 1e-9
+    deviations = np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) / error
+    assert deviations.max() < 4.5 and (deviations < 2).mean() > 0.85, deviations
+
+
+def test_a_mask_covers_its_ratio_of_the_breast_and_less_of_the_crop():
+    tissue = np.zeros((16, 16), np.float32)
+    tissue[:, :8] = 1
+    allowed = maskable_patches(tissue, tissue_aware=True)
+    masks = np.stack([block_mask(np.random.default_rng(seed), 0.5, allowed) for seed in range(50)])
+    assert masks.mean() == pytest.approx(0.25, abs=0.01) and masks[:, :, :8].mean() == pytest.approx(0.5, abs=0.02)
+    batch = {
+        "masks": torch.from_numpy(np.concatenate((masks, np.zeros_like(masks)))),  # half of the crops are not masked
+        "global_tissue": torch.from_numpy(tissue).expand(100, 16, 16),
+        "crop_tissue": torch.ones(1),
+        "crops_below_minimum": torch.zeros(1),
+        "slice_pairs": torch.zeros(0),
+    }
+    shares = tissue_shares(batch)
+    assert shares["tissue_in_masks"] == 1
+    assert shares["masked_fraction"] == pytest.approx(masks.mean())
+    assert shares["masked_tissue_fraction"] == pytest.approx(2 * masks.mean())
 
 
 def test_masks_are_blocks():
