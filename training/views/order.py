@@ -27,18 +27,21 @@ class VolumeOrder:
             )
         self.seed = seed
         self.groups = [np.flatnonzero(present == kind) for kind in weights] or [np.arange(len(present))]
-        self.block = _block(weights) if len(weights) > 1 else np.zeros(1, int)  # group of each sample, sorted
+        self.block = _block(weights or {"": 1.0})  # group of each sample, sorted
         self.per_block = np.bincount(self.block)
-        self._mix: tuple[int, np.ndarray, np.ndarray] = (-1, self.block, self.block)
+        self._mix: tuple[int, np.ndarray, np.ndarray] = (-1, self.block, self.block)  # of the last block asked for
         self._epochs = [(-1, group) for group in self.groups]
 
     def __getitem__(self, index: int) -> int:
+        if len(self.groups) == 1:
+            return self._visit(0, index)
         block, place = divmod(index, len(self.block))
         if self._mix[0] != block:
-            order = generator(self.seed, KIND_STREAM, block).permutation(len(self.block))
-            groups = self.block[order]
-            # `block` is sorted, so a group's samples in it are numbered by their distance from its first
-            self._mix = (block, groups, order - np.searchsorted(self.block, groups))
+            groups = generator(self.seed, KIND_STREAM, block).permutation(self.block)
+            numbers = np.empty_like(groups)  # of each sample among those of its group
+            for group in range(len(self.groups)):
+                numbers[groups == group] = np.arange(self.per_block[group])
+            self._mix = (block, groups, numbers)
         group, number = int(self._mix[1][place]), int(self._mix[2][place])
         return self._visit(group, block * int(self.per_block[group]) + number)
 
