@@ -10,7 +10,7 @@ import numpy as np
 
 from dataset_scripts.corpus_reader import Corpus
 from training.recipe import load_recipe
-from training.views.crops import TissueTable, tissue_aware_crop
+from training.views.crops import TissueTable, tissue_aware_crops
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95)
 
@@ -38,12 +38,12 @@ def main() -> None:
     for kind, (scale, minimum) in kinds.items():
         for word, asked in (("tissue-aware", minimum), ("plain", 0.0)):
             crops = [
-                tissue_aware_crop(rng, table, tuple(scale), tuple(views.crop_ratio), asked)
+                tissue_aware_crops(rng, table, tuple(scale), tuple(views.crop_ratio), asked)
                 for table in itertools.islice(itertools.cycle(tables), options.draws)
             ]
-            fractions = np.array([crop.tissue_fraction for crop in crops])
+            fractions = np.concatenate([each.tissue_fractions for each in crops])
             cells = " | ".join(f"{value:.2f}" for value in np.percentile(fractions, PERCENTILES))
-            misses = sum(not crop.fits for crop in crops)
+            misses = sum(not each.fit[0] for each in crops)
             print(f"| {word} {kind} | {minimum} | {(fractions < minimum).sum()} | {misses} | {cells} |")
 
 

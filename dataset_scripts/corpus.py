@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import modeling_mammodino
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.tissue_finders import TISSUE_FINDERS
 
 from .archive import absolute, list_archive
 from .corpus_engine import ENGINES, Stage, parse_arguments, run_stages
@@ -41,6 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder of the corpus")
     parser.add_argument("--height", type=int, default=1024, help="pictures are fitted into this height (default 1024)")
     parser.add_argument("--width", type=int, default=1024, help="... and this width, never enlarged (default 1024)")
+    parser.add_argument(
+        "--tissue_finder", default="breast", choices=tuple(TISSUE_FINDERS), help="body: axial slices of CT or MR"
+    )
     parser.add_argument("--bit_depth", type=int, default=8, choices=(8, 16), help="bits a pixel (default 8)")
     parser.add_argument("--collection", default="unnamed", help="name for the column `source`; it is published")
     parser.add_argument("--bcs_dbt_paths", nargs="+", default=(), help="BCS-DBT-file-paths-*.csv: its wrong headers")
@@ -59,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.source,
             options.output,
             fit=(options.height, options.width),
-            image_processor=MammoDinoImageProcessor(bit_depth=options.bit_depth),
+            image_processor=MammoDinoImageProcessor(bit_depth=options.bit_depth, tissue_finder=options.tissue_finder),
             collection=options.collection,
             hash_key_file=options.hash_key_file,
             bcs_dbt_paths=options.bcs_dbt_paths,
@@ -194,7 +198,9 @@ def corpus_settings(image_processor: MammoDinoImageProcessor) -> dict[str, Any]:
     return {key: saved[key] for key in sorted(saved) if key.startswith(_PICTURE_SETTINGS)}
 
 
-_PICTURE_SETTINGS = ("do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std")
+_PICTURE_SETTINGS = (
+    "tissue_", "do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std"
+)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from .dicom_grey import to_grey
 from .dicom_header import (
     has_burned_in_annotation,
     identifier,
+    is_of_stack,
     kind,
     laterality,
     order_of_frames,
@@ -44,8 +45,8 @@ class Mammogram:
         laterality: "L", "R" or None.  view: "CC", "MLO", ... (a name of CID 4014) or None.
         pixel_spacing_mm: between rows; of the detector plane where the header has nothing nearer to the breast.
         slice_index: 0-based in order of position; 0 where each slice is a file of its own (see `slice_position_mm`).
-        volume_id: keyed hash of the SOP instance UID; of series UID, laterality and view for a DBT slice stored as a
-            file of its own; of the path where the header has no UID.
+        volume_id: keyed hash of the SOP instance UID; of series UID, laterality and view for a slice of DBT, CT or MR
+            stored as a file of its own; of the path where the header has no UID.
         patient, study: keyed hashes of PatientID and StudyInstanceUID.
         slice_position_mm: along the slice normal, to order slices that are files of their own.
         has_burned_in_annotation: whether the header says so.
@@ -196,7 +197,7 @@ def shared_fields(opened: Source, frames: int, positions: np.ndarray | None, key
     header, what = opened.header, kind(opened.header, frames)
     uid = instance_uid(opened)
     series = identifier(header, "SeriesInstanceUID")
-    if what == "dbt" and frames == 1 and series:
+    if (what == "dbt" or what == "unknown" and is_of_stack(header)) and frames == 1 and series:
         uid = f"{series} {laterality(header)} {view(header)}"
     patient, study = identifier(header, "PatientID"), identifier(header, "StudyInstanceUID")
     return {

@@ -16,6 +16,7 @@ FOR_PROCESSING = (_SOP + "1.2.1", _SOP + "13.1.5")  # digital mammography, breas
 _MAMMOGRAPHY = (_SOP + "1.2", _SOP + "1.2.1")
 _PROJECTION = (_SOP + "13.1.4", _SOP + "13.1.5")
 _TOMOSYNTHESIS = _SOP + "13.1.3"
+_STACK = (_SOP + "2", _SOP + "4")  # CT, MR
 _CT = (_SOP + "2", _SOP + "2.1")  # early DBT was stored as CT
 _SYNTHETIC_2D = re.compile(r"GENERATED_?2D|TOMO_?2D|SYNTHETIC|C_?VIEW|INTELLIGENT_?2D|INSIGHT_?2D|V_?PREVIEW")
 
@@ -117,6 +118,11 @@ def kind(dataset: Any, frames: int) -> str:
     if mammography and sop not in _PROJECTION and (frames > 1 or sop in _CT):
         return "dbt"
     return "ffdm" if sop in _MAMMOGRAPHY else "unknown"
+
+
+def is_of_stack(dataset: Any) -> bool:
+    """Whether it is CT or MR with a file for each slice."""
+    return identifier(dataset, "SOPClassUID") in _STACK
 
 
 def laterality(dataset: Any, frame: int = 0) -> str | None:

@@ -1,4 +1,4 @@
-"""DBT volumes stored as one file a slice, as older vendors do, in CT or mammography objects."""
+"""Volumes stored as one file a slice: DBT of older vendors, in CT or mammography objects, and CT and MR themselves."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

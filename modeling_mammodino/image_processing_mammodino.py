@@ -62,6 +62,7 @@ class MammoDinoImageProcessorKwargs(ImagesKwargs, total=False):
     do_modality_lut: bool
     do_voi_lut: bool
     do_invert_monochrome1: bool
+    tissue_finder: str
     do_intensity_normalize: bool
     intensity_percentiles: tuple[float | int, float | int] | list[float | int]
     chest_wall_side: str
@@ -115,6 +116,7 @@ class MammoDinoImageProcessor(PilBackend):
     do_modality_lut = True
     do_voi_lut = True
     do_invert_monochrome1 = True
+    tissue_finder = RenderSettings.tissue_finder
     do_intensity_normalize = RenderSettings.do_intensity_normalize
     intensity_percentiles = RenderSettings.intensity_percentiles
     chest_wall_side = RenderSettings.chest_wall_side
@@ -269,7 +271,7 @@ def _planes(
                 yield mammogram.pixels, small, plan
         else:
             plane = read_picture(item) if _is_file(item) else to_grey_plane(item, name)
-            small = make_thumbnail(plane)
+            small = make_thumbnail(plane, settings.tissue_finder)
             yield plane, small, plan_rendering([small], settings, name)
 
 
@@ -285,7 +287,7 @@ def _planned_slices(
     name = _name(source[0] if is_series else source, 0)
     if not is_series and not _is_dicom_source(source):
         plane = read_picture(source)
-        small = make_thumbnail(plane)
+        small = make_thumbnail(plane, settings.tissue_finder)
         picture = Mammogram.from_picture(source, plane, options["hash_key"])
         yield picture, small, plan_rendering([small], settings, name)
         return
@@ -293,7 +295,7 @@ def _planned_slices(
     def read(indices: list[int]) -> Iterator[tuple[Mammogram, Thumbnail]]:
         slices = (iter_series if is_series else iter_slices)(source, indices=indices, **options)
         for each in map(correct, slices) if correct else slices:
-            yield each, make_thumbnail(each.pixels)
+            yield each, make_thumbnail(each.pixels, settings.tissue_finder)
 
     num_slices = len(source) if is_series else count_slices(source)
     sampled, wanted = _spread(num_slices, PLAN_SLICES), _spread(num_slices, slices_per_volume or num_slices)

@@ -14,7 +14,8 @@ import numpy as np
 
 from .errors import ImageRefused
 from .pictures import CLIPPED_REMEDY
-from .tissue import LOW_CONFIDENCE, THUMBNAIL_PX, breast_box, chest_wall_side, find_breast
+from .tissue import LOW_CONFIDENCE, THUMBNAIL_PX, breast_box, chest_wall_side
+from .tissue_finders import TISSUE_FINDERS
 
 try:
     import cv2
@@ -34,6 +35,8 @@ class RenderSettings:
     """The settings of the picture, saved with every checkpoint and every corpus.
 
     Attributes:
+        tissue_finder: what is segmented: "breast", or "body" in axial slices of CT and MR, which are never flipped.
+            What is said of the breast here and elsewhere then holds for the body.
         do_intensity_normalize: map the percentiles below to black and white; otherwise the range of the data type.
         intensity_percentiles: percentiles of the intensities inside the breast; what lies outside saturates.
         chest_wall_side: "left" or "right" flips so that the chest wall is there; "as_is" never flips.
@@ -44,6 +47,7 @@ class RenderSettings:
         bit_depth: 8 or 16 bits a pixel of the picture.
     """
 
+    tissue_finder: str = "breast"
     do_intensity_normalize: bool = True
     intensity_percentiles: tuple[float, float] = (0.5, 99.9)
     chest_wall_side: str = "left"
@@ -61,6 +65,8 @@ class RenderSettings:
             raise ValueError(f"intensity_percentiles={(low, high)}: must be 0 <= low < high <= 100")
         if self.chest_wall_side not in ("left", "right", "as_is"):
             raise ValueError(f"chest_wall_side={self.chest_wall_side!r}: must be 'left', 'right' or 'as_is'")
+        if self.tissue_finder not in TISSUE_FINDERS:
+            raise ValueError(f"tissue_finder={self.tissue_finder!r}: must be one of {', '.join(TISSUE_FINDERS)}")
         if self.bit_depth not in (8, 16):
             raise ValueError(f"bit_depth={self.bit_depth}: must be 8 or 16")
         if not 0 <= self.crop_margin_fraction <= 1:
@@ -102,8 +108,8 @@ class Rendered(NamedTuple):
     small: Thumbnail  # of the plane, before crop and flip
 
 
-def make_thumbnail(plane: np.ndarray) -> Thumbnail:
-    """The reduced plane (H, W) and the breast in it."""
+def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue_finder) -> Thumbnail:
+    """The reduced plane (H, W) and the breast in it, or what else `tissue_finder` looks for."""
     _require_cv2()
     scale = THUMBNAIL_PX / max(plane.shape)
     pixels = _cv2_ready(plane)
@@ -112,7 +118,7 @@ def make_thumbnail(plane: np.ndarray) -> Thumbnail:
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     pixels = pixels.astype(np.float32)
     source_max = float(np.iinfo(plane.dtype).max) if plane.dtype.kind in "iu" else 1.0
-    found = find_breast(pixels)
+    found = TISSUE_FINDERS[tissue_finder](pixels)
     return Thumbnail(
         pixels, found.mask, plane.shape, source_max, found.confidence, found.outside_fraction, found.oddity
     )
@@ -127,7 +133,9 @@ def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, na
     first = thumbnails[0]
     breast = np.logical_or.reduce([each.breast for each in thumbnails])  # (h, w)
     if not breast.any():
-        raise ImageRefused(name, "no breast found (the picture is constant or empty); check the window and the file")
+        raise ImageRefused(
+            name, f"no {settings.tissue_finder} found (the picture is constant or empty); check the window and the file"
+        )
     inside = np.concatenate([each.pixels[each.breast] for each in thumbnails])
     if first.source_max == 255 and (saturated := float(np.mean(inside == 255))) > MAX_SATURATED_FRACTION:
         raise ImageRefused(
@@ -150,14 +158,16 @@ def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, na
             -(-y1 * height // small_height),
             -(-x1 * width // small_width),
         )
-    flip = settings.chest_wall_side not in ("as_is", chest_wall_side(breast))
+    has_chest_wall = settings.tissue_finder == "breast"
+    flip = has_chest_wall and settings.chest_wall_side not in ("as_is", chest_wall_side(breast))
     worst = min(thumbnails, key=lambda each: each.confidence)
     outside_fraction = max(each.outside_fraction for each in thumbnails)
     if worst.confidence < LOW_CONFIDENCE:
         logger.warning(
-            "%s: the breast mask is doubtful, confidence %.2f of 1 (%s); %.0f %% of what is brighter than air lies "
+            "%s: the %s mask is doubtful, confidence %.2f of 1 (%s); %.0f %% of what is brighter than air lies "
             "outside; look at it with `mammodino contact_sheet`",
             name,
+            settings.tissue_finder,
             worst.confidence,
             worst.oddity,
             100 * outside_fraction,

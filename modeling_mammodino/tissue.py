@@ -15,8 +15,8 @@ THUMBNAIL_PX = 512  # longer side of the image that is segmented
 LOW_CONFIDENCE = 0.5  # below it, a mask is looked at
 
 
-class BreastMask(NamedTuple):
-    """Where the breast is, and how sure that is."""
+class TissueMask(NamedTuple):
+    """Where the breast is, or other tissue (tissue_finders.py), and how sure that is."""
 
     mask: np.ndarray  # (H, W) bool
     confidence: float  # 0 to 1, see find_breast
@@ -24,7 +24,7 @@ class BreastMask(NamedTuple):
     oddity: str  # what limits the confidence, in words; empty where nothing is odd
 
 
-def find_breast(image: np.ndarray) -> BreastMask:
+def find_breast(image: np.ndarray) -> TissueMask:
     """The breast in a grey image (H, W), 8 to 16 bits or float, in which tissue is brighter than air.
 
     On a thumbnail: scanner borders (uniform strips along the sides, straight or slanted, black or white) and bright
@@ -47,10 +47,10 @@ def find_breast(image: np.ndarray) -> BreastMask:
     if image.ndim != 2:
         raise ValueError(f"find_breast takes a 2-D grey image, got shape {image.shape}; pass one plane (H, W).")
     H, W = image.shape
-    values = _unit_thumbnail(image)
+    values = unit_thumbnail(image)
     look = None if values is None else segment_unit(values)
     if look is None or not look.mask.any():
-        return BreastMask(np.zeros((H, W), bool), 0.0, 0.0, "no breast found")
+        return TissueMask(np.zeros((H, W), bool), 0.0, 0.0, "no breast found")
     evidence = doubts(look)
     oddity = min(evidence, key=evidence.__getitem__)
     above = look.mask | (look.smooth > look.threshold)  # no air: NaN compares False
@@ -60,7 +60,7 @@ def find_breast(image: np.ndarray) -> BreastMask:
         mask = np.ones((H, W), bool)
     elif mask.shape != (H, W):
         mask = cv2.resize(mask.astype(np.uint8) * 255, (W, H), interpolation=cv2.INTER_LINEAR) > 127
-    return BreastMask(mask, evidence[oddity], outside_fraction, oddity if evidence[oddity] < 1 else "")
+    return TissueMask(mask, evidence[oddity], outside_fraction, oddity if evidence[oddity] < 1 else "")
 
 
 def segment_breast(image: np.ndarray) -> np.ndarray:
@@ -111,7 +111,7 @@ def _interpolated(integral: np.ndarray, parts: int) -> np.ndarray:
     return integral[below] * (1 - share) + integral[below + 1] * share
 
 
-def _unit_thumbnail(image: np.ndarray) -> np.ndarray | None:
+def unit_thumbnail(image: np.ndarray) -> np.ndarray | None:
     """Float32 thumbnail, its minimum at 0 and its 99.5th percentile at 1; None where there is no contrast."""
     if image.size == 0:
         return None

@@ -39,6 +39,7 @@ CHANGED = {
     "return_tensors": "pt",
     "size": {"height": 56, "width": 112},
     "slices_per_volume": 2,
+    "tissue_finder": "body",
 }
 REFUSED = {
     "crop_size": {"height": 56, "width": 56},

@@ -1,13 +1,18 @@
 """Crops, masks and neighbours over many random draws, and samples as pure functions of their index."""
 
+import math
+import random
+
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from dataset_scripts.corpus_reader import Corpus
+from training.pretrain import tissue_shares
 from training.recipe import ViewsRecipe
-from training.views.crops import TissueTable, sample_boxes, tissue_aware_crop
-from training.views.masks import block_mask, stratified_mask_ratios
+from training.views.crops import TissueTable, cut, halved, sample_boxes, tissue_aware_crops
+from training.views.masks import block_mask, maskable_patches, stratified_mask_ratios
 from training.views.sample import PretrainingViews, collate
 from training.views.slices import sample_neighbour
 
@@ -35,7 +40,7 @@ def test_tissue_table_agrees_with_counting_pixels(tissue):
     for box, fraction in zip(boxes, table.fraction(boxes), strict=True):
         assert fraction == pytest.approx(area_oracle(tissue, box, shape), abs=1e-6)
     for box in boxes[:5]:
-        grid = table.grid(box, (7, 5))
+        (grid,) = table.grids(box[None], (7, 5))
         assert grid.mean() == pytest.approx(table.fraction(box[None])[0], abs=1e-6)
         assert grid.min() >= 0 and grid.max() <= 1
 
@@ -57,18 +62,50 @@ def test_no_box_leaves_a_picture_that_is_narrower_than_any_aspect():
 
 def test_tissue_aware_crops_hold_their_minimum_where_plain_ones_do_not(tissue):
     table, rng = TissueTable(tissue, (300, 200)), np.random.default_rng(0)
-    aware = [tissue_aware_crop(rng, table, SCALE, RATIO, 0.7) for _ in range(2000)]
-    plain = [tissue_aware_crop(rng, table, SCALE, RATIO, 0.0) for _ in range(2000)]
-    assert all(crop.fits and crop.tissue_fraction >= 0.7 for crop in aware)
-    assert np.mean([crop.tissue_fraction < 0.7 for crop in plain]) > 0.3
-    assert len({tuple(crop.box) for crop in aware}) > 1900  # they vary
+    aware = tissue_aware_crops(rng, table, SCALE, RATIO, 0.7, count=2000)
+    plain = tissue_aware_crops(rng, table, SCALE, RATIO, 0.0, count=2000)
+    assert len(aware.boxes) == 2000 and aware.fit.all() and (aware.tissue_fractions >= 0.7).all()
+    np.testing.assert_allclose(aware.tissue_fractions, table.fraction(aware.boxes))
+    assert (plain.tissue_fractions < 0.7).mean() > 0.3
+    assert len({tuple(box) for box in aware.boxes}) > 1900  # they vary
 
 
-def test_where_no_crop_fits_the_one_of_most_tissue_is_taken_and_said(tissue):
+def test_tissue_aware_crops_have_the_law_of_plain_crops_that_hold_the_minimum(tissue):
+    """The same as drawing plain boxes one at a time until one holds it, for each crop of a picture."""
+    table, rng = TissueTable(tissue, (300, 200)), np.random.default_rng(0)
+    drawn = [tissue_aware_crops(rng, table, SCALE, RATIO, 0.6, count=8) for _ in range(400)]
+    boxes = sample_boxes(rng, 20000, (300, 200), SCALE, RATIO)
+    kept = boxes[table.fraction(boxes) >= 0.6]
+    for place in (0, 7):  # the first crop and the last alike
+        crops = np.stack([each.boxes[place] for each in drawn])
+        error = kept.std(axis=0) / np.sqrt(len(crops))
+        assert (np.abs(crops.mean(axis=0) - kept.mean(axis=0)) < 4 * error).all()
+        np.testing.assert_allclose(crops.std(axis=0), kept.std(axis=0), rtol=0.15)
+
+
+def test_where_no_crop_fits_those_of_most_tissue_are_taken_and_said(tissue):
     table = TissueTable(tissue * 0.3, (300, 200))
-    crop = tissue_aware_crop(np.random.default_rng(0), table, SCALE, RATIO, 0.9, rounds=1)
+    crops = tissue_aware_crops(np.random.default_rng(0), table, SCALE, RATIO, 0.9, count=3, rounds=1)
     boxes = sample_boxes(np.random.default_rng(0), 64, (300, 200), SCALE, RATIO)
-    assert not crop.fits and crop.tissue_fraction == pytest.approx(table.fraction(boxes).max())
+    assert not crops.fit.any()
+    np.testing.assert_allclose(crops.tissue_fractions, np.sort(table.fraction(boxes))[:-4:-1])
+
+
+def test_a_large_crop_is_read_from_half_the_picture_and_looks_the_same():
+    rng = np.random.default_rng(0)
+    picture = cv2.GaussianBlur(rng.integers(0, 256, (701, 503)).astype(np.uint8), (0, 0), 6)
+    picture = cv2.normalize(picture, None, 0, 255, cv2.NORM_MINMAX)
+    for dtype in (np.uint8, np.uint16):
+        whole = picture.astype(dtype) * (257 if dtype == np.uint16 else 1)
+        half = halved(whole)
+        assert half.shape == (350, 251) and half.dtype == dtype
+        boxes = sample_boxes(rng, 20, whole.shape, (0.4, 1.0), RATIO)
+        for box in (*boxes, *(boxes // 2 * 2)):
+            fine, coarse = (cut(whole, box, 98, each).astype(float) / np.iinfo(dtype).max for each in (None, half))
+            shift = 0.02 if (box % 2).any() else 0.004  # odd sides move by a pixel
+            assert np.abs(fine - coarse).mean() < shift < 0.1 < fine.std(), box
+    small = np.array([3, 5, 190, 200])  # less than twice 98 high: the whole picture is read
+    assert np.array_equal(cut(picture, small, 98), cut(picture, small, 98, np.zeros_like(halved(picture))))
 
 
 def test_masks_keep_to_what_may_be_masked_and_near_their_ratio():
@@ -82,6 +119,70 @@ def test_masks_keep_to_what_may_be_masked_and_near_their_ratio():
         assert reached.max() <= ratio and reached.mean() > 0.85 * ratio
         assert masks.any(axis=0)[allowed].mean() > 0.98  # every allowed patch can be masked
     assert not block_mask(rng, 0.0, allowed).any()
+
+
+def dinov2_mask(draw: random.Random, side: int, num_masked: int) -> np.ndarray:
+    """Oracle: facebookresearch/dinov2, dinov2/data/masking.py, patch by patch; max_num_patches is half the grid."""
+    mask, count = np.zeros((side, side), bool), 0
+    while count < num_masked:
+        most, added = min(num_masked - count, side * side / 2), 0
+        for _ in range(10):
+            area = draw.uniform(4, most)
+            aspect = math.exp(draw.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if width < side and height < side:
+                top, left = draw.randint(0, side - height), draw.randint(0, side - width)
+                patches = [(y, x) for y in range(top, top + height) for x in range(left, left + width)]
+                new = [each for each in patches if not mask[each]]
+                if 0 < len(new) <= most:
+                    for each in new:
+                        mask[each] = True
+                    added = len(new)
+                    break
+        if not added:
+            break
+        count += added
+    return mask
+
+
+@pytest.mark.parametrize("ratio", [0.03, 0.3, 0.5, 0.8])
+def test_without_tissue_masks_have_the_law_of_dinov2s_generator(ratio):
+    """Means over many masks: patches masked, where they lie, and how they hang together."""
+    side, count = 8, 3000
+    rng, draw, everywhere = np.random.default_rng(1), random.Random(1), np.ones((side, side), bool)
+    ours = np.stack([block_mask(rng, ratio, everywhere) for _ in range(count)])
+    theirs = np.stack([dinov2_mask(draw, side, int(ratio * side**2)) for _ in range(count)])
+
+    def signs(masks: np.ndarray) -> np.ndarray:
+        """(n, signs) of masks (n, h, w): size, squared size, pairs down and across, each patch."""
+        size = masks.sum(axis=(1, 2)).astype(float)
+        down = (masks[:, 1:] & masks[:, :-1]).sum(axis=(1, 2))
+        across = (masks[:, :, 1:] & masks[:, :, :-1]).sum(axis=(1, 2))
+        return np.column_stack((size, size**2, down, across, masks.reshape(len(masks), -1)))
+
+    ours, theirs = signs(ours), signs(theirs)
+    error = np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / count) + 1e-9
+    deviations = np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) / error
+    assert deviations.max() < 4.5 and (deviations < 2).mean() > 0.85, deviations
+
+
+def test_a_mask_covers_its_ratio_of_the_breast_and_less_of_the_crop():
+    tissue = np.zeros((16, 16), np.float32)
+    tissue[:, :8] = 1
+    allowed = maskable_patches(tissue, tissue_aware=True)
+    masks = np.stack([block_mask(np.random.default_rng(seed), 0.5, allowed) for seed in range(50)])
+    assert masks.mean() == pytest.approx(0.25, abs=0.01) and masks[:, :, :8].mean() == pytest.approx(0.5, abs=0.02)
+    batch = {
+        "masks": torch.from_numpy(np.concatenate((masks, np.zeros_like(masks)))),  # half of the crops are not masked
+        "global_tissue": torch.from_numpy(tissue).expand(100, 16, 16),
+        "crop_tissue": torch.ones(1),
+        "crops_below_minimum": torch.zeros(1),
+        "slice_pairs": torch.zeros(0),
+    }
+    shares = tissue_shares(batch)
+    assert shares["tissue_in_masks"] == 1
+    assert shares["masked_fraction"] == pytest.approx(masks.mean())
+    assert shares["masked_tissue_fraction"] == pytest.approx(2 * masks.mean())
 
 
 def test_masks_are_blocks():
@@ -132,7 +233,7 @@ def test_a_sample_is_a_pure_function_of_seed_and_index(views, phantom_corpus):
 def test_an_epoch_visits_every_volume_once(views):
     number = views.corpus.num_volumes
     for epoch in range(3):
-        visited = [views.volume_of(epoch * number + place) for place in range(number)]
+        visited = [views.order[epoch * number + place] for place in range(number)]
         assert sorted(visited) == list(range(number))
 
 

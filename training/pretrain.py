@@ -228,12 +228,15 @@ def seed_forward(*numbers: int) -> None:
 
 
 def tissue_shares(batch: Batch) -> dict[str, float]:
-    """How much breast the views hold."""
-    masks = batch["masks"]
+    """How much breast the views hold, and how much of the masked crops, and of the breast in them, is masked."""
+    masks, tissue = batch["masks"], batch["global_tissue"]  # (G*B, h, w) each
+    is_masked = masks.flatten(1).any(dim=1)
+    masked_tissue = (tissue * masks).sum()
     return {
         "tissue_in_crops": float(batch["crop_tissue"].mean()),
-        "tissue_in_masks": float((batch["global_tissue"] * masks).sum() / masks.sum().clamp_min(1)),
-        "masked_fraction": float(masks.float().mean()),
+        "tissue_in_masks": float(masked_tissue / masks.sum().clamp_min(1)),
+        "masked_fraction": float(masks.sum() / masks[is_masked].numel()) if is_masked.any() else 0.0,
+        "masked_tissue_fraction": float(masked_tissue / tissue[is_masked].sum().clamp_min(1)),
         "crops_below_minimum": float(batch["crops_below_minimum"].sum()),
         "slice_pairs": float(len(batch["slice_pairs"])),
     }

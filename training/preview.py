@@ -16,9 +16,9 @@ from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
 from modeling_mammodino.tissue import patch_tissue
 
 from .recipe import Recipe, load_recipe
-from .views.crops import TissueTable, cut, tissue_aware_crop
+from .views.crops import TissueTable, cut, tissue_aware_crops
 from .views.masks import block_mask, maskable_patches
-from .views.slices import sample_neighbour
+from .views.slices import SLICE_PAIRINGS
 
 matplotlib.use("Agg")
 from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen first)
@@ -46,11 +46,10 @@ class Sheet:
             if kind == "global"
             else (views.local_crop_scale, views.local_min_tissue)
         )
-        found = [
-            tissue_aware_crop(self.rng, self.table, tuple(scale), tuple(views.crop_ratio), minimum if aware else 0)
-            for _ in range(count)
-        ]
-        return [(crop.box, crop.tissue_fraction) for crop in found]
+        found = tissue_aware_crops(
+            self.rng, self.table, tuple(scale), tuple(views.crop_ratio), minimum if aware else 0, count
+        )
+        return list(zip(found.boxes, found.tissue_fractions.tolist(), strict=True))
 
     def draw_boxes(self, axis, aware: bool) -> list[tuple[np.ndarray, float]]:
         axis.imshow(self.picture, cmap="gray", vmin=0)
@@ -71,7 +70,7 @@ class Sheet:
         """A global crop with the patches of an iBOT mask in red."""
         size = self.recipe.views.global_crop_size
         grid = (size // self.recipe.model.patch_size,) * 2
-        tissue = self.table.grid(box, grid)
+        tissue = self.table.grids(box[None], grid)[0]
         mask = block_mask(self.rng, self.recipe.views.mask_ratio[1], maskable_patches(tissue, aware))
         shown = np.repeat(cut(self.picture, box, size)[..., None], 3, axis=2).astype(float)
         shown = shown * (255 / max(1, np.iinfo(self.picture.dtype).max))
@@ -116,7 +115,7 @@ def draw_neighbours(axes, slices: list, position: int, recipe: Recipe, sheet: Sh
     """The student's slice and the teacher's neighbour under one crop; for a 2D image, a word on why there is none."""
     mammogram = slices[position][0]
     views = recipe.views
-    other = sample_neighbour(
+    other = SLICE_PAIRINGS[views.slice_pairing](
         sheet.rng,
         np.array([each.slice_index for each, _ in slices]),
         position,
@@ -129,11 +128,11 @@ def draw_neighbours(axes, slices: list, position: int, recipe: Recipe, sheet: Sh
             axis.text(0.5, 0.5, "one slice: no neighbour,\nno adjacent-slice loss", ha="center", va="center")
             axis.set_axis_off()
         return
-    crop = tissue_aware_crop(
+    crops = tissue_aware_crops(
         sheet.rng, sheet.table, tuple(views.slice_crop_scale), tuple(views.crop_ratio), views.global_min_tissue
     )
     for axis, place, word in zip(axes, (position, other), ("student", "teacher"), strict=True):
-        axis.imshow(cut(slices[place][1].picture, crop.box, views.global_crop_size), cmap="gray", vmin=0)
+        axis.imshow(cut(slices[place][1].picture, crops.boxes[0], views.global_crop_size), cmap="gray", vmin=0)
         axis.set_title(f"{word}: slice {slices[place][0].slice_index} of {mammogram.num_slices}")
 
 

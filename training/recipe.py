@@ -12,6 +12,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from .views.order import parse_kind_weights
+from .views.slices import SLICE_PAIRINGS
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -72,6 +75,9 @@ class ModelRecipe:
 
 @dataclass
 class ViewsRecipe:
+    kind_weights: list[str] = setting(
+        [], "Shares of the samples by kind of image, such as dbt=2 ffdm=1, other kinds left out; empty: volumes as is."
+    )
     global_crop_size: int = setting(224, "Side of the global crops in pixels.", low=1)
     gram_crop_size: int = setting(
         0, "Side of the global crops that the gram teacher sees, in pixels; 0: the student's own crops.", low=0
@@ -97,6 +103,11 @@ class ViewsRecipe:
     blur_sigma_px: list[float] = setting([0.1, 2.0], "Standard deviation of the blur.", low=0.01)
     solarize_probability: float = setting(0.0, "Solarisation of global crop 2 (DINOv2: 0.2).", low=0, high=1)
     slice_crop_scale: list[float] = setting([0.5, 1.0], "Area of the crop shared by two slices.", low=0, high=1)
+    slice_pairing: str = setting(
+        "within_reach",
+        "Neighbour of a slice: any within reach (DBT), or the one above or below (axial: CT, MR).",
+        choices=tuple(SLICE_PAIRINGS),
+    )
     slice_max_distance_mm: float = setting(3.0, "Farthest neighbour where the slice spacing is known.", low=0)
     slice_max_distance_slices: int = setting(2, "Farthest neighbour where it is not.", low=1)
 
@@ -280,5 +291,6 @@ def _check_together(recipe: Recipe) -> None:
             raise ValueError(f"{name}={pair}: must be above 0")
     if len(views.blur_probability) != 3:
         raise ValueError(f"blur_probability={views.blur_probability}: must be three numbers: global 1, global 2, local")
+    parse_kind_weights(views.kind_weights)
     if not (run.corpus and run.output_dir):
         raise ValueError("corpus and output_dir must be given: --corpus DIR --output_dir RUN")

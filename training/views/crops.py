@@ -1,19 +1,20 @@
 """Tissue-aware random resized crops, by summed-area tables (Crow 1984) over the breast mask."""
 
+import math
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-CANDIDATES_PER_ROUND = 64
+FIRST_CANDIDATES = 64  # of a round; each round after it draws twice as many
 
 
-class Crop(NamedTuple):
-    """A crop of a picture. `box` (4,) int: y0, x0, y1, x1 in pixels, half-open."""
+class Crops(NamedTuple):
+    """Crops of one picture."""
 
-    box: np.ndarray
-    tissue_fraction: float
-    fits: bool  # False: no candidate held the minimum, and the one of most tissue was taken
+    boxes: np.ndarray  # (n, 4) int: y0, x0, y1, x1 in pixels, half-open
+    tissue_fractions: np.ndarray  # (n,)
+    fit: np.ndarray  # (n,) bool; False: no candidate held the minimum, and one of much tissue was taken
 
 
 class TissueTable:
@@ -26,8 +27,7 @@ class TissueTable:
     def __init__(self, tissue: np.ndarray, picture_shape: tuple[int, int]):
         self.shape = picture_shape
         self.cells_per_px = (tissue.shape[0] / picture_shape[0], tissue.shape[1] / picture_shape[1])
-        self.table = np.zeros((tissue.shape[0] + 1, tissue.shape[1] + 1))
-        tissue.cumsum(0, dtype=np.float64).cumsum(1, out=self.table[1:, 1:])
+        self.table = cv2.integral(tissue.astype(np.float32, copy=False))  # (h + 1, w + 1) float64
 
     def area_above_left(self, y_px: np.ndarray, x_px: np.ndarray) -> np.ndarray:
         """Breast area, in cells, of the rectangle from the origin to (y, x); the arrays broadcast."""
@@ -48,15 +48,16 @@ class TissueTable:
         box_cells = (y[1] - y[0]) * (x[1] - x[0]) * self.cells_per_px[0] * self.cells_per_px[1]
         return np.clip(cells / box_cells, 0, 1)
 
-    def grid(self, box: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        """Breast fraction (h, w) float32 of each cell of a patch grid laid over one box."""
-        y0, x0, y1, x1 = (float(value) for value in box)
-        corners = self.area_above_left(
-            np.linspace(y0, y1, grid[0] + 1)[:, None], np.linspace(x0, x1, grid[1] + 1)[None, :]
-        )
-        cells = np.diff(np.diff(corners, axis=0), axis=1)
-        cell_size = (y1 - y0) * (x1 - x0) * self.cells_per_px[0] * self.cells_per_px[1] / (grid[0] * grid[1])
-        return np.clip(cells / cell_size, 0, 1).astype(np.float32)
+    def grids(self, boxes: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """Breast fraction (n, h, w) float32 of each cell of a patch grid laid over each box (n, 4)."""
+        y0, x0, y1, x1 = boxes.T[:, :, None].astype(float)  # (n, 1) each
+        y = y0 + (y1 - y0) * (np.arange(grid[0] + 1) / grid[0])  # (n, h + 1)
+        x = x0 + (x1 - x0) * (np.arange(grid[1] + 1) / grid[1])  # (n, w + 1)
+        corners = self.area_above_left(y[:, :, None], x[:, None, :])  # (n, h + 1, w + 1)
+        cells = corners[:, 1:, 1:] - corners[:, :-1, 1:] - corners[:, 1:, :-1] + corners[:, :-1, :-1]
+        px_per_patch = (y1 - y0) * (x1 - x0) / (grid[0] * grid[1])  # (n, 1)
+        area = px_per_patch * (self.cells_per_px[0] * self.cells_per_px[1])
+        return np.clip(cells / area[:, :, None], 0, 1).astype(np.float32)
 
 
 def sample_boxes(
@@ -68,54 +69,72 @@ def sample_boxes(
 ) -> np.ndarray:
     """`count` boxes of RandomResizedCrop: area uniform in `scale` of the picture, aspect log-uniform in `ratio`.
 
-    Returns (n, 4) int, 1 <= n <= count: boxes that do not fit into `shape` are left out, and where none fits one is
+    Returns (n, 4) int, 1 <= n <= count: boxes that do not fit into `shape` are left out, and where none fits all are
     cut to the picture.
     """
     height, width = shape
-    area = height * width * rng.uniform(*scale, size=count)
-    aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), size=count))
-    place = rng.uniform(size=(2, count))
+    draws = rng.random((4, count))
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + (high - low) * draws[1])
     box_height = np.maximum(1, np.rint(np.sqrt(area / aspect))).astype(int)
     box_width = np.maximum(1, np.rint(np.sqrt(area * aspect))).astype(int)
     fits = (box_height <= height) & (box_width <= width)
-    if not fits.any():
-        fits[0], box_height[0], box_width[0] = True, min(height, box_height[0]), min(width, box_width[0])
-    box_height, box_width, place = box_height[fits], box_width[fits], place[:, fits]
-    y0 = np.floor(place[0] * (height - box_height + 1)).astype(int)
-    x0 = np.floor(place[1] * (width - box_width + 1)).astype(int)
+    if fits.any():
+        box_height, box_width, place = box_height[fits], box_width[fits], draws[2:, fits]
+    else:
+        box_height, box_width, place = np.minimum(box_height, height), np.minimum(box_width, width), draws[2:]
+    y0 = (place[0] * (height - box_height + 1)).astype(int)
+    x0 = (place[1] * (width - box_width + 1)).astype(int)
     return np.stack((y0, x0, y0 + box_height, x0 + box_width), axis=1)
 
 
-def tissue_aware_crop(
+def tissue_aware_crops(
     rng: np.random.Generator,
     table: TissueTable,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     min_tissue_fraction: float,
-    rounds: int = 16,
-) -> Crop:
-    """A random resized crop with at least `min_tissue_fraction` of breast: the first candidate that holds it, so its
-    law is that of the plain crop given the minimum. Where none of all rounds does, the one of most tissue.
+    count: int = 1,
+    rounds: int = 7,
+) -> Crops:
+    """`count` random resized crops with at least `min_tissue_fraction` of breast: the first candidates that hold it, so
+    their law is that of plain crops given the minimum. Where all rounds have too few, those of most tissue fill up.
 
-    A minimum of 0 gives the plain crop. The article publishes the idea, not the rule.
+    A minimum of 0 gives plain crops. The article publishes the idea, not the rule.
     """
-    best: Crop | None = None
-    for _ in range(rounds):
-        boxes = sample_boxes(rng, CANDIDATES_PER_ROUND, table.shape, scale, ratio)
-        fractions = table.fraction(boxes)
-        holds = fractions >= min_tissue_fraction
-        chosen = int(holds.argmax() if holds.any() else fractions.argmax())
-        if best is None or fractions[chosen] > best.tissue_fraction:
-            best = Crop(boxes[chosen], float(fractions[chosen]), bool(holds[chosen]))
-        if best.fits:
+    boxes, fractions = np.empty((0, 4), int), np.empty(0)
+    for doublings in range(rounds):
+        more = sample_boxes(rng, max(FIRST_CANDIDATES, count) << doublings, table.shape, scale, ratio)
+        boxes, fractions = np.concatenate((boxes, more)), np.concatenate((fractions, table.fraction(more)))
+        chosen = np.flatnonzero(fractions >= min_tissue_fraction)[:count]
+        if len(chosen) == count:
             break
-    assert best is not None
-    return best
+    if missing := count - len(chosen):
+        rest = np.flatnonzero(fractions < min_tissue_fraction)
+        most = rest[np.argsort(-fractions[rest], kind="stable")] if len(rest) else chosen
+        chosen = np.concatenate((chosen, np.resize(most, missing)))
+    return Crops(boxes[chosen], fractions[chosen], fractions[chosen] >= min_tissue_fraction)
 
 
-def cut(picture: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
-    """The box of a picture (H, W) resized to (size, size), same dtype; area-averaged where it shrinks."""
-    y0, x0, y1, x1 = box
+def halved(picture: np.ndarray) -> np.ndarray:
+    """The picture (H, W) at half its size, (H // 2, W // 2), each pixel the mean of four; an odd last line is left out.
+    A picture one pixel wide or high stays as it is."""
+    height, width = (side // 2 for side in picture.shape)
+    if not (height and width):
+        return picture
+    return cv2.resize(picture[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+
+
+def cut(picture: np.ndarray, box: np.ndarray, size: int, half: np.ndarray | None = None) -> np.ndarray:
+    """The box of a picture (H, W) resized to (size, size), same dtype; area-averaged where it shrinks.
+
+    half: the picture, `halved`. A box of twice the size or more is read from it, at a fourth of the cost; its sides may
+    then move by one pixel.
+    """
+    y0, x0, y1, x1 = box.tolist()
+    if half is not None and min(y1 - y0, x1 - x0) >= 2 * size:
+        picture, y0, x0, y1, x1 = half, y0 // 2, x0 // 2, y1 // 2, x1 // 2
     crop = picture[y0:y1, x0:x1]
     shrinks = crop.shape[0] >= size and crop.shape[1] >= size
     return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

@@ -5,8 +5,9 @@ import math
 import numpy as np
 
 MIN_BLOCK_PATCHES = 4
-BLOCK_ASPECT = (0.3, 1 / 0.3)
+BLOCK_ASPECT = (0.3, 1 / 0.3)  # height over width
 ATTEMPTS_PER_BLOCK = 10
+_LOG_ASPECT = (math.log(BLOCK_ASPECT[0]), math.log(BLOCK_ASPECT[1]))
 
 
 def stratified_mask_ratios(
@@ -29,34 +30,35 @@ def maskable_patches(tissue: np.ndarray, tissue_aware: bool) -> np.ndarray:
 
 
 def block_mask(rng: np.random.Generator, ratio: float, allowed: np.ndarray, max_ratio: float = 0.5) -> np.ndarray:
-    """Rectangular blocks, added until `ratio` of the allowed patches is masked; never outside `allowed`.
+    """Rectangular blocks, added until int(ratio * n) of the n allowed patches are masked; never outside `allowed`.
 
     allowed (h, w) bool: the patches that may be masked, breast tissue or everything. A block is taken where it adds
-    at least one and at most the missing number of patches; after ten failures in a row the mask stops short of its
-    ratio (dinov2/data/masking.py). Returns (h, w) bool.
+    at least one patch and no more than are missing, at most max_ratio * n; after ten failures in a row the mask stops
+    short of its ratio. Where everything is allowed this is DINOv2's generator (dinov2/data/masking.py, after BEiT).
+    Returns (h, w) bool.
     """
     height, width = allowed.shape
-    num_allowed = int(allowed.sum())
-    target, largest = int(ratio * num_allowed), max(MIN_BLOCK_PATCHES, max_ratio * num_allowed)
+    num_allowed = int(np.count_nonzero(allowed))
+    missing, largest = int(ratio * num_allowed), max_ratio * num_allowed
     # blocks are drawn in units of the grid: where tissue is sparse they must be larger to cover as much of it
-    density = num_allowed / allowed.size
-    mask = np.zeros_like(allowed)
-    missing = target
+    cells_per_patch = allowed.size / max(1, num_allowed)
+    free = allowed.copy()
     while missing > 0:
-        for _ in range(ATTEMPTS_PER_BLOCK):
-            upper = max(min(missing, largest), MIN_BLOCK_PATCHES)
-            area = rng.uniform(MIN_BLOCK_PATCHES, upper) / density if upper > MIN_BLOCK_PATCHES else upper
-            aspect = math.exp(rng.uniform(*np.log(BLOCK_ASPECT)))
+        most = min(missing, largest)
+        for draws in rng.random((ATTEMPTS_PER_BLOCK, 4)).tolist():
+            # where fewer are missing than a block's least, areas lie between the two, as in Python's random.uniform
+            area = (MIN_BLOCK_PATCHES + (most - MIN_BLOCK_PATCHES) * draws[0]) * cells_per_patch
+            aspect = math.exp(_LOG_ASPECT[0] + (_LOG_ASPECT[1] - _LOG_ASPECT[0]) * draws[1])
             block_height, block_width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if not (0 < block_height < height and 0 < block_width < width):
+            if not (block_height < height and block_width < width):
                 continue
-            top, left = rng.integers(0, height - block_height + 1), rng.integers(0, width - block_width + 1)
-            block = (slice(top, top + block_height), slice(left, left + block_width))
-            added = int((allowed[block] & ~mask[block]).sum())
-            if 0 < added <= missing:
-                mask[block] |= allowed[block]
+            top, left = int(draws[2] * (height - block_height + 1)), int(draws[3] * (width - block_width + 1))
+            block = free[top : top + block_height, left : left + block_width]
+            added = int(np.count_nonzero(block))
+            if 0 < added <= most:
+                block[:] = False
                 missing -= added
                 break
         else:
             break
-    return mask
+    return allowed & ~free

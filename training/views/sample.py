@@ -1,42 +1,52 @@
 """One training sample: everything that student and teacher see of one image, a pure function of (seed, index)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 
 from ..recipe import ViewsRecipe
-from .crops import Crop, TissueTable, cut, tissue_aware_crop
+from .crops import Crops, TissueTable, cut, halved, tissue_aware_crops
 from .masks import block_mask, maskable_patches, stratified_mask_ratios
-from .slices import sample_neighbour
+from .order import VolumeOrder, parse_kind_weights
+from .photometric import photometric, to_unit
+from .randomness import MASK_STREAM, VIEWS_STREAM, generator
+from .slices import SLICE_PAIRINGS
 
 NUM_GLOBAL_CROPS = 2
-# streams of the counter-based generator, so that order, masks and views never share numbers
-VIEWS_STREAM, ORDER_STREAM, MASK_STREAM = 0, 1, 2
-
-
-def generator(seed: int, stream: int, counter: int) -> np.random.Generator:
-    """numpy's Philox keyed by (seed, stream, counter): the same numbers in any process, worker or run."""
-    return np.random.Generator(np.random.Philox(key=[seed, (stream << 56) + counter]))
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One row of a corpus, decoded: picture (H, W) uint8 or uint16, and the table of its breast mask."""
+    """One row of a corpus, decoded: picture (H, W) uint8 or uint16, the same at half its size, and the table of its
+    breast mask."""
 
     pixels: np.ndarray
+    half: np.ndarray
     tissue: TissueTable
+
+    def cut(self, box: np.ndarray, size: int) -> np.ndarray:
+        return cut(self.pixels, box, size, self.half)
+
+
+class Views(NamedTuple):
+    """Crops of one kind of one picture, n of them."""
+
+    pixels: np.ndarray  # (n, S, S) float32, standardised
+    tissue: np.ndarray  # (n, h, w) float32, the breast fraction of each patch
+    crops: Crops
+    flips: list[tuple[slice, slice]]
 
 
 class PretrainingViews(torch.utils.data.Dataset):
     """Views by global sample index. `index // global_batch_size` is the step; an epoch is a permutation of the
-    volumes (a 2D image is a volume of one slice), and each visit draws one slice, so that near-duplicates do not fill
-    a batch.
+    volumes (a 2D image is a volume of one slice), or of those of each kind where the recipe weighs kinds, and each
+    visit draws one slice, so that near-duplicates do not fill a batch.
 
     corpus: a `dataset_scripts.corpus_reader.Corpus`. global_batch_size: images a step over all processes; it fixes how
     mask ratios are stratified, so the number of processes does not matter. slice_pairs: whether to draw neighbours.
+    Raises ValueError where the recipe weighs a kind that the corpus lacks.
     """
 
     def __init__(
@@ -52,101 +62,112 @@ class PretrainingViews(torch.utils.data.Dataset):
         self.seed, self.global_batch_size = seed, global_batch_size
         processor = corpus.image_processor
         self.mean, self.std = map(np.float32, processor.mean_and_std)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+        self.order = VolumeOrder(seed, corpus.kinds, parse_kind_weights(recipe.kind_weights))
+        self._mask_ratios: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the last step asked for
 
     def picture(self, row: int) -> Picture:
         pixels, tissue = self.corpus.picture(row)
-        return Picture(pixels, TissueTable(tissue, pixels.shape))
-
-    def standardize(self, pixels: np.ndarray) -> np.ndarray:
-        return (pixels - self.mean) / self.std
-
-    def volume_of(self, index: int) -> int:
-        epoch, place = divmod(index, self.corpus.num_volumes)
-        if self._order[0] != epoch:
-            self._order = (epoch, generator(self.seed, ORDER_STREAM, epoch).permutation(self.corpus.num_volumes))
-        return int(self._order[1][place])
+        return Picture(pixels, halved(pixels), TissueTable(tissue, pixels.shape))
 
     def mask_ratios(self, index: int) -> np.ndarray:
         """Mask ratio of each global crop of this sample, stratified over the whole step."""
         step, place = divmod(index, self.global_batch_size)
-        recipe = self.recipe
-        ratios = stratified_mask_ratios(
-            generator(self.seed, MASK_STREAM, step),
-            NUM_GLOBAL_CROPS * self.global_batch_size,
-            recipe.mask_probability,
-            (recipe.mask_ratio[0], recipe.mask_ratio[1]),
-        )
-        return ratios.reshape(self.global_batch_size, NUM_GLOBAL_CROPS)[place]
+        if self._mask_ratios[0] != step:
+            low, high = self.recipe.mask_ratio
+            ratios = stratified_mask_ratios(
+                generator(self.seed, MASK_STREAM, step),
+                NUM_GLOBAL_CROPS * self.global_batch_size,
+                self.recipe.mask_probability,
+                (low, high),
+            )
+            self._mask_ratios = (step, ratios.reshape(self.global_batch_size, NUM_GLOBAL_CROPS))
+        return self._mask_ratios[1][place]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        recipe, rng = self.recipe, generator(self.seed, VIEWS_STREAM, index)
-        volume = self.volume_of(index)
-        rows = self.corpus.rows_of(volume)
-        position = int(rng.integers(len(rows)))
+        rng, volume, rows, position = self.place(index)
         picture = self.picture(rows[position])
+        origin = {"index": index, "row": rows[position], "volume": volume}
+        return origin | self.draw(rng, picture, index) | {"slice_pair": self.slice_pair(rng, rows, position, picture)}
 
-        globals_ = [self.view(rng, picture, number) for number in range(NUM_GLOBAL_CROPS)]
-        locals_ = [self.view(rng, picture, NUM_GLOBAL_CROPS) for _ in range(recipe.num_local_crops)]
+    def place(self, index: int) -> tuple[np.random.Generator, int, range, int]:
+        """The sample's generator, its volume, the volume's rows, and which of them was drawn."""
+        rng, volume = generator(self.seed, VIEWS_STREAM, index), self.order[index]
+        rows = self.corpus.rows_of(volume)
+        return rng, volume, rows, int(rng.integers(len(rows)))
+
+    def row_of(self, index: int) -> int:
+        """The corpus row of a sample, without reading it."""
+        _, _, rows, position = self.place(index)
+        return rows[position]
+
+    def draw(self, rng: np.random.Generator, picture: Picture, index: int) -> dict[str, Any]:
+        """Crops and masks of a picture, as sample `index`."""
+        recipe = self.recipe
+        globals_, locals_ = self.views(rng, picture, is_global=True), self.views(rng, picture, is_global=False)
         masks = [
-            block_mask(rng, ratio, maskable_patches(view["tissue"], recipe.tissue_aware_masks))
-            for view, ratio in zip(globals_, self.mask_ratios(index), strict=True)
+            block_mask(rng, ratio, maskable_patches(tissue, recipe.tissue_aware_masks))
+            for tissue, ratio in zip(globals_.tissue, self.mask_ratios(index), strict=True)
         ]
+        boxes, fractions, fit = map(np.concatenate, zip(globals_.crops, locals_.crops, strict=True))
         return {
-            "index": index,
-            "row": rows[position],
-            "volume": volume,
-            "global_crops": np.stack([view["pixels"] for view in globals_])[:, None],  # (G, 1, H, W)
-            "global_tissue": np.stack([view["tissue"] for view in globals_]),  # (G, h, w)
+            "global_crops": globals_.pixels[:, None],  # (G, 1, H, W)
+            "global_tissue": globals_.tissue,  # (G, h, w)
             **self.gram_views(picture, globals_),
-            "local_crops": stack([view["pixels"] for view in locals_], recipe.local_crop_size)[:, None],
-            "local_tissue": stack([view["tissue"] for view in locals_], recipe.local_crop_size // self.patch_size),
+            "local_crops": locals_.pixels[:, None],
+            "local_tissue": locals_.tissue,
             "masks": np.stack(masks),  # (G, h, w)
-            "crop_tissue": np.array([view["crop"].tissue_fraction for view in globals_ + locals_], np.float32),
-            "crops_below_minimum": sum(not view["crop"].fits for view in globals_ + locals_),
-            "boxes": np.stack([view["crop"].box for view in globals_ + locals_]),
-            "slice_pair": self.slice_pair(rng, rows, position, picture),
+            "crop_tissue": fractions.astype(np.float32),  # (G + L,)
+            "crops_below_minimum": int(np.count_nonzero(~fit)),
+            "boxes": boxes,  # (G + L, 4)
         }
 
-    def view(self, rng: np.random.Generator, picture: Picture, number: int) -> dict[str, Any]:
-        """Crop `number` (0, 1: global; 2: local) with its photometric changes: pixels (S, S) float32, standardised,
-        and tissue (h, w), the breast fraction of each patch."""
-        recipe, is_local = self.recipe, number == NUM_GLOBAL_CROPS
-        size = recipe.local_crop_size if is_local else recipe.global_crop_size
-        scale = recipe.local_crop_scale if is_local else recipe.global_crop_scale
-        minimum = recipe.local_min_tissue if is_local else recipe.global_min_tissue
-        crop = self.crop(rng, picture, scale, minimum)
-        pixels = to_unit(cut(picture.pixels, crop.box, size))
-        if rng.uniform() < recipe.jitter_probability:
-            pixels = jitter(rng, pixels, recipe.brightness, recipe.contrast)
-        if rng.uniform() < recipe.blur_probability[number]:
-            pixels = cv2.GaussianBlur(pixels, (9, 9), float(rng.uniform(*recipe.blur_sigma_px)))
-        if number == 1 and rng.uniform() < recipe.solarize_probability:
-            pixels = np.where(pixels >= 0.5, 1 - pixels, pixels)
-        tissue = picture.tissue.grid(crop.box, (size // self.patch_size, size // self.patch_size))
-        flips = self.flips(rng)
-        return {"pixels": self.standardize(pixels[flips]), "tissue": tissue[flips], "crop": crop, "flips": flips}
+    def views(self, rng: np.random.Generator, picture: Picture, is_global: bool) -> Views:
+        """All global or all local crops with their photometric changes."""
+        recipe = self.recipe
+        if is_global:
+            count, size = NUM_GLOBAL_CROPS, recipe.global_crop_size
+            crops = self.crops(rng, picture, recipe.global_crop_scale, recipe.global_min_tissue, count)
+        else:
+            count, size = recipe.num_local_crops, recipe.local_crop_size
+            crops = self.crops(rng, picture, recipe.local_crop_scale, recipe.local_min_tissue, count)
+        pixels, flips = np.empty((count, size, size), np.float32), []
+        tissue = picture.tissue.grids(crops.boxes, (size // self.patch_size, size // self.patch_size))
+        for number, box in enumerate(crops.boxes):
+            unit = photometric(rng, picture.cut(box, size), recipe, number if is_global else NUM_GLOBAL_CROPS)
+            flips.append(self.flips(rng))
+            pixels[number], tissue[number] = unit[flips[-1]], tissue[number][flips[-1]].copy()
+        return Views(self.standardize(pixels), tissue, crops, flips)
 
-    def gram_views(self, picture: Picture, globals_: list[dict[str, Any]]) -> dict[str, Any]:
+    def gram_views(self, picture: Picture, globals_: Views) -> dict[str, Any]:
         """The global crops' boxes and flips at the size of the gram teacher, without photometric changes; nothing
         where it sees the global crops themselves."""
         size = self.recipe.gram_crop_size
         if not size:
             return {}
-        grid, placed = (size // self.patch_size,) * 2, [(view["crop"].box, view["flips"]) for view in globals_]
-        pixels = [self.standardize(to_unit(cut(picture.pixels, box, size)))[flips] for box, flips in placed]
+        tissue = picture.tissue.grids(globals_.crops.boxes, (size // self.patch_size, size // self.patch_size))
+        pixels = [
+            picture.cut(box, size)[flips] for box, flips in zip(globals_.crops.boxes, globals_.flips, strict=True)
+        ]
         return {
-            "gram_crops": np.stack(pixels)[:, None],  # (G, 1, S, S)
-            "gram_tissue": np.stack([picture.tissue.grid(box, grid)[flips] for box, flips in placed]),
+            "gram_crops": self.standardize(to_unit(np.stack(pixels)))[:, None],  # (G, 1, S, S)
+            "gram_tissue": np.stack([each[flips] for each, flips in zip(tissue, globals_.flips, strict=True)]),
         }
 
-    def crop(self, rng: np.random.Generator, picture: Picture, scale: list[float], minimum: float) -> Crop:
-        aware = self.recipe.tissue_aware_crops
-        ratio = (self.recipe.crop_ratio[0], self.recipe.crop_ratio[1])
-        return tissue_aware_crop(rng, picture.tissue, (scale[0], scale[1]), ratio, minimum if aware else 0.0)
+    def standardize(self, unit: np.ndarray) -> np.ndarray:
+        """Pixels of 0..1, in place."""
+        unit -= self.mean
+        unit *= 1 / self.std
+        return unit
+
+    def crops(
+        self, rng: np.random.Generator, picture: Picture, scale: list[float], minimum: float, count: int = 1
+    ) -> Crops:
+        least = minimum if self.recipe.tissue_aware_crops else 0.0
+        low, high = self.recipe.crop_ratio
+        return tissue_aware_crops(rng, picture.tissue, (scale[0], scale[1]), (low, high), least, count)
 
     def flips(self, rng: np.random.Generator) -> tuple[slice, slice]:
-        left_right, up_down = rng.uniform(size=2)
+        left_right, up_down = rng.random(2).tolist()
         return (
             slice(None, None, -1 if up_down < self.recipe.vertical_flip_probability else 1),
             slice(None, None, -1 if left_right < self.recipe.horizontal_flip_probability else 1),
@@ -161,7 +182,7 @@ class PretrainingViews(torch.utils.data.Dataset):
         recipe, corpus = self.recipe, self.corpus
         if len(rows) < 2 or not self.with_slice_pairs:
             return None
-        neighbour = sample_neighbour(
+        neighbour = SLICE_PAIRINGS[recipe.slice_pairing](
             rng,
             corpus.slice_indices(rows),
             position,
@@ -172,33 +193,18 @@ class PretrainingViews(torch.utils.data.Dataset):
         if neighbour is None:
             return None
         other = self.picture(rows[neighbour])
-        box = self.crop(rng, picture, recipe.slice_crop_scale, recipe.global_min_tissue).box
+        boxes = self.crops(rng, picture, recipe.slice_crop_scale, recipe.global_min_tissue).boxes  # (1, 4)
         flips = self.flips(rng)
-        factors = rng.uniform(1 - recipe.brightness / 2, 1 + recipe.brightness / 2)
+        factor = rng.uniform(1 - recipe.brightness / 2, 1 + recipe.brightness / 2)
         size = recipe.global_crop_size
         grid = (size // self.patch_size, size // self.patch_size)
-        pixels = [np.clip(to_unit(cut(each.pixels, box, size)) * factors, 0, 1)[flips] for each in (picture, other)]
-        tissue = np.minimum(picture.tissue.grid(box, grid), other.tissue.grid(box, grid))[flips]
+        units = [np.minimum(to_unit(each.cut(boxes[0], size)) * np.float32(factor), 1) for each in (picture, other)]
+        tissue = np.minimum(picture.tissue.grids(boxes, grid)[0], other.tissue.grids(boxes, grid)[0])[flips]
         return {
-            "pixels": np.stack([self.standardize(each) for each in pixels])[:, None],
+            "pixels": self.standardize(np.stack([unit[flips] for unit in units]))[:, None],
             "tissue": tissue,
             "rows": (rows[position], rows[neighbour]),
         }
-
-
-def to_unit(pixels: np.ndarray) -> np.ndarray:
-    return pixels.astype(np.float32) * np.float32(1 / np.iinfo(pixels.dtype).max)
-
-
-def jitter(rng: np.random.Generator, pixels: np.ndarray, brightness: float, contrast: float) -> np.ndarray:
-    """Brightness then contrast by factors drawn in 1 +- the settings, clipped to 0..1 (torchvision's ColorJitter)."""
-    pixels = np.clip(pixels * np.float32(rng.uniform(1 - brightness, 1 + brightness)), 0, 1)
-    mean = pixels.mean()
-    return np.clip(mean + (pixels - mean) * np.float32(rng.uniform(1 - contrast, 1 + contrast)), 0, 1)
-
-
-def stack(arrays: list[np.ndarray], side: int) -> np.ndarray:
-    return np.stack(arrays) if arrays else np.zeros((0, side, side), np.float32)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

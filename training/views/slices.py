@@ -1,6 +1,26 @@
-"""Neighbouring slices of a DBT volume."""
+"""Neighbouring slices of a volume: the student sees one, the teacher the other."""
+
+from typing import Protocol
 
 import numpy as np
+
+
+class PairSlices(Protocol):
+    """A rule for the neighbour of a slice, by name in SLICE_PAIRINGS.
+
+    slice_indices (n,) int: place of each stored slice in its volume, ascending; position: the anchor's row in it.
+    Returns another row of `slice_indices`, None where there is no neighbour.
+    """
+
+    def __call__(
+        self,
+        rng: np.random.Generator,
+        slice_indices: np.ndarray,
+        position: int,
+        slice_spacing_mm: float | None,
+        max_distance_mm: float,
+        max_distance_slices: int,
+    ) -> int | None: ...
 
 
 def sample_neighbour(
@@ -11,13 +31,34 @@ def sample_neighbour(
     max_distance_mm: float,
     max_distance_slices: int,
 ) -> int | None:
-    """Another slice of the same volume, uniform among those within reach; None where there is none.
+    """For tomosynthesis, whose slices blur into one another: uniform among all slices within reach.
 
-    slice_indices (n,) int: place of each stored slice in its volume, ascending; position: the anchor's row in it. The
-    reach is `max_distance_mm` where the spacing is known (at least one slice), else `max_distance_slices`. The article
-    says "nearby"; the distance is our choice. Returns a row of `slice_indices`.
+    The reach is `max_distance_mm` where the spacing is known (at least one slice), else `max_distance_slices`. The
+    article says "nearby"; the distance is our choice.
     """
     reach = max(1, int(max_distance_mm / slice_spacing_mm)) if slice_spacing_mm else max_distance_slices
+    return _within(rng, slice_indices, position, reach)
+
+
+def axial_neighbour(
+    rng: np.random.Generator,
+    slice_indices: np.ndarray,
+    position: int,
+    slice_spacing_mm: float | None,
+    max_distance_mm: float,
+    max_distance_slices: int,
+) -> int | None:
+    """For CT and MR, whose slices are sharp: the one directly above or below; none where both lie farther away than
+    `max_distance_mm`. Without a spacing they count as near."""
+    if slice_spacing_mm and slice_spacing_mm > max_distance_mm:
+        return None
+    return _within(rng, slice_indices, position, 1)
+
+
+def _within(rng: np.random.Generator, slice_indices: np.ndarray, position: int, reach: int) -> int | None:
     distance = np.abs(slice_indices - slice_indices[position])
     candidates = np.flatnonzero((distance > 0) & (distance <= reach))
-    return int(rng.choice(candidates)) if len(candidates) else None
+    return int(candidates[rng.integers(len(candidates))]) if len(candidates) else None
+
+
+SLICE_PAIRINGS: dict[str, PairSlices] = {"within_reach": sample_neighbour, "axial": axial_neighbour}
