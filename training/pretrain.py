@@ -15,18 +15,19 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
 from torch.utils.data import DataLoader
 
 from dataset_scripts.corpus_reader import Corpus
 
 from .engine import checkpoints
 from .engine.export import export_encoder
-from .engine.monitor import Monitor, feature_rank, target_statistics
+from .engine.monitor import Monitor
 from .engine.param_groups import param_groups
 from .engine.schedules import make_schedules
 from .engine.student_teacher import Batch, Network, make_teacher, update_teacher
 from .engine.targets import TeacherTargets
+from .engine.trackers import find_tracker
 from .losses.adjacent_slice import adjacent_slice_loss
 from .losses.dino import dino_loss
 from .losses.ibot import ibot_loss
@@ -44,8 +45,8 @@ def compute_losses(
     targets_of: TeacherTargets,
     temperature: float,
     recipe: Recipe,
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """One forward of both networks: unweighted losses by name, and what the monitor shows."""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One forward of both networks: unweighted losses by name, and what the monitor looks for collapse in."""
     with torch.no_grad():
         targets = targets_of(teacher(batch, is_student=False), temperature)
     seen = student(batch, is_student=True)
@@ -60,8 +61,7 @@ def compute_losses(
         "adjacent_slice": adjacent_slice_loss(seen.slice_cls, targets.slice_cls, None, tau),
         "adjacent_patch": adjacent_slice_loss(seen.slice_patches, targets.slice_patches, tissue, tau),
     }
-    signs = target_statistics(targets.global_cls) | {"feature_rank": feature_rank(seen.features[0])}
-    return losses, signs
+    return losses, {"targets": targets.global_cls, "features": seen.features[0].detach()}
 
 
 def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
@@ -82,6 +82,8 @@ def train(recipe: Recipe) -> Path:
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         mixed_precision="bf16" if run.bf16 else "no",
         cpu=not torch.accelerator.is_available(),  # said aloud: else torchrun's processes each run alone on a CPU
+        log_with=find_tracker(run.report_to),
+        project_config=ProjectConfiguration(run.output_dir, logging_dir=str(Path(run.output_dir) / "logs")),
     )
     corpus = Corpus(run.corpus)
     global_batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
@@ -105,7 +107,7 @@ def train(recipe: Recipe) -> Path:
     slice_pairs = recipe.loss.adjacent_slice_weight > 0 or recipe.loss.adjacent_patch_weight > 0
     views = PretrainingViews(corpus, recipe.views, recipe.model.patch_size, run.seed, global_batch, slice_pairs)
     schedules = make_schedules(recipe, global_batch)
-    monitor = Monitor(run, step, global_batch, accelerator.is_main_process)
+    monitor = Monitor(recipe, accelerator, corpus, teacher, step, global_batch)
     batches = monitor.wait(load_batches(views, recipe, step, accelerator))
     wrapped.train()
     while step < run.max_steps:
@@ -116,7 +118,7 @@ def train(recipe: Recipe) -> Path:
             seed_forward(run.seed, step, forward, accelerator.process_index)
             with accelerator.accumulate(wrapped):
                 with accelerator.autocast():
-                    losses, signs = compute_losses(
+                    losses, shown = compute_losses(
                         batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe
                     )
                     total = weighted_sum(losses, recipe)
@@ -130,10 +132,9 @@ def train(recipe: Recipe) -> Path:
         step += 1
 
         if monitor.step(step):
-            values = {f"loss_{name}": float(value.detach()) for name, value in losses.items()}
-            values["loss"] = float(total.detach())
+            values = monitor.gather(losses, total, batch)
             stop_if_not_finite(values, batch, step, run.output_dir)
-            monitor.log(step, values | signs | now | tissue_shares(batch))
+            monitor.log(step, values | now, **shown)
         if step % run.save_steps == 0 or step == run.max_steps:
             stop_if_not_finite({"loss": float(total.detach())}, batch, step, run.output_dir)
             if accelerator.is_main_process:
@@ -203,18 +204,6 @@ def seed_forward(*numbers: int) -> None:
     """Stochastic depth is the only randomness in the networks: made a function of seed, step, forward and process, so
     that a resumed run draws what the uninterrupted one does."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
-
-
-def tissue_shares(batch: Batch) -> dict[str, float]:
-    """How much breast the views hold."""
-    masks = batch["masks"]
-    return {
-        "tissue_in_crops": float(batch["crop_tissue"].mean()),
-        "tissue_in_masks": float((batch["global_tissue"] * masks).sum() / masks.sum().clamp_min(1)),
-        "masked_fraction": float(masks.float().mean()),
-        "crops_below_minimum": float(batch["crops_below_minimum"].sum()),
-        "slice_pairs": float(len(batch["slice_pairs"])),
-    }
 
 
 def stop_if_not_finite(values: dict[str, float], batch: Batch, step: int, output_dir: str) -> None:
