@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import cv2
+import torch
 
 from modeling_mammodino import ImageRefused
 from modeling_mammodino.embed import open_encoder
@@ -26,8 +27,12 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         model, image_processor = open_encoder(options.model)
-        inputs = image_processor(options.files, slices_per_volume=options.slices_per_volume, return_tensors="pt")
-        drawing = draw_features(model, inputs["pixel_values"], inputs["tissue_mask"], Path(options.model).name)
+        each = [
+            image_processor(file, slices_per_volume=options.slices_per_volume, return_tensors="pt")
+            for file in options.files
+        ]
+        inputs = {name: torch.cat([one[name] for one in each]) for name in ("pixel_values", "tissue_mask")}
+        drawing = draw_features(model, **inputs, title=Path(options.model).name)
         write_png(cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR), options.output)
     except (ValueError, OSError, ImageRefused) as error:
         raise SystemExit(f"features: {error}") from error

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -30,13 +31,17 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
     name, logs = Path(recipe.run.output_dir).resolve().name, str(Path(recipe.run.output_dir) / "logs")
     settings = {key: value if isinstance(value, (bool, int, float, str)) else str(value)
                 for key, value in published_recipe(recipe).items()}  # fmt: skip
-    of_each = {"trackio": {"name": name, "resume": "allow"}, "wandb": {"name": name, "group": name, "dir": logs}}
+    # W&B's own record of the machine holds the command line with its paths, and what is printed
+    quiet = {"x_disable_meta": True, "console": "off", "disable_git": True, "disable_code": True}
+    of_each: dict[str, dict[str, Any]] = {
+        "trackio": {"name": name, "resume": "allow"},
+        "wandb": {"name": name, "group": name, "dir": logs, "settings": quiet},
+    }
     accelerator.init_trackers(PROJECT, config=settings, init_kwargs=of_each)
 
 
 def log_picture(accelerator: Accelerator, name: str, picture: np.ndarray, step: int) -> None:
-    """A picture (H, W, 3) uint8 RGB to the trackers that take some."""
+    """A picture (H, W, 3) uint8 RGB to TensorBoard, whose files stay here: breasts are not sent to a hosted tracker."""
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: picture[None]}, step=step, **layout)
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
