@@ -20,7 +20,7 @@ from test_pretrain import ROOT, TINY, log, recipe
 from dataset_scripts.corpus_reader import Corpus
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from training import features
-from training.engine.collapse import CollapseWatch, target_statistics
+from training.engine.collapse import CollapseWatch, feature_rank, target_statistics
 from training.engine.feature_picture import corpus_pictures, draw_features, feature_colours
 from training.engine.knn_probe import KnnProbe
 from training.engine.model_card import published_recipe
@@ -199,11 +199,13 @@ def test_collapse_is_named_once_at_either_end_and_said_to_be_over():
     assert "collapse of information" in watch.check(70, same)[0]
 
 
-def test_information_is_nought_at_both_ends():
+def test_signs_of_collapse_have_known_values():
+    """Uniform targets, one target for all, and one for each: information is 0 at both ends."""
     uniform, same, telling = torch.full((8, 16), 1 / 16), torch.eye(16)[:1].repeat(8, 1), torch.eye(16)
-    for useless in (uniform, same):
-        assert target_statistics(useless)["target_information"] == pytest.approx(0, abs=1e-6)
-    assert target_statistics(telling)["target_information"] == pytest.approx(1, abs=1e-6)
+    for targets, expected in ((uniform, (1, 1, 0)), (same, (0, 0, 0)), (telling, (0, 1, 1))):
+        assert list(target_statistics(targets).values()) == pytest.approx(expected, abs=1e-6)
+    assert feature_rank(torch.eye(6)) == pytest.approx(6, rel=1e-3)
+    assert feature_rank(torch.ones(6, 4)) == pytest.approx(1, rel=1e-3)
 
 
 def test_a_run_that_collapses_says_so(phantom_corpus, tmp_path, caplog):

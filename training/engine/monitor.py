@@ -135,15 +135,16 @@ class Monitor:
     def look(self, step: int) -> dict[str, float]:
         """k-NN and picture of the teacher where they are due. On the main process, without the others."""
         found = {}
-        with torch.compiler.set_stance("force_eager"):  # whole pictures are no shapes to compile for
-            if self.knn and self.is_due(step, self.run.knn_steps):
+        if self.knn and self.is_due(step, self.run.knn_steps):
+            with torch.compiler.set_stance("force_eager"):  # whole pictures are no shapes to compile for
                 found["knn_auc"] = self.knn.auc(self.encoder)
-            if self.pictures and self.is_due(step, self.run.picture_steps):
+        if self.pictures and self.is_due(step, self.run.picture_steps):
+            with torch.compiler.set_stance("force_eager"):
                 picture = draw_features(self.encoder, **self.pictures, title=f"step {step}")
-                folder = Path(self.run.output_dir) / "pictures"
-                folder.mkdir(exist_ok=True)
-                write_png(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), folder / f"step-{step:06d}.png")
-                log_picture(self.accelerator, "features", picture, step)
+            folder = Path(self.run.output_dir) / "pictures"
+            folder.mkdir(exist_ok=True)
+            write_png(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), folder / f"step-{step:06d}.png")
+            log_picture(self.accelerator, "features", picture, step)
         return found
 
     def write(self, step: int, values: dict[str, float]) -> None:
