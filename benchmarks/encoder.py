@@ -24,6 +24,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tissue_tokens import select_tokens
+from training.engine.flops import block_flops, matmul_peak, synchronize
 
 from .pictures import example_pictures
 
@@ -88,7 +89,7 @@ def measure(options: argparse.Namespace, inputs: dict, batch_size: int, dtype: t
                     seconds[way].append(elapsed)
     kept = (inputs["tissue_mask"] > 0).flatten(1).sum(dim=1) + 1 + ours.config.num_register_tokens
     images_per_second = {way: len(kept) / np.median(times) for way, times in seconds.items()}
-    useful = sum(flops(int(length), ours.config) for length in kept) / np.median(seconds["ours"])
+    useful = sum(block_flops(ours.config, int(length)) for length in kept) / np.median(seconds["ours"])
     memory = [peak_memory(kind, options, pixels[0], tissue[0]) for kind in ("ours", "theirs")]
     fraction = (inputs["tissue_mask"] > 0).float().mean(dim=(1, 2))
     return " | ".join(
@@ -136,26 +137,9 @@ def stopwatch(encode: Callable, device: torch.device, *batch: torch.Tensor) -> f
     return time.perf_counter() - started
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
 def spread(theirs: list[float], ours: list[float]) -> str:
     ratios = np.array(theirs) / np.array(ours)
     return f"{np.median(ratios):.1f} ({ratios.min():.1f}, {ratios.max():.1f})"
-
-
-def matmul_peak(device: str, dtype: torch.dtype, side: int = 4096) -> float:
-    """FLOP/s of the best of ten square matmuls."""
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / min(stopwatch(torch.matmul, torch.device(device), left, right) for _ in range(10))
-
-
-def flops(length: int, config: MammoDinoConfig) -> float:
-    """Forward of the blocks for one image of so many tokens: linear layers, and attention's two products."""
-    width = config.hidden_size
-    return config.num_hidden_layers * (2 * length * (4 + 2 * config.mlp_ratio) * width**2 + 4 * length**2 * width)
 
 
 def peak_memory(kind: str, options: argparse.Namespace, pixels: torch.Tensor, tissue: torch.Tensor) -> int:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from training.engine.checkpoints import list_checkpoints
-from training.engine.monitor import feature_rank, target_statistics
 from training.pretrain import StepSampler, main, train
 from training.recipe import Recipe, load_recipe
 
@@ -215,15 +214,6 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             main(arguments)
-
-
-def test_signs_of_collapse_have_known_values():
-    uniform, peaked = torch.full((8, 16), 1 / 16), torch.eye(16)
-    assert target_statistics(uniform) == pytest.approx({"target_entropy": 1, "prototype_entropy": 1})
-    assert target_statistics(peaked) == pytest.approx({"target_entropy": 0, "prototype_entropy": 1}, abs=1e-6)
-    assert target_statistics(peaked[:1].repeat(8, 1))["prototype_entropy"] == pytest.approx(0, abs=1e-6)
-    assert feature_rank(torch.eye(6)) == pytest.approx(6, rel=1e-3)
-    assert feature_rank(torch.ones(6, 4)) == pytest.approx(1, rel=1e-3)
 
 
 def two_processes(corpus: Path, output: Path, *arguments: str) -> str:

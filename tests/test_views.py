@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dataset_scripts.corpus_reader import Corpus
-from training.pretrain import tissue_shares
+from training.engine.monitor import tissue_shares
 from training.recipe import ViewsRecipe
 from training.views.crops import TissueTable, cut, halved, sample_boxes, tissue_aware_crops
 from training.views.masks import block_mask, maskable_patches, stratified_mask_ratios

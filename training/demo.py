@@ -136,6 +136,7 @@ def report(results: dict[str, Any], commands: list[tuple[str, float]], seed: int
             lines.append(f"| {task} | {head} | {cells[0]} | {cells[1]} |")
     lines += ["", verdict(tasks), "", "## What student and teacher see", "", "![views](preview.png)", ""]
     lines += ["## What the encoder sees", "", "![input](inspect.png)", ""]
+    lines += ["## What the teacher's features see", "", f"![features](mammodino/pictures/step-{STEPS:06d}.png)", ""]
     lines += ["## The run", "", "![pretraining](mammodino/encoder/pretraining.png)", "", "## Commands", "", "```"]
     lines += [f"{command}    # {seconds:.0f} s" for command, seconds in commands] + ["```", ""]
     return "\n".join(lines)

@@ -5,7 +5,6 @@ again with the same output_dir, a run goes on from its last good checkpoint.
 """
 
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
 from torch.utils.data import DataLoader
 
 from dataset_scripts.corpus_copy import local_corpus
@@ -25,13 +24,15 @@ from .engine import checkpoints
 from .engine.continued import load_former_run
 from .engine.cpu_memory import keep_freed_memory
 from .engine.export import export_encoder
+from .engine.finite import FiniteWatch
 from .engine.gram_teacher import GramTeacher
-from .engine.monitor import Monitor, feature_rank, target_statistics
+from .engine.monitor import Monitor
 from .engine.param_groups import param_groups
 from .engine.schedules import make_schedules
 from .engine.sharding import shard
-from .engine.student_teacher import Batch, Network, Outputs, compile_blocks, make_teacher, update_teacher
-from .engine.targets import Targets, TeacherTargets
+from .engine.student_teacher import Batch, Network, compile_blocks, make_teacher, update_teacher
+from .engine.targets import TeacherTargets
+from .engine.trackers import find_tracker
 from .losses.adjacent_slice import adjacent_slice_loss
 from .losses.dino import dino_loss
 from .losses.gram import gram_loss
@@ -51,8 +52,8 @@ def compute_losses(
     temperature: float,
     recipe: Recipe,
     gram_teacher: GramTeacher | None = None,
-) -> tuple[dict[str, torch.Tensor], Targets, Outputs]:
-    """One forward of both networks: unweighted losses by name, the teacher's targets, what the student made."""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One forward of both networks: unweighted losses by name, and what the monitor looks for collapse in."""
     with torch.no_grad():
         targets = targets_of(teacher(batch, is_student=False), temperature)
     seen = student(batch, is_student=True)
@@ -70,7 +71,7 @@ def compute_losses(
     }
     if gram_teacher is not None:
         losses["gram"] = gram_loss(seen.patches, gram_teacher(batch), gram_teacher.counted_patches(batch))
-    return losses, targets, seen
+    return losses, {"targets": targets.global_cls, "features": seen.features[0].detach()}
 
 
 def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
@@ -92,6 +93,8 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         mixed_precision="bf16" if run.bf16 else "no",
         cpu=not torch.accelerator.is_available(),  # said aloud: else torchrun's processes each run alone on a CPU
+        log_with=find_tracker(run.report_to),
+        project_config=ProjectConfiguration(run.output_dir, logging_dir=str(Path(run.output_dir) / "logs")),
     )
     corpus = Corpus(local_corpus(run.corpus))
     global_batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
@@ -124,7 +127,8 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     slice_pairs = recipe.loss.adjacent_slice_weight > 0 or recipe.loss.adjacent_patch_weight > 0
     views = PretrainingViews(corpus, recipe.views, recipe.model.patch_size, run.seed, global_batch, slice_pairs)
     schedules = make_schedules(recipe, global_batch)
-    monitor = Monitor(run, step, global_batch, accelerator.is_main_process)
+    monitor = Monitor(recipe, accelerator, corpus, teacher, step, global_batch)
+    watch = FiniteWatch(views, run, accelerator)
     batches = monitor.wait((load or load_batches)(views, recipe, step, accelerator))
     wrapped.train()
     while step < run.max_steps:
@@ -136,10 +140,11 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
             seed_forward(run.seed, step, forward, accelerator.process_index)
             with accelerator.accumulate(wrapped):
                 with accelerator.autocast():
-                    losses, targets, seen = compute_losses(
+                    losses, shown = compute_losses(
                         batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe, gram
                     )
                     total = weighted_sum(losses, recipe)
+                watch.note(total, step * run.gradient_accumulation_steps + forward)
                 accelerator.backward(total)
         for part in student.children():  # backbone and heads apart
             accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm)
@@ -149,13 +154,11 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
         step += 1
 
         if monitor.step(step):
-            values = {f"loss_{name}": value.detach() for name, value in losses.items()} | {"loss": total.detach()}
-            values = {name: float(mean) for name, mean in accelerator.reduce(values, reduction="mean").items()}
-            stop_if_not_finite(values, batch, step, run.output_dir)
-            signs = target_statistics(targets.global_cls) | {"feature_rank": feature_rank(seen.features[0])}
-            monitor.log(step, values | signs | now | tissue_shares(batch))
+            watch.check()
+            values = monitor.gather(losses, total, batch)
+            monitor.log(step, values | now, **shown)
         if step % run.save_steps == 0 or step == run.max_steps:
-            stop_if_not_finite({"loss": float(total.detach())}, batch, step, run.output_dir)
+            watch.check()
             is_main = accelerator.is_main_process
             checkpoints.save_checkpoint(Path(run.output_dir), step, modules, optimizer, recipe, is_main)
             accelerator.wait_for_everyone()
@@ -225,31 +228,6 @@ def seed_forward(*numbers: int) -> None:
     """Stochastic depth is the only randomness in the networks: made a function of seed, step, forward and process, so
     that a resumed run draws what the uninterrupted one does."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
-
-
-def tissue_shares(batch: Batch) -> dict[str, float]:
-    """How much breast the views hold, and how much of the masked crops, and of the breast in them, is masked."""
-    masks, tissue = batch["masks"], batch["global_tissue"]  # (G*B, h, w) each
-    is_masked = masks.flatten(1).any(dim=1)
-    masked_tissue = (tissue * masks).sum()
-    return {
-        "tissue_in_crops": float(batch["crop_tissue"].mean()),
-        "tissue_in_masks": float(masked_tissue / masks.sum().clamp_min(1)),
-        "masked_fraction": float(masks.sum() / masks[is_masked].numel()) if is_masked.any() else 0.0,
-        "masked_tissue_fraction": float(masked_tissue / tissue[is_masked].sum().clamp_min(1)),
-        "crops_below_minimum": float(batch["crops_below_minimum"].sum()),
-        "slice_pairs": float(len(batch["slice_pairs"])),
-    }
-
-
-def stop_if_not_finite(values: dict[str, float], batch: Batch, step: int, output_dir: str) -> None:
-    """Raises RuntimeError with the samples at fault; the last checkpoint stands."""
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
-    if broken:
-        raise RuntimeError(
-            f"step {step}: {', '.join(broken)} is not finite; corpus rows of the batch: {batch['row'].tolist()}. The "
-            f"last good checkpoint in {output_dir} stands; lower learning_rate or max_grad_norm, or look at these rows"
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,19 +17,19 @@ import pandas
 import torch
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
+from .evaluation.classifiers import nearest_neighbours
 from .evaluation.features import mean_features
+from .evaluation.labels import read_labels
 from .evaluation.metrics import bootstrap_auc
 
 logger = logging.getLogger(__name__)
 
 UNTRAINED = "untrained"
-NUM_NEIGHBOURS = 20
 REGULARISATION = np.logspace(-4, 1, 6)
 
 
@@ -95,9 +95,7 @@ def read_features(
     image_processor: MammoDinoImageProcessor,
     slices_per_volume: int,
 ) -> Features:
-    table = pandas.read_csv(labels, dtype={"patient": str}, keep_default_na=True)
-    if missing := [column for column in ("file", "patient", *tasks) if column not in table]:
-        raise ValueError(f"{labels}: no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+    table = read_labels(labels, tasks)
     paths = [labels.parent / file for file in table["file"]]
     features, refused = mean_features(paths, models, image_processor, slices_per_volume)
     for reason in refused.values():
@@ -132,9 +130,7 @@ def judge(learn: Features, test: Features, task: str, num_resamples: int, seed: 
     patients, test_patients = learn.table["patient"][learn_rows], test.table["patient"][test_rows].to_numpy()
     folds = list(GroupKFold(4).split(y, y, patients))
     heads = {
-        "knn": lambda: make_pipeline(
-            StandardScaler(), KNeighborsClassifier(min(NUM_NEIGHBOURS, len(y)), metric="cosine", weights="distance")
-        ),
+        "knn": lambda: nearest_neighbours(len(y)),
         "logistic": lambda: make_pipeline(
             StandardScaler(),
             LogisticRegressionCV(

@@ -173,7 +173,15 @@ class RunRecipe:
     fsdp: bool = setting(False, "Shard weights, gradients and optimizer over the processes (FSDP2); else DDP.")
     torch_compile: bool = setting(False, "Compile the transformer blocks of student and teacher.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the student's backward.")
-    report_to: str = setting("tensorboard", "Where the log goes.", choices=("tensorboard", "none"))
+    report_to: str = setting(
+        "tensorboard",
+        "Where the log goes beside logs/log.jsonl.",
+        choices=("tensorboard", "trackio", "wandb", "none"),
+    )
+    picture_steps: int = setting(1250, "Steps between pictures of the teacher's features; 0: none.", low=0)
+    knn_steps: int = setting(0, "Steps between k-NN scores of the teacher on knn_labels; 0: none.", low=0)
+    knn_labels: str = setting("", "CSV with the columns file (relative to it), patient and knn_task.")
+    knn_task: str = setting("", "Column of knn_labels that is predicted.")
     resume_from_checkpoint: str = setting("", "A checkpoint folder; empty: the last good one in output_dir.")
 
 
@@ -197,8 +205,8 @@ SECTIONS = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerRecipe, RunRecipe)
 # what may change between the parts of one run: it alters where and how fast, never what is computed
 MAY_CHANGE_ON_RESUME = {
     "corpus", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
-    "save_steps", "save_total_limit", "logging_steps", "report_to", "resume_from_checkpoint", "torch_compile",
-    "fsdp",    "gradient_checkpointing",
+    "save_steps", "save_total_limit", "logging_steps", "report_to", "picture_steps", "knn_steps", "knn_labels",
+    "knn_task", "resume_from_checkpoint", "torch_compile", "gradient_checkpointing", "fsdp",
 }  # fmt: skip
 
 
@@ -294,3 +302,11 @@ def _check_together(recipe: Recipe) -> None:
     parse_kind_weights(views.kind_weights)
     if not (run.corpus and run.output_dir):
         raise ValueError("corpus and output_dir must be given: --corpus DIR --output_dir RUN")
+    if run.knn_steps and run.fsdp:
+        raise ValueError(
+            f"knn_steps={run.knn_steps}: no k-NN with fsdp, where no process holds the whole teacher; give 0"
+        )
+    if run.knn_steps and not (run.knn_labels and run.knn_task):
+        raise ValueError(
+            f"knn_steps={run.knn_steps}: needs knn_labels, a CSV, and knn_task, a column of it; give both, or 0"
+        )

@@ -56,16 +56,21 @@ def image_processor(corpus: Corpus, recipe: Recipe) -> MammoDinoImageProcessor:
 def draw_log(log: Path, output: Path) -> None:
     """Losses and signs of collapse over steps, from the run's log."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
+    scores = [line for line in lines if "knn_auc" in line]  # from step 0 on, where there are no losses yet
+    lines = [line for line in lines if "target_entropy" in line]
     panels = {
         "losses (unweighted)": [key for key in lines[0] if key.startswith("loss_")],
         "entropy over ln K": ["target_entropy", "prototype_entropy"],
         "feature rank (RankMe)": ["feature_rank"],
         "breast fraction": ["tissue_in_crops", "tissue_in_masks"],
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(16, 3.4), layout="constrained")
+    if scores:
+        panels["k-NN of the teacher"] = ["knn_auc"]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
     for axis, (title, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
-            axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=key.removeprefix("loss_"))
+            shown = scores if key == "knn_auc" else lines
+            axis.plot([line["step"] for line in shown], [line[key] for line in shown], label=key.removeprefix("loss_"))
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.legend(fontsize=7)

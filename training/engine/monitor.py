@@ -1,61 +1,83 @@
-"""Seeing a run: progress bar, TensorBoard, a JSON line a log step, and the signs of collapse."""
+"""Seeing a run: a JSON line a log step, progress bar and tracker; speed, signs of collapse, k-NN and pictures."""
 
 import json
 import logging
-import math
+import resource
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..recipe import RunRecipe
+from dataset_scripts.corpus_reader import Corpus
+from modeling_mammodino.inspect_image import write_png
+
+from ..recipe import Recipe
+from .collapse import CollapseWatch, feature_rank, target_statistics
+from .export import image_processor
+from .feature_picture import corpus_pictures, draw_features
+from .flops import matmul_peak, step_flops
+from .knn_probe import KnnProbe
+from .student_teacher import Batch, Network
+from .trackers import log_picture, start_tracker
 
 logger = logging.getLogger(__name__)
 
-
-@torch.no_grad()
-def target_statistics(probabilities: torch.Tensor) -> dict[str, float]:
-    """Entropy of teacher targets (n, K), as fractions of ln K.
-
-    `target_entropy`: of each sample's target, averaged; 1 means that the teacher says nothing (the entropy wall).
-    `prototype_entropy`: of the mean target; 0 means that every sample has the same target (collapse).
-    """
-    probabilities = probabilities.float().flatten(0, -2)
-    entropy = -torch.xlogy(probabilities, probabilities).sum(-1).mean()
-    mean = probabilities.mean(0)
-    spread = -torch.xlogy(mean, mean).sum()
-    scale = math.log(probabilities.shape[-1])
-    return {"target_entropy": float(entropy) / scale, "prototype_entropy": float(spread) / scale}
-
-
-@torch.no_grad()
-def feature_rank(features: torch.Tensor) -> float:
-    """RankMe (Garrido et al. 2023): exp of the entropy of the singular values of features (n, D), at most min(n, D)."""
-    values = torch.linalg.svdvals(features.float())
-    shares = values / values.sum().clamp_min(1e-12) + 1e-7
-    return float(torch.exp(-(shares * shares.log()).sum()))
+PATIENCE_FRACTION = 0.05  # of a run, for signs of collapse that a fresh network shows, too
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products, by Accelerate's name
 
 
 class Monitor:
-    """Meters of one process; only the main process writes. Times split into waiting for data and computing."""
+    """Meters of one process. All processes measure, the main one writes, and alone draws and judges the teacher.
 
-    def __init__(self, run: RunRecipe, first_step: int, global_batch_size: int, is_main: bool):
-        self.run, self.global_batch_size, self.is_main = run, global_batch_size, is_main
-        self.progress = tqdm(total=run.max_steps, initial=first_step, unit="step", disable=not is_main, desc="pretrain")
-        self.writer = self.lines = None
-        if is_main:
+    Raises ValueError, before the first step, where the labelled set of the recipe cannot be used.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        corpus: Corpus,
+        teacher: Network,
+        first_step: int,
+        global_batch_size: int,
+    ):
+        run = recipe.run
+        self.recipe, self.run, self.accelerator, self.encoder = recipe, run, accelerator, teacher.backbone
+        self.first_step, self.global_batch_size, self.is_main = (
+            first_step,
+            global_batch_size,
+            accelerator.is_main_process,
+        )
+        self.watch = CollapseWatch(round(PATIENCE_FRACTION * run.max_steps))
+        self.knn = self.pictures = self.lines = None
+        if self.is_main:
+            if run.knn_steps:
+                self.knn = KnnProbe(Path(run.knn_labels), run.knn_task, image_processor(corpus, recipe))
+            if run.picture_steps and run.fsdp:
+                logger.warning("picture_steps: no pictures with fsdp, where no process holds the whole teacher")
+            elif run.picture_steps:
+                self.pictures = corpus_pictures(corpus, image_processor(corpus, recipe))
             logs = Path(run.output_dir) / "logs"
             logs.mkdir(parents=True, exist_ok=True)
             self.lines = (logs / "log.jsonl").open("a")
-            if run.report_to == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(str(logs))
+        start_tracker(accelerator, recipe)
+        dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+        peak = torch.tensor([matmul_peak(accelerator.device, dtype) / 1e12], device=accelerator.device)
+        self.peak_teraflops = float(accelerator.gather(peak).sum())  # of all devices
+        if self.is_main and first_step == 0 and (first_look := self.look(0)):
+            self.write(0, first_look)
+        self.progress = tqdm(
+            total=run.max_steps, initial=first_step, unit="step", disable=not self.is_main, desc="pretrain"
+        )
         self.data_seconds, self.steps_since_log = 0.0, 0
-        self.last_log = time.monotonic()
+        self.started = self.last_log = time.monotonic()
 
-    def wait(self, iterator):
+    def wait(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
         """The iterator, with the time spent waiting for it counted."""
         while True:
             started = time.monotonic()
@@ -67,34 +89,95 @@ class Monitor:
             yield item
 
     def step(self, step: int) -> bool:
-        """Counts a finished step (1-based); True where a log line is due."""
+        """Counts a finished step (1-based); True where a log line is due. Nothing here waits for the device."""
         self.steps_since_log += 1
         self.progress.update()
-        return step % self.run.logging_steps == 0 or step == self.run.max_steps
+        every = (self.run.logging_steps, self.run.knn_steps, self.run.picture_steps)
+        return any(self.is_due(step, steps) for steps in every)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def is_due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.run.max_steps)
+
+    def gather(self, losses: dict[str, torch.Tensor], total: torch.Tensor, batch: Batch) -> dict[str, float]:
+        """What the processes saw at this step, averaged over them; all of them call this."""
+        flops = step_flops(batch, self.encoder.config, self.recipe.model, self.recipe.views.tissue_tokens)
+        own = {f"loss_{name}": float(value.detach()) for name, value in losses.items()}
+        own |= {"loss": float(total.detach()), **tissue_shares(batch), "forward_teraflops": flops / 1e12}
+        own["data_wait_seconds"] = self.data_seconds
+        table = self.accelerator.gather(torch.tensor([list(own.values())], device=self.accelerator.device))
+        values = dict(zip(own, table.mean(dim=0).tolist(), strict=True))
+        return values | {"data_wait_seconds": float(table[:, -1].max())}  # the slowest holds the others up
+
+    def log(self, step: int, values: dict[str, float], targets: torch.Tensor, features: torch.Tensor) -> None:
+        """Writes a line. All processes call this. values: what `gather` gave, and what else is to be written;
+        targets (G, B, K) of the teacher, features (B, D) of the student: this process's."""
+        accelerator = self.accelerator
+        values = {**values, **target_statistics(targets, lambda mean: accelerator.reduce(mean, reduction="mean"))}
+        values["feature_rank"] = feature_rank(accelerator.gather(features.detach().float()))
         now = time.monotonic()
-        seconds = max(now - self.last_log, 1e-9)
-        values = {
-            **values,
-            "images_per_second": self.steps_since_log * self.global_batch_size / seconds,
-            "data_wait_fraction": self.data_seconds / seconds,
+        seconds, steps = max(now - self.last_log, 1e-9), self.steps_since_log
+        forwards = steps * self.run.gradient_accumulation_steps * accelerator.num_processes
+        values |= {
+            "images_per_second": steps * self.global_batch_size / seconds,
+            "mfu": values.pop("forward_teraflops") * forwards / seconds / self.peak_teraflops,
+            "data_wait_fraction": values["data_wait_seconds"] / seconds,
+            "seconds_left": (now - self.started) / (step - self.first_step) * (self.run.max_steps - step),
+            "peak_memory_gib": peak_memory_gib(accelerator.device),
         }
-        self.last_log, self.data_seconds, self.steps_since_log = now, 0.0, 0
-        if not self.is_main:
-            return
-        if values["prototype_entropy"] < 0.1:
-            logger.warning("step %d: collapse: every image gets the same target", step)
-        shown = {key: f"{value:.3g}" for key, value in values.items() if key.startswith("loss") or "/s" in key}
-        self.progress.set_postfix(shown | {"img/s": f"{values['images_per_second']:.1f}"})
+        if self.is_main:
+            for message in self.watch.check(step, values):
+                logger.warning(message)
+            self.write(step, values | self.look(step))
+            shown = {key: f"{values[key]:.3g}" for key in ("loss", "images_per_second", "mfu")}
+            self.progress.set_postfix(shown)
+        self.data_seconds, self.steps_since_log = 0.0, 0
+        looked = time.monotonic() - now  # a look is no part of the speed
+        self.started, self.last_log = self.started + looked, now + looked
+
+    def look(self, step: int) -> dict[str, float]:
+        """k-NN and picture of the teacher where they are due. On the main process, without the others."""
+        found = {}
+        if self.knn and self.is_due(step, self.run.knn_steps):
+            with torch.compiler.set_stance("force_eager"):  # whole pictures are no shapes to compile for
+                found["knn_auc"] = self.knn.auc(self.encoder)
+        if self.pictures and self.is_due(step, self.run.picture_steps):
+            with torch.compiler.set_stance("force_eager"):
+                picture = draw_features(self.encoder, **self.pictures, title=f"step {step}")
+            folder = Path(self.run.output_dir) / "pictures"
+            folder.mkdir(exist_ok=True)
+            write_png(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), folder / f"step-{step:06d}.png")
+            log_picture(self.accelerator, "features", picture, step)
+        return found
+
+    def write(self, step: int, values: dict[str, float]) -> None:
         self.lines.write(json.dumps({"step": step, **values}) + "\n")
         self.lines.flush()
-        if self.writer:
-            for key, value in values.items():
-                self.writer.add_scalar(key, value, step)
+        self.accelerator.log(values, step=step)
 
     def close(self) -> None:
         self.progress.close()
-        for each in (self.writer, self.lines):
-            if each:
-                each.close()
+        if self.lines:
+            self.lines.close()
+
+
+def tissue_shares(batch: Batch) -> dict[str, float]:
+    """How much breast the views hold, and how much of the masked crops, and of the breast in them, is masked."""
+    masks, tissue = batch["masks"], batch["global_tissue"]  # (G*B, h, w) each
+    is_masked = masks.flatten(1).any(dim=1)
+    masked_tissue = (tissue * masks).sum()
+    return {
+        "tissue_in_crops": float(batch["crop_tissue"].mean()),
+        "tissue_in_masks": float(masked_tissue / masks.sum().clamp_min(1)),
+        "masked_fraction": float(masks.sum() / masks[is_masked].numel()) if is_masked.any() else 0.0,
+        "masked_tissue_fraction": float(masked_tissue / tissue[is_masked].sum().clamp_min(1)),
+        "crops_below_minimum": float(batch["crops_below_minimum"].sum()),
+        "slice_pairs": float(len(batch["slice_pairs"])),
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory so far: of the device's allocator, on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,43 @@
+"""What a checkpoint's patch features see of files, as colours. Research use only.
+
+python -m training.features FILE... --model MODEL --output PNG [--slices_per_volume N]
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import cv2
+import torch
+
+from modeling_mammodino import ImageRefused
+from modeling_mammodino.embed import open_encoder
+from modeling_mammodino.inspect_image import write_png
+
+from .engine.feature_picture import draw_features
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.features", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="DICOM or picture files, coloured together")
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--slices_per_volume", type=int, default=1, help="evenly spaced slices (default 1, the middle)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        model, image_processor = open_encoder(options.model)
+        each = [
+            image_processor(file, slices_per_volume=options.slices_per_volume, return_tensors="pt")
+            for file in options.files
+        ]
+        inputs = {name: torch.cat([one[name] for one in each]) for name in ("pixel_values", "tissue_mask")}
+        drawing = draw_features(model, **inputs, title=Path(options.model).name)
+        write_png(cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR), options.output)
+    except (ValueError, OSError, ImageRefused) as error:
+        raise SystemExit(f"features: {error}") from error
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()
