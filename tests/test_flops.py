@@ -33,7 +33,7 @@ def test_dinov2_small_costs_what_is_known_of_it():
     batch = {"global_tissue": torch.ones(2, 16, 16), "local_tissue": torch.ones(8, 7, 7), "masks": masks,
              "slice_tissue": torch.ones(0, 16, 16)}  # fmt: skip
     recipe = ModelRecipe(hidden_size=384, num_prototypes=65536)
-    assert step_flops(batch, config, recipe) == pytest.approx(166e9, rel=0.03)
+    assert step_flops(batch, config, recipe) == pytest.approx(166e9, rel=0.01)
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -50,7 +50,7 @@ def test_a_forward_is_what_the_counter_counts(swiglu):
 @pytest.mark.parametrize("switches", [[], ["--drop_path_rate", "0.3"], ["--tissue_tokens", "true"],
                                       ["--adjacent_slice_weight", "0", "--num_local_crops", "0"]])  # fmt: skip
 def test_a_step_is_what_the_counter_counts(phantom_corpus, switches):
-    """All of it: teacher, student, backward. The losses' own products, which are left out, are the difference."""
+    """All of it: teacher, student, backward; what is left out (the losses, the norms) is next to nothing."""
     recipe = load_recipe(["demo", "--corpus", str(phantom_corpus), "--output_dir", "-", "--adjacent_patch_weight",
                           "0.5", "--num_prototypes", "4096", *switches])  # fmt: skip
     corpus = Corpus(phantom_corpus)
@@ -65,7 +65,7 @@ def test_a_step_is_what_the_counter_counts(phantom_corpus, switches):
         weighted_sum(losses, recipe).backward()
 
     expected = step_flops(batch, student.backbone.config, recipe.model, recipe.views.tissue_tokens)
-    assert counted(step) == pytest.approx(expected, rel=0.04)
+    assert counted(step) == pytest.approx(expected, rel=2e-3)
 
 
 def test_the_peak_is_that_of_this_machine():
