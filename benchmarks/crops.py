@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="mammodino", help="whose views (default: mammodino)")
     options = parser.parse_args()
     cv2.setNumThreads(1)
+    datasets.disable_progress_bars()
     torch.set_num_threads(1)
     recipe = load_recipe([options.recipe, "--corpus", "none", "--output_dir", "none"])
     with TemporaryDirectory() as folder:
@@ -92,7 +93,7 @@ def write_corpus(folder: Path, count: int) -> str:
     for number, plane in enumerate(planes):
         small = make_thumbnail(plane)
         settings = processor.render_settings
-        rendered = render(plane, small, plan_rendering([small], settings), settings, FIT_PX, upscale=False)
+        rendered = render(plane, small, plan_rendering([small], settings), settings, FIT_PX)
         row = make_row(Mammogram.from_picture(str(number), plane, b"benchmark"), rendered, "benchmark")
         rows += [{**row, "kind": "dbt", "slice_index": index, "num_slices": 2} for index in range(2)]
     datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(folder)

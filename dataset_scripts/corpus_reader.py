@@ -87,7 +87,7 @@ class Corpus:
         volume_ids = np.asarray(self.rows.data.column("volume_id"))
         starts = np.flatnonzero(np.r_[True, volume_ids[1:] != volume_ids[:-1]])
         self.volume_bounds = np.r_[starts, len(volume_ids)]
-        self.kinds = np.asarray(self.rows.data.column("kind"))[starts]  # (num_volumes,) str
+        self.kinds = np.asarray(self.rows.data.column("kind").take(starts))  # (num_volumes,) str
         self._slice_indices = np.asarray(self.rows.data.column("slice_index"))
         self._slice_spacing_mm = np.asarray(self.rows.data.column("slice_spacing_mm"), dtype=float)
         self.image_processor = MammoDinoImageProcessor(**self.manifest["image_processor"])

@@ -40,7 +40,7 @@ PRIVATE = {
 CONFIG_FIELDS = {"architectures", "auto_map", "dtype", "model_type", "transformers_version", "problem_type",
                  "id2label", "label2id", "num_labels"}  # fmt: skip
 PROCESSOR_FIELDS = {"auto_map", "image_processor_type", "processor_class", "image_processor_class"}
-PLAIN_WORD = re.compile(r"[\w.+-]*(?:/[\w.+-]+)?")  # a name, or OWNER/NAME on the Hub
+PLAIN_WORD = re.compile(r"[\w.+-]*(?:/[\w.+-]+|=[\d.e+-]+)?")  # a name, OWNER/NAME on the Hub, or NAME=NUMBER
 
 
 def check_text(text: str) -> Iterator[str]:

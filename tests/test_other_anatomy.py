@@ -11,6 +11,7 @@ from dataset_scripts.corpus import main as build_corpus
 from dataset_scripts.corpus_reader import Corpus
 from dataset_scripts.verify import verify_corpus
 from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino.published_files import check_recipe
 from modeling_mammodino.tissue_finders import find_body
 from training.pretrain import train
 from training.recipe import load_recipe
@@ -136,6 +137,7 @@ def test_a_pretraining_run_on_ct(tmp_path):
     assert len(lines) == 3 and all(np.isfinite(list(line.values())).all() for line in lines)
     assert all(line["slice_pairs"] == 8 and line["loss_adjacent_slice"] > 0 for line in lines)
     assert all(line["tissue_in_crops"] > 0.5 for line in lines)
+    assert not list(check_recipe((encoder / "recipe.yaml").read_bytes()))  # may be published, its weights of kinds too
     processor = MammoDinoImageProcessor.from_pretrained(encoder)
     assert processor.tissue_finder == "body"
     mask = processor(sorted((tmp_path / "ct").iterdir())[0])["tissue_mask"]

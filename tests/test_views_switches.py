@@ -1,11 +1,16 @@
 """With every idea of MammoDINO's off the views are plain DINOv2's, and each can be turned off alone."""
 
+import json
+
 import cv2
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
+from test_pretrain import TINY
 
 from dataset_scripts.corpus_reader import Corpus
-from training.recipe import ViewsRecipe
+from training.pretrain import train
+from training.recipe import ViewsRecipe, load_recipe
 from training.views.masks import maskable_patches
 from training.views.photometric import photometric
 from training.views.sample import PretrainingViews
@@ -72,6 +77,19 @@ def test_each_switch_turns_off_one_idea_alone(phantom_corpus):
         np.testing.assert_array_equal(one["global_crops"], other["global_crops"])
     for one, other in zip(on, no_pairs, strict=True):
         np.testing.assert_array_equal(one["masks"], other["masks"])
+
+
+def test_a_run_with_all_switched_off_has_dinov2s_losses_alone(phantom_corpus, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # a run is meant as a process of its own
+    off = ["--tissue_aware_crops", "false", "--tissue_aware_masks", "false"]
+    off += ["--adjacent_slice_weight", "0", "--adjacent_patch_weight", "0"]
+    where = ["--corpus", str(phantom_corpus), "--output_dir", str(tmp_path)]
+    train(load_recipe(["demo", *where, *TINY, *off, "--max_steps", "2"]))
+    for line in map(json.loads, (tmp_path / "logs" / "log.jsonl").read_text().splitlines()):
+        assert line["slice_pairs"] == 0 and line["loss_adjacent_slice"] == line["loss_adjacent_patch"] == 0
+        dinov2 = line["loss_dino_global"] + line["loss_dino_local"] + line["loss_ibot"] + 0.1 * line["loss_koleo"]
+        assert line["loss"] == pytest.approx(dinov2, rel=1e-5)
+        assert line["masked_tissue_fraction"] > 0
 
 
 def test_masks_without_tissue_may_cover_every_patch():
