@@ -26,7 +26,10 @@ except ImportError:  # huggingface_hub brings it
     yaml = None  # type: ignore[assignment]
 
 # fields of a recipe that name places of the machine it ran on, or mean nothing without them
-LOCAL_RECIPE_FIELDS = ("corpus", "output_dir", "resume_from_checkpoint", "knn_labels", "knn_task", "knn_steps")
+LOCAL_RECIPE_FIELDS = (
+    *("corpus", "output_dir", "resume_from_checkpoint", "init_from_checkpoint"),
+    *("knn_labels", "knn_task", "knn_steps"),
+)
 LOCAL_PATH = re.compile(
     r"(?<![\w./<~\])}-])/[A-Za-z_][\w.-]*(?:/|\b)"  # /home/someone, not https://host/page, and/or, ViT-B/14, </p>
     r"|(?<!\w)~\w*/\w|\bfile://|(?<![A-Za-z])[A-Za-z]:[\\/]+\w|\\\\\w[\w.-]*\\"  # ~/x, file://, C:\x, \\server\x

@@ -97,24 +97,33 @@ def test_a_corpus_of_patients_is_not_called_simulated(phantom_corpus, encoder, t
     assert "| simulated (collection `phantom`) | 5 |" in text and "simulated breasts only" not in text
 
 
+@pytest.mark.parametrize("former", [False, True])
 @pytest.mark.parametrize("published", [True, False])
 def test_weights_to_start_from_are_named_by_their_hub_id_and_never_by_a_path(
-    phantom_corpus, encoder, tmp_path, monkeypatch, published
+    phantom_corpus, encoder, tmp_path, monkeypatch, published, former
 ):
     monkeypatch.chdir(tmp_path)
     if not published:
         (tmp_path / "clinic" / "anna").mkdir(parents=True)  # a folder may look like a Hub id
     places = ["--corpus", str(phantom_corpus), "--output_dir", str(encoder.parent)]
     recipe = load_recipe(["demo", *places, "--init_from", "clinic/anna"])
+    if former:  # another run started from them, and this one goes on from its checkpoint
+        (tmp_path / "checkpoint-9").mkdir()
+        recipe.save(tmp_path / "checkpoint-9" / "recipe.yaml")
+        recipe = load_recipe(["demo", *places, "--init_from_checkpoint", str(tmp_path / "checkpoint-9")])
+    by_way_of = "a former run's, which started from: " if former else ""
     export_encoder(MammoDinoModel.from_pretrained(encoder), Corpus(phantom_corpus), recipe, 5, tmp_path / "encoder")
     text = (tmp_path / "encoder" / "README.md").read_text()
     assert check_folder(tmp_path / "encoder") == []
     assert ("clinic/anna" in text + (tmp_path / "encoder" / "recipe.yaml").read_text()) == published
     if published:
-        assert "| initial weights | `clinic/anna` on the Hub |" in text and "`clinic/anna`, whose licence holds" in text
+        assert (
+            f"| initial weights | {by_way_of}`clinic/anna` on the Hub |" in text
+            and "`clinic/anna`, whose licence holds" in text
+        )
         assert ModelCard(text).data.base_model == "clinic/anna"
     else:
-        assert "| initial weights | unpublished weights |" in text and "init_from: UNPUBLISHED" in text
+        assert f"| initial weights | {by_way_of}unpublished weights |" in text and "init_from: UNPUBLISHED" in text
 
 
 def test_the_nearest_recipe_is_named():

@@ -1,7 +1,9 @@
 """One head for class tokens and patches, or a head for each: who goes through which, and what each has of its own."""
 
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from test_pretrain import TINY, recipe, weights
 
 from dataset_scripts.corpus_reader import Corpus
+from training.engine.heads import ProjectionHead
 from training.engine.param_groups import param_groups
 from training.engine.student_teacher import Network, make_teacher
 from training.engine.targets import TeacherTargets
@@ -34,6 +37,33 @@ def fresh_accelerator():
 def batch(phantom_corpus) -> dict[str, torch.Tensor]:
     views = PretrainingViews(Corpus(phantom_corpus), tiny().views, 16, seed=0, global_batch_size=8)
     return collate([views[index] for index in range(8)])
+
+
+def test_a_head_gives_scaled_cosines_to_its_prototypes():
+    """By hand: three layers with exact GELU, then g_k cos(bottleneck, v_k); at the start g is 1, and it learns."""
+    head = ProjectionHead(8, 12, 5, 7).double()
+    magnitude, direction = (getattr(head.last_layer.parametrizations.weight, f"original{part}") for part in (0, 1))
+    assert (magnitude == 1).all() and magnitude.requires_grad and direction.requires_grad
+    torch.nn.init.uniform_(magnitude, 0.5, 2)
+    for layer in head.mlp[::2]:
+        torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
+    features = torch.randn(3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        logits, hidden = head(features), features.numpy()
+        for number, layer in enumerate(head.mlp[::2]):
+            hidden = hidden @ layer.weight.numpy().T + layer.bias.numpy()
+            if number < 2:
+                hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+        norms = np.linalg.norm(hidden, axis=1)[:, None] * np.linalg.norm(direction.numpy(), axis=1)
+        expected = magnitude.numpy()[:, 0] * (hidden @ direction.numpy().T) / norms
+    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-9)
+
+
+def test_a_head_starts_from_small_normal_weights():
+    head = ProjectionHead(256, 512, 128, 1024)
+    for weight in (*(layer.weight for layer in head.mlp[::2]), head.last_layer.parametrizations.weight.original1):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.03) and abs(weight.mean().item()) < 5e-4
+    assert not any(layer.bias.any() for layer in head.mlp[::2])
 
 
 @pytest.mark.parametrize("arguments", [[], SEPARATE])

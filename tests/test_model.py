@@ -75,6 +75,24 @@ def test_wrong_shapes_are_refused_with_the_remedy():
         MammoDinoConfig(hidden_size=50, num_attention_heads=4)
 
 
+def test_a_fresh_encoder_starts_as_dinov2s_does():
+    """facebookresearch/dinov2, vision_transformer.py: truncated normals of 0.02, tokens near zero, LayerScale 1e-5."""
+    torch.manual_seed(0)
+    model = MammoDinoModel(MammoDinoConfig(hidden_size=192, num_hidden_layers=2, num_attention_heads=3))
+    for name, parameter in model.named_parameters():
+        value, spread = parameter.detach(), parameter.detach().std().item()
+        if name.endswith("lambda1"):
+            assert (value == 1e-5).all(), name
+        elif "norm" in name:
+            assert (value == (1 if name.endswith("weight") else 0)).all(), name
+        elif name.endswith(("bias", "mask_token")):
+            assert not value.any(), name
+        elif name.endswith(("cls_token", "register_tokens")):
+            assert spread == pytest.approx(1e-6, rel=0.2), name
+        else:  # linear layers, patch embedding, position embeddings
+            assert spread == pytest.approx(0.02, rel=0.03), name
+
+
 def test_stochastic_depth_keeps_the_expectation():
     torch.manual_seed(0)
     model = random_encoder(drop_path_rate=0.5, num_hidden_layers=1)

@@ -18,7 +18,10 @@ from training.losses.sinkhorn import sinkhorn_knopp
 
 NUM_PROCESSES = 2
 SPLITS = {"equal": (6, 6), "unequal": (9, 3), "one is empty": (12, 0)}  # rows of either process
-STEPS = 20
+STEPS = {"as shipped": 20, "with every option": 5}
+OPTIONS = ["--teacher_targets", "centering", "--separate_ibot_head", "true", "--ibot_num_prototypes", "24",
+           "--tissue_tokens", "true", "--gram_weight", "1", "--gram_start_step", "2", "--gram_crop_size", "128",
+           "--gradient_checkpointing", "true"]  # fmt: skip
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -108,17 +111,17 @@ def test_koleo_finds_neighbours_in_the_other_process(alone):
     assert alone["koleo, False"]["loss"] > halves + 1
 
 
-@pytest.fixture(scope="module")
-def one_and_two(phantom_corpus, tmp_path_factory) -> dict[int, tuple[list, list]]:
+@pytest.fixture(scope="module", params=STEPS)
+def one_and_two(request, phantom_corpus, tmp_path_factory) -> dict[int, tuple[list, list]]:
     """Recorded forwards of each process, and the log, of one run by one process and by two."""
-    runs = {}
+    runs, options = {}, OPTIONS if request.param == "with every option" else []
     for processes in (1, NUM_PROCESSES):
         folder = tmp_path_factory.mktemp(f"by_{processes}")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *launcher, "-m", "tests.recorded_run", str(folder), "demo", "--corpus",
                    str(phantom_corpus), "--output_dir", str(folder / "run"), *TINY, "--drop_path_rate", "0",
-                   "--max_steps", str(STEPS), "--adjacent_patch_weight", "0.5", "--koleo_weight", "0.1",
-                   "--per_device_train_batch_size", str(8 // processes)]  # fmt: skip
+                   "--max_steps", str(STEPS[request.param]), "--adjacent_patch_weight", "0.5", "--koleo_weight", "0.1",
+                   "--per_device_train_batch_size", str(8 // processes), *options]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         recorded = [torch.load(folder / f"{process}.pt") for process in range(processes)]
@@ -129,7 +132,7 @@ def one_and_two(phantom_corpus, tmp_path_factory) -> dict[int, tuple[list, list]
 def test_two_processes_see_the_samples_of_one(one_and_two):
     (alone,), _ = one_and_two[1]
     shared, _ = one_and_two[NUM_PROCESSES]
-    assert len(alone) == STEPS and all(len(each) == STEPS for each in shared)
+    assert len(alone) in STEPS.values() and all(len(each) == len(alone) for each in shared)
     for step, forward in enumerate(alone):
         parts = [each[step] for each in shared]
         for key in ("index", "row", "boxes"):

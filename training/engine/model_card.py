@@ -18,6 +18,7 @@ from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel, __versio
 from modeling_mammodino.published_files import LOCAL_RECIPE_FIELDS
 
 from ..recipe import MAY_CHANGE_ON_RESUME, RECIPES, Recipe, load_recipe
+from .checkpoints import RECIPE_FILE
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "model_cards" / "template.md"
@@ -78,14 +79,15 @@ def write_card(
 def published_recipe(recipe: Recipe) -> dict[str, Any]:
     """Every field but the places on this machine."""
     published = {name: value for name, value in recipe.flat().items() if name not in LOCAL_RECIPE_FIELDS}
-    if published.get("init_from"):
+    if first_source(recipe):
         published["init_from"] = base_model(recipe) or UNPUBLISHED
     return published
 
 
 def base_model(recipe: Recipe) -> str | None:
-    """The repository on the Hub that the run's weights started from; None where they were random or local."""
-    name = recipe.flat().get("init_from", "")
+    """The repository on the Hub that the weights started from, also by way of a former run; None where they were random
+    or local."""
+    name = first_source(recipe)
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -94,9 +96,17 @@ def base_model(recipe: Recipe) -> str | None:
 
 
 def initial_weights(recipe: Recipe) -> str:
-    if base := base_model(recipe):
-        return f"`{base}` on the Hub"
-    return "unpublished weights" if recipe.flat().get("init_from") else "random"
+    source = first_source(recipe)
+    origin = f"`{base}` on the Hub" if (base := base_model(recipe)) else "unpublished weights" if source else "random"
+    return f"a former run's, which started from: {origin}" if recipe.model.init_from_checkpoint else origin
+
+
+def first_source(recipe: Recipe) -> str:
+    """`init_from` of the run, or of the first of the former runs that it goes on from."""
+    fields = recipe.flat()
+    while former := fields.get("init_from_checkpoint"):
+        fields = yaml.safe_load((Path(former) / RECIPE_FILE).read_text())
+    return fields.get("init_from", "")
 
 
 def recipe_name(recipe: Recipe) -> str:
