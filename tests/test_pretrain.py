@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from training.engine.checkpoints import list_checkpoints
 from training.pretrain import StepSampler, main, train
-from training.recipe import Recipe, load_recipe
+from training.recipe import RECIPES, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 TINY = [
     "--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "4", "--num_prototypes", "64",
     "--head_hidden_size", "32", "--head_bottleneck_size", "16", "--global_crop_size", "64", "--local_crop_size", "32",
@@ -163,6 +164,20 @@ def fresh_accelerator():
 def test_every_part_can_be_switched(phantom_corpus, tmp_path, switch):
     train(recipe(phantom_corpus, tmp_path, "--max_steps", "2", *switch))
     assert np.isfinite(log(tmp_path)[-1]["loss"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_starts(run, phantom_corpus, tmp_path, name):
+    """Two steps of each, all its own but the sizes."""
+    beginnings = {
+        "continue_from_dinov2": ["--init_from", str(run / "encoder")],
+        "high_resolution": ["--init_from_checkpoint", str(run / "checkpoint-20"), "--gram_crop_size", "96"],
+    }
+    sizes = ["--patch_size", "16", "--num_register_tokens", "2", "--per_device_train_batch_size", "2"]
+    arguments = [name, "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), *TINY, *sizes]
+    arguments += ["--torch_compile", "false", "--max_steps", "2", *beginnings.get(name, [])]
+    train(load_recipe(arguments))
+    assert [line["step"] for line in log(tmp_path)] == [1, 2] and np.isfinite(log(tmp_path)[-1]["loss"])
 
 
 def test_the_export_opens_where_the_package_is_not_installed(run, tmp_path):
