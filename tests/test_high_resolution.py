@@ -21,7 +21,7 @@ from training.views.sample import PretrainingViews, collate
 
 FORMER_STEPS = 20
 FORMER = ["--max_steps", str(FORMER_STEPS), "--save_steps", str(FORMER_STEPS), "--teacher_targets", "centering",
-          "--separate_ibot_head", "true", "--learning_rate", "5e-3", "--drop_path_rate", "0"]  # fmt: skip
+          "--separate_ibot_head", "true", "--learning_rate", "5e-4", "--drop_path_rate", "0"]  # fmt: skip
 # twice the crops: a grid of 8 x 8 patches for position embeddings stored at 4 x 4
 LARGER = ["--max_steps", "2", "--save_steps", "1", "--teacher_targets", "centering", "--separate_ibot_head", "true",
           "--drop_path_rate", "0", "--global_crop_size", "128", "--local_crop_size", "64"]  # fmt: skip
@@ -64,7 +64,7 @@ def test_the_first_losses_are_those_of_the_former_networks_on_larger_crops(run, 
     batch = collate([views[index] for index in range(8)])
     assert batch["global_crops"].shape[-1] == 128
     temperature = make_schedules(chosen, 8)["teacher_temperature"][0]
-    losses, _ = compute_losses(batch, student, teacher, targets_of, float(temperature), chosen)
+    losses = compute_losses(batch, student, teacher, targets_of, float(temperature), chosen)[0]
     for name, value in losses.items():
         assert log(run)[0][f"loss_{name}"] == pytest.approx(value.item(), rel=1e-5), name
 
