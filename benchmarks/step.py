@@ -20,16 +20,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
+from dataset_scripts.corpus import build_corpus
+from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor
+from training.engine.flops import matmul_peak, step_flops
+from training.pretrain import train
 from training.recipe import Recipe, load_recipe
+from training.views.sample import collate
 
-MODELS = {  # width, blocks, heads; useful GFLOP an image and step
-    "vits14": (384, 12, 6, 166),
-    "vitb14": (768, 12, 12, 593),
-    "vitl14": (1024, 24, 16, 2044),
-}
+from .encoder import MODELS
+from .pictures import example_pictures
+
 WAYS = {
     "plain": [],
     "compiled": ["--torch_compile", "true"],
@@ -73,7 +78,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"step: {way}, batch {batch}: {done.stderr[-2000:]}")
-            print(f"| {way} | {batch} | {table_row(options.model, batch, json.loads(done.stdout.splitlines()[-1]))} |",
+            print(f"| {way} | {batch} | {table_row(batch, json.loads(done.stdout.splitlines()[-1]))} |",
                   flush=True)  # fmt: skip
     if options.model == "vits14":
         print("\nThe peers, on such a machine at a peak of 186: images/s, share of peak, GiB")
@@ -81,9 +86,9 @@ def main() -> None:
             print(f"    {name}: {rate}, {share}, {memory}")
 
 
-def table_row(model: str, batch: int, found: dict) -> str:
+def table_row(batch: int, found: dict) -> str:
     seconds, peak = statistics.median(found["seconds"]), found["peak"]
-    share = MODELS[model][3] * 1e9 * batch / seconds / peak
+    share = found["flops"] / seconds / peak
     least, most = (each * 1e3 for each in (min(found["seconds"]), max(found["seconds"])))
     return (
         f"{seconds * 1e3:.0f} ({least:.0f}, {most:.0f}) | {batch / seconds:.3f} | {share:.2f} | {peak / 1e9:.0f} "
@@ -93,14 +98,8 @@ def table_row(model: str, batch: int, found: dict) -> str:
 
 def measure(model: str, way: str, batch_size: int, steps: int) -> dict:
     """Seconds of each step, the matmul peak in the step's precision, and the process' peak memory in bytes."""
-    from dataset_scripts.corpus import build_corpus
-    from modeling_mammodino import MammoDinoImageProcessor
-    from training.pretrain import train
-
-    from .encoder import matmul_peak
-    from .pictures import example_pictures
-
     times: list[float] = []
+    batch: dict = {}
     with tempfile.TemporaryDirectory() as folder:
         _, planes = example_pictures(batch_size)
         archive = write_archive(Path(folder, "archive"), planes)
@@ -108,7 +107,7 @@ def measure(model: str, way: str, batch_size: int, steps: int) -> dict:
         recipe = make_recipe(model, way, batch_size, steps + 3, Path(folder))
 
         def one_batch(views, recipe: Recipe, first_step: int, accelerator) -> Iterator[dict]:
-            batch = collate_one(views, recipe, way in REAL, accelerator)
+            batch.update(collate_one(views, recipe, way in REAL, accelerator))
             while True:
                 synchronize()
                 times.append(time.perf_counter())
@@ -116,18 +115,22 @@ def measure(model: str, way: str, batch_size: int, steps: int) -> dict:
 
         train(recipe, load=one_batch)
         memory = peak_memory()
+        config = MammoDinoConfig.from_pretrained(Path(folder, "run", "encoder"))
+    flops = step_flops(batch, config, recipe.model, recipe.views.tissue_tokens)
     dtype = torch.bfloat16 if recipe.run.bf16 else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {"seconds": np.diff(times)[2:].tolist(), "peak": matmul_peak(device, dtype), "memory": memory}
+    peak = matmul_peak(torch.device(device), dtype)
+    return {"seconds": np.diff(times)[2:].tolist(), "flops": flops, "peak": peak, "memory": memory}
 
 
 def make_recipe(model: str, way: str, batch_size: int, steps: int, folder: Path) -> Recipe:
-    width, blocks, heads, _ = MODELS[model]
+    width, blocks, heads = MODELS[model]
     settings = {
         **{"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads},
         **{"num_register_tokens": 0, "drop_path_rate": 0, "adjacent_slice_weight": 0, "adjacent_patch_weight": 0},
         **{"teacher_targets": "centering", "bf16": "false", "per_device_train_batch_size": batch_size},
         **{"max_steps": steps, "save_steps": steps, "logging_steps": steps, "report_to": "none"},
+        "picture_steps": 0,
         **{"corpus": folder / "corpus", "output_dir": folder / "run"},
     }
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
@@ -135,8 +138,6 @@ def make_recipe(model: str, way: str, batch_size: int, steps: int, folder: Path)
 
 
 def write_archive(folder: Path, planes: list[np.ndarray]) -> Path:
-    import cv2
-
     folder.mkdir()
     for number, plane in enumerate(planes):
         cv2.imwrite(str(folder / f"{number}.png"), plane)
@@ -145,10 +146,6 @@ def write_archive(folder: Path, planes: list[np.ndarray]) -> Path:
 
 def collate_one(views, recipe: Recipe, real: bool, accelerator) -> dict:
     """A batch as the loader makes it; of noise all over, with masks that know no breast, unless `real`."""
-    from accelerate.utils import send_to_device
-
-    from training.views.sample import collate
-
     if not real:
         views.recipe.tissue_aware_masks = False
     batch = collate([views[index] for index in range(recipe.run.per_device_train_batch_size)])
