@@ -13,9 +13,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import draw_breast
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from training.engine import checkpoints
 from training.engine.checkpoints import list_checkpoints
 from training.pretrain import StepSampler, main, train
 from training.recipe import RECIPES, Recipe, load_recipe
@@ -122,6 +124,27 @@ def test_a_damaged_checkpoint_is_named(run, phantom_corpus, tmp_path):
         train(recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10"))
 
 
+def test_a_full_disk_is_said_and_the_last_checkpoint_stands(run, phantom_corpus, tmp_path, monkeypatch):
+    save, files = checkpoints.save_file, []
+
+    def save_until_full(tensors, path):
+        files.append(path)
+        if len(files) == 6:  # in the middle of the second checkpoint
+            raise SafetensorError("No space left on device (os error 28)")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", save_until_full)
+    arguments = ["demo", "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), *TINY]
+    arguments += ["--max_steps", "20", "--save_steps", "10"]
+    with pytest.raises(SystemExit, match="checkpoint-20: cannot be written .*No space left.*Make room"):
+        main(arguments)
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-10"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(arguments)
+    whole, resumed = weights(run / "checkpoint-20"), weights(tmp_path / "checkpoint-20")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(phantom_corpus, tmp_path, monkeypatch):
     import training.pretrain as pretrain
 
@@ -160,7 +183,7 @@ def fresh_accelerator():
                                     ["--tissue_tokens", "true"], ["--teacher_targets", "centering"],
                                     ["--num_local_crops", "0"], ["--mask_probability", "0"],
                                     ["--gradient_accumulation_steps", "2"], ["--bf16", "true"],
-                                    ["--gradient_checkpointing", "true"]])  # fmt: skip
+                                    ["--gradient_checkpointing", "true"], ["--torch_compile", "true"]])  # fmt: skip
 def test_every_part_can_be_switched(phantom_corpus, tmp_path, switch):
     train(recipe(phantom_corpus, tmp_path, "--max_steps", "2", *switch))
     assert np.isfinite(log(tmp_path)[-1]["loss"])

@@ -33,7 +33,7 @@ def save_checkpoint(
     and the encoder's configuration, by which another run can go on from it.
 
     All is written into a folder of a temporary name, which is renamed when everything is on disk. Every process calls
-    it, and the main one writes: tensors that are sharded are gathered.
+    it, and the main one writes: tensors that are sharded are gathered. Raises OSError where it cannot be written.
     """
     final, temporary = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}.tmp"
     files = {name: get_model_state_dict(module, options=WHOLE) for name, module in modules.items()}
@@ -41,15 +41,21 @@ def save_checkpoint(
     if not is_main:
         return final
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, tensors in files.items():
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
-    recipe.save(temporary / RECIPE_FILE)
-    modules["student"].backbone.config.to_json_file(temporary / CONFIG_FILE)
-    (temporary / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
-    for path in temporary.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+    try:
+        temporary.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
+        recipe.save(temporary / RECIPE_FILE)
+        modules["student"].backbone.config.to_json_file(temporary / CONFIG_FILE)
+        (temporary / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
+        for path in temporary.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"{final}: cannot be written ({error}); what was saved before stands. Make room, and give the same command"
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     for old in list_checkpoints(directory)[: -recipe.run.save_total_limit]:
