@@ -31,6 +31,7 @@ from dataset_scripts.corpus_shards import render_shard
 from dataset_scripts.phantom_dicom import BreastInfo, mammogram_dataset, tomosynthesis_dataset
 from dataset_scripts.phantom_encoding import save
 
+from .encoder import resident_bytes
 from .pictures import example_pictures
 
 SLICE_PX, MAMMOGRAM_PX = (2048, 1664), (4096, 3328)
@@ -156,8 +157,7 @@ def print_peak(path: Path) -> None:
     if path.exists():
         render_shard(make_job(path.parent / "peak", [path], MEMORY_SLICES), 0, Counter())
         (path.parent / "peak.private" / "shards" / "00000.json").unlink()
-    status = Path("/proc/self/status").read_text()  # getrusage would give the parent's peak where that is larger
-    print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+    print(resident_bytes("VmHWM"))  # getrusage would give the parent's peak where that is larger
 
 
 def build_small(folder: Path, count: int, turn: str = "") -> float:

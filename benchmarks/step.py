@@ -27,12 +27,12 @@ from accelerate.utils import send_to_device
 
 from dataset_scripts.corpus import build_corpus
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor
-from training.engine.flops import matmul_peak, step_flops
+from training.engine.flops import matmul_peak, step_flops, synchronize
 from training.pretrain import train
 from training.recipe import Recipe, load_recipe
 from training.views.sample import collate
 
-from .encoder import MODELS
+from .encoder import MODELS, resident_bytes
 from .pictures import example_pictures
 
 WAYS = {
@@ -109,7 +109,7 @@ def measure(model: str, way: str, batch_size: int, steps: int) -> dict:
         def one_batch(views, recipe: Recipe, first_step: int, accelerator) -> Iterator[dict]:
             batch.update(collate_one(views, recipe, way in REAL, accelerator))
             while True:
-                synchronize()
+                synchronize(accelerator.device)
                 times.append(time.perf_counter())
                 yield batch
 
@@ -154,15 +154,10 @@ def collate_one(views, recipe: Recipe, real: bool, accelerator) -> dict:
     return send_to_device(batch, accelerator.device)
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resident_bytes("VmHWM")
 
 
 if __name__ == "__main__":
