@@ -1,4 +1,4 @@
-"""The article's published figures: every one that is known (Zhou et al., arXiv 2510.11883; the full tables are not public).
+"""The article's published figures, every one that is known (Zhou et al., arXiv 2510.11883; its tables are not public).
 
 Shown beside ours, marked as theirs, never mixed with ours: splits, label definitions, resolution and fine-tuning of the
 article are not published, and some of its labels are not in the public data (`UNCLEAR`).
@@ -23,7 +23,10 @@ PUBLISHED = (
 
 UNCLEAR = {
     ("vindr_mammo", "cancer"): "VinDr-Mammo has no pathology; which BI-RADS the article calls cancer is not said",
-    ("cbis_ddsm", "lesion"): "the article says DDSM; CBIS-DDSM has no normal cases, so what it calls no lesion is unknown",
+    (
+        "cbis_ddsm",
+        "lesion",
+    ): "the article says DDSM; CBIS-DDSM has no normal cases, so what it calls no lesion is unknown",
     ("cmmd", "birads"): "the public labels of CMMD have no BI-RADS, so this figure cannot be tried",
     ("rsna", "density"): "the metric is not named",
 }

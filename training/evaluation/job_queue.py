@@ -3,14 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from .results import RESULT_FILE
-
 logger = logging.getLogger(__name__)
 
+RESULT_FILE = "result.json"  # written last: where it stands, a job is done
 WAIT_SECONDS = 2.0
 
 
@@ -18,7 +18,7 @@ class QueuedJob(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def output_dir(self): ...  # a Path; holds RESULT_FILE once the job is done
+    def output_dir(self) -> Path: ...  # holds RESULT_FILE once the job is done
 
 
 def run_jobs(jobs: Sequence[QueuedJob], run: Callable) -> dict[str, str]:

@@ -1,14 +1,14 @@
 """A suite: which backbones are judged on which tasks of which data sets, with which seeds; read from YAML.
 
-    output_dir: runs/benchmark
-    seeds: [0, 1, 2]
-    finetune: {mode: frozen}            # fields of training.finetune, the same for every run
-    backbones:
-      - {name: MammoDINO, kind: mammodino, source: runs/first/encoder}
-      - {name: ResNet50, kind: resnet50}
-    datasets:
-      - {name: rsna, data_dir: /data/rsna, tasks: [cancer, density]}
-      - {name: vindr_mammo, data_dir: /data/vindr, tasks: [{task: cancer, definition: birads_4_5}]}
+output_dir: runs/benchmark
+seeds: [0, 1, 2]
+finetune: {mode: frozen}            # fields of training.finetune, the same for every run
+backbones:
+  - {name: MammoDINO, kind: mammodino, source: runs/first/encoder}
+  - {name: ResNet50, kind: resnet50}
+datasets:
+  - {name: rsna, data_dir: /data/rsna, tasks: [cancer, density]}
+  - {name: vindr_mammo, data_dir: /data/vindr, tasks: [{task: cancer, definition: birads_4_5}]}
 """
 
 import re
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from dataset_scripts.benchmarks import get_benchmark
 
 from dataset_scripts.benchmark_index import TASKS
-from dataset_scripts.benchmarks import get_benchmark
 
 from .backbones import BACKBONES
 from .finetune_settings import FinetuneSettings
@@ -114,7 +114,9 @@ def read_suite(path: Path, output_dir: Path | None = None) -> Suite:
         if not (output_dir or values.get("output_dir")):
             raise ValueError("output_dir must be given")
         rest = {key: value for key, value in values.items() if key not in ("backbones", "datasets")}
-        suite = Suite(**rest | {"output_dir": Path(output_dir or values["output_dir"])}, backbones=backbones, tasks=tasks)
+        suite = Suite(
+            **rest | {"output_dir": Path(output_dir or values["output_dir"])}, backbones=backbones, tasks=tasks
+        )
         _check(suite)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"suite {path}: {' '.join(str(error).split())}") from error

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas
-
 from dataset_scripts.benchmarks import get_benchmark
 
 from .article import PUBLISHED, published_table
@@ -42,7 +41,9 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
         index=[task.name for task in scored],
         columns=names,
     )
-    caption = f"{level_in_words(suite.level)}, mean of {len(suite.seeds)} seeds; each spoke from lowest to highest score"
+    caption = (
+        f"{level_in_words(suite.level)}, mean of {len(suite.seeds)} seeds; each spoke from lowest to highest score"
+    )
     has_radar = draw_radar(table, ours, suite.output_dir / "radar.png", caption)
     report = suite.output_dir / "report.md"
     lines = [*heading(suite, jobs, done), *score_table(scored, names), *significance_table(scored, ours)]
@@ -83,7 +84,7 @@ def score_table(scored: dict[SuiteTask, TaskScores], names: list[str]) -> list[s
 
 
 def significance_table(scored: dict[SuiteTask, TaskScores], ours: str) -> list[str]:
-    """Ours against the other backbone of the highest score: the best of several, so that the comparison is a hard one."""
+    """Ours against the other backbone of the highest score: the best of several, so that the comparison is hard."""
     compared = []
     for task, each in scored.items():
         others = [name for name in each.by_seed if name != ours]
@@ -127,7 +128,9 @@ def data_section(jobs: Sequence[Job], done: dict[str, Any]) -> list[str]:
     for job in jobs:
         if job.name in done and job.task.name not in told:
             result = done[job.name]
-            told[job.task.name] = [f"- **{job.task.name}**: {result['meaning']} Classes: {', '.join(result['classes'])}."]
+            told[job.task.name] = [
+                f"- **{job.task.name}**: {result['meaning']} Classes: {', '.join(result['classes'])}."
+            ]
             told[job.task.name] += [f"  {split}: {told_counts(c)}." for split, c in result["counts"].items()]
     lines += [line for each in told.values() for line in each]
     for name in dict.fromkeys(job.task.dataset for job in jobs):

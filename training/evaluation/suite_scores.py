@@ -101,6 +101,6 @@ def check_same_rows(predictions: Mapping[str, Predictions], seeds: list[int]) ->
             found = set(zip(*(predictions[name][seed][key] for key in ("patient_id", "image_id")), strict=True))
             if found != expected:
                 raise ValueError(
-                    f"seed {seed}: {first} was tested on {len(expected)} images, {name} on {len(found)}, and they differ: "
-                    "the data changed between the runs; remove the older runs and start again"
+                    f"seed {seed}: {first} was tested on {len(expected)} images, {name} on {len(found)}, not the "
+                    "same ones: the data changed between the runs; remove the older runs and start again"
                 )
