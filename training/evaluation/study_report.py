@@ -40,15 +40,15 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
     lines = [
         "# What is each idea worth?",
         "",
-        "**Results on simulated breasts: they say what moves at this size, nothing about patients. Research use only.** "
-        "This page is written by `python -m training.study`; do not edit it.",
+        "**Results on simulated breasts: they say what moves at this size, nothing about patients. Research use "
+        "only.** This page is written by `python -m training.study`; do not edit it.",
         "",
         f"Size `{done[0][0]['size']}`: recipe `{size['recipe']}`, {size['pretraining_patients']} simulated patients to "
         f"learn from, {size['test_patients']} held out, seeds {', '.join(map(str, sorted(results['seed'].unique())))}. "
         f"Every configuration got the compute (matrix products) of {size['plain_steps']} steps of plain DINOv2, except "
         f"*{FULL_EQUAL_IMAGES}*, which saw as many images. AUC of frozen features (macro over classes), the mean over "
-        f"seeds; in brackets 95 % intervals from {NUM_RESAMPLES} bootstrap resamples of patients; differences are paired. "
-        "The intervals speak of other patients, not of other seeds: the spread over seeds stands beside.",
+        f"seeds; in brackets 95 % intervals from {NUM_RESAMPLES} bootstrap resamples of patients; differences are "
+        "paired. The intervals speak of other patients, not of other seeds: the spread over seeds stands beside.",
     ]
     lines += ["", "## Each idea, with a linear head", "", f"![differences]({picture.name})", ""]
     lines += difference_table(scores, names, "linear") + ["", "With k-NN:", ""] + difference_table(scores, names, "knn")
@@ -114,12 +114,12 @@ def real_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
         "",
         f"Neighbour consistency: {len(pairs)} pairs of slices of one volume, {pairs['distance_slices'].min()} to "
         f"{pairs['distance_slices'].max()} slices apart, of {pairs['patient'].nunique()} patients; AUC of their cosine "
-        "similarity over that of slices of other patients, of the half that is nearest in density. Density is estimated "
-        "from the picture: the collection does not give it. Lesion: slices with a box "
+        "similarity over that of slices of other patients, of the half that is nearest in density. Density is "
+        "estimated from the picture: the collection does not give it. Lesion: slices with a box "
         f"({first['num_with_lesion']}) against those without ({first['num_slices'] - first['num_with_lesion']}), k-NN, "
         "other patients; too few for an interval that says anything.",
         "",
-        "| configuration | neighbours, AUC | worst pair | similarity of pairs | highest of other breasts | lesion, AUC |",
+        "| configuration | neighbours, AUC | worst pair | similarity of pairs | highest of others | lesion, AUC |",
         "|---" * 6 + "|",
     ]
     for name in names:
