@@ -9,10 +9,12 @@ Our choice, for no baseline was made for mammograms but Mammo-CLIP: the breast i
 cuts it; a picture is fitted at its aspect and padded with black instead.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -109,13 +111,8 @@ def rgb_pictures(
     source: str, published: dict[str, Any], crop_to_breast: bool, as_mammo_clip: bool = False
 ) -> RgbPictures:
     """With the image processor that lies beside the weights, or else the `published` settings of the family."""
-    if find_beside(source, "preprocessor_config.json"):
-        folder = Path(source)
-        image_processor = AutoImageProcessor.from_pretrained(
-            folder.parent if folder.is_file() else source, backend="pil"
-        )
-        if not isinstance(image_processor, PilBackend):
-            raise ValueError(f"its image processor is a {type(image_processor).__name__}, not one of transformers'")
+    if beside := find_beside(source, "preprocessor_config.json"):
+        image_processor = _own_processor(beside)
     else:
         logger.info("%s: no preprocessor_config.json; pictures are prepared as published, %s", source, published)
         image_processor = ViTImageProcessorPil(**published)
@@ -124,6 +121,21 @@ def rgb_pictures(
         chest_wall_side="as_is", do_crop_to_breast=crop_to_breast, do_clahe=False, do_zero_background=False
     )
     return RgbPictures(image_processor, grey, keeps_aspect=not as_mammo_clip, stretches_range=as_mammo_clip)
+
+
+def _own_processor(path: Path) -> PilBackend:
+    """The image processor of a preprocessor_config.json, by Pillow, under today's name of its class."""
+    settings = json.loads(path.read_text())
+    settings.pop("auto_map", None)  # no code of a checkpoint is run
+    older = settings.pop("feature_extractor_type", None)
+    name = settings.get("image_processor_type") or older or "ViTImageProcessor"
+    settings["image_processor_type"] = name.replace("FeatureExtractor", "ImageProcessor")
+    with TemporaryDirectory() as folder:
+        (Path(folder) / path.name).write_text(json.dumps(settings))
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if not isinstance(image_processor, PilBackend) or isinstance(image_processor, MammoDinoImageProcessor):
+        raise ValueError(f"{path.name}: {name} is no image processor for RGB pictures")
+    return image_processor
 
 
 def final_size(settings: dict[str, Any]) -> tuple[int, int]:

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     CLIPVisionModel,
@@ -33,6 +36,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
+from transformers.utils import cached_file
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel, pool_tokens
 from modeling_mammodino.embed import open_encoder
@@ -226,15 +230,18 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
     """
     if kind not in BACKBONES:
         raise ValueError(f"backbone {kind}: must be one of {', '.join(BACKBONES)}")
-    family = BACKBONES[kind]
-    source = source or family.hub_id
-    if source and (local := Path(source).expanduser()).exists():
-        source = str(local)
+    source = source or BACKBONES[kind].hub_id
     if source is None and kind != "untrained":
         raise ValueError(
             f"backbone {kind}: no published weights are known; give a source: a folder, a file or a Hub id"
         )
+    place = "" if source is None else f", source {source}"
     try:
+        if source and (local := Path(source).expanduser()).exists():
+            source = str(local)
+        elif source:
+            place = f", source {source} (no such folder or file here)"
+            _check_hub_id(source)
         if kind == "untrained":
             model, pictures = _untrained(source, seed)
         elif kind == "mammodino":
@@ -243,12 +250,23 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
             model, pictures = _baseline(kind, str(source), crop_to_breast)
     except pickle.UnpicklingError as error:  # a pytorch_model.bin
         raise ValueError(
-            f"backbone {kind}, source {source}: refused, for its weights hold more than tensors; none of their code "
-            "was run. Save it again as safetensors (save_pretrained)"
+            f"backbone {kind}{place}: refused, for its weights hold more than tensors; none of their code was run. "
+            "Save it again as safetensors (save_pretrained)"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"backbone {kind}{place}: its weights are damaged ({first_line(error)}); fetch it again"
         ) from error
     except Exception as error:  # on a damaged file the readers of config, weights and pickles fail in any way
-        raise ValueError(f"backbone {kind}, source {source}: {first_line(error)}") from error
-    return Backbone(kind, source or "a ViT-S/14", model.eval(), pictures)
+        raise ValueError(f"backbone {kind}{place}: {first_line(error)}") from error
+    return Backbone(kind, source or "a ViT-S/14", model, pictures).eval()
+
+
+def _check_hub_id(source: str) -> None:
+    try:
+        validate_repo_id("/".join(source.split("/")[:2]))
+    except HFValidationError as error:
+        raise ValueError("neither is it a Hub id (OWNER/NAME)") from error
 
 
 def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Pictures]:
@@ -256,7 +274,10 @@ def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Pictures
     if source is not None:
         _check_family("untrained", source)
         config = MammoDinoConfig.from_pretrained(source)
-        image_processor = own_processor(processor_settings(source)) or image_processor
+        if (image_processor := own_processor(processor_settings(source))) is None:
+            raise ValueError(
+                "has no preprocessor_config.json of a MammoDinoImageProcessor; give an encoder's whole folder"
+            )
     with torch.random.fork_rng(devices=[]):  # the draws of a run do not depend on the backbone
         torch.default_generator.manual_seed(seed)
         return MammoDinoModel(config), MammoDinoPictures(image_processor)
@@ -282,6 +303,8 @@ def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedM
             )
         check_report(report)
     else:
+        if not Path(source).exists():
+            cached_file(source, family.files[0])  # says why it cannot be had
         raise ValueError(f"has no {' or '.join(family.files)}, nor one *{family.suffix}; give the path of the file")
     if (channels := model.config.num_channels) != 3:
         raise ValueError(f"takes {channels} channels; a baseline takes RGB: give the weights as they were published")
@@ -296,8 +319,11 @@ def _check_family(kind: str, source: str) -> str:
     model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     if model_type not in takes:
         opens = [other for other, family in BACKBONES.items() if model_type in family.models]
+        says = (
+            f"its config.json says model_type={model_type}" if model_type else "it has no config.json with a model_type"
+        )
         raise ValueError(
-            f"its config.json says model_type={model_type}, and {kind} takes {' or '.join(takes)}"
+            f"{says}, and {kind} takes {' or '.join(takes)}"
             + (f", or a folder with {own[0]}" if own else "")
             + (f"; open it as {' or '.join(opens)}" if opens else "")
         )

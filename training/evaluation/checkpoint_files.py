@@ -49,8 +49,6 @@ def find_file(source: str, names: Sequence[str], suffix: str = "") -> Path | Non
         if len(found) > 1:
             raise ValueError(f"{len(found)} files *{suffix} in the folder; give the path of one")
         return found[0] if found else None
-    if path.is_absolute() or source.startswith("."):
-        raise ValueError("no such file or folder")
     if source.count("/") > 1:
         owner, repository, name = source.split("/", 2)
         return Path(cached_file(f"{owner}/{repository}", name))
