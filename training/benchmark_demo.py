@@ -56,7 +56,11 @@ def make_suite(output: Path, phantom: Path, encoder: Path) -> dict:
         {"name": "MammoDINO", "kind": "mammodino", "source": str(encoder)},
         {"name": "untrained", "kind": "untrained", "source": str(encoder)},
     ]
-    backbones += [{"name": f"{kind} (small, random)", "kind": kind, "source": str(path)} for kind, path in small.items()]
+    backbones += [
+        {"name": f"{kind} (small, random)", "kind": kind, "source": str(path)}
+        for kind, path in small.items()
+        if kind not in ("mammodino", "untrained")
+    ]
     return {
         "output_dir": str(output / "benchmark"),
         "seeds": [0, 1, 2],
