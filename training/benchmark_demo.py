@@ -1,4 +1,4 @@
-"""The whole suite on simulated breasts: `python -m training.benchmark_demo --output DIR`, called by `make benchmark-demo`.
+"""The whole suite on simulated breasts, as `make benchmark-demo`: `python -m training.benchmark_demo --output DIR`.
 
 Phantom archives -> a briefly pretrained MammoDINO -> every baseline at small random weights -> suite -> detector. Small
 random baselines show that the chain works; they say nothing about the published models of those names.
