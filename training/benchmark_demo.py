@@ -13,7 +13,7 @@ import yaml
 
 from dataset_scripts.benchmark_index import TASKS
 
-from .demo import Chain
+from .chain import Chain
 from .evaluation.small_backbones import write_small_checkpoints
 
 NUM_PATIENTS = {"train": 240, "test": 160}
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     output, python = options.output, sys.executable
     phantom, encoder = output / "phantom", output / "mammodino" / "encoder"
     output.mkdir(parents=True, exist_ok=True)
-    chain = Chain()
+    chain = Chain("benchmark demo")
     for part, first in (("train", 0), ("test", FIRST_TEST_PATIENT)):
         chain.run(
             python, "-m", "dataset_scripts.phantom", "--output", phantom / part, "--first_patient", first,
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     chain.run(*pretrain, "--output_dir", output / "mammodino", "--max_steps", PRETRAINING_STEPS)
     suite = output / "suite.yaml"
     suite.write_text(yaml.safe_dump(make_suite(output, phantom, encoder), sort_keys=False))
-    chain.run_together([python, "-m", "training.benchmark", "--config", suite], SUITE_PROCESSES)
+    chain.run(python, "-m", "training.benchmark", "--config", suite, processes=SUITE_PROCESSES)
     chain.run(
         python, "-m", "training.detect", "--dataset", "phantom", "--data_dir", phantom, "--encoder", encoder,
         "--output_dir", output / "detect",
