@@ -58,3 +58,6 @@ def bootstrap_auc(
         (a, b): interval(values[a] - values[b], resampled[a] - resampled[b]) for a in values for b in values if a != b
     }
     return scores, differences
+
+
+METRICS = {"auc": auc}
