@@ -16,7 +16,7 @@ from .benchmark_features import INDEX_FEATURES, to_rows
 from .benchmark_index import SPLITS, Benchmark, Definition
 from .benchmark_splits import complete_splits
 from .benchmarks import get_benchmark
-from .own_table import NAME as OWN_TABLE
+from .own_table import BENCHMARK as OWN_TABLE
 from .own_table import table_benchmark
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def load_benchmark(
 
 def open_benchmark(name: str, data_dir: Path) -> Benchmark:
     """The data set of a name; for a table of one's own, with the definitions that its columns allow."""
-    return table_benchmark(data_dir) if name == OWN_TABLE else get_benchmark(name)
+    return table_benchmark(data_dir) if name == OWN_TABLE.name else get_benchmark(name)
 
 
 def located(benchmark: Benchmark, data_dir: Path) -> pandas.DataFrame:
