@@ -31,7 +31,7 @@ from .bcs_dbt import BcsDbtViews
 from .benchmark_features import INDEX_FEATURES, to_rows
 from .benchmark_index import SPLITS, TASKS, Benchmark
 from .benchmark_pictures import PictureReader
-from .benchmark_task import class_numbers, find_files, load_task, located, open_benchmark
+from .benchmark_task import MISSING, class_numbers, find_files, load_task, located, official_splits, open_benchmark
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
     Attributes:
         benchmark: the data set, named by `dataset_name`.
         table: its images, with their files and labels.
+        definitions: of the label columns, by their names.
+        official: the splits that the data set itself has.
+        left_out: images that are not in the table, by reason.
 
     An image that cannot be read is left out, logged, and counted by `refused`. Metadata are read at once: raises
     ValueError or OSError as `load_task`.
@@ -82,7 +85,10 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
             raise ValueError(f"{self.dataset_name}: give data_dir, the folder of the data set as downloaded")
         data_dir = Path(self.config.data_dir).expanduser().absolute()
         self.benchmark: Benchmark = open_benchmark(self.dataset_name, data_dir)
-        labels = self._read_task(data_dir) if self.config.name != DEFAULT else self._read_all(data_dir)
+        if self.config.name == DEFAULT:
+            self._read_all(data_dir)
+        else:
+            self._read_task(data_dir)
         # `datasets` would take other contents of the same folder for the same data
         self.hash = fingerprint(self.table)
         return datasets.DatasetInfo(
@@ -93,7 +99,7 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
             features=datasets.Features(
                 {
                     "image": datasets.Image(),
-                    **{name: datasets.ClassLabel(names=list(classes)) for name, classes in labels.items()},
+                    **{name: datasets.ClassLabel(names=list(of.classes)) for name, of in self.definitions.items()},
                     "slice_index": datasets.Value("int32"),  # frame of the file, as boxes count; -1 in a 2-D image
                     "num_slices": datasets.Value("int32"),
                     **INDEX_FEATURES,
@@ -101,7 +107,7 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
             ),
         )
 
-    def _read_task(self, data_dir: Path) -> dict[str, tuple[str, ...]]:
+    def _read_task(self, data_dir: Path) -> None:
         config = self.config
         task = load_task(
             self.dataset_name,
@@ -113,18 +119,18 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
             test_fraction=config.test_fraction,
             allow_missing=config.allow_missing,
         )
-        self.table = task.table
-        return {"label": task.classes}
+        self.table, self.official, self.left_out = task.table, task.official, task.counts["left_out"]
+        self.definitions = {"label": task.definition}
 
-    def _read_all(self, data_dir: Path) -> dict[str, tuple[str, ...]]:
+    def _read_all(self, data_dir: Path) -> None:
         index = located(self.benchmark, data_dir)
-        labels = {f"{each.task}_{each.name}": each for each in self.benchmark.definitions}
-        index = index.assign(
-            split=index["split"].fillna("train"),
-            **{name: class_numbers(each, index, self.benchmark.name) for name, each in labels.items()},
-        )
-        self.table = index[find_files(index, data_dir, self.config.allow_missing)].reset_index(drop=True)
-        return {name: each.classes for name, each in labels.items()}
+        self.definitions = {f"{each.task}_{each.name}": each for each in self.benchmark.definitions}
+        self.official = official_splits(index)
+        is_there = find_files(index, data_dir, self.config.allow_missing)
+        self.left_out = {MISSING: int((~is_there).sum())} if not is_there.all() else {}
+        labels = {name: class_numbers(each, index, self.benchmark.name) for name, each in self.definitions.items()}
+        index = index.assign(split=index["split"].fillna("train"), **labels)
+        self.table = index[is_there].reset_index(drop=True)
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         rows = {split: to_rows(self.table[self.table["split"] == split]) for split in SPLITS}
@@ -153,7 +159,7 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
 
     def _reader(self) -> PictureReader:
         views = None
-        if self.benchmark is bcs_dbt_index.BENCHMARK:
+        if self.dataset_name == bcs_dbt_index.BENCHMARK.name:
             views = BcsDbtViews.from_csv(
                 sorted(Path(self.config.data_dir).expanduser().glob("BCS-DBT?file-paths-*.csv"))
             )
@@ -161,7 +167,11 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
 
     def download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
         """As `datasets` does it; says how many images were left out. Raises ValueError where none can be read."""
-        super().download_and_prepare(*args, **kwargs)
+        try:
+            super().download_and_prepare(*args, **kwargs)
+        except datasets.exceptions.DatasetGenerationError as error:  # a worker process tells no more than this
+            cause = error.__cause__ if isinstance(error.__cause__, (OSError, ValueError)) else None
+            raise cause or OSError(f"{error}; with num_proc=1 it says why") from error
         refused = self.refused()
         if refused:
             reasons = Counter(each["reason"] for each in refused)
