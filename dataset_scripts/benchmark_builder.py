@@ -14,6 +14,8 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,6 +82,9 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
     DEFAULT_CONFIG_NAME = DEFAULT
     DEFAULT_WRITER_BATCH_SIZE = 16  # pictures are large
 
+    _log: str | None = None  # where refusals are noted while building
+    _place: str | None = None  # of the finished build
+
     def _info(self) -> datasets.DatasetInfo:
         if not self.config.data_dir:
             raise ValueError(f"{self.dataset_name}: give data_dir, the folder of the data set as downloaded")
@@ -134,22 +139,21 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         rows = {split: to_rows(self.table[self.table["split"] == split]) for split in SPLITS}
-        log = None if dl_manager.is_streaming else str(Path(self.cache_dir) / REFUSED)
         return [
-            datasets.SplitGenerator(name=split, gen_kwargs={"rows": of_split, "log": log})  # a list is shared out
+            datasets.SplitGenerator(name=split, gen_kwargs={"rows": of_split})  # a list is shared out
             for split, of_split in rows.items()
             if of_split
         ]
 
-    def _generate_examples(self, rows: list[dict], log: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, rows: list[dict]) -> Iterator[tuple[str, dict[str, Any]]]:
         reader = self._reader()
         for row in rows:
             try:
                 pictures = reader.read(row["file"], row["boxes"])  # a volume enters whole or not at all
             except (ImageRefused, OSError) as error:
                 logger.warning("%s is left out: %s", row["image_id"], error)
-                if log:
-                    _note(log, row["image_id"], row["split"], error)
+                if self._log:  # not while streaming
+                    _note(self._log, row["image_id"], row["split"], error)
                 continue
             for picture in pictures:
                 image = {"bytes": picture.png, "path": None}
@@ -165,15 +169,20 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
             )
         return PictureReader(self.config.slices_per_volume, self.config.boxed_slices, views)
 
-    def download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
+    def download_and_prepare(self, output_dir: str | None = None, **options: Any) -> None:
         """As `datasets` does it; says how many images were left out. Raises ValueError where none can be read."""
-        try:
-            super().download_and_prepare(*args, **kwargs)
-        except datasets.exceptions.DatasetGenerationError as error:  # a worker process tells no more than this
-            cause = error.__cause__ if isinstance(error.__cause__, (OSError, ValueError)) else None
-            raise cause or OSError(f"{error}; with num_proc=1 it says why") from error
-        refused = self.refused()
-        if refused:
+        self._place = output_dir or self.cache_dir
+        with tempfile.TemporaryDirectory() as folder:  # `datasets` renames the place when it is done
+            self._log = str(Path(folder) / REFUSED)
+            try:
+                super().download_and_prepare(output_dir, **options)
+            except datasets.exceptions.DatasetGenerationError as error:  # a worker process tells no more than this
+                cause = error.__cause__ if isinstance(error.__cause__, (OSError, ValueError)) else None
+                raise cause or OSError(f"{error}; with num_proc=1 it says why") from error
+            if Path(self._log).exists():
+                shutil.move(self._log, Path(self._place) / REFUSED)
+            self._log = None
+        if refused := self.refused():
             reasons = Counter(each["reason"] for each in refused)
             logger.warning(
                 "%s: %d of %d images could not be read and are left out, most often: %s",
@@ -184,7 +193,7 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
 
     def refused(self) -> list[dict[str, str]]:
         """What a finished build left out: image_id, split and reason of each."""
-        log = Path(self.cache_dir) / REFUSED
+        log = Path(self._place or self.cache_dir) / REFUSED
         return sorted(map(json.loads, log.read_text().splitlines()), key=str) if log.is_file() else []
 
 

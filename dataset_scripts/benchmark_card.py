@@ -56,7 +56,8 @@ def _volume_rule(config: BenchmarkConfig) -> str:
 
 
 def _split_rule(builder: BenchmarkBuilder) -> str:
-    official, ours = builder.official, [split for split in SPLITS if split not in builder.official]
+    official = builder.official
+    ours = [split for split in ("validation", "test") if split not in official]
     if builder.config.name == DEFAULT:
         return "Splits are official." if official else "There is no official split: all is in train; hold out patients."
     of_data_set = f"Official: {', '.join(official)}. " if official else "There is no official split. "

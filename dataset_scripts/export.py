@@ -65,8 +65,10 @@ def export(
         built, folder = Path(temporary) / "built", Path(temporary) / "export"
         builder.download_and_prepare(str(built), file_format="parquet", num_proc=num_proc, max_shard_size=SHARD_SIZE)
         (folder / DATA).mkdir(parents=True)
-        for shard in built.glob("*.parquet"):  # without the notes that lie beside
-            os.rename(shard, folder / DATA / shard.name)
+        for split in builder.info.splits:  # without the notes that lie beside
+            shards = sorted(built.glob(f"*-{split}*.parquet"))
+            for number, shard in enumerate(shards):
+                os.rename(shard, folder / DATA / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
         left_out = Counter(builder.left_out) + Counter(each["reason"] for each in builder.refused())
         (folder / CARD).write_text(make_card(builder, folder / DATA, left_out, place or output.name))
         os.rename(folder, output)

@@ -67,7 +67,7 @@ def test_splits_are_stratified_and_patients_are_in_one(own, task):
 
 
 def test_a_patient_counts_for_its_rarest_class():
-    """Ten patients with cancer on one side: five of them are held out, whatever the other side adds to the common class."""
+    """Ten patients have cancer on one side: five are held out, though their other sides are of the common class."""
     ill, well = [f"i{number}" for number in range(10)], [f"w{number}" for number in range(30)]
     of, labels = pandas.Series(ill + ill + well), pandas.Series([1] * 10 + [0] * 40)
     none = pandas.Series([pandas.NA] * 50, dtype="string")
@@ -105,7 +105,8 @@ def test_official_splits_stay_and_only_train_gives(own, official):
     rows = population(200, split=lambda number: official[number % len(official)])
     loaded = load_task("table", own(rows), "cancer")
     stated = {row["patient_id"]: row["split"] for row in rows}
-    moved = {each for each, split in zip(loaded.table["patient_id"], loaded.table["split"]) if stated[each] != split}
+    now = dict(zip(loaded.table["patient_id"], loaded.table["split"], strict=True))
+    moved = {each for each, split in now.items() if stated[each] != split}
     assert loaded.official == official and set(loaded.table["split"]) == set(SPLITS)
     assert {stated[each] for each in moved} <= {"train"} and bool(moved) == (len(official) < 3)
     for split in set(official) - {"train"}:
