@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from dataset_scripts.benchmarks import get_benchmark
+from dataset_scripts.benchmark_task import open_benchmark
 
 from dataset_scripts.benchmark_index import TASKS
 
@@ -143,7 +143,7 @@ def _tasks(values: Any) -> Iterator[SuiteTask]:
     """Of one data set: each task by its name, or as {task: ..., definition: ...}."""
     if not isinstance(values, dict) or set(values) != {"name", "data_dir", "tasks"}:
         raise ValueError(f"datasets: {values!r} must have name, data_dir and tasks")
-    benchmark = get_benchmark(values["name"])
+    benchmark = open_benchmark(values["name"], Path(values["data_dir"]).absolute())
     for each in _list(values, "tasks"):
         chosen = {"task": each} if isinstance(each, str) else each
         if not isinstance(chosen, dict) or not {"task"} <= set(chosen) <= {"task", "definition"}:
