@@ -1,7 +1,7 @@
 """Image processor: any mammogram a user holds -> `pixel_values` and `tissue_mask`."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -184,14 +184,16 @@ class MammoDinoImageProcessor(PilBackend):
         hash_key: bytes | None = None,
         slices_per_volume: int = 0,
         correct: Callable[[Mammogram], Mammogram] | None = None,
+        slices: Sequence[int] | None = None,
     ) -> Iterator[tuple[Mammogram, Rendered]]:
         """Slices of a file, all or some, with picture and breast mask, before canvas and standardisation.
 
         One plan serves the whole volume, so that its slices stay aligned. `fit` is (height, width) in pixels. A list of
-        DICOM files is one volume, a file a slice, in order. `correct` sees each slice as it was read.
+        DICOM files is one volume, a file a slice, in order. `correct` sees each slice as it was read. `slices` names
+        those wanted, counted in order of position, in place of `slices_per_volume` evenly spaced ones.
         """
         settings, options = self.render_settings, {**_read_options(vars(self)), "hash_key": hash_key}
-        for mammogram, small, plan in _planned_slices(source, settings, options, slices_per_volume, correct):
+        for mammogram, small, plan in _planned_slices(source, settings, options, slices_per_volume, correct, slices):
             yield mammogram, render(mammogram.pixels, small, plan, settings, fit, upscale)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
@@ -281,11 +283,14 @@ def _planned_slices(
     options: dict,
     slices_per_volume: int = 0,
     correct: Callable[[Mammogram], Mammogram] | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> Iterator[tuple[Mammogram, Thumbnail, RenderPlan]]:
-    """The slices of a source, or `slices_per_volume` of them, under the plan of its volume."""
+    """The slices of a source, or `slices_per_volume` of them, or those `chosen`, under the plan of its volume."""
     is_series = isinstance(source, (list, tuple))
     name = _name(source[0] if is_series else source, 0)
     if not is_series and not _is_dicom_source(source):
+        if chosen is not None and any(chosen):
+            raise ImageRefused(name, f"slice {max(chosen)} of a picture was asked for; it has slice 0 alone")
         plane = read_picture(source)
         small = make_thumbnail(plane, settings.tissue_finder)
         picture = Mammogram.from_picture(source, plane, options["hash_key"])
@@ -299,6 +304,8 @@ def _planned_slices(
 
     num_slices = len(source) if is_series else count_slices(source)
     sampled, wanted = _spread(num_slices, PLAN_SLICES), _spread(num_slices, slices_per_volume or num_slices)
+    if chosen is not None:
+        wanted = list(dict.fromkeys(chosen))  # each once: a sample is handed out once
     samples = dict(zip(sampled, read(sampled), strict=True))  # kept until their turn: no slice is decoded twice
     plan = plan_rendering([small for _, small in samples.values()], settings, name)
     others = read([index for index in wanted if index not in samples])

@@ -57,13 +57,15 @@ class PictureStream(IterableDataset):
             except (ImageRefused, OSError) as refusal:
                 yield FileEnd(file, " ".join(str(refusal).split()))
 
-    def read(self, file: int) -> Iterator[Picture]:
-        """The pictures of one file, bit for bit as `image_processor(path)` makes them."""
+    def read(self, file: int, chosen: Sequence[int] | None = None) -> Iterator[Picture]:
+        """The pictures of one file, bit for bit as `image_processor(path)` makes them; `chosen` names slices."""
         path, processor = self.paths[file], self.image_processor
         settings, patch_size = processor.render_settings, processor.patch_size
         canvas = (processor.size["height"], processor.size["width"])
         mean, std = processor.mean_and_std
-        slices = processor.render_source(path, canvas, hash_key=self.hash_key, slices_per_volume=self.slices_per_volume)
+        slices = processor.render_source(
+            path, canvas, hash_key=self.hash_key, slices_per_volume=self.slices_per_volume, slices=chosen
+        )
         for mammogram, rendered in slices:
             placed = place_on_canvas(rendered, canvas, settings.chest_wall_side)
             is_one_of_many = mammogram.kind == "dbt" and mammogram.num_slices == 1

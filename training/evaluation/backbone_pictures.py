@@ -1,0 +1,149 @@
+"""From a file to what a backbone sees, each in its own preprocessing. Picklable, for workers; no weights here.
+
+Every backbone gets the same grey picture: modality LUT, VOI, MONOCHROME1 turned, cropped to the breast, and there the
+percentiles of `RenderSettings` mapped to black and white, at full resolution. MammoDINO's own image processor goes on
+from there. The others want 8-bit RGB: the plane three times, fitted by their own interpolation into the size that their
+own image processor ends with, then scaled and standardised by it.
+
+Our choice, for no baseline was made for mammograms but Mammo-CLIP: the breast is cropped to for all, and no centre crop
+cuts it; a picture is fitted at its aspect and padded with black instead.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+
+# imported from its module: the top-level name is a dummy on transformers 5.17 without torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from modeling_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.picture_stream import PictureStream
+
+from .checkpoint_files import find_beside
+
+logger = logging.getLogger(__name__)
+
+ANY_SIZE = (2**16, 2**16)  # larger than any picture: not reduced before the backbone's own interpolation
+
+
+@dataclass(frozen=True)
+class MammoDinoPictures:
+    """As `MammoDinoImageProcessor` prepares them."""
+
+    image_processor: MammoDinoImageProcessor
+
+    def __call__(
+        self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Each `pixel_values` (1, H, W) float32 with `tissue_mask` (h, w) float32; see `Backbone.pictures`."""
+        for picture in PictureStream([Path(file)], self.image_processor, slices_per_volume).read(0, slices):
+            yield {"pixel_values": picture.pixel_values, "tissue_mask": picture.tissue_mask}
+
+    def settings(self) -> dict[str, Any]:
+        return {"image_processor": self.image_processor.to_dict()}
+
+
+@dataclass(frozen=True)
+class RgbPictures:
+    """As an image processor of transformers standardises them.
+
+    Attributes:
+        image_processor: scales and standardises; its final size and interpolation are kept, its centre crop is not.
+        grey: makes the grey picture.
+        keeps_aspect: pads; else the picture is stretched to the size, as Mammo-CLIP's.
+        stretches_range: the fitted picture's own minimum and maximum become 0 and 1 first, as Mammo-CLIP's.
+    """
+
+    image_processor: PilBackend
+    grey: MammoDinoImageProcessor
+    keeps_aspect: bool = True
+    stretches_range: bool = False
+
+    def __call__(
+        self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Each `pixel_values` (3, H, W) float32; see `Backbone.pictures`."""
+        rendered = self.grey.render_source(
+            file, ANY_SIZE, upscale=False, slices_per_volume=slices_per_volume, slices=slices
+        )
+        for _, each in rendered:
+            yield {"pixel_values": self.prepare(each.picture)}
+
+    def prepare(self, picture: np.ndarray) -> np.ndarray:
+        """A grey picture (H, W) uint8 as the backbone takes it, (3, H', W') float32."""
+        settings = self.image_processor.to_dict()
+        height, width = final_size(settings)
+        resample = settings.get("resample")
+        resample = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
+        image = Image.fromarray(picture)
+        if self.keeps_aspect:
+            fitted = np.asarray(ImageOps.pad(image, (width, height), method=resample, color=0))
+        else:
+            fitted = np.asarray(image.resize((width, height), resample))
+        if self.stretches_range and fitted.min() < fitted.max():
+            low, high = float(fitted.min()), float(fitted.max())
+            fitted = ((fitted - low) * (255 / (high - low))).astype(np.float32)
+        rgb = np.repeat(fitted[:, :, None], 3, axis=2)  # (H, W, 3)
+        inputs = self.image_processor(
+            images=rgb, do_resize=False, do_center_crop=False, input_data_format="channels_last", return_tensors="np"
+        )
+        return np.asarray(inputs["pixel_values"][0], np.float32)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "image_processor": self.image_processor.to_dict(),
+            "grey": self.grey.to_dict(),
+            "keeps_aspect": self.keeps_aspect,
+            "stretches_range": self.stretches_range,
+        }
+
+
+def rgb_pictures(
+    source: str, published: dict[str, Any], crop_to_breast: bool, as_mammo_clip: bool = False
+) -> RgbPictures:
+    """With the image processor that lies beside the weights, or else the `published` settings of the family."""
+    if beside := find_beside(source, "preprocessor_config.json"):
+        image_processor = _own_processor(beside)
+    else:
+        logger.info("%s: no preprocessor_config.json; pictures are prepared as published, %s", source, published)
+        image_processor = ViTImageProcessorPil(**published)
+    final_size(image_processor.to_dict())  # refuses what has none
+    grey = MammoDinoImageProcessor(
+        chest_wall_side="as_is", do_crop_to_breast=crop_to_breast, do_clahe=False, do_zero_background=False
+    )
+    return RgbPictures(image_processor, grey, keeps_aspect=not as_mammo_clip, stretches_range=as_mammo_clip)
+
+
+def _own_processor(path: Path) -> PilBackend:
+    """The image processor of a preprocessor_config.json, by Pillow, under today's name of its class."""
+    settings = json.loads(path.read_text())
+    settings.pop("auto_map", None)  # no code of a checkpoint is run
+    older = settings.pop("feature_extractor_type", None)
+    name = settings.get("image_processor_type") or older or "ViTImageProcessor"
+    settings["image_processor_type"] = name.replace("FeatureExtractor", "ImageProcessor")
+    with TemporaryDirectory() as folder:
+        (Path(folder) / path.name).write_text(json.dumps(settings))
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if not isinstance(image_processor, PilBackend) or isinstance(image_processor, MammoDinoImageProcessor):
+        raise ValueError(f"{path.name}: {name} is no image processor for RGB pictures")
+    return image_processor
+
+
+def final_size(settings: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels of what an image processor returns: its crop's where it crops, else its size's."""
+    size = settings.get("crop_size") if settings.get("do_center_crop") else None
+    size = size or settings.get("size")
+    if isinstance(size, dict):
+        sides = [size.get(name) or size.get("shortest_edge") for name in ("height", "width")]
+        if all(sides):
+            return int(sides[0]), int(sides[1])
+    raise ValueError(f"its preprocessor_config.json has size={size}; needs height and width, or shortest_edge")

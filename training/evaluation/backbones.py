@@ -1,0 +1,330 @@
+"""Backbones under one head: MammoDINO and the baselines, each through its class of transformers.
+
+One rule for the features that a head gets. A transformer gives its class token beside the mean of its patch tokens,
+both behind its last LayerNorm (MammoDINO's mean is weighted by tissue, which its image processor returns); a
+convolutional network gives the mean over its last map, as published. What CLIP models project into the space of texts
+is left out. The rule is our choice: the article says only that every backbone gets the same light head.
+
+Weights come by Hub id, folder or file; a Hub id may name one file, OWNER/NAME/PATH. Research use only.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    CLIPVisionModel,
+    ConvNextV2Model,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+    ResNetModel,
+    ViTModel,
+)
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from transformers.utils import cached_file
+
+from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel, pool_tokens
+from modeling_mammodino.embed import open_encoder
+from modeling_mammodino.normalization import own_processor, processor_settings
+
+from .backbone_pictures import MammoDinoPictures, RgbPictures, rgb_pictures
+from .checkpoint_files import check_report, find_file, first_line, quiet_transformers
+from .convert_biomedclip import convert_biomedclip
+from .convert_mammo_clip_efficientnet import PREPROCESSING as MAMMO_CLIP
+from .convert_mammo_clip_efficientnet import convert_mammo_clip
+from .convert_mammo_clip_vit import convert_clip_vit
+
+Pictures = MammoDinoPictures | RgbPictures
+# of an untrained ViT where no checkpoint gives the architecture: a ViT-S/14
+UNTRAINED = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+# of a configuration, what no feature depends on
+PROVENANCE = ("_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id", "transformers_version")
+
+
+def pool_mammodino(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
+    config, states = model.config, model(pixel_values, tissue_mask=tissue_mask).last_hidden_state
+    return pool_tokens(states, config.num_register_tokens, tissue_mask, config.tissue_threshold)
+
+
+def pool_vit(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
+    return pool_tokens(model(pixel_values, interpolate_pos_encoding=True).last_hidden_state, 0)
+
+
+def pool_dinov2(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
+    registers = getattr(model.config, "num_register_tokens", 0)
+    return pool_tokens(model(pixel_values).last_hidden_state, registers)
+
+
+def pool_clip(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
+    states = model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+    tower = getattr(model, "vision_model", model)  # older versions of transformers have it one floor below
+    return pool_tokens(tower.post_layernorm(states), 0)
+
+
+def pool_pooled(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
+    return model(pixel_values).pooler_output.flatten(1)
+
+
+def pool_map(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
+    return model(pixel_values).last_hidden_state.mean((2, 3))
+
+
+def published(mean: Sequence[float], std: Sequence[float], side: int = 224) -> dict[str, Any]:
+    """The image processor of a family, for folders without one: bicubic (3) to its final size."""
+    size = {"height": side, "width": side}
+    return {"size": size, "image_mean": list(mean), "image_std": list(std), "resample": 3}
+
+
+IMAGENET = published(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+CLIP = published(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+CHEST = published([0.5307] * 3, [0.2583] * 3, side=518)  # of microsoft/rad-dino
+ATTENTION = ("query", "value", "q_proj", "v_proj")  # one pair or the other, by version of transformers
+
+
+class Family(NamedTuple):
+    """How one kind of backbone is opened and used.
+
+    Attributes:
+        pool: features (B, F) of model, pixel_values and tissue_mask.
+        width: F, from the model's configuration.
+        adapted: what the layers are called that low-rank adapters go to, of which a model has some.
+        hub_id: the source where none is given.
+        models: class by `model_type` of config.json.
+        published: settings of the image processor, for a folder without one.
+        convert: reads the family's own file; `files`: its names in a folder or repository, `suffix`: its ending.
+    """
+
+    pool: Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    width: Callable[[Any], int]
+    adapted: tuple[str, ...]
+    hub_id: str | None = None
+    models: dict[str, type[PreTrainedModel]] = {}
+    published: dict[str, Any] = {}
+    convert: Callable[[Path], tuple[PreTrainedModel, dict[str, Any]]] | None = None
+    files: tuple[str, ...] = ()
+    suffix: str = ""
+
+
+def _two_tokens(config: Any) -> int:
+    return 2 * config.hidden_size
+
+
+def _last_map(config: Any) -> int:
+    return config.hidden_sizes[-1]
+
+
+OPEN_CLIP = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
+BACKBONES: dict[str, Family] = {
+    "mammodino": Family(pool_mammodino, _two_tokens, ATTENTION, models={"mammodino": MammoDinoModel}),
+    "resnet50": Family(
+        pool_pooled, _last_map, ("convolution",), "microsoft/resnet-50", {"resnet": ResNetModel}, IMAGENET
+    ),
+    "convnextv2": Family(
+        pool_pooled, _last_map, ("pwconv1", "pwconv2"), "facebook/convnextv2-base-22k-224",
+        {"convnextv2": ConvNextV2Model}, IMAGENET,
+    ),
+    "dinov2": Family(
+        pool_dinov2, _two_tokens, ATTENTION, "facebook/dinov2-base",
+        {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}, IMAGENET,
+    ),
+    "rad_dino": Family(pool_dinov2, _two_tokens, ATTENTION, "microsoft/rad-dino", {"dinov2": Dinov2Model}, CHEST),
+    "biomedclip": Family(
+        pool_vit, _two_tokens, ATTENTION, "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        {"vit": ViTModel}, CLIP, convert_biomedclip, OPEN_CLIP,
+    ),
+    "mammo_clip_vit": Family(
+        pool_clip, _two_tokens, ATTENTION, None, {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel}, CLIP,
+        convert_clip_vit, OPEN_CLIP, ".pt",
+    ),
+    "mammo_clip_efficientnet": Family(
+        pool_map, lambda config: config.hidden_dim, ("expand_conv", "project_conv"), "shawn24/Mammo-CLIP", {},
+        MAMMO_CLIP, convert_mammo_clip, ("Pre-trained-checkpoints/b5-model-best-epoch-7.tar",), ".tar",
+    ),
+    "untrained": Family(pool_mammodino, _two_tokens, ATTENTION, models={"mammodino": MammoDinoModel}),
+}  # fmt: skip
+
+
+class Backbone(nn.Module):
+    """A model with its preprocessing and its rule for features.
+
+    Attributes:
+        kind: of BACKBONES.  source: what it was opened from.  width: F, of its features.
+        model: of transformers.
+        picture_maker: what `pictures` calls; it pickles without the weights, for workers.
+        lora_targets: names of its layers for peft's `LoraConfig(target_modules=...)`: the queries and values of
+            attention, the linear layers of ConvNeXt, the convolutions of ResNet, the pointwise ones of EfficientNet.
+    """
+
+    def __init__(self, kind: str, source: str, model: PreTrainedModel, picture_maker: Pictures):
+        super().__init__()
+        family = BACKBONES[kind]
+        self.kind, self.source, self.model, self.picture_maker = kind, source, model, picture_maker
+        self.width: int = family.width(model.config)
+        names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        self.lora_targets = sorted(names.intersection(family.adapted))
+
+    def forward(self, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Features (B, F) of `pixel_values` (B, C, H, W); `tissue_mask` (B, h, w) is MammoDINO's alone."""
+        return BACKBONES[self.kind].pool(self.model, pixel_values, tissue_mask)
+
+    def pictures(
+        self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """What `forward` takes of a file, picture by picture: `pixel_values` (C, H, W) float32 and, for MammoDINO,
+        `tissue_mask` (h, w) float32.
+
+        A volume gives `slices_per_volume` evenly spaced slices (0: all), or those named, counted in order of position.
+        Raises ImageRefused, naming the file, where it cannot be used.
+        """
+        return self.picture_maker(file, slices, slices_per_volume)
+
+    def settings(self) -> dict[str, Any]:
+        """All that the features depend on, for the keys of caches: a hash of the weights as they are now, the
+        architecture and the preprocessing; not the place they came from. Fit for JSON."""
+        config = {name: value for name, value in self.model.config.to_dict().items() if name not in PROVENANCE}
+        return {
+            "kind": self.kind,
+            "weights": _hash_weights(self.model),
+            "config": config,
+            "pictures": self.picture_maker.settings(),
+        }
+
+
+def _hash_weights(model: nn.Module) -> str:
+    """SHA-256 of names and values of parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(values)  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_to_breast: bool = True) -> Backbone:
+    """A backbone, float32 and in eval mode.
+
+    Args:
+        kind: of BACKBONES.
+        source: Hub id, folder or file; None: the kind's published weights. Of `untrained` the MammoDINO whose
+            architecture and image processor are taken; None: a ViT-S/14.
+        seed: of the weights of `untrained`.
+        crop_to_breast: whether RGB baselines see the breast or the whole picture; MammoDINO's image processor says so
+            itself.
+
+    Raises ValueError, one line, for a missing, damaged or foreign checkpoint; no code of a checkpoint is run.
+    """
+    if kind not in BACKBONES:
+        raise ValueError(f"backbone {kind}: must be one of {', '.join(BACKBONES)}")
+    source = source or BACKBONES[kind].hub_id
+    if source is None and kind != "untrained":
+        raise ValueError(
+            f"backbone {kind}: no published weights are known; give a source: a folder, a file or a Hub id"
+        )
+    place = "" if source is None else f", source {source}"
+    try:
+        if source and (local := Path(source).expanduser()).exists():
+            source = str(local)
+        elif source:
+            place = f", source {source} (no such folder or file here)"
+            _check_hub_id(source)
+        if kind == "untrained":
+            model, pictures = _untrained(source, seed)
+        elif kind == "mammodino":
+            model, pictures = _mammodino(str(source))
+        else:
+            model, pictures = _baseline(kind, str(source), crop_to_breast)
+    except pickle.UnpicklingError as error:  # a pytorch_model.bin
+        raise ValueError(
+            f"backbone {kind}{place}: refused, for its weights hold more than tensors; none of their code was run. "
+            "Save it again as safetensors (save_pretrained)"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"backbone {kind}{place}: its weights are damaged ({first_line(error)}); fetch it again"
+        ) from error
+    except Exception as error:  # on a damaged file the readers of config, weights and pickles fail in any way
+        raise ValueError(f"backbone {kind}{place}: {first_line(error)}") from error
+    return Backbone(kind, source or "a ViT-S/14", model, pictures).eval()
+
+
+def _check_hub_id(source: str) -> None:
+    try:
+        validate_repo_id("/".join(source.split("/")[:2]))
+    except HFValidationError as error:
+        raise ValueError("neither is it a Hub id (OWNER/NAME)") from error
+
+
+def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Pictures]:
+    config, image_processor = MammoDinoConfig(**UNTRAINED), MammoDinoImageProcessor()
+    if source is not None:
+        _check_family("untrained", source)
+        config = MammoDinoConfig.from_pretrained(source)
+        if (image_processor := own_processor(processor_settings(source))) is None:
+            raise ValueError(
+                "has no preprocessor_config.json of a MammoDinoImageProcessor; give an encoder's whole folder"
+            )
+    with torch.random.fork_rng(devices=[]):  # the draws of a run do not depend on the backbone
+        torch.default_generator.manual_seed(seed)
+        return MammoDinoModel(config), MammoDinoPictures(image_processor)
+
+
+def _mammodino(source: str) -> tuple[PreTrainedModel, Pictures]:
+    _check_family("mammodino", source)
+    model, image_processor = open_encoder(source)
+    return model, MammoDinoPictures(image_processor)
+
+
+def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedModel, Pictures]:
+    family = BACKBONES[kind]
+    path = find_file(source, family.files, family.suffix) if family.convert else None
+    if family.convert and path:
+        model, published = family.convert(path)
+    elif family.models:
+        model_type, published = _check_family(kind, source), family.published
+        options = {"add_pooling_layer": False} if model_type == "vit" else {}
+        with quiet_transformers():
+            model, report = family.models[model_type].from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        check_report(report)
+    else:
+        if not Path(source).exists():
+            cached_file(source, family.files[0])  # says why it cannot be had
+        raise ValueError(f"has no {' or '.join(family.files)}, nor one *{family.suffix}; give the path of the file")
+    if (channels := model.config.num_channels) != 3:
+        raise ValueError(f"takes {channels} channels; a baseline takes RGB: give the weights as they were published")
+    return model, rgb_pictures(source, published, crop_to_breast, as_mammo_clip=kind == "mammo_clip_efficientnet")
+
+
+def _check_family(kind: str, source: str) -> str:
+    """The `model_type` of a folder or Hub id; ValueError where it is of another family, naming who opens it."""
+    takes, own = BACKBONES[kind].models, BACKBONES[kind].files
+    if Path(source).is_file():
+        raise ValueError("is a file; give the folder of a checkpoint of transformers, or its Hub id")
+    model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    if model_type not in takes:
+        opens = [other for other, family in BACKBONES.items() if model_type in family.models]
+        says = (
+            f"its config.json says model_type={model_type}" if model_type else "it has no config.json with a model_type"
+        )
+        raise ValueError(
+            f"{says}, and {kind} takes {' or '.join(takes)}"
+            + (f", or a folder with {own[0]}" if own else "")
+            + (f"; open it as {' or '.join(opens)}" if opens else "")
+        )
+    return model_type
