@@ -27,8 +27,8 @@ def max_probabilities(probabilities: np.ndarray, group: np.ndarray, num_groups: 
     """The most suspicious row of a group: probabilities (n, C), group (n,) -> (G, C).
 
     Of ordered classes, the probability of at most class c is the least of any row's: the law of the highest class where
-    all rows agree as far as they can. Of two classes this is the largest positive probability. Of unordered classes each
-    class has its largest probability, scaled to a sum of 1.
+    rows agree as far as they can. Of two classes this is the largest positive probability. Of unordered classes each
+    has its largest probability, scaled to a sum of 1.
     """
     if ordered:
         at_most = np.ones((num_groups, probabilities.shape[1]))
