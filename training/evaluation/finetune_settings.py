@@ -23,7 +23,7 @@ LEARNING_RATES = {"full": 5e-5, "lora": 5e-4}  # where learning_rate is 0
 @dataclass
 class FinetuneSettings:
     dataset: str = setting("", "A benchmark of dataset_scripts.benchmarks, such as vindr_mammo or phantom.")
-    data_dir: str = setting("", "Its folder.")
+    data_dir: str = setting("", "Its folder as downloaded; of one's own table the table.")
     task: str = setting("", "What is predicted.", choices=TASKS)
     definition: str = setting("", "What counts as positive, where the data set defines it in several ways.")
     backbone: str = setting("mammodino", "Kind of encoder.", choices=tuple(BACKBONES))
@@ -36,6 +36,7 @@ class FinetuneSettings:
     seed: int = setting(0, "Seed of splits, heads, order, augmentation and bootstrap.", low=0)
     validation_fraction: float = setting(0.15, "Training patients held out for early stopping.", low=0.01, high=0.5)
     test_fraction: float = setting(0.2, "Patients tested, where the data set has no official test.", low=0.01, high=0.9)
+    allow_missing: bool = setting(False, "Images whose file is not there are left out and counted.")
     slices_per_volume: int = setting(4, "Evenly spaced slices of a volume, each with its label; 0: all.", low=0)
     class_imbalance: str = setting(
         "class_weights",
