@@ -15,14 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas
 import torch
-from sklearn.linear_model import LogisticRegressionCV
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.model_selection import StratifiedGroupKFold
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
-from .evaluation.classifiers import nearest_neighbours
+from .evaluation.classifiers import logistic_regression, nearest_neighbours
 from .evaluation.features import mean_features
 from .evaluation.labels import read_labels
 from .evaluation.metrics import bootstrap_auc
@@ -30,7 +27,6 @@ from .evaluation.metrics import bootstrap_auc
 logger = logging.getLogger(__name__)
 
 UNTRAINED = "untrained"
-REGULARISATION = np.logspace(-4, 1, 6)
 
 
 class Features(NamedTuple):
@@ -128,21 +124,7 @@ def judge(learn: Features, test: Features, task: str, num_resamples: int, seed: 
         )
     test_y = np.searchsorted(classes, test_labels)
     patients, test_patients = learn.table["patient"][learn_rows], test.table["patient"][test_rows].to_numpy()
-    folds = list(GroupKFold(4).split(y, y, patients))
-    heads = {
-        "knn": lambda: nearest_neighbours(len(y)),
-        "logistic": lambda: make_pipeline(
-            StandardScaler(),
-            LogisticRegressionCV(
-                Cs=REGULARISATION,
-                cv=folds,
-                scoring="neg_log_loss",
-                max_iter=2000,
-                l1_ratios=(0,),
-                use_legacy_attributes=False,
-            ),
-        ),
-    }
+    heads = {"knn": lambda: nearest_neighbours(len(y)), "logistic": lambda: logistic_regression(y, patients)}
     result: dict[str, Any] = {
         "classes": classes.tolist(),
         "learning_images": int(learn_rows.sum()),

@@ -5,6 +5,7 @@ thousand resamples are one pass over sorted arrays. Weights of one give scikit-l
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +73,7 @@ def weighted_quadratic_kappa(labels: np.ndarray, probabilities: np.ndarray, weig
     return 1 - _ratio((confusion * cost).sum(axis=(1, 2)), expected)
 
 
-METRICS: dict[str, Score] = {
+WEIGHTED: dict[str, Score] = {
     "auc": weighted_auc,
     "average_precision": weighted_average_precision,
     "macro_f1": weighted_macro_f1,
@@ -83,15 +84,18 @@ METRICS: dict[str, Score] = {
 }
 
 
+def score(labels: np.ndarray, probabilities: np.ndarray, metric: str) -> float:
+    """One of METRICS of all images: labels (n,) int 0..C-1, probabilities (n, C). NaN where it is undefined."""
+    return float(WEIGHTED[metric](labels, probabilities, np.ones((1, len(labels))))[0])
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {name: partial(score, metric=name) for name in WEIGHTED}
+
+
 def metric_names(num_classes: int, ordered: bool) -> list[str]:
     """The metrics that a task has: kappa where its classes are ordered, sensitivity where they are two."""
     has = {"quadratic_kappa": ordered, SENSITIVITY: num_classes == 2}
     return [name for name in METRICS if has.get(name, True)]
-
-
-def score(labels: np.ndarray, probabilities: np.ndarray, metric: str) -> float:
-    """One of METRICS of all images: labels (n,) int 0..C-1, probabilities (n, C). NaN where it is undefined."""
-    return float(METRICS[metric](labels, probabilities, np.ones((1, len(labels))))[0])
 
 
 def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -136,7 +140,7 @@ def resample(
     for weights in bootstrap_weights(patients, num_resamples, seed):
         for name, each in probabilities.items():
             for metric in metrics:
-                parts[name][metric].append(METRICS[metric](labels, each, weights))
+                parts[name][metric].append(WEIGHTED[metric](labels, each, weights))
     return {
         name: {metric: np.concatenate(values) for metric, values in of_model.items()}
         for name, of_model in parts.items()

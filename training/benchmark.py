@@ -1,0 +1,40 @@
+"""Every backbone on every task of every data set, under one head: the article's evaluation in one command.
+
+    python -m training.benchmark --config training/suites/article.yaml
+
+Runs data set x task x backbone x seed as one queue: what is done is skipped, several processes may be started on the
+same suite, and a killed one is started again with the same command. Then writes into the suite's folder: scores.csv
+(everything), report.md (tables, significance, the article's figures beside ours) and radar.png. Research use only.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from .evaluation.job_queue import run_jobs
+from .evaluation.suite import read_suite
+from .evaluation.suite_report import write_report
+from .finetune import finetune
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the suite, such as training/suites/*.yaml")
+    parser.add_argument("--output_dir", type=Path, help="folder of runs and report, instead of the suite's own")
+    parser.add_argument("--report_only", action="store_true", help="run nothing; report what is done")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        suite = read_suite(options.config, options.output_dir)
+        jobs = list(suite.jobs())
+        failed = {} if options.report_only else run_jobs(jobs, lambda job: finetune(job.settings))
+        report = write_report(suite, jobs, failed)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"benchmark: {error}") from error
+    print(report.read_text())
+    if failed:
+        raise SystemExit(f"benchmark: {len(failed)} of {len(jobs)} runs failed; {report} names them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What is each idea worth? Tissue-aware crops and masks, the adjacent-slice loss and tissue tokens, on the phantom.
+
+    python -m training.study --size hour --output runs/study --num_proc 2
+
+Plain DINOv2 (all ideas off), all on, each alone, each left out, at equal compute over several seeds; frozen features
+are judged on held-out simulated patients and, with --real_slices, on real ones. Resumable: what is done is skipped, and
+several processes share the work. `--only "MammoDINO" --output ANOTHER` remakes one row. Research use only.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from dataset_scripts.phantom import PhantomParameters, write_archive
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+
+from .evaluation.job_queue import run_jobs
+from .evaluation.study_design import SIZES, Configuration, Size, configurations, equal_compute_steps
+from .evaluation.study_judge import Judge
+from .evaluation.study_report import write_study
+
+FIRST_TEST_PATIENT = 1_000_000  # no patient is in both archives
+
+
+@dataclass
+class Study:
+    """Where a study lies, and its size."""
+
+    output: Path
+    size: Size
+    size_name: str
+    real_slices: Path | None
+
+    @property
+    def corpus(self) -> Path:
+        return self.output / "corpus"
+
+    def labels(self, part: str) -> Path:
+        return self.output / "phantom" / part / "labels.csv"
+
+    def prepare(self, num_proc: int) -> None:
+        """Simulates both archives and builds the corpus; what is complete stays."""
+        parameters = PhantomParameters(**self.size.phantom)
+        for part, first, count in (
+            ("train", 0, self.size.pretraining_patients),
+            ("test", FIRST_TEST_PATIENT, self.size.test_patients),
+        ):
+            if not self.labels(part).is_file():
+                write_archive(self.labels(part).parent, count, 0, parameters, num_proc, first)
+        if not self.corpus.exists():
+            command = [sys.executable, "-m", "dataset_scripts.corpus", str(self.labels("train").parent)]
+            call([*command, "--output", str(self.corpus), "--collection", "phantom"])
+
+    @cached_property
+    def judge(self) -> Judge:
+        """With the pictures of both archives, read and rendered once in this process."""
+        any_encoder = next(self.output.glob("runs/*/*/pretraining/encoder"))
+        image_processor = MammoDinoImageProcessor.from_pretrained(any_encoder)
+        learn, test = self.labels("train"), self.labels("test")
+        return Judge(learn, test, image_processor, self.size.slices_per_volume, self.real_slices)
+
+
+@dataclass
+class Run:
+    """One configuration with one seed: pretrains and judges."""
+
+    study: Study
+    configuration: Configuration
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.configuration.name}, seed {self.seed}"
+
+    @property
+    def output_dir(self) -> Path:
+        return self.study.output / "runs" / self.configuration.name.replace(" ", "_") / f"seed-{self.seed}"
+
+    def pretrain_command(self) -> tuple[list[str], int]:
+        arguments = [self.study.size.recipe, "--corpus", str(self.study.corpus), "--seed", str(self.seed)]
+        arguments += ["--output_dir", str(self.output_dir / "pretraining"), "--report_to", "none"]
+        steps = equal_compute_steps(self.study.size, self.configuration, arguments)
+        arguments += [
+            "--max_steps",
+            str(steps),
+            "--save_steps",
+            str(max(1, steps // 4)),
+            *self.configuration.overrides(),
+        ]
+        return [sys.executable, "-m", "training.pretrain", *arguments], steps
+
+    def __call__(self) -> None:
+        command, steps = self.pretrain_command()
+        call(command)
+        encoder = MammoDinoModel.from_pretrained(self.output_dir / "pretraining" / "encoder").eval()
+        predictions = self.study.judge.predictions(encoder)
+        result = {
+            "configuration": self.configuration.name,
+            "on": sorted(self.configuration.on),
+            "seed": self.seed,
+            "size": self.study.size_name,
+            "settings": asdict(self.study.size),
+            "steps": steps,
+            "pretraining": summary(self.output_dir / "pretraining" / "logs" / "log.jsonl"),
+            "command": shown(command),
+            "remade_by": f'python -m training.study --size {self.study.size_name} --only "{self.configuration.name}" '
+            "--output ANOTHER",
+            "real": self.study.judge.on_real_slices(encoder),
+            "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")},
+        }
+        predictions.to_parquet(self.output_dir / "predictions.parquet", index=False)
+        unfinished = self.output_dir / "result.json.tmp"
+        unfinished.write_text(json.dumps(result, indent=2) + "\n")
+        unfinished.replace(self.output_dir / "result.json")  # last: where it stands, the run is done
+
+
+def summary(log: Path) -> dict[str, float]:
+    """Compute spent and the last losses, from a run's log."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [line for line in lines if "forward_teraflops" in line or "loss" in line]
+    return {name: value for name, value in steps[-1].items() if isinstance(value, int | float)}
+
+
+def call(command: list[str]) -> None:
+    """Runs a command quietly with one thread, so that several runs share the cores and each is the same run again.
+
+    Raises ValueError with its last words where it fails.
+    """
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # patients are hashed with a key; phantoms have nothing to hide, so theirs is written here
+    environment = {"MAMMODINO_HASH_KEY": "the study's simulated patients", **os.environ, **threads}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{shown(command)}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+
+
+def shown(command: list[str]) -> str:
+    return shlex.join(["python" if part == sys.executable else part for part in command])
+
+
+def work(runs: list[Run]) -> dict[str, str]:
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    return run_jobs(runs, lambda run: run())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    names = [each.name for each in configurations()]
+    parser = argparse.ArgumentParser(prog="python -m training.study", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="hour", help="about an hour on two cores; a night on a GPU")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the size's own")
+    parser.add_argument("--num_proc", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--real_slices", type=Path, help="BCS-DBT slices: a folder with slices.csv and slices/")
+    parser.add_argument("--report", type=Path, help="Markdown to write (default: report.md in the output)")
+    parser.add_argument("--report_only", action="store_true", help="run nothing; report what is done")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    study = Study(options.output, SIZES[options.size], options.size, options.real_slices)
+    chosen = [each for each in configurations() if each.name in options.only]
+    runs = [Run(study, each, seed) for seed in options.seeds or study.size.seeds for each in chosen]
+    failed: dict[str, str] = {}
+    try:
+        if not options.report_only:
+            study.prepare(options.num_proc)
+            with multiprocessing.get_context("spawn").Pool(options.num_proc) as pool:
+                for each in pool.map(work, [runs] * options.num_proc, chunksize=1):
+                    failed |= each
+        report = write_study(options.output, runs, options.report or options.output / "report.md")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"study: {error}") from error
+    print(report)
+    if failed:
+        raise SystemExit(f"study: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed.values())}")
+
+
+if __name__ == "__main__":
+    main()
