@@ -4,6 +4,8 @@ It starts as what is known: every slice weighs the same, and the linear layer is
 beyond that counts only if the validation part confirms it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 HIDDEN, DROPOUT = 64, 0.25
-NUM_EPOCHS, PATIENCE, BAGS_PER_BATCH = 60, 8, 32
-LEARNING_RATE, WEIGHT_DECAY = 5e-4, 1e-2
+NUM_EPOCHS, PATIENCE, BAGS_PER_BATCH = 50, 6, 64
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
 
 
 @dataclass(frozen=True)
@@ -72,25 +74,19 @@ def fit_attention(
     """
     mean, std = train.features.mean(axis=0, dtype=np.float64), train.features.std(axis=0, dtype=np.float64)
     std[std < 1e-6 * (1 + np.abs(mean))] = 1
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.default_generator.manual_seed(seed)
         model = AttentionPooling(weight, bias, mean, std)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        losses_of_classes = torch.from_numpy(class_weights).float()
         slices_of = np.split(np.argsort(train.group, kind="stable"), np.cumsum(np.bincount(train.group))[:-1])
-        best, best_loss, waited = _copy(model), _loss(model, validation, losses_of_classes), 0
+        best, best_loss, waited = _copy(model), _loss(model, validation, class_weights), 0
         for _ in range(NUM_EPOCHS):
             model.train()
             for bags in torch.randperm(len(train.labels)).split(BAGS_PER_BATCH):
-                rows = np.concatenate([slices_of[bag] for bag in bags.tolist()])
-                group = torch.repeat_interleave(torch.tensor([len(slices_of[bag]) for bag in bags.tolist()]))
-                logits = model(torch.from_numpy(train.features[rows]), group, len(bags))
-                labels = torch.from_numpy(train.labels)[bags]
-                loss = (functional.cross_entropy(logits, labels, reduction="none") * losses_of_classes[labels]).mean()
                 optimizer.zero_grad()
-                loss.backward()
+                _batch_loss(model, train, [slices_of[bag] for bag in bags.tolist()], bags, class_weights).backward()
                 optimizer.step()
-            loss = _loss(model, validation, losses_of_classes)
+            loss = _loss(model, validation, class_weights)
             waited = 0 if loss < best_loss else waited + 1
             if loss < best_loss:
                 best, best_loss = _copy(model), loss
@@ -98,6 +94,28 @@ def fit_attention(
                 break
     model.load_state_dict(best)
     return model.eval()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Steps as small as these are slower where threads wait for each other, several times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _batch_loss(
+    model: AttentionPooling, train: Bags, slices: list[np.ndarray], bags: torch.Tensor, class_weights: np.ndarray
+) -> torch.Tensor:
+    """Of some bags and their slices: the mean weighted cross entropy."""
+    group = torch.repeat_interleave(torch.tensor([len(each) for each in slices]))
+    logits = model(torch.from_numpy(train.features[np.concatenate(slices)]), group, len(bags))
+    labels = torch.from_numpy(train.labels)[bags]
+    weights = torch.from_numpy(class_weights).float()[labels]
+    return (functional.cross_entropy(logits, labels, reduction="none") * weights).mean()
 
 
 @torch.inference_mode()
@@ -108,10 +126,10 @@ def attention_probabilities(model: AttentionPooling, features: np.ndarray, group
     return torch.softmax(logits.double(), dim=1).numpy()
 
 
-def _loss(model: AttentionPooling, bags: Bags, class_weights: torch.Tensor) -> float:
+def _loss(model: AttentionPooling, bags: Bags, class_weights: np.ndarray) -> float:
     probabilities = attention_probabilities(model, bags.features, bags.group)
     of_label = np.take_along_axis(probabilities, bags.labels[:, None], axis=1)[:, 0]
-    return float((-np.log(np.maximum(of_label, 1e-30)) * class_weights.numpy()[bags.labels]).mean())
+    return float((-np.log(np.maximum(of_label, 1e-30)) * class_weights[bags.labels]).mean())
 
 
 def _copy(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -80,7 +80,7 @@ class FinetuneSettings:
         return " ".join(["python -m training.finetune", *arguments])
 
 
-WHERE_AND_HOW_FAST = {"data_dir", "output_dir", "cache_dir", "dataloader_num_workers", "save_model"}
+WHERE_AND_HOW_FAST = {"data_dir", "output_dir", "cache_dir", "dataloader_num_workers"}
 
 
 def _is_set(settings: FinetuneSettings, field: Any) -> bool:

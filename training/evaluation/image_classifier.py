@@ -1,10 +1,8 @@
 """A backbone under one linear layer: how it learns, what it says of an image, and how it is kept."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +15,6 @@ from modeling_mammodino import MammoDinoForImageClassification
 
 from .backbones import Backbone, MammoDinoPictures, load_backbone
 from .finetune_settings import FinetuneSettings
-
-logger = logging.getLogger(__name__)
 
 HEAD_FILE, BACKBONE_FILE, DESCRIPTION_FILE = "head.safetensors", "backbone.safetensors", "classifier.json"
 NOTICE = "Research use only: not a medical device."
@@ -70,15 +66,6 @@ class ImageClassifier(nn.Module):
         return self
 
 
-def linear_head(weight: np.ndarray, bias: np.ndarray) -> nn.Linear:
-    """nn.Linear(F, C) of weight (C, F) and bias (C,)."""
-    head = nn.Linear(weight.shape[1], weight.shape[0])
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(weight))
-        head.bias.copy_(torch.from_numpy(bias))
-    return head
-
-
 def add_adapters(backbone: Backbone, settings: FinetuneSettings) -> nn.Module:
     """Low-rank adapters in the backbone's `lora_targets` (Hu et al. 2021), all else frozen."""
     adapters = LoraConfig(
@@ -90,13 +77,15 @@ def add_adapters(backbone: Backbone, settings: FinetuneSettings) -> nn.Module:
     return get_peft_model(backbone, adapters)
 
 
-def save_classifier(folder: Path, backbone: Backbone, head: nn.Linear, classes: tuple[str, ...], meaning: str) -> None:
+def save_classifier(
+    folder: Path, backbone: Backbone, head: nn.Linear, classes: tuple[str, ...], meaning: str, head_alone: bool = False
+) -> None:
     """Writes `folder` whole or not at all: a MammoDINO as AutoModelForImageClassification and AutoImageProcessor open
-    it; other kinds as safetensors of backbone and head, for `open_classifier`."""
+    it; another kind, or the head of a frozen encoder alone, for `open_classifier`."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if isinstance(backbone.picture_maker, MammoDinoPictures):
+    if isinstance(backbone.picture_maker, MammoDinoPictures) and not head_alone:
         config = type(backbone.model.config).from_dict(backbone.model.config.to_dict())
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: number for number, name in enumerate(classes)}
@@ -106,34 +95,40 @@ def save_classifier(folder: Path, backbone: Backbone, head: nn.Linear, classes: 
         model.save_pretrained(temporary)
         backbone.picture_maker.image_processor.save_pretrained(temporary)
     else:
-        state = {name: tensor.contiguous() for name, tensor in backbone.model.state_dict().items()}
-        save_file(state, temporary / BACKBONE_FILE)
-        save_head(temporary, backbone, head, classes)
+        _save_parts(temporary, backbone, head, classes, head_alone)
     (temporary / "README.md").write_text(f"{NOTICE}\n\nClasses, by number: {', '.join(classes)}. {meaning}\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
-def save_head(folder: Path, backbone: Backbone, head: nn.Linear, classes: tuple[str, ...]) -> None:
-    """The linear layer alone, with what it stands on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, folder / HEAD_FILE
-    )
-    description: dict[str, Any] = {
-        "kind": backbone.kind, "source": backbone.source, "width": backbone.width, "classes": classes, "notice": NOTICE,
-    }  # fmt: skip
+def _save_parts(folder: Path, backbone: Backbone, head: nn.Linear, classes: tuple[str, ...], head_alone: bool) -> None:
+    modules = {HEAD_FILE: head} | ({} if head_alone else {BACKBONE_FILE: backbone.model})
+    for name, module in modules.items():
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+        save_file(state, folder / name)
+    description = {
+        "notice": NOTICE,
+        "kind": backbone.kind,
+        "source": backbone.source,
+        "weights": backbone.settings()["weights"],
+        "width": backbone.width,
+        "classes": classes,
+    }
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def open_classifier(folder: Path, source: str | None = None) -> tuple[Backbone, nn.Linear, list[str]]:
-    """Backbone, head and class names of a folder that is not a MammoDINO's. `source`: where the backbone's architecture
-    and preprocessing are now, if elsewhere than noted. Without weights of its own, the head of a frozen encoder."""
+    """Backbone, head and class names of a folder that has them in parts.
+
+    `source`: where the backbone's architecture and preprocessing are now, if elsewhere than noted. Raises ValueError
+    where its weights are not those that the head was learned on.
+    """
     description = json.loads((folder / DESCRIPTION_FILE).read_text())
     backbone = load_backbone(description["kind"], source or description["source"])
     if (folder / BACKBONE_FILE).is_file():
         backbone.model.load_state_dict(load_file(folder / BACKBONE_FILE))
-    state = load_file(folder / HEAD_FILE)
+    if backbone.settings()["weights"] != description["weights"]:
+        raise ValueError(f"{folder}: its head was learned on other weights than those of {backbone.source}")
     head = nn.Linear(description["width"], len(description["classes"]))
-    head.load_state_dict(state)
+    head.load_state_dict(load_file(folder / HEAD_FILE))
     return backbone, head, description["classes"]

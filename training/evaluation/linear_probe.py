@@ -8,8 +8,10 @@ steps reach it.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
+from torch import nn
 
 # of the mean loss, from strong to weak
 PENALTIES = np.logspace(1, -5, 13)
@@ -18,28 +20,41 @@ MAX_STEPS = 500
 
 
 @dataclass(frozen=True)
-class LinearProbe:
-    """A linear classifier of features (n, F), as they come.
-
-    Attributes:
-        weight: (C, F) float64.  bias: (C,) float64.
-        penalty: the chosen L2 penalty, on standardised features.
-        validation_losses: cross entropy on the validation part by penalty tried.
-    """
+class LinearHead:
+    """A linear classifier of features as they come: weight (C, F) and bias (C,), float64."""
 
     weight: np.ndarray
     bias: np.ndarray
-    penalty: float
-    validation_losses: dict[float, float]
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """(n, C) float64 of features (n, F)."""
         return softmax(features @ self.weight.T + self.bias, axis=1)
 
+    def layer(self) -> nn.Linear:
+        layer = nn.Linear(*self.weight.shape[::-1])
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(self.weight))
+            layer.bias.copy_(torch.from_numpy(self.bias))
+        return layer
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "LinearHead":
+        return cls(*(each.detach().cpu().double().numpy() for each in (layer.weight, layer.bias)))
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """The head, its L2 penalty on standardised features, and the validation loss of each penalty tried."""
+
+    head: LinearHead
+    penalty: float
+    validation_losses: dict[float, float]
+
 
 def balanced_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """(C,) weights under which every class weighs the same, 1 in the mean over `labels`."""
-    return len(labels) / (num_classes * np.bincount(labels, minlength=num_classes))
+    """(C,) weights under which every class of `labels` (n,) weighs the same, 1 in the mean over them."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return len(labels) / ((counts > 0).sum() * np.maximum(counts, 1))
 
 
 def fit_linear_probe(
@@ -74,7 +89,7 @@ def fit_linear_probe(
             break
     weight, bias, penalty = best
     weight = (axes.astype(np.float64) @ weight / std[:, None]).T  # back to features as they come
-    return LinearProbe(weight, bias - weight @ mean, penalty, losses)
+    return LinearProbe(LinearHead(weight, bias - weight @ mean), penalty, losses)
 
 
 def _minimize(
@@ -104,7 +119,7 @@ def _minimize(
         start,
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": MAX_STEPS, "ftol": 1e-7, "gtol": 1e-5},
+        options={"maxiter": MAX_STEPS, "ftol": 1e-8, "gtol": 1e-5},
     )
     both = found.x.reshape(len(scale), -1) * scale
     return both[:-1], both[-1]

@@ -67,20 +67,17 @@ def one_run_alone(folder: Path) -> Iterator[None]:
         raise ValueError(f"output_dir={folder}: another run is at work there; wait for it, or give another") from error
 
 
-def check_same_settings(folder: Path, wanted: dict[str, Any]) -> None:
-    """A run that is started again is the run that was started: refuses other settings than the folder's, and notes
-    those of a new one."""
-    noted = read_json(folder / "settings.json")
-    if noted is None:
-        write_json(folder / "settings.json", wanted)
-        return
+def check_same_settings(path: Path, wanted: dict[str, Any]) -> None:
+    """A run that is started again is the run that was started: refuses other settings than those noted in `path`."""
+    noted = read_json(path)
+    names = sorted(set(wanted) | set(noted or {}))
     changed = [
         f"{name} ({noted.get(name)!r} -> {wanted.get(name)!r})"
-        for name in sorted(set(noted) | set(wanted))
-        if noted.get(name) != wanted.get(name)
+        for name in names
+        if noted and noted.get(name) != wanted.get(name)
     ]
     if changed:
         raise ValueError(
-            f"output_dir={folder}: holds a run of other settings: {', '.join(changed)}; give the same to go on, or "
-            "another output_dir"
+            f"output_dir={path.parent}: holds a run of other settings: {', '.join(changed)}; give the same to go on, "
+            "or another output_dir"
         )
