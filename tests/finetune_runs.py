@@ -1,16 +1,15 @@
-"""A small table of drawn mammograms with a finding that can be learned, small encoders, and settings for short runs."""
+"""A small table of drawn mammograms with a finding that can be learned, and settings for short runs."""
 
+import shlex
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas
 import pytest
-import torch
 from conftest import draw_breast
 
 from training.evaluation.finetune_settings import FinetuneSettings
-from training.evaluation.small_backbones import write_small_checkpoints
 
 NUM_PATIENTS = 24
 
@@ -42,26 +41,12 @@ def draw_table(folder: Path, num_patients: int = NUM_PATIENTS) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of this size are faster on one, far faster on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def drawn_table(tmp_path_factory) -> Path:
+@pytest.fixture(name="drawn_table", scope="module")
+def make_drawn_table(tmp_path_factory) -> Path:
     return draw_table(tmp_path_factory.mktemp("drawn"))
 
 
-@pytest.fixture(scope="session")
-def small_backbones(tmp_path_factory) -> dict[str, Path]:
-    return write_small_checkpoints(tmp_path_factory.mktemp("backbones"))
-
-
-def short_run(data_dir: Path, backbones: dict[str, Path], output: Path, **changes) -> FinetuneSettings:
+def short_run(data_dir: Path, folders: dict[str, Path], output: Path, **changes) -> FinetuneSettings:
     """Settings of a run that takes seconds."""
     chosen = {
         "dataset": "table",
@@ -77,11 +62,9 @@ def short_run(data_dir: Path, backbones: dict[str, Path], output: Path, **change
         "validation_fraction": 0.3,
         **changes,
     }
-    return FinetuneSettings(source=str(backbones[chosen["backbone"]]), **chosen)
+    return FinetuneSettings(source=str(folders[chosen["backbone"]]), **chosen)
 
 
 def command_line(settings: FinetuneSettings) -> list[str]:
     """The same run as arguments of training.finetune."""
-    import shlex
-
     return shlex.split(settings.command())[3:]

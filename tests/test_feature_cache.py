@@ -8,7 +8,8 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from finetune_runs import drawn_table, one_thread, small_backbones  # noqa: F401 (fixtures)
+from backbone_checkpoints import one_thread, small_checkpoints  # noqa: F401 (fixtures)
+from finetune_runs import make_drawn_table  # noqa: F401
 
 from dataset_scripts.benchmark_task import load_task
 from training.evaluation import feature_cache
@@ -35,13 +36,13 @@ class CountedPictures:
 
 
 @pytest.fixture
-def table(drawn_table) -> pandas.DataFrame:  # noqa: F811
+def table(drawn_table) -> pandas.DataFrame:
     return load_task("table", drawn_table, "cancer").table[:12]
 
 
 @pytest.fixture
-def backbone(small_backbones):  # noqa: F811
-    backbone = load_backbone("mammodino", small_backbones["mammodino"])
+def backbone(folders):
+    backbone = load_backbone("mammodino", folders["mammodino"])
     backbone.picture_maker = CountedPictures(backbone.picture_maker)
     return backbone
 
@@ -147,9 +148,9 @@ def test_what_cannot_be_used_is_left_out_named_and_tried_again(backbone, table, 
         cached_features(backbone, rows, tmp_path / "cache", "drawn", Encoding())
 
 
-def test_the_slices_of_volumes_stay_together_and_workers_change_nothing(small_backbones, phantom_archive, tmp_path):  # noqa: F811
+def test_the_slices_of_volumes_stay_together_and_workers_change_nothing(folders, phantom_archive, tmp_path):
     table = load_task("phantom", phantom_archive, "lesion", test_fraction=0.3, validation_fraction=0.3).table[:6]
-    backbone = load_backbone("mammodino", small_backbones["mammodino"])
+    backbone = load_backbone("mammodino", folders["mammodino"])
     alone = cached_features(backbone, table, tmp_path / "alone", "phantom", Encoding(slices_per_volume=3, batch_size=5))
     slices = np.where(table["file"].str.contains("dbt"), 3, 1)
     assert alone.image.tolist() == np.repeat(np.arange(6), slices).tolist()

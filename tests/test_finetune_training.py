@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from finetune_runs import drawn_table, one_thread, short_run, small_backbones  # noqa: F401 (fixtures)
+from backbone_checkpoints import one_thread, small_checkpoints  # noqa: F401 (fixtures)
+from finetune_runs import make_drawn_table, short_run  # noqa: F401
 from torch import nn
 
 from dataset_scripts.benchmark_task import load_task
@@ -73,8 +74,8 @@ def test_flips_turns_and_scales_are_as_large_as_said():
     assert np.abs(y).max() < 33 * np.sin(np.deg2rad(10)) + 5.5
 
 
-def test_a_pictures_change_is_a_function_of_seed_and_draw(drawn_table, small_backbones):  # noqa: F811
-    backbone = load_backbone("mammodino", small_backbones["mammodino"])
+def test_a_pictures_change_is_a_function_of_seed_and_draw(drawn_table, folders):
+    backbone = load_backbone("mammodino", folders["mammodino"])
     files = [str(path) for path in sorted(drawn_table.glob("*.png"))[:2]]
     images = LabelledImages(backbone.picture_maker, files, np.array([0, 1]), 4, seed=5)
     (first,), label = images[1, 7]
@@ -112,10 +113,10 @@ def test_an_image_has_the_mean_probability_of_its_slices_and_each_slice_its_labe
 
 
 @pytest.mark.parametrize("kind", ["mammodino", "resnet50"])
-def test_adapters_alone_learn_and_batch_norms_keep_still(kind, small_backbones, drawn_table, tmp_path):  # noqa: F811
-    backbone = load_backbone(kind, small_backbones[kind])
+def test_adapters_alone_learn_and_batch_norms_keep_still(kind, folders, drawn_table, tmp_path):
+    backbone = load_backbone(kind, folders[kind])
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    settings = short_run(drawn_table, small_backbones, tmp_path, mode="lora", backbone=kind)
+    settings = short_run(drawn_table, folders, tmp_path, mode="lora", backbone=kind)
     classifier = ImageClassifier(add_adapters(backbone, settings), nn.Linear(backbone.width, 2), np.ones(2))
     learns = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
     assert learns and all("lora_" in name or name.startswith("head.") for name in learns)
@@ -136,10 +137,10 @@ def test_adapters_alone_learn_and_batch_norms_keep_still(kind, small_backbones, 
     assert changed and not any("running" in name or "norm" in name for name in changed)
 
 
-def make_training(kind, small_backbones, drawn_table, output, **changes):  # noqa: F811
-    settings = short_run(drawn_table, small_backbones, output, mode="full", backbone=kind, **changes)
+def make_training(kind, folders, drawn_table, output, **changes):
+    settings = short_run(drawn_table, folders, output, mode="full", backbone=kind, **changes)
     task = load_task("table", drawn_table, "cancer", test_fraction=0.3, validation_fraction=0.3)
-    backbone = load_backbone(kind, small_backbones[kind])
+    backbone = load_backbone(kind, folders[kind])
     parts = []
     for split in ("train", "validation"):
         rows = task.table[task.table["split"] == split]
@@ -150,27 +151,29 @@ def make_training(kind, small_backbones, drawn_table, output, **changes):  # noq
     return classifier, parts[1], lambda: train_classifier(*arguments)
 
 
-def test_training_stops_early_and_leaves_the_best_epoch(small_backbones, drawn_table, tmp_path):  # noqa: F811
+def test_training_stops_early_and_leaves_the_best_epoch(folders, drawn_table, tmp_path):
     changes = {"num_train_epochs": 12, "early_stopping_patience": 2, "learning_rate": 1e-3}
-    classifier, validation, train = make_training("mammodino", small_backbones, drawn_table, tmp_path, **changes)
+    classifier, validation, train = make_training("mammodino", folders, drawn_table, tmp_path, **changes)
     learned = train()
     scores = [each["eval_auc"] for each in learned["validation_scores"]]
     best = int(np.argmax(scores))
     assert len(scores) == best + 1 + 2 < 12 and learned["best_score"] == max(scores)
-    with torch.inference_mode():  # the weights are those of the best epoch: they score the same again
-        logits = classifier(**collate_images([validation[number] for number in range(len(validation))]))["logits"]
-    assert MammographyScores(2).of_trainer((logits.numpy(), validation.labels))["auc"] == pytest.approx(max(scores))
+    with torch.inference_mode():  # the weights are those of the best epoch: it loses the same again
+        outputs = classifier(**collate_images([validation[number] for number in range(len(validation))]))
+    losses = [each["eval_loss"] for each in learned["validation_scores"]]
+    assert outputs["loss"].item() == pytest.approx(losses[best], abs=1e-4) != pytest.approx(losses[-1], abs=1e-4)
+    assert MammographyScores(2).of_trainer((outputs["logits"].numpy(), validation.labels))["auc"] == max(scores)
 
 
 class Killed(BaseException):
     pass
 
 
-def test_a_training_that_is_killed_goes_on_and_ends_the_same(small_backbones, drawn_table, tmp_path, monkeypatch):  # noqa: F811
+def test_a_training_that_is_killed_goes_on_and_ends_the_same(folders, drawn_table, tmp_path, monkeypatch):
     """Killed in the third epoch, and once more when all is trained; epochs that were finished are not repeated."""
-    classifier, _, train = make_training("mammodino", small_backbones, drawn_table, tmp_path / "whole")
+    classifier, _, train = make_training("mammodino", folders, drawn_table, tmp_path / "whole")
     whole = train()
-    _, _, train = make_training("mammodino", small_backbones, drawn_table, tmp_path / "killed")
+    _, _, train = make_training("mammodino", folders, drawn_table, tmp_path / "killed")
     step, steps = FinetuneTrainer.training_step, []
 
     def dies(self, *args, **kwargs):
@@ -187,13 +190,13 @@ def test_a_training_that_is_killed_goes_on_and_ends_the_same(small_backbones, dr
     (half_written / "model.safetensors").write_bytes(b"")
     steps.clear()
     steps.extend([-1] * 5)
-    resumed, _, train = make_training("mammodino", small_backbones, drawn_table, tmp_path / "killed")
+    resumed, _, train = make_training("mammodino", folders, drawn_table, tmp_path / "killed")
     again = train()
     assert steps[5:] == [4, 5] and not half_written.exists()
     assert again == whole
     for name, tensor in classifier.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
-    finished, _, train = make_training("mammodino", small_backbones, drawn_table, tmp_path / "killed")
+    finished, _, train = make_training("mammodino", folders, drawn_table, tmp_path / "killed")
     assert train() == whole and len(steps) == 7  # nothing is trained again
     assert torch.equal(finished.head.weight, classifier.head.weight)
 
@@ -207,8 +210,8 @@ def test_a_checkpoint_counts_when_its_last_file_is_whole(tmp_path):
     assert not (tmp_path / "checkpoint-12").exists()
 
 
-def test_parts_of_a_classifier_open_again_and_fit_together(small_backbones, tmp_path):  # noqa: F811
-    backbone = load_backbone("resnet50", small_backbones["resnet50"])
+def test_parts_of_a_classifier_open_again_and_fit_together(folders, tmp_path):
+    backbone = load_backbone("resnet50", folders["resnet50"])
     with torch.no_grad():
         next(backbone.parameters()).add_(0.01)  # as if it had learned
     head = nn.Linear(backbone.width, 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
@@ -82,6 +83,7 @@ def train_classifier(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # said aloud, or bf16 is refused
         dataloader_num_workers=settings.dataloader_num_workers,
         seed=settings.seed,
         logging_strategy="epoch",
@@ -111,7 +113,9 @@ def train_classifier(
     classifier.load_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
     classifier.eval()
     validation_scores = [
-        {"epoch": line["epoch"], metric: line[metric]} for line in state["log_history"] if metric in line
+        {"epoch": line["epoch"], metric: line[metric], "eval_loss": line["eval_loss"]}
+        for line in state["log_history"]
+        if metric in line
     ]
     return {"best_score": state["best_metric"], "validation_scores": validation_scores}
 
