@@ -12,38 +12,11 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from .settings import check_values, setting
 from .views.order import parse_kind_weights
 from .views.slices import SLICE_PAIRINGS
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
-class Range:
-    """The numbers from `low` to `high`, inclusive, as argparse's `choices`: checked there and in YAML by `in`."""
-
-    def __init__(self, low: float, high: float | None):
-        self.low, self.high = low, high
-
-    def __contains__(self, number: float) -> bool:
-        return number >= self.low and (self.high is None or number <= self.high)
-
-    def __iter__(self):  # argparse lists the choices in its help and errors
-        yield self
-
-    def __repr__(self) -> str:
-        return f"{self.low} or more" if self.high is None else f"{self.low} to {self.high}"
-
-
-def setting(
-    default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
-) -> Any:
-    """A field with its help text and the values it may take; a list is checked element by element."""
-    metadata: dict[str, Any] = {"help": help}
-    if choices or low is not None:
-        metadata["choices"] = choices or Range(low, high)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -223,7 +196,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
     *sections, _ = parser.parse_args_into_dataclasses(args=arguments)
     recipe = Recipe(*sections)
     for section in sections:
-        _check_values(section)
+        check_values(section)
     _check_together(recipe)
     return recipe
 
@@ -243,17 +216,6 @@ def _read_yaml(name: str, known: list[str]) -> dict[str, Any]:
                 f"recipe {path}: unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
             )
     return values
-
-
-def _check_values(section: Any) -> None:
-    for each in fields(section):
-        value, allowed = getattr(section, each.name), each.metadata.get("choices")
-        for element in value if isinstance(value, list) else [value]:
-            kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in str(each.type))
-            if not isinstance(element, (int, float) if kind is float else kind):
-                raise ValueError(f"{each.name}={value!r}: must be of type {kind.__name__}")
-            if allowed and element not in allowed:
-                raise ValueError(f"{each.name}={value!r}: must be {', '.join(map(str, allowed))}")
 
 
 def _check_together(recipe: Recipe) -> None:
