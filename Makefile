@@ -4,7 +4,7 @@ VENV ?= .venv
 TESTS ?= tests
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo benchmark-demo test test-oldest lint format clean
 
 # torch first and from the constraints, so that nothing pulls another build in
 $(VENV)/ready: setup.cfg constraints.txt
@@ -16,6 +16,10 @@ $(VENV)/ready: setup.cfg constraints.txt
 # simulates a corpus, pretrains on it, compares, and leaves runs/demo/report.md
 demo: $(VENV)/ready
 	$(BIN)/python -m training.demo --output runs/demo
+
+# every task and baseline on the phantom under one head: table, radar plot, detector; baselines at small random weights
+benchmark-demo: $(VENV)/ready
+	$(BIN)/python -m training.benchmark_demo --output runs/benchmark_demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(TESTS)

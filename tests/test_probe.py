@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
-from training.evaluation.metrics import auc, bootstrap_auc, bootstrap_resamples
+from training.evaluation.metrics import auc, bootstrap_auc, bootstrap_weights
 from training.probe import Features, format_results, judge, main, split_patients
 
 
@@ -30,8 +30,7 @@ def test_auc_of_many_classes_is_the_mean_of_one_against_the_rest():
 
 def test_a_resample_takes_patients_whole():
     patients = np.array(["a", "a", "b", "c", "c", "c"])
-    for rows in bootstrap_resamples(patients, 50, seed=0):
-        counts = np.bincount(rows, minlength=6)
+    for counts in np.concatenate(list(bootstrap_weights(patients, 50, seed=0))):
         assert counts[0] == counts[1] and counts[3] == counts[4] == counts[5]
         assert counts[0] + counts[2] + counts[3] == 3
 

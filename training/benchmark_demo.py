@@ -1,4 +1,4 @@
-"""The whole suite on simulated breasts: `python -m training.benchmark_demo --output DIR`, called by `make benchmark-demo`.
+"""The whole suite on simulated breasts, as `make benchmark-demo`: `python -m training.benchmark_demo --output DIR`.
 
 Phantom archives -> a briefly pretrained MammoDINO -> every baseline at small random weights -> suite -> detector. Small
 random baselines show that the chain works; they say nothing about the published models of those names.
@@ -13,7 +13,7 @@ import yaml
 
 from dataset_scripts.benchmark_index import TASKS
 
-from .demo import Chain
+from .chain import Chain
 from .evaluation.small_backbones import write_small_checkpoints
 
 NUM_PATIENTS = {"train": 240, "test": 160}
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     output, python = options.output, sys.executable
     phantom, encoder = output / "phantom", output / "mammodino" / "encoder"
     output.mkdir(parents=True, exist_ok=True)
-    chain = Chain()
+    chain = Chain("benchmark demo")
     for part, first in (("train", 0), ("test", FIRST_TEST_PATIENT)):
         chain.run(
             python, "-m", "dataset_scripts.phantom", "--output", phantom / part, "--first_patient", first,
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     chain.run(*pretrain, "--output_dir", output / "mammodino", "--max_steps", PRETRAINING_STEPS)
     suite = output / "suite.yaml"
     suite.write_text(yaml.safe_dump(make_suite(output, phantom, encoder), sort_keys=False))
-    chain.run_together([python, "-m", "training.benchmark", "--config", suite], SUITE_PROCESSES)
+    chain.run(python, "-m", "training.benchmark", "--config", suite, processes=SUITE_PROCESSES)
     chain.run(
         python, "-m", "training.detect", "--dataset", "phantom", "--data_dir", phantom, "--encoder", encoder,
         "--output_dir", output / "detect",
@@ -56,12 +56,16 @@ def make_suite(output: Path, phantom: Path, encoder: Path) -> dict:
         {"name": "MammoDINO", "kind": "mammodino", "source": str(encoder)},
         {"name": "untrained", "kind": "untrained", "source": str(encoder)},
     ]
-    backbones += [{"name": f"{kind} (small, random)", "kind": kind, "source": str(path)} for kind, path in small.items()]
+    backbones += [
+        {"name": f"{kind} (small, random)", "kind": kind, "source": str(path)}
+        for kind, path in small.items()
+        if kind not in ("mammodino", "untrained")
+    ]
     return {
         "output_dir": str(output / "benchmark"),
         "seeds": [0, 1, 2],
         "ours": "MammoDINO",
-        "finetune": {"mode": "frozen"},
+        "finetune": {"mode": "frozen", "dataloader_num_workers": 0, "save_model": False},
         "backbones": backbones,
         "datasets": [{"name": "phantom", "data_dir": str(phantom), "tasks": list(TASKS)}],
     }

@@ -7,13 +7,11 @@ archive of their own; the report lists them.
 import argparse
 import json
 import os
-import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from .chain import Chain
 from .probe import UNTRAINED, format_results
 
 NUM_PRETRAINING_PATIENTS, NUM_TEST_PATIENTS = 300, 200
@@ -27,24 +25,6 @@ PLAIN = ["--tissue_aware_crops", "false", "--tissue_aware_masks", "false", "--ad
 OURS_NAME, PLAIN_NAME = "MammoDINO", "plain DINOv2"
 
 
-class Chain:
-    """Runs commands one after another, timed; stops with the command's own words where one fails."""
-
-    def __init__(self) -> None:
-        self.done: list[tuple[str, float]] = []
-
-    def run(self, *arguments: str | Path) -> None:
-        command = [str(argument) for argument in arguments]
-        shown = shlex.join(["python" if part == sys.executable else part for part in command])
-        print(f"\n$ {shown}", flush=True)
-        started = time.monotonic()
-        # patients are hashed with a key; the demo's phantoms have nothing to hide, so theirs is written here
-        environment = {**os.environ, "MAMMODINO_HASH_KEY": "demo", "TOKENIZERS_PARALLELISM": "false"}
-        if subprocess.run(command, env=environment).returncode:
-            raise SystemExit(f"demo: stopped at: {shown}")
-        self.done.append((shown, time.monotonic() - started))
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
@@ -52,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     output, python = options.output, sys.executable
     output.mkdir(parents=True, exist_ok=True)
-    chain = Chain()
+    chain = Chain("demo")
 
     phantom = [python, "-m", "dataset_scripts.phantom", "--seed", options.seed, "--num_proc", os.cpu_count() or 1]
     chain.run(*phantom, "--output", output / "train", "--num_patients", NUM_PRETRAINING_PATIENTS)

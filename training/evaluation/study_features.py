@@ -36,7 +36,7 @@ class LabelledPictures:
         return cls(table, list(stream) if fits else stream)
 
     def features(self, encoder: MammoDinoModel) -> np.ndarray:
-        """(n, 2 * D) float32, a row a file of the table: class token beside the tissue-weighted mean of the patches, each
+        """(n, 2 * D) float32, a row a file of the table: class token beside the tissue-weighted mean of its patches,
         the mean over its slices. Raises ValueError for a file that cannot be used: scores of other files are others."""
         sums = np.zeros((len(self.table), 2 * encoder.config.hidden_size))
         counts = np.zeros((len(self.table), 1))

@@ -1,15 +1,17 @@
-"""Scores over several seeds, with intervals and paired differences: patients are resampled, jointly for all models."""
+"""Scores over several seeds, and whether one model is better than another: patients are resampled, for all jointly."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas
 
-from .metrics import METRICS, Interval, interval
+from .metrics import WEIGHTED, Interval, interval, score
 
-# of one model on one task: by seed, a row a tested image; columns patient_id, image_id, label, p_0 .. p_{C-1}
+# of one model on one task: by seed, a row a tested image (breast, patient); columns patient_id, breast_id, image_id
+# where they apply, label, p_0 .. p_{C-1}
 Predictions = Mapping[int, pandas.DataFrame]
+IDENTIFIERS = ("patient_id", "breast_id", "image_id")
 
 
 @dataclass(frozen=True)
@@ -40,42 +42,38 @@ def score_task(predictions: Mapping[str, Predictions], metric: str, num_resample
     """Of the predictions of each model. A resample draws patients with replacement from all that some seed tested, and
     takes of each seed the rows of those drawn; its score is the mean over the seeds.
 
-    Raises ValueError where no seed is there for all models, or models saw other test images.
+    Raises ValueError where no seed is there for all models, or models were tested on other rows.
     """
     seeds = sorted(set.intersection(*({*each} for each in predictions.values())))
     if not seeds:
         raise ValueError(f"no seed is finished for all of {', '.join(predictions)}")
-    check_same_rows(predictions, seeds)
-    first = next(iter(predictions.values()))
+    sorted_rows = {name: {seed: _in_order(of_seed[seed]) for seed in seeds} for name, of_seed in predictions.items()}
+    _check_same_rows(sorted_rows, seeds)
+    first = next(iter(sorted_rows.values()))
     patients = np.unique(np.concatenate([first[seed]["patient_id"].astype(str) for seed in seeds]))
-    times_drawn = draw_patients(len(patients), num_resamples)  # (R, P)
+    rng = np.random.default_rng(0)  # the same draws for every task of so many patients
+    times_drawn = rng.multinomial(
+        len(patients), np.full(len(patients), 1 / len(patients)), size=num_resamples
+    )  # (R, P)
     by_seed, resampled = {}, {}
-    for name, of_seed in predictions.items():
-        by_seed[name] = {seed: float(METRICS[metric](*labels_and_probabilities(of_seed[seed]))) for seed in seeds}
-        each = [resample(of_seed[seed], patients, times_drawn, METRICS[metric]) for seed in seeds]
-        resampled[name] = np.mean(each, axis=0)
+    for name, of_seed in sorted_rows.items():
+        seen = {seed: labels_and_probabilities(rows) for seed, rows in of_seed.items()}
+        by_seed[name] = {seed: score(*each, metric) for seed, each in seen.items()}
+        weights = {
+            seed: times_drawn[:, np.searchsorted(patients, rows["patient_id"].astype(str))].astype(float)  # (R, n)
+            for seed, rows in of_seed.items()
+        }
+        resampled[name] = np.mean([WEIGHTED[metric](*seen[seed], weights[seed]) for seed in seeds], axis=0)
     return TaskScores(metric, by_seed, resampled, len(patients))
 
 
-def draw_patients(num_patients: int, num_resamples: int) -> np.ndarray:
-    """(R, P) int: how often each patient is in each resample, the same for every model and task of this size."""
-    rng = np.random.default_rng(0)
-    return rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), size=num_resamples)
-
-
-def resample(rows: pandas.DataFrame, patients: np.ndarray, times_drawn: np.ndarray, metric: Callable) -> np.ndarray:
-    """(R,) scores of one seed's predictions; NaN where a resample leaves the score undefined."""
-    labels, probabilities = labels_and_probabilities(rows)
-    times = times_drawn[:, np.searchsorted(patients, rows["patient_id"].astype(str))]  # (R, n)
-    chosen = (np.repeat(np.arange(len(rows)), each) for each in times)
-    return np.array([metric(labels[each], probabilities[each]) if len(each) else np.nan for each in chosen])
-
-
 def two_sided_p(differences: np.ndarray) -> float:
-    """Of resampled differences: twice the smaller share on a side of zero, at least 1 / (R + 1)."""
-    differences = differences[~np.isnan(differences)]
-    tail = min((differences <= 0).sum(), (differences >= 0).sum())
-    return float(min(1.0, 2 * (tail + 1) / (len(differences) + 1)))
+    """The level at which the percentile interval of resampled differences would just touch 0: twice the share on the
+    rarer side of 0, the observed one counted in (Davison and Hinkley 1997, sections 4.2 and 5.2), so never below
+    2 / (R + 1). Resamples in which a score is undefined do not count."""
+    defined = differences[~np.isnan(differences)]
+    rarer = min((defined <= 0).sum(), (defined >= 0).sum())
+    return float(min(1.0, 2 * (1 + rarer) / (1 + len(defined)))) if len(defined) else float("nan")
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -93,14 +91,19 @@ def labels_and_probabilities(rows: pandas.DataFrame) -> tuple[np.ndarray, np.nda
     return rows["label"].to_numpy(int), rows[columns].dropna(axis=1, how="all").to_numpy(float)
 
 
-def check_same_rows(predictions: Mapping[str, Predictions], seeds: list[int]) -> None:
+def _in_order(rows: pandas.DataFrame) -> pandas.DataFrame:
+    return rows.sort_values([name for name in IDENTIFIERS if name in rows], ignore_index=True)
+
+
+def _check_same_rows(predictions: Mapping[str, Predictions], seeds: list[int]) -> None:
     for seed in seeds:
         first, *rest = predictions
-        expected = set(zip(*(predictions[first][seed][name] for name in ("patient_id", "image_id")), strict=True))
+        expected = predictions[first][seed]
+        compared = [name for name in (*IDENTIFIERS, "label") if name in expected]
         for name in rest:
-            found = set(zip(*(predictions[name][seed][key] for key in ("patient_id", "image_id")), strict=True))
-            if found != expected:
+            found = predictions[name][seed]
+            if len(found) != len(expected) or not found[compared].equals(expected[compared]):
                 raise ValueError(
-                    f"seed {seed}: {first} was tested on {len(expected)} images, {name} on {len(found)}, not the "
-                    "same ones: the data changed between the runs; remove the older runs and start again"
+                    f"seed {seed}: {first} was tested on {len(expected)} rows, {name} on {len(found)}, not the same "
+                    "ones: the data changed between the runs, or one refused a file; remove the older and run again"
                 )

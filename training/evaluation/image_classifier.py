@@ -1,0 +1,134 @@
+"""A backbone under one linear layer: how it learns, what it says of an image, and how it is kept."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+
+from modeling_mammodino import MammoDinoForImageClassification
+
+from .backbones import Backbone, MammoDinoPictures, load_backbone
+from .finetune_settings import FinetuneSettings
+
+HEAD_FILE, BACKBONE_FILE, DESCRIPTION_FILE = "head.safetensors", "backbone.safetensors", "classifier.json"
+NOTICE = "Research use only: not a medical device."
+
+
+class ImageClassifier(nn.Module):
+    """Slices of images -> log-probabilities of the images.
+
+    Args:
+        backbone: as it comes, or with adapters of peft around it.
+        head: nn.Linear(F, C).
+        class_weights (C,): of the loss; ones where classes weigh as they are.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear, class_weights: np.ndarray):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.register_buffer("class_weights", torch.tensor(class_weights, dtype=torch.float32), persistent=False)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_slices: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        tissue_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """pixel_values (N, C, H, W) and tissue_mask (N, h, w): the slices of B images, one image after the other;
+        num_slices (B,), labels (B,) int64.
+
+        Returns `logits` (B, C): the logarithm of an image's probabilities, the mean over its slices; and with labels
+        `loss`: the mean over slices of the weighted cross entropy, each slice with the label of its image.
+        """
+        of_slices = functional.log_softmax(self.head(self.backbone(pixel_values, tissue_mask)).float(), dim=1)  # (N, C)
+        image = torch.repeat_interleave(torch.arange(len(num_slices), device=num_slices.device), num_slices)  # (N,)
+        sums = of_slices.new_zeros(len(num_slices), of_slices.shape[1]).index_add(0, image, of_slices.exp())
+        outputs = {"logits": (sums / num_slices[:, None]).clamp_min(1e-30).log()}
+        if labels is not None:
+            wanted = labels[image]
+            losses = functional.nll_loss(of_slices, wanted, reduction="none") * self.class_weights[wanted]
+            outputs["loss"] = losses.mean()
+        return outputs
+
+    def train(self, mode: bool = True) -> "ImageClassifier":
+        """A batch norm whose weights do not learn, as under adapters, keeps its statistics, too."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                module.train(mode and module.weight.requires_grad)
+        return self
+
+
+def add_adapters(backbone: Backbone, settings: FinetuneSettings) -> nn.Module:
+    """Low-rank adapters in the backbone's `lora_targets` (Hu et al. 2021), all else frozen."""
+    adapters = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=backbone.lora_targets,
+    )
+    return get_peft_model(backbone, adapters)
+
+
+def save_classifier(
+    folder: Path, backbone: Backbone, head: nn.Linear, classes: tuple[str, ...], meaning: str, head_alone: bool = False
+) -> None:
+    """Writes `folder` whole or not at all: a MammoDINO as AutoModelForImageClassification and AutoImageProcessor open
+    it; another kind, or the head of a frozen encoder alone, for `open_classifier`."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if isinstance(backbone.picture_maker, MammoDinoPictures) and not head_alone:
+        config = type(backbone.model.config).from_dict(backbone.model.config.to_dict())
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: number for number, name in enumerate(classes)}
+        model = MammoDinoForImageClassification(config)
+        model.dinov2_with_registers.load_state_dict(backbone.model.state_dict())
+        model.classifier.load_state_dict(head.state_dict())
+        model.save_pretrained(temporary)
+        backbone.picture_maker.image_processor.save_pretrained(temporary)
+    else:
+        _save_parts(temporary, backbone, head, classes, head_alone)
+    (temporary / "README.md").write_text(f"{NOTICE}\n\nClasses, by number: {', '.join(classes)}. {meaning}\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _save_parts(folder: Path, backbone: Backbone, head: nn.Linear, classes: tuple[str, ...], head_alone: bool) -> None:
+    modules = {HEAD_FILE: head} | ({} if head_alone else {BACKBONE_FILE: backbone.model})
+    for name, module in modules.items():
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+        save_file(state, folder / name)
+    description = {
+        "notice": NOTICE,
+        "kind": backbone.kind,
+        "source": backbone.source,
+        "weights": backbone.settings()["weights"],
+        "width": backbone.width,
+        "classes": classes,
+    }
+    (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def open_classifier(folder: Path, source: str | None = None) -> tuple[Backbone, nn.Linear, list[str]]:
+    """Backbone, head and class names of a folder that has them in parts.
+
+    `source`: where the backbone's architecture and preprocessing are now, if elsewhere than noted. Raises ValueError
+    where its weights are not those that the head was learned on.
+    """
+    description = json.loads((folder / DESCRIPTION_FILE).read_text())
+    backbone = load_backbone(description["kind"], source or description["source"])
+    if (folder / BACKBONE_FILE).is_file():
+        backbone.model.load_state_dict(load_file(folder / BACKBONE_FILE))
+    if backbone.settings()["weights"] != description["weights"]:
+        raise ValueError(f"{folder}: its head was learned on other weights than those of {backbone.source}")
+    head = nn.Linear(description["width"], len(description["classes"]))
+    head.load_state_dict(load_file(folder / HEAD_FILE))
+    return backbone, head, description["classes"]
