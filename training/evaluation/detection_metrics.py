@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .metrics import Interval, bootstrap_resamples, interval
+from .metrics import Interval, bootstrap_weights, interval
 
 FALSE_POSITIVES = (1, 2, 4)
 DEPTH_FRACTION = 0.25  # of the slices of a volume, before and after a lesion's: the DBTex challenge's rule
@@ -125,9 +125,9 @@ def froc_marks(found: list[Found], rule: str, iou_threshold: float) -> FrocMarks
 def sensitivity_at(marks: FrocMarks, false_positives: float, weights: np.ndarray | None = None) -> float:
     """The largest share of lesions found by a threshold with at most so many false positives an image.
 
-    weights (num_images,) int: how often an image counts, as in a bootstrap resample. NaN where there is no lesion.
+    weights (num_images,): how often an image counts, as in a bootstrap resample. NaN where there is no lesion.
     """
-    weights = np.ones(marks.num_images, int) if weights is None else weights
+    weights = np.ones(marks.num_images) if weights is None else weights
     lesion_weights = weights[marks.lesion_images]
     if not lesion_weights.any():
         return float("nan")
@@ -183,7 +183,7 @@ def coco_matches(found: list[Found]) -> CocoMatches:
 def average_precision(matches: CocoMatches, weights: np.ndarray | None = None) -> tuple[float, float]:
     """AP at an IoU of 0.5, and the mean of AP over IoU 0.50, 0.55, ..., 0.95; AP is the mean of the largest precision
     at a recall of at least 0, 0.01, ..., 1 (COCO). Weights as in `sensitivity_at`; NaN where there is no lesion."""
-    weights = np.ones(len(matches.num_lesions), int) if weights is None else weights
+    weights = np.ones(len(matches.num_lesions)) if weights is None else weights
     if not (num_lesions := (weights * matches.num_lesions).sum()):
         return float("nan"), float("nan")
     each = weights[matches.images]  # (n,)
@@ -204,16 +204,15 @@ def judge(found: list[Found], rule: str, iou_threshold: float, num_resamples: in
     """`map_50`, `map` and `sensitivity_at_{1,2,4}`, with 95 % intervals over patients."""
     marks, matches = froc_marks(found, rule, iou_threshold), coco_matches(found)
 
-    def scores(rows: np.ndarray) -> list[float]:
-        weights = np.bincount(rows, minlength=len(found))
+    def scores(weights: np.ndarray) -> list[float]:
         sensitivities = [sensitivity_at(marks, each, weights) for each in FALSE_POSITIVES]
         return [*average_precision(matches, weights), *sensitivities]
 
     names = ["map_50", "map", *(f"sensitivity_at_{each}" for each in FALSE_POSITIVES)]
-    values = scores(np.arange(len(found)))
+    values = scores(np.ones(len(found)))
     patients = np.array([each.patient_id for each in found])
-    resampled = np.array([scores(rows) for rows in bootstrap_resamples(patients, num_resamples, seed)])
-    return {name: interval(values[k], resampled[:, k]) for k, name in enumerate(names)}
+    resampled = [scores(each) for block in bootstrap_weights(patients, num_resamples, seed) for each in block]
+    return {name: interval(values[k], np.array(resampled)[:, k]) for k, name in enumerate(names)}
 
 
 def _centres(boxes: np.ndarray) -> np.ndarray:
