@@ -13,7 +13,7 @@ import pandas
 from .bcs_dbt import View
 from .benchmark_index import Benchmark, Box, make_index
 from .benchmark_labels import by_value, single_type
-from .metadata_tables import MetadataTable, read_csv, tally
+from .metadata_tables import MetadataTable, read_csv
 from .nbia_download import collection_roots, relative
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 COLLECTION = "Breast-Cancer-Screening-DBT"
 REMEDY = "give the folder with BCS-DBT-labels-*.csv, BCS-DBT-file-paths-*.csv and BCS-DBT-boxes-*.csv of the collection"
 SPLITS = ("train", "validation", "test")
+LISTS = ("labels", "boxes", "file-paths")
 KEY = ("PatientID", "StudyUID", "View")
 GROUPS = ("Normal", "Actionable", "Benign", "Cancer")
 CORNER = ("X", "Y", "Width", "Height")
@@ -33,18 +34,20 @@ def read_index(data_dir: Path) -> pandas.DataFrame:
     `path` is the descriptive one, missing where the list of paths is. Raises FileNotFoundError without any labels,
     ValueError naming file, row and column. What is not there is logged.
     """
-    rows = []
-    for split, labels in _labels(data_dir).items():
+    rows, tables = [], _labels(data_dir)
+    if absent := [split for split in SPLITS if split not in tables]:
+        logger.info("bcs_dbt: no labels of %s: a part of the collection", " and ".join(absent))
+    for split, labels in tables.items():
         group = _groups(labels)
         boxes, types = _boxes(data_dir, split, labels)
         paths = _paths(data_dir, split)
-        if absent := [what for what, found in (("boxes", boxes), ("paths", paths)) if found is None]:
-            logger.info("bcs_dbt: %s of %s: no such file; these cells are missing", " and ".join(absent), split)
+        lists = [path.name for what in LISTS if (path := _find(data_dir, what, split))]
+        logger.info("bcs_dbt: %s: from %s; what other lists say is missing", split, ", ".join(lists))
         for row, key in enumerate(labels.rows[list(KEY)].itertuples(index=False, name=None)):
             view = View.parse(key[2])
             if view is None:
                 raise labels.fault(row, "View", "not one of lcc, lmlo, rcc, rmlo, perhaps with a number")
-            is_lesion = {"Normal": 0, "Actionable": None}.get(group[row], 1)
+            unboxed = [] if group[row] == "Normal" else None  # nothing there, or nobody boxed it
             rows.append(
                 {
                     "patient_id": key[0],
@@ -56,9 +59,9 @@ def read_index(data_dir: Path) -> pandas.DataFrame:
                     "split": split,
                     "path": paths and paths.get(key, (None,))[0],
                     "cancer": int(group[row] == "Cancer"),
-                    "lesion": is_lesion,
-                    "lesion_types": None if is_lesion is None or types is None else sorted(types.get(key, ())),
-                    "boxes": boxes and boxes.get(key, None if is_lesion is None else []),
+                    "lesion": {"Normal": 0, "Actionable": None}.get(group[row], 1),
+                    "lesion_types": types and (sorted(types[key]) if key in types else unboxed),
+                    "boxes": boxes and boxes.get(key, unboxed),
                 }
             )
     return make_index(rows, "bcs_dbt")
@@ -70,8 +73,6 @@ def _find(data_dir: Path, what: str, split: str) -> Path | None:
         Path(data_dir).glob(f"BCS-DBT?{what}-{split}*.csv"),
         key=lambda path: ("PHASE-2" in path.name, "-v2" in path.name, path.name),
     )
-    if len(found) > 1:
-        logger.info("bcs_dbt: %s of %s: read from %s, not %s", what, split, found[-1].name, found[0].name)
     return found[-1] if found else None
 
 
@@ -81,8 +82,6 @@ def _labels(data_dir: Path) -> dict[str, MetadataTable]:
     paths = {split: path for split in SPLITS if (path := _find(data_dir, "labels", split))}
     if not paths:
         raise FileNotFoundError(f"{data_dir}: no BCS-DBT-labels-*.csv; {REMEDY}")
-    if absent := [split for split in SPLITS if split not in paths]:
-        logger.info("bcs_dbt: no labels of %s: a part of the collection", " and ".join(absent))
     return {split: read_csv(path, (*KEY, *GROUPS), REMEDY) for split, path in paths.items()}
 
 
@@ -170,7 +169,8 @@ def count(data_dir: Path) -> dict[str, int]:
         path = _find(data_dir, "boxes", split)
         if path is not None:
             classes = read_csv(path, BOX_COLUMNS, REMEDY).rows["Class"]
-            counts |= {f"{split}: boxes": len(classes), **tally(classes, f"{split}: boxes of {{}}")}
+            counts[f"{split}: boxes"] = len(classes)
+            counts |= {f"{split}: boxes of {name}": (classes == name).sum() for name in ("benign", "cancer")}
     if len(parts) == len(SPLITS):
         counts |= _count("all", pandas.concat(parts, ignore_index=True))
     return {name: int(value) for name, value in counts.items()}

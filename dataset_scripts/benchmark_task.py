@@ -16,10 +16,12 @@ from .benchmark_features import INDEX_FEATURES, to_rows
 from .benchmark_index import SPLITS, Benchmark, Definition
 from .benchmark_splits import complete_splits
 from .benchmarks import get_benchmark
-from .own_table import NAME as OWN_TABLE
+from .own_table import BENCHMARK as OWN_TABLE
 from .own_table import table_benchmark
 
 logger = logging.getLogger(__name__)
+
+MISSING = "image file missing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class TaskTable:
         table: SCHEMA's columns, `file` (absolute path, str) and `label` (int, place in `classes`), a row an image, in
             order of image_id. `split` is one of SPLITS in every row, and no patient is in two.
         counts: per split "images", "breasts", "patients" and "classes" (images by class); "left_out": images by reason.
+        official: the splits that the data set itself has; the others were held out here.
     """
 
     table: pandas.DataFrame
@@ -37,6 +40,7 @@ class TaskTable:
     benchmark: Benchmark
     definition: Definition
     counts: dict[str, Any]
+    official: tuple[str, ...]
 
 
 def load_task(
@@ -85,12 +89,12 @@ def load_task(
         test_fraction=test_fraction,
     )
     is_there = find_files(table, data_dir, allow_missing)
-    left_out["image file missing"] = int((~is_there).sum())
+    left_out[MISSING] = int((~is_there).sum())
     table = table[is_there].sort_values("image_id").reset_index(drop=True)
     counts = _counts(table, chosen.classes) | {"left_out": {why: n for why, n in left_out.items() if n}}
     _check_classes(counts, chosen, benchmark.name)
     logger.info("%s, %s (%s): %s", benchmark.name, task, chosen.name, counts)
-    return TaskTable(table, chosen.classes, benchmark, chosen, counts)
+    return TaskTable(table, chosen.classes, benchmark, chosen, counts, official_splits(index))
 
 
 def load_benchmark(
@@ -112,7 +116,7 @@ def load_benchmark(
 
 def open_benchmark(name: str, data_dir: Path) -> Benchmark:
     """The data set of a name; for a table of one's own, with the definitions that its columns allow."""
-    return table_benchmark(data_dir) if name == OWN_TABLE else get_benchmark(name)
+    return table_benchmark(data_dir) if name == OWN_TABLE.name else get_benchmark(name)
 
 
 def located(benchmark: Benchmark, data_dir: Path) -> pandas.DataFrame:
@@ -123,6 +127,10 @@ def located(benchmark: Benchmark, data_dir: Path) -> pandas.DataFrame:
     root = data_dir if data_dir.is_dir() else data_dir.parent
     file = index["path"].map(lambda path: str(root / path), na_action="ignore").astype("string")
     return index.assign(file=file).sort_values("image_id", ignore_index=True)
+
+
+def official_splits(index: pandas.DataFrame) -> tuple[str, ...]:
+    return tuple(split for split in SPLITS if (index["split"] == split).any())
 
 
 def find_files(table: pandas.DataFrame, data_dir: Path, allow_missing: bool) -> pandas.Series:

@@ -164,8 +164,9 @@ BENCHMARK = Benchmark(
         "Leak in the published splits: masses and calcifications were split one without the other; 31 patients and 29 "
         "images are in both. Test stays whole (641 images); the 64 train images of these patients leave train, of "
         "which 29 are in test and 35 are left out. So 2,356 + 641 images of 3,032.",
-        "Labels are of the image, from all its abnormalities. A list of the pictures of masses, then of calcifications, "
-        "has 3,103, as 71 are filed twice; one copy elsewhere states 3,120.",
-        "Boxes come from ROI masks on disk; an image whose mask is missing or of another size has none, and is counted.",
+        "Labels are of the image, from all its abnormalities. A list of the pictures of masses, then of "
+        "calcifications, has 3,103, as 71 are filed twice; one copy elsewhere states 3,120.",
+        "Boxes come from ROI masks on disk, read once and kept in data_dir/cbis_ddsm_boxes.json; images whose mask is "
+        "missing or of another size have none and are counted.",
     ),
 )

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +72,25 @@ def _full_mammogram(folder: Path | None) -> Path | None:
 def _boxes(
     index: pandas.DataFrame, data_dir: Path, cases: pandas.DataFrame, folders: dict[str, Path]
 ) -> list[list[Box] | None]:
-    cache = _MaskBoxes(data_dir)
     abnormalities = {
         image: list(zip(of["mask_path"], of["type"], strict=True)) for image, of in cases.groupby("image_id")
     }
     reasons: Counter[str] = Counter()
     boxes: list[list[Box] | None] = []
-    for image, path in tqdm(zip(index["image_id"], index["path"], strict=True), "masks", len(index), disable=None):
-        of_image: list[Box] | None = []
-        for mask_path, kind in abnormalities[image]:
-            folder = folders.get(mask_path.split("/")[0])
-            corners, reason = cache.get(folder, data_dir / path) if folder else (None, "not on disk")
-            if corners is None:
-                reasons[reason] += 1
-                of_image = None
-                break
-            x0, y0, x1, y1 = corners
-            of_image.append(Box(x0=x0, y0=y0, x1=x1, y1=y1, slice=-1, label=kind))
-        boxes.append(of_image)
-    cache.save()
-    if reasons and set(reasons) != {"not on disk"}:
+    with closing(_MaskBoxes(data_dir)) as cache:
+        for image, path in tqdm(zip(index["image_id"], index["path"], strict=True), "masks", len(index), disable=None):
+            of_image: list[Box] | None = []
+            for mask_path, kind in abnormalities[image]:
+                folder = folders.get(mask_path.split("/")[0])
+                corners, reason = cache.get(folder, data_dir / path) if folder else (None, "not on disk")
+                if corners is None:
+                    reasons[reason] += 1
+                    of_image = None
+                    break
+                x0, y0, x1, y1 = corners
+                of_image.append(Box(x0=x0, y0=y0, x1=x1, y1=y1, slice=-1, label=kind))
+            boxes.append(of_image)
+    if reasons and (any(boxes) or set(reasons) != {"not on disk"}):  # without any masks there is nothing to say
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         logger.warning(
             "cbis_ddsm: %d of %d images have no boxes, by mask: %s", sum(reasons.values()), len(index), listed
@@ -122,7 +122,7 @@ class _MaskBoxes:
             self.changed = True
         return kept["corners"], kept["reason"]
 
-    def save(self) -> None:
+    def close(self) -> None:
         if not self.changed:
             return
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")

@@ -7,6 +7,7 @@ out.
 """
 
 import logging
+import re
 from functools import partial
 from pathlib import Path
 
@@ -185,7 +186,8 @@ def count(data_dir: Path) -> dict[str, int]:
             **tally(index["laterality"], "images {}"),
             **tally(index["view"], "images {}"),
         }
-    return {name: int(value) for name, value in counts.items()}
+    told = [name for name in PUBLISHED if images is not None or not re.search("images|without", name)]
+    return {name: int(value) for name, value in {**dict.fromkeys(told, 0), **counts}.items()}
 
 
 PUBLISHED = {
@@ -197,7 +199,8 @@ PUBLISHED = {
     "subtype missing": 1123, "subtype Luminal B": 376, "subtype Luminal A": 152, "subtype HER2-enriched": 135,
     "subtype triple negative": 86, "labelled breasts L": 988, "labelled breasts R": 884,
     "lowest age": 17, "highest age": 87,
-    "images": 5202, "images of D1": 2214, "images of D2": 2988, "patients of 2 images": 949, "patients of 4 images": 826,
+    "images": 5202, "images of D1": 2214, "images of D2": 2988, "patients of 2 images": 949,
+    "patients of 4 images": 826,
     "images with a label": 3744, "images with a label of D1": 2214, "images with a label of D2": 1530,
     "images Malignant": 2632, "images Benign": 1112, "images without a label": 1458, "breasts without a label": 729,
     "images L": 2682, "images R": 2520, "images CC": 2601, "images MLO": 2601,
@@ -221,7 +224,7 @@ BENCHMARK = Benchmark(
     title="CMMD: The Chinese Mammography Database",
     homepage="https://doi.org/10.7937/tcia.eqde4b16",
     license="CC BY 4.0",
-    citation="Cui et al., The Chinese Mammography Database, The Cancer Imaging Archive, 2021, doi 10.7937/tcia.eqde4b16",
+    citation="Cui et al., The Chinese Mammography Database, TCIA, 2021, doi 10.7937/tcia.eqde4b16",
     read_index=read_index,
     definitions=(
         by_value(
@@ -256,11 +259,11 @@ BENCHMARK = Benchmark(
     published=PUBLISHED,
     locate=locate,
     notes=(
-        "No BI-RADS and no density in the public labels, so neither task; a published CMMD BI-RADS score has other labels.",
+        "No BI-RADS and no density in the public labels, so neither task; a BI-RADS score on CMMD is of others.",
         "No official split: patients are held out.",
-        "One row a breast: its CC and its MLO have the same label. 1,458 images of D2 have no row: they are unlabelled, "
-        "not normal, and left out unless the definition says otherwise.",
-        "The collection's text counts 3,728 mammograms and 1,498 of the 749 patients with a subtype; the revised clinical "
-        "file gives 3,744 and 1,530, of 5,202 images.",
+        "One row a breast: its CC and its MLO have the same label. 1,458 images of D2 have no row: they are "
+        "unlabelled, not normal, and left out unless the definition says otherwise.",
+        "The collection's text counts 3,728 mammograms and 1,498 of the 749 patients with a subtype; the revised "
+        "clinical file gives 3,744 and 1,530, of 5,202 images.",
     ),
 )

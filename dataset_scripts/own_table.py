@@ -1,197 +1,76 @@
 """A table of one's own as a data set: any hospital's images and labels, by the columns of the schema.
 
-data_dir is a CSV or Parquet file, or a folder with index.csv or index.parquet. It needs `patient_id` and `path`
-(relative to the table, or absolute), and one label column or more; what else of benchmark_index.SCHEMA it has is read
-too, other columns are not. Empty cells are unknown. In a CSV `lesion_types` is names with ";" between, or `none` where
-a reader found none, and `boxes` is JSON: [{"x0": 10, "y0": 20, "x1": 50, "y1": 60, "slice": 12, "label": "mass"}].
+data_dir is a CSV or Parquet file, or a folder with index.csv or index.parquet. It needs the columns `patient_id` and
+`path` (relative to the table, or absolute) and one label or more; whatever else of benchmark_index.SCHEMA it has is
+read too. Empty cells are unknown. In a CSV, `lesion_types` is names with ";" between, or `none` where a reader found
+none, and `boxes` is JSON: [{"x0": 10, "y0": 20, "x1": 50, "y1": 60, "slice": 12, "label": "mass"}], or [].
 
     patient_id,path,laterality,view,cancer,density
     p001,p001/left_cc.dcm,L,CC,0,B
 
-Without `image_id` an image goes by its path, without `breast_id` by patient, study and laterality, and an image whose
+Without `image_id` an image goes by its path, without `breast_id` by patient, study and laterality; an image whose
 laterality is not known counts as a breast of its own.
 """
 
 import json
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas
 
-from .benchmark_index import DENSITIES, SCHEMA, Benchmark, Box, Definition, make_index
+from .benchmark_index import DENSITIES, SCHEMA, Benchmark, Box, make_index
+from .benchmark_labels import by_value, dense, single_type
+from .metadata_tables import MetadataTable, find_file
 
 logger = logging.getLogger(__name__)
 
-NAME = "table"
 FILES = ("index.csv", "index.parquet")
+REMEDY = "correct it in the table"
 NEEDED = ("patient_id", "path")
 LABELS = ("cancer", "lesion", "birads", "density", "lesion_types")
-LEVELS = ("1", "2", "3", "4", "5")  # assessments 0 (incomplete) and 6 (known cancer) are no classes
+LEVELS = (1, 2, 3, 4, 5)  # 0, incomplete, and 6, known cancer, are no levels of suspicion
 NO_LESION = "none"
-
-
-def table_benchmark(data_dir: Path) -> Benchmark:
-    """The data set of a table, with the definitions that its columns allow.
-
-    Raises FileNotFoundError where there is none, ValueError naming file, row, column and remedy.
-    """
-    index = read_index(data_dir)
-    of_column = {name: sorted(index[name].dropna().astype(str).unique()) for name in ("birads", "density")}
-    types = sorted({each for each in _single_types(index).dropna()})
-    has = [name for name in LABELS if index[name].notna().any()]
-    if not has:
-        raise ValueError(f"{table_file(data_dir)}: no labels; fill one or more of the columns {', '.join(LABELS)}")
-    return _benchmark(has, [level for level in LEVELS if level in of_column["birads"]], of_column["density"], types)
-
-
-def table_file(data_dir: Path) -> Path:
-    data_dir = Path(data_dir)
-    if data_dir.is_file():
-        return data_dir
-    for name in FILES:
-        if (data_dir / name).is_file():
-            return data_dir / name
-    raise FileNotFoundError(f"{data_dir}: no {' or '.join(FILES)}; give the folder of a table, or the table itself")
 
 
 def read_index(data_dir: Path) -> pandas.DataFrame:
     """SCHEMA rows of a table. Raises FileNotFoundError, ValueError naming file, row, column and remedy."""
-    path = table_file(data_dir)
-    table = _read(path)
-    if missing := [name for name in NEEDED if name not in table]:
-        raise ValueError(
-            f"{path}: no column {' and '.join(missing)}; it has {', '.join(map(str, table.columns))}; name its columns "
-            "as benchmark_index.SCHEMA does"
-        )
-    if ignored := [str(name) for name in table if name not in SCHEMA]:
-        logger.info("%s: not read, as no column of the schema: %s", path, ", ".join(ignored))
-    if table.empty:
-        raise ValueError(f"{path}: no rows")
-    columns = {name: _column(path, table, name) for name in SCHEMA if name in table}
-    for name in NEEDED:
-        if empty := [row for row, cell in enumerate(columns[name], start=1) if cell is None]:
-            raise ValueError(f"{path}, row {empty[0]}: {name} is empty; {len(empty)} such rows; fill it")
+    table = _read(table_file(data_dir))
+    columns = {name: _cells(table, name) for name in SCHEMA if name in table.rows}
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     alone = 0
     for row in rows:
+        side = row.get("laterality")
         row["image_id"] = row.get("image_id") or row["path"]
         if not row.get("breast_id"):
-            alone += not row.get("laterality")
-            known = [row["patient_id"], row.get("study_id"), row.get("laterality")]
-            row["breast_id"] = "_".join(filter(None, known)) if row.get("laterality") else row["image_id"]
+            alone += side is None
+            of = filter(None, (row["patient_id"], row.get("study_id"), side))
+            row["breast_id"] = "_".join(of) if side else row["image_id"]
     if alone:
-        logger.info("%s: %d images without breast_id and laterality count as a breast each", path, alone)
-    return make_index(rows, str(path))
+        logger.info("%s: %d images without breast_id and laterality count as a breast each", table.path, alone)
+    return make_index(rows, str(table.path))
 
 
-def _read(path: Path) -> pandas.DataFrame:
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pandas.read_parquet(path)
-        return pandas.read_csv(path, dtype=str, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:  # pandas' parser and pyarrow raise kinds of ValueError
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read ({reason}); save it as CSV in UTF-8 or as Parquet") from error
+def table_file(data_dir: Path) -> Path:
+    """The file of a table. Raises FileNotFoundError where there is none."""
+    if Path(data_dir).is_file():
+        return Path(data_dir)
+    return find_file(data_dir, FILES, "give a table, or the folder of one of these names")
 
 
-def _column(path: Path, table: pandas.DataFrame, name: str) -> list[Any]:
-    """The cells of a column as the schema wants them, None where unknown."""
-    convert = {"Int8": _whole, "string": str, "object": {"lesion_types": _names, "boxes": _boxes}.get(name)}
-    cells: list[Any] = []
-    for row, cell in enumerate(table[name], start=1):
-        cell = cell.strip() if isinstance(cell, str) else cell
-        if cell is None or (not _is_list(cell) and (pandas.isna(cell) or cell == "")):
-            cells.append(None)
-            continue
-        try:
-            cells.append(convert[SCHEMA[name]](cell))
-        except (ValueError, TypeError, KeyError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-            raise ValueError(f"{path}, row {row}: {name} is {cell!r}: {reason}") from error
-    return cells
+def table_benchmark(data_dir: Path) -> Benchmark:
+    """The data set of a table, with the definitions that its labels allow and the classes that occur.
 
-
-def _is_list(cell: Any) -> bool:
-    return not isinstance(cell, str) and hasattr(cell, "__len__")  # Parquet's lists arrive as arrays
-
-
-def _whole(cell: Any) -> int:
-    number = float(cell)
-    if not number.is_integer() or abs(number) > 127:
-        raise ValueError("must be a small whole number")
-    return int(number)
-
-
-def _names(cell: Any) -> list[str]:
-    names = list(cell) if _is_list(cell) else str(cell).split(";")
-    return sorted({name.strip() for name in names} - {"", NO_LESION})
-
-
-def _boxes(cell: Any) -> list[Box]:
-    return [_box(each) for each in (cell if _is_list(cell) else json.loads(cell))]
-
-
-def _box(given: Any) -> Box:
-    if not isinstance(given, dict):
-        raise ValueError('must be a list of {"x0": ..., "y0": ..., "x1": ..., "y1": ...}')
-    x0, y0, x1, y1 = (float(given[name]) for name in ("x0", "y0", "x1", "y1"))
-    if not (x0 < x1 and y0 < y1):
-        raise ValueError("x0 must be below x1, and y0 below y1")
-    return Box(x0=x0, y0=y0, x1=x1, y1=y1, slice=int(given.get("slice", -1)), label=str(given.get("label", "lesion")))
-
-
-def _single_types(index: pandas.DataFrame) -> pandas.Series:
-    one = index["lesion_types"].map(lambda types: types[0] if types is not None and len(types) == 1 else None)
-    return one.astype("string")
-
-
-def _values(column: str, classes: dict[str, str], index: pandas.DataFrame) -> pandas.Series:
-    return index[column].astype("string").map(classes).astype("string")
-
-
-def _benchmark(has: list[str], levels: list[str], densities: list[str], types: list[str]) -> Benchmark:
-    def by_value(task: str, name: str, meaning: str, column: str, classes: dict[str, str]) -> Definition:
-        names = tuple(dict.fromkeys(classes.values()))
-        return Definition(
-            task, name, f"{meaning}, by the table's column `{column}`", names, partial(_values, column, classes)
-        )
-
-    dense = {"A": "not dense", "B": "not dense", "C": "dense", "D": "dense"}
-    definitions: dict[str, list[Definition]] = {
-        "cancer": [by_value("cancer", "column", "positive: 1", "cancer", {"0": "no cancer", "1": "cancer"})],
-        "lesion": [by_value("lesion", "column", "positive: 1", "lesion", {"0": "no lesion", "1": "lesion"})],
-        "birads": [
-            by_value("birads", "column", "left out: 0 and 6", "birads", {level: level for level in levels}),
-        ],
-        "density": [
-            by_value("density", "column", "the classes that occur", "density", {each: each for each in densities}),
-            by_value("density", "dense", "dense: C or D", "density", dense),
-        ],
-        "lesion_types": [
-            Definition(
-                "lesion_type",
-                "column",
-                "left out: images with several types or none, by the table's column `lesion_types`",
-                tuple(types),
-                _single_types,
-            )
-        ],
-    }
-    return Benchmark(
-        name=NAME,
-        title="A table of one's own",
-        homepage="",
-        license="of whoever owns the images",
-        citation="",
-        read_index=read_index,
-        definitions=tuple(each for name in has for each in definitions[name]),
-        count=count,
-        published={},
-        no_sharing="it is your own: its ids and file names may name patients, and its licence is not known here",
-        notes=("The labels mean what whoever made the table meant.",),
-    )
+    Raises as `read_index`, and ValueError where there are no labels.
+    """
+    index = read_index(data_dir)
+    has = [name for name in LABELS if index[name].notna().any()]
+    if not has:
+        raise ValueError(f"{table_file(data_dir)}: no labels; fill one or more of the columns {', '.join(LABELS)}")
+    levels = [level for level in LEVELS if (index["birads"] == level).any()]
+    densities = [letter for letter in DENSITIES if (index["density"] == letter).any()]
+    types = sorted({name for names in index["lesion_types"] for name in names or ()})
+    return _benchmark(has, levels, densities, types)
 
 
 def count(data_dir: Path) -> dict[str, int]:
@@ -199,5 +78,127 @@ def count(data_dir: Path) -> dict[str, int]:
     return {"images": len(index), "patients": int(index["patient_id"].nunique())}
 
 
-# before a table is read: every definition that one may have
+def _read(path: Path) -> MetadataTable:
+    try:
+        if path.suffix.lower() == ".parquet":
+            frame = pandas.read_parquet(path)
+            frame = frame.apply(lambda column: [_as_text(cell) for cell in column]) if len(frame) else frame
+        else:
+            frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (ValueError, OSError) as error:  # pandas' parser and pyarrow raise kinds of both
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read ({reason}); save it as CSV in UTF-8 or as Parquet") from error
+    if missing := [name for name in NEEDED if name not in frame]:
+        raise ValueError(
+            f"{path}: no column {' and '.join(missing)}; it has {', '.join(map(str, frame.columns))}; name its columns "
+            "as benchmark_index.SCHEMA does"
+        )
+    if frame.empty:
+        raise ValueError(f"{path}: no rows")
+    if ignored := [str(name) for name in frame if name not in SCHEMA]:
+        logger.info("%s: not read, as no columns of the schema: %s", path, ", ".join(ignored))
+    known = [name for name in frame if name in SCHEMA]
+    return MetadataTable(path, frame[known].apply(lambda column: column.str.strip()), REMEDY)
+
+
+def _as_text(cell: Any) -> str:
+    """A cell of a Parquet file as a CSV would have it."""
+    if isinstance(cell, str) or not hasattr(cell, "__len__"):
+        return "" if cell is None or cell is pandas.NA or cell != cell else str(cell)
+    if all(isinstance(each, str) for each in cell):
+        return ";".join(cell) or NO_LESION
+    return json.dumps(list(cell))
+
+
+def _cells(table: MetadataTable, name: str) -> list[Any]:
+    """The cells of a column as the schema wants them, None where unknown."""
+    if SCHEMA[name] == "Int8":
+        numbers = table.whole(name)
+        if (beyond := numbers.abs() > 127).any():
+            raise table.fault(int(beyond.fillna(False).argmax()), name, "out of range")
+        return _none_where_missing(numbers)
+    cells = _none_where_missing(table.text(name, required=name in NEEDED))
+    if name == "lesion_types":
+        return [
+            None if cell is None else sorted({each.strip() for each in cell.split(";")} - {"", NO_LESION})
+            for cell in cells
+        ]
+    if name == "boxes":
+        return [None if cell is None else _boxes(table, row, cell) for row, cell in enumerate(cells)]
+    return cells
+
+
+def _none_where_missing(cells: pandas.Series) -> list[Any]:
+    return [None if pandas.isna(cell) else cell for cell in cells]
+
+
+def _boxes(table: MetadataTable, row: int, cell: str) -> list[Box]:
+    if cell == NO_LESION:
+        return []
+    try:
+        boxes = [
+            Box(
+                **{name: float(box[name]) for name in ("x0", "y0", "x1", "y1")},
+                slice=int(box.get("slice", -1)),
+                label=str(box.get("label", "lesion")),
+            )
+            for box in json.loads(cell)
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise table.fault(row, "boxes", 'not JSON like [{"x0": 1, "y0": 2, "x1": 3, "y1": 4}]') from None
+    if not all(box["x0"] < box["x1"] and box["y0"] < box["y1"] for box in boxes):
+        raise table.fault(row, "boxes", "but x0 must be below x1 and y0 below y1")
+    return boxes
+
+
+def _benchmark(has: list[str], levels: list[int], densities: list[str], types: list[str]) -> Benchmark:
+    source = "by the column `{}` of the table"
+    of_column = {
+        "cancer": [
+            by_value(
+                "cancer", "column", f"positive: 1 {source.format('cancer')}", "cancer", {0: "no cancer", 1: "cancer"}
+            ),
+        ],
+        "lesion": [
+            by_value(
+                "lesion", "column", f"positive: 1 {source.format('lesion')}", "lesion", {0: "no lesion", 1: "lesion"}
+            ),
+        ],
+        "birads": [
+            by_value(
+                "birads",
+                "column",
+                f"{source.format('birads')}; left out: 0 and 6",
+                "birads",
+                {level: str(level) for level in levels},
+            ),
+        ],
+        "density": [
+            by_value("density", "column", source.format("density"), "density", {each: each for each in densities}),
+            dense(source.format("density")),
+        ],
+        "lesion_types": [
+            single_type(
+                "column",
+                f"{source.format('lesion_types')}; left out: images with several types or none",
+                {each: each for each in types},
+            ),
+        ],
+    }
+    return Benchmark(
+        name="table",
+        title="A table of one's own",
+        homepage="",
+        license="that of the images",
+        citation="",
+        read_index=read_index,
+        definitions=tuple(each for name in has for each in of_column[name]),
+        count=count,
+        published={},
+        no_sharing="its ids and file names may name patients, and it does not say whose images they are",
+        notes=("Labels mean what whoever made the table meant.",),
+    )
+
+
+# before a table is read: all that one may have
 BENCHMARK = _benchmark(list(LABELS), list(LEVELS), list(DENSITIES), [])

@@ -4,13 +4,14 @@ data_dir holds the archive that `python -m dataset_scripts.phantom --output DIR`
 train, validation and test, which then are the official split. A row of the index is a file: a volume or a mammogram.
 """
 
-import csv
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas
 
-from .benchmark_index import DENSITIES, SPLITS, Benchmark, Box, Definition, make_index
+from .benchmark_index import DENSITIES, SPLITS, Benchmark, Box, make_index
+from .benchmark_labels import by_value, dense, four_densities, single_type
+from .metadata_tables import MetadataTable, read_csv
 
 LABELS = "labels.csv"
 COLUMNS = (
@@ -22,14 +23,14 @@ REMEDY = "write it again with python -m dataset_scripts.phantom"
 
 
 def read_index(data_dir: Path) -> pandas.DataFrame:
-    """SCHEMA rows of the files. Raises FileNotFoundError, and ValueError naming file, line and column.
+    """SCHEMA rows of the files. Raises FileNotFoundError, and ValueError naming file, row and column.
 
     A lesion's box carries its central slice in a volume, -1 in a mammogram. Patients of two folders must differ: the
     same number is the same breast, unless the seeds differ, which the labels do not say.
     """
     rows, split_of = [], {}
     for split, folder in _archives(Path(data_dir)):
-        of_archive = [_row(folder / LABELS, line, split, each) for line, each in _read(folder / LABELS)]
+        of_archive = _rows(read_csv(folder / LABELS, COLUMNS, REMEDY), split)
         for patient in {row["patient_id"] for row in of_archive}:
             if split_of.setdefault(patient, split) != split:
                 raise ValueError(
@@ -43,60 +44,57 @@ def read_index(data_dir: Path) -> pandas.DataFrame:
 def _archives(data_dir: Path) -> list[tuple[str | None, Path]]:
     """Split and folder of each archive."""
     parts = [(split, data_dir / split) for split in SPLITS if (data_dir / split / LABELS).is_file()]
-    if (data_dir / LABELS).is_file():
-        if parts:
-            raise ValueError(f"{data_dir}: {LABELS} here and in {parts[0][1].name}/; keep one of them")
-        return [(None, data_dir)]
-    if not parts:
-        raise FileNotFoundError(
-            f"{data_dir}: no {LABELS}, neither here nor in train/ and test/; write an archive with python -m "
-            f"dataset_scripts.phantom --output {data_dir}"
-        )
-    return parts
+    if not (data_dir / LABELS).is_file():
+        if not parts:
+            raise FileNotFoundError(
+                f"{data_dir}: no {LABELS}, neither here nor in train/ and test/; write an archive with python -m "
+                f"dataset_scripts.phantom --output {data_dir}"
+            )
+        return parts
+    if parts:
+        raise ValueError(f"{data_dir}: {LABELS} here and in {parts[0][1].name}/; keep one of them")
+    return [(None, data_dir)]
 
 
-def _read(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line number and cells of each row."""
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            has = ", ".join(reader.fieldnames or ())
-            raise ValueError(f"{path}: no column {', '.join(missing)}; it has {has}; {REMEDY}")
-        rows = [(reader.line_num, row) for row in reader]
-    if not rows:
-        raise ValueError(f"{path}: no rows; {REMEDY}")
-    return rows
+def _rows(table: MetadataTable, split: str | None) -> list[dict]:
+    file, patient, side = (table.text(name, required=True) for name in ("file", "patient", "laterality"))
+    flags = {name: table.choice(name, {"0": 0, "1": 1}) for name in ("lesion", "cancer")}
+    density = table.choice("density", {letter: letter for letter in DENSITIES})
+    return [
+        {
+            "patient_id": patient[row],
+            "study_id": patient[row],  # one study a patient
+            "breast_id": f"{patient[row]}_{side[row]}",
+            "image_id": file[row].removesuffix(".dcm"),
+            "laterality": side[row],
+            "view": table.rows["view"][row],
+            "split": split,
+            "path": f"{split}/{file[row]}" if split else file[row],
+            "cancer": flags["cancer"][row],
+            "lesion": flags["lesion"][row],
+            "lesion_types": [table.rows["lesion_type"][row]] if flags["lesion"][row] else [],
+            "birads": 5 if flags["cancer"][row] else 2 if flags["lesion"][row] else 1,
+            "density": density[row],
+            "boxes": boxes,
+        }
+        for row, boxes in enumerate(_boxes(table, flags["lesion"]))
+    ]
 
 
-def _row(path: Path, line: int, split: str | None, cells: dict[str, str]) -> dict:
-    def number(name: str) -> int:
-        try:
-            return int(cells[name])
-        except (TypeError, ValueError):
-            raise ValueError(f"{path}, line {line}: {name} is {cells[name]!r}, not a whole number; {REMEDY}") from None
-
-    patient, lesion, cancer = cells["patient"], number("lesion"), number("cancer")
-    boxes = []
-    if lesion:
-        at = number("lesion_slice") if cells["kind"] == "dbt" else -1
-        corners = {name: float(number(name)) for name in ("x0", "y0", "x1", "y1")}
-        boxes.append(Box(**corners, slice=at, label=cells["lesion_type"]))
-    return {
-        "patient_id": patient,
-        "study_id": patient,  # one study a patient
-        "breast_id": f"{patient}_{cells['laterality']}",
-        "image_id": cells["file"].removesuffix(".dcm"),
-        "laterality": cells["laterality"],
-        "view": cells["view"],
-        "split": split,
-        "path": f"{split}/{cells['file']}" if split else cells["file"],
-        "cancer": cancer,
-        "lesion": lesion,
-        "lesion_types": [cells["lesion_type"]] if lesion else [],
-        "birads": 5 if cancer else 2 if lesion else 1,
-        "density": cells["density"],
-        "boxes": boxes,
-    }
+def _boxes(table: MetadataTable, lesion: pandas.Series) -> Iterator[list[Box]]:
+    """Of each row: one where there is a lesion."""
+    is_volume = table.choice("kind", {"dbt": True, "ffdm": False})
+    at, *corners = (table.whole(name) for name in ("lesion_slice", "x0", "y0", "x1", "y1"))
+    for row, has_lesion in enumerate(lesion):
+        x0, y0, x1, y1 = (corner[row] for corner in corners)
+        if not has_lesion:
+            yield []
+        elif pandas.isna([x0, y0, x1, y1, at[row]]).any() or not (x0 < x1 and y0 < y1):
+            raise table.fault(row, "x0", "but a lesion has a box and a slice")
+        else:
+            place = int(at[row]) if is_volume[row] else -1
+            label = table.rows["lesion_type"][row]
+            yield [Box(x0=float(x0), y0=float(y0), x1=float(x1), y1=float(y1), slice=place, label=label)]
 
 
 def count(data_dir: Path) -> dict[str, int]:
@@ -112,19 +110,6 @@ def count(data_dir: Path) -> dict[str, int]:
     return {name: int(value) for name, value in counts.items()}
 
 
-def _by_value(column: str, classes: dict, index: pandas.DataFrame) -> pandas.Series:
-    return index[column].map(classes).astype("string")
-
-
-def _definition(task: str, name: str, meaning: str, column: str, classes: dict) -> Definition:
-    names = tuple(dict.fromkeys(classes.values()))
-    return Definition(task, name, f"simulated; {meaning}", names, partial(_by_value, column, classes))
-
-
-def _lesion_type(index: pandas.DataFrame) -> pandas.Series:
-    return index["lesion_types"].map(lambda types: types[0] if types else None).astype("string")
-
-
 BENCHMARK = Benchmark(
     name="phantom",
     title="MammoDINO phantom: simulated breasts",
@@ -133,41 +118,33 @@ BENCHMARK = Benchmark(
     citation="Simulated with dataset_scripts.phantom of MammoDINO",
     read_index=read_index,
     definitions=(
-        _definition(
+        by_value(
             "cancer",
-            "cancer",
+            "simulated",
             "positive: the breast has a lesion drawn as cancer, which spiculated masses mostly are",
             "cancer",
             {0: "no cancer", 1: "cancer"},
         ),
-        _definition(
+        by_value(
             "lesion",
-            "lesion",
+            "simulated",
             "positive: the breast has a lesion, which may be too faint to see",
             "lesion",
             {0: "no lesion", 1: "lesion"},
         ),
-        _definition(
+        by_value(
             "birads",
-            "from_truth",
+            "simulated",
             "no reader assessed anything: 1 no lesion, 2 benign lesion, 5 cancer, by the truth of the simulation",
             "birads",
             {1: "1", 2: "2", 5: "5"},
         ),
-        _definition("density", "four", "the class drawn for the breast", "density", {each: each for each in DENSITIES}),
-        _definition(
-            "density",
-            "dense",
-            "dense: the class drawn for the breast is C or D",
-            "density",
-            {"A": "not dense", "B": "not dense", "C": "dense", "D": "dense"},
-        ),
-        Definition(
-            "lesion_type",
-            "type",
-            "simulated; the shape drawn for the lesion; left out: breasts without one",
-            LESION_TYPES,
-            _lesion_type,
+        four_densities("the class drawn for the simulated breast"),
+        dense("the class drawn for the simulated breast"),
+        single_type(
+            "simulated",
+            "the shape drawn for the lesion; left out: breasts without one",
+            {each: each for each in LESION_TYPES},
         ),
     ),
     count=count,

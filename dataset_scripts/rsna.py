@@ -78,7 +78,7 @@ def count(data_dir: Path) -> dict[str, int]:
         "patients of density missing": patient.nunique() - patient[density.notna()].nunique(),
         **tally("machine " + table.rows["machine_id"] + " of " + site),
     }
-    return {name: int(value) for name, value in counts.items()}
+    return {name: int(value) for name, value in {**dict.fromkeys(PUBLISHED, 0), **counts}.items()}
 
 
 _MACHINES = {
@@ -121,7 +121,7 @@ BENCHMARK = Benchmark(
         by_value(
             "cancer",
             "cancer",
-            "positive: the breast has cancer by the data set's column `cancer`, in every view of it; all others negative",
+            "positive: the breast has cancer by the column `cancer`, in every view of it; negative: all others",
             "cancer",
             {0: "no cancer", 1: "cancer"},
         ),
@@ -138,13 +138,11 @@ BENCHMARK = Benchmark(
     ),
     count=count,
     published=PUBLISHED,
-    no_sharing=(
-        "the competition's rules allow its data to be used, not passed on; whoever needs them accepts the rules on Kaggle"
-    ),
+    no_sharing="the competition's rules forbid passing its data on; whoever needs them accepts the rules on Kaggle",
     notes=(
         "No official validation or test split with labels: patients are held out.",
         "Lesion presence and lesion type: absent, as there are no lesion labels; a recall (BIRADS 0) is no lesion.",
-        "Site 2 has no density and of BIRADS only 0 or nothing: telling the sites apart pays. Density tasks are of site "
-        "1; the default definition of birads is too.",
+        "Site 2 has no density and of BIRADS only 0 or nothing: telling the sites apart pays. Density tasks are of "
+        "site 1; the default definition of birads is too.",
     ),
 )

@@ -1,10 +1,13 @@
-"""Is a corpus whole, and does it hold nothing but what a corpus may hold?
+"""Is a corpus whole, and does it hold nothing but what a corpus may hold? Is a labelled data set as published?
 
     python -m dataset_scripts.verify CORPUS
+    python -m dataset_scripts.verify NAME --data-dir DIR
 
 Every shard is read and every picture decoded. What is wrong is said with its shard, row, field and remedy, and the exit
 status is then 1. To make shard 00042 again, delete data-00042.arrow, and in CORPUS.private shards/00042.json,
 engine/shards and engine/manifest; then give the command of the build once more, with the same key.
+
+NAME is a data set, such as cbis_ddsm: its counts are compared with the published ones, its files with its metadata.
 """
 
 import argparse
@@ -25,6 +28,7 @@ import datasets
 
 from modeling_mammodino.published_files import check_image_processor, check_text, read_settings
 
+from . import verify_benchmark
 from .corpus_reader import FEATURES, MANIFEST, TISSUE_CELL_PX
 from .verify_shard import ANNOTATIONS, KINDS, ShardReport, allows, is_hash, is_name, verify_shard
 
@@ -95,7 +99,10 @@ def verify_corpus(folder: str | Path, num_proc: int = 1) -> list[str]:
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder}: no {MANIFEST}; go on with the build, python -m dataset_scripts.corpus")
+        raise FileNotFoundError(
+            f"{folder}: no {MANIFEST}; go on with the build, python -m dataset_scripts.corpus; "
+            "or if this names a data set, give its --data-dir"
+        )
     return list(_verify(folder, num_proc))
 
 
@@ -195,12 +202,15 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("corpus", type=Path)
+    parser.add_argument("corpus", type=Path, metavar="CORPUS|NAME")
+    parser.add_argument("--data-dir", "--data_dir", type=Path, metavar="DIR", help="folder of the data set NAME")
     parser.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
     try:
+        if options.data_dir is not None:
+            return verify_benchmark.main(str(options.corpus), options.data_dir)
         complaints = verify_corpus(options.corpus, options.num_proc)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"verify: {error}") from error
     for complaint in complaints[:SHOWN]:
         print(complaint)

@@ -207,14 +207,14 @@ BENCHMARK = Benchmark(
         by_value(
             "cancer",
             "birads_4_5",
-            f"positive: BI-RADS 4 or 5, a biopsy is due; negative: 1 to 3; {_NO_PATHOLOGY}, so some positives are benign",
+            f"positive: BI-RADS 4 or 5, a biopsy is due; negative: 1 to 3; {_NO_PATHOLOGY}: some positives are benign",
             "birads",
             {level: "BI-RADS 1 to 3" if level < 4 else "BI-RADS 4 or 5" for level in range(1, 6)},
         ),
         by_value(
             "cancer",
             "birads_5",
-            f"positive: BI-RADS 5; negative: 1 to 4; {_NO_PATHOLOGY}, so some negatives (of 4) are cancers",
+            f"positive: BI-RADS 5; negative: 1 to 4; {_NO_PATHOLOGY}: some negatives, of 4, are cancers",
             "birads",
             {level: "BI-RADS 1 to 4" if level < 5 else "BI-RADS 5" for level in range(1, 6)},
         ),
@@ -243,8 +243,8 @@ BENCHMARK = Benchmark(
         dense("ACR density of the breast"),
         single_type(
             "lexicon",
-            "lesion types of the BI-RADS lexicon, where the three kinds of asymmetry are one; left out: images without a "
-            "finding, with several types, or with a finding of skin, nipple or lymph node",
+            "lesion types of the BI-RADS lexicon, where the three kinds of asymmetry are one; left out: images without "
+            "a finding, with several types, or with a finding of skin, nipple or lymph node",
             {
                 "Mass": "mass",
                 "Suspicious Calcification": "calcification",

@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -80,6 +80,14 @@ class HubServer(ThreadingHTTPServer):
         oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         lfs = {"lfs": {"oid": sha256, "size": len(data), "pointerSize": 134}} if is_lfs else {}
         return {"type": "file", "path": path, "size": len(data), "oid": oid, **lfs}
+
+
+def folders(files: dict[str, Any]) -> list[str]:
+    return sorted({str(above) for path in files for above in PurePosixPath(path).parents} - {"."})
+
+
+def folder(path: str) -> dict[str, Any]:
+    return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -216,10 +224,10 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, body: bytes, kind: str, repo: str, revision: str, under: str | None) -> tuple[dict, Any]:
         files = self.server.commits[self.server.resolve(f"{kind}/{repo}", revision)]
         inside = f"{under}/" if under else ""
-        wanted = [path for path in sorted(files) if path.startswith(inside)]
-        listed = [self.server.describe(path, *files[path]) for path in wanted if "/" not in path[len(inside) :]]
-        if "recursive" in parse_qs(urlsplit(self.path).query):
-            listed = [self.server.describe(path, *files[path]) for path in wanted]
+        wanted = [path for path in (*folders(files), *sorted(files)) if path.startswith(inside)]
+        if "recursive" not in parse_qs(urlsplit(self.path).query):
+            wanted = [path for path in wanted if "/" not in path[len(inside) :]]
+        listed = [self.server.describe(path, *files[path]) if path in files else folder(path) for path in wanted]
         if under and not wanted:
             raise Refused(404, f"no folder {under}", "EntryNotFound")
         return {}, listed
@@ -228,7 +236,8 @@ class Handler(BaseHTTPRequestHandler):
         files = self.server.commits[self.server.resolve(f"{kind}/{repo}", revision)]
         is_json = "json" in self.headers.get("Content-Type", "")
         paths = json.loads(body)["paths"] if is_json else parse_qs(body.decode())["paths"]
-        return {}, [self.server.describe(path, *files[path]) for path in paths if path in files]
+        described = [self.server.describe(path, *files[path]) for path in paths if path in files]
+        return {}, described + [folder(path) for path in folders(files) if path in paths]
 
     def file(self, body: bytes, kind: str | None, repo: str, revision: str, path: str) -> tuple[dict, Any]:
         oid = self.server.resolve(f"{kind or 'model'}/{repo}", revision)

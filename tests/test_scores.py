@@ -1,15 +1,13 @@
-"""Scores against scikit-learn on resamples that are really drawn; tests of significance against DeLong's formula."""
+"""Scores against scikit-learn on resamples that are really drawn."""
 
 import time
 
 import numpy as np
 import pytest
-from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from training.evaluation.evaluate_metrics import MammographyScores
 from training.evaluation.metrics import METRICS, WEIGHTED, bootstrap, bootstrap_weights, metric_names, score
-from training.evaluation.significance import paired_difference
 
 
 def sensitivity_by_hand(labels, probabilities):
@@ -93,64 +91,6 @@ def test_a_thousand_resamples_of_four_thousand_images_take_seconds():
     found = bootstrap(labels, probabilities, patients, metric_names(4, True), 1000, seed=0)
     assert time.process_time() - started < 20
     assert all(each.low < each.value < each.high for each in found.values())
-
-
-def delong(labels, scores_a, scores_b):
-    """Difference of two correlated AUCs and its standard error (DeLong et al. 1988), from their placement values."""
-    placements = []
-    for scores in (scores_a, scores_b):
-        pairs = scores[labels == 1][:, None] - scores[labels == 0]
-        wins = (pairs > 0) + 0.5 * (pairs == 0)
-        placements.append((wins.mean(axis=1), wins.mean(axis=0)))
-    of_positives, of_negatives = (placements[0][side] - placements[1][side] for side in (0, 1))
-    variance = of_positives.var(ddof=1) / len(of_positives) + of_negatives.var(ddof=1) / len(of_negatives)
-    return of_positives.mean(), np.sqrt(variance)
-
-
-def two_models(seed, gain, num_patients=300):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(2, size=num_patients)
-    shared = rng.normal(size=num_patients) + labels
-    a, b = (shared + rng.normal(size=num_patients) + extra * labels for extra in (gain, 0))
-    return labels, a, b
-
-
-def as_probabilities(scores):
-    positive = 1 / (1 + np.exp(-scores))
-    return np.stack((1 - positive, positive), axis=1)
-
-
-@pytest.mark.parametrize("gain", [0.0, 0.5])
-def test_the_paired_bootstrap_agrees_with_delong(gain):
-    labels, a, b = two_models(3, gain)
-    found = paired_difference(labels, as_probabilities(a), as_probabilities(b), np.arange(300), "auc", 2000, seed=0)
-    difference, error = delong(labels, a, b)
-    assert found.interval.value == pytest.approx(difference)
-    assert found.interval.high - found.interval.low == pytest.approx(2 * 1.96 * error, rel=0.08)
-    p_value = 2 * stats.norm.sf(abs(difference) / error)
-    assert found.p_value == pytest.approx(p_value, abs=0.03)
-    assert (found.p_value < 0.05) == (not found.interval.low <= 0 <= found.interval.high)
-
-
-def test_no_difference_is_found_as_seldom_as_the_level_says():
-    found = 0
-    for seed in range(60):
-        labels, a, b = two_models(seed, 0.0, num_patients=80)
-        result = paired_difference(labels, as_probabilities(a), as_probabilities(b), np.arange(80), "auc", 200, seed)
-        found += result.p_value < 0.1
-    assert 1 <= found <= 14  # of 60 at the level 0.1: 6 expected, within four standard deviations
-
-
-def test_images_of_a_patient_are_no_news():
-    """Each image four times over, under one patient, changes neither interval nor p-value."""
-    labels, a, b = two_models(4, 0.3)
-    one = paired_difference(labels, as_probabilities(a), as_probabilities(b), np.arange(300), "auc", 300, 0)
-    four = (np.repeat(each, 4, axis=0) for each in (labels, as_probabilities(a), as_probabilities(b), np.arange(300)))
-    assert np.allclose(one.interval, paired_difference(*four, "auc", 300, 0).interval)
-    same = paired_difference(labels, as_probabilities(a), as_probabilities(a), np.arange(300), "auc", 300, 0)
-    assert same.p_value == 1 and same.interval == (0, 0, 0)
-    with pytest.raises(ValueError, match="needs the same images"):
-        paired_difference(labels, as_probabilities(a)[1:], as_probabilities(b), np.arange(300), "auc")
 
 
 def test_scores_as_a_metric_of_evaluate():

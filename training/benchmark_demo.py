@@ -65,7 +65,7 @@ def make_suite(output: Path, phantom: Path, encoder: Path) -> dict:
         "output_dir": str(output / "benchmark"),
         "seeds": [0, 1, 2],
         "ours": "MammoDINO",
-        "finetune": {"mode": "frozen"},
+        "finetune": {"mode": "frozen", "dataloader_num_workers": 0, "save_model": False},
         "backbones": backbones,
         "datasets": [{"name": "phantom", "data_dir": str(phantom), "tasks": list(TASKS)}],
     }

@@ -10,9 +10,9 @@ import pandas
 from matplotlib.figure import Figure
 
 from .job_queue import RESULT_FILE, QueuedJob
+from .significance import TaskScores, score_task
 from .study_design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN
 from .study_judge import HEADS, TASKS
-from .suite_scores import TaskScores, score_task
 
 NUM_RESAMPLES = 1000
 AROUND = ((PLAIN, f"{FULL} - {PLAIN}"), *((f"without {factor}", f"{FULL} - without {factor}") for factor in FACTORS))

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from dataset_scripts.benchmarks import get_benchmark
 
 from dataset_scripts.benchmark_index import TASKS
+from dataset_scripts.benchmark_task import open_benchmark
 
 from .backbones import BACKBONES
 from .finetune_settings import FinetuneSettings
@@ -29,7 +29,7 @@ from .finetune_settings import FinetuneSettings
 # what the tables show of a task. The article gives AUC for cancer and lesion and F1 for BI-RADS; for density it names
 # no metric, and lesion type has no published figure: macro AUC is our choice there
 HEADLINE_METRICS = {"cancer": "auc", "lesion": "auc", "birads": "macro_f1", "density": "auc", "lesion_type": "auc"}
-SET_BY_SUITE = ("dataset", "data_dir", "task", "definition", "backbone", "source", "seed", "output_dir")
+SET_BY_SUITE = ("dataset", "data_dir", "task", "definition", "backbone", "source", "seed", "output_dir", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,14 @@ class Job:
     def name(self) -> str:
         return f"{self.task.name}, {self.backbone.name}, seed {self.seed}"
 
+    @property
+    def result_file(self) -> Path:
+        return self.output_dir / "result.json"
+
+    @property
+    def predictions_file(self) -> Path:
+        return self.output_dir / "predictions.parquet"
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -95,6 +103,7 @@ class Suite:
                         source=backbone.source or "",
                         seed=seed,
                         output_dir=str(folder),
+                        cache_dir=str(self.output_dir / "features"),  # shared by tasks and seeds
                         **self.finetune,
                     )
                     yield Job(task, backbone, seed, folder, settings)
@@ -143,7 +152,7 @@ def _tasks(values: Any) -> Iterator[SuiteTask]:
     """Of one data set: each task by its name, or as {task: ..., definition: ...}."""
     if not isinstance(values, dict) or set(values) != {"name", "data_dir", "tasks"}:
         raise ValueError(f"datasets: {values!r} must have name, data_dir and tasks")
-    benchmark = get_benchmark(values["name"])
+    benchmark = open_benchmark(values["name"], Path(values["data_dir"]).absolute())
     for each in _list(values, "tasks"):
         chosen = {"task": each} if isinstance(each, str) else each
         if not isinstance(chosen, dict) or not {"task"} <= set(chosen) <= {"task", "definition"}:

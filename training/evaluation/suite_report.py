@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+
 from dataset_scripts.benchmarks import get_benchmark
 
 from .article import PUBLISHED, published_table
 from .radar_plot import draw_radar
+from .significance import TaskScores, holm, score_task
 from .suite import HEADLINE_METRICS, Job, Suite, SuiteTask
-from .suite_scores import TaskScores, holm, score_task
 
 
 def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> Path:
@@ -131,7 +132,7 @@ def data_section(jobs: Sequence[Job], done: dict[str, Any]) -> list[str]:
             told[job.task.name] = [
                 f"- **{job.task.name}**: {result['meaning']} Classes: {', '.join(result['classes'])}."
             ]
-            told[job.task.name] += [f"  {split}: {told_counts(c)}." for split, c in result["counts"].items()]
+            told[job.task.name] += [f"  - {split}: {told_counts(c)}" for split, c in result["counts"].items()]
     lines += [line for each in told.values() for line in each]
     for name in dict.fromkeys(job.task.dataset for job in jobs):
         lines += ["", *(f"- {name}: {note}" for note in get_benchmark(name).notes)]

@@ -1,11 +1,12 @@
-"""Scores over seeds: means, paired bootstrap by patient, p-values, Holm's adjustment."""
+"""Scores over seeds: means, paired bootstrap by patient against DeLong's formula, p-values, Holm's adjustment."""
 
 import numpy as np
 import pandas
 import pytest
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from training.evaluation.suite_scores import holm, labels_and_probabilities, score_task, two_sided_p
+from training.evaluation.significance import holm, labels_and_probabilities, score_task, two_sided_p
 
 
 def predictions(signal: float, seed: int, model: int = 0, num_patients: int = 80, images: int = 2) -> pandas.DataFrame:
@@ -73,7 +74,7 @@ def independent(trial: int) -> pandas.DataFrame:
 
 
 def test_models_that_saw_other_images_are_not_compared():
-    with pytest.raises(ValueError, match="a was tested on 160 images, b on 158"):
+    with pytest.raises(ValueError, match="a was tested on 160 rows, b on 158"):
         score_task({"a": {0: predictions(1, 0)}, "b": {0: predictions(1, 0).iloc[2:]}}, "auc", 10)
 
 
@@ -98,3 +99,60 @@ def test_p_counts_both_sides_and_is_never_zero():
     assert two_sided_p(np.ones(99)) == pytest.approx(0.02)
     assert two_sided_p(np.array([-1.0, 1.0] * 50)) == 1.0
     assert two_sided_p(np.array([np.nan, 1.0])) == 1.0
+
+
+def delong(labels, scores_a, scores_b):
+    """Difference of two correlated AUCs and its standard error (DeLong et al. 1988), from their placement values."""
+    placements = []
+    for scores in (scores_a, scores_b):
+        pairs = scores[labels == 1][:, None] - scores[labels == 0]
+        wins = (pairs > 0) + 0.5 * (pairs == 0)
+        placements.append((wins.mean(axis=1), wins.mean(axis=0)))
+    of_positives, of_negatives = (placements[0][side] - placements[1][side] for side in (0, 1))
+    variance = of_positives.var(ddof=1) / len(of_positives) + of_negatives.var(ddof=1) / len(of_negatives)
+    return of_positives.mean(), np.sqrt(variance)
+
+
+def two_models(seed, gain, num_patients=300):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(2, size=num_patients)
+    shared = rng.normal(size=num_patients) + labels
+    a, b = (shared + rng.normal(size=num_patients) + extra * labels for extra in (gain, 0))
+    return labels, a, b
+
+
+def paired(labels, a, b, patients, num_resamples):
+    """Difference of two models with its interval, and p; their scores by hand."""
+    names = [f"{number:05d}" for number in range(len(labels))]
+    table = pandas.DataFrame({"patient_id": [f"{each:05d}" for each in patients], "image_id": names, "label": labels})
+    models = {name: {0: table.assign(p_0=-scores, p_1=scores)} for name, scores in (("a", a), ("b", b))}
+    return score_task(models, "auc", num_resamples).difference("a", "b")
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+def test_the_paired_bootstrap_agrees_with_delong(gain):
+    labels, a, b = two_models(3, gain)
+    found, p_value_found = paired(labels, a, b, np.arange(300), 2000)
+    difference, error = delong(labels, a, b)
+    assert found.value == pytest.approx(difference)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.08)
+    p_value = 2 * stats.norm.sf(abs(difference) / error)
+    assert p_value_found == pytest.approx(p_value, abs=0.03)
+    assert (p_value_found < 0.05) == (not found.low <= 0 <= found.high)
+
+
+def test_no_difference_is_found_as_seldom_as_the_level_says():
+    found = 0
+    for seed in range(60):
+        labels, a, b = two_models(seed, 0.0, num_patients=80)
+        found += paired(labels, a, b, np.arange(80), 200)[1] < 0.1
+    assert 1 <= found <= 14  # of 60 at the level 0.1: 6 expected, within four standard deviations
+
+
+def test_images_of_a_patient_are_no_news():
+    """Each image four times over, under one patient, changes neither interval nor p-value."""
+    labels, a, b = two_models(4, 0.3)
+    one, _ = paired(labels, a, b, np.arange(300), 300)
+    four, _ = paired(*(np.repeat(each, 4) for each in (labels, a, b, np.arange(300))), 300)
+    assert np.allclose(one, four)
+    assert paired(labels, a, a, np.arange(300), 300) == ((0, 0, 0), 1)

@@ -1,0 +1,27 @@
+"""Makes `datasets.load_dataset("vindr_mammo", "density", data_dir=...)` find the builder.
+
+`datasets` 4 and newer load no scripts, and offer no public way to add a builder. Its table of packaged builders is
+private; where a later version has none, the names are not known to `load_dataset`, and `BenchmarkBuilder` serves.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import modeling_mammodino
+
+logger = logging.getLogger(__name__)
+
+BUILDER = "dataset_scripts.benchmark_builder"  # imported when it is asked for
+
+
+def register(names: Iterable[str]) -> bool:
+    """Whether `load_dataset` knows the names now; names that it knew already stay what they were."""
+    try:
+        from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as known
+
+        for name in names:
+            known.setdefault(name, (BUILDER, modeling_mammodino.__version__))
+    except (ImportError, AttributeError, TypeError):
+        logger.info("this version of datasets lets load_dataset know no names of ours; use BenchmarkBuilder")
+        return False
+    return True
