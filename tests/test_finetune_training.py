@@ -178,6 +178,7 @@ def test_a_training_that_is_killed_goes_on_and_ends_the_same(folders, drawn_tabl
 
     def dies(self, *args, **kwargs):
         steps.append(self.state.global_step)
+        assert self.sampler.epoch == self.state.global_step // 2  # another order each epoch
         if len(steps) == 5:  # of two a epoch
             raise Killed
         return step(self, *args, **kwargs)
