@@ -48,9 +48,9 @@ class Geometry:
 # mammogram, 100 uGy at the detector behind the breast and some 5,000 quanta per mm2 and uGy, over the views, at a
 # quantum efficiency of a half; electronic noise: some thousand electrons at 400 a quantum; both to the order.
 GEOMETRIES = {
-    "hologic": Geometry(15, 15.0, 700.0, 0.0, 25.0, 0.14, 3.0e5, 6.0),  # Selenia Dimensions
-    "siemens": Geometry(25, 50.0, 650.0, 50.0, 20.0, 0.085, 1.8e5, 4.0),  # Mammomat Inspiration
-    "ge": Geometry(9, 25.0, 660.0, 40.0, 22.0, 0.1, 5.0e5, 3.0),  # SenoClaire
+    "hologic": Geometry(15, 15.0, 700.0, 0.0, 25.0, 0.14, 2.0e5, 6.0),  # Selenia Dimensions
+    "siemens": Geometry(25, 50.0, 650.0, 50.0, 20.0, 0.085, 1.2e5, 4.0),  # Mammomat Inspiration
+    "ge": Geometry(9, 25.0, 660.0, 40.0, 22.0, 0.1, 3.4e5, 3.0),  # SenoClaire
 }
 # Of the ramp: its floor, in units of 1 / thickness, and how much of it is taken off at the highest frequency. Tuned so
 # that the correlation of slices and the power spectrum are those of real slices (benchmarks.phantom_realism).
@@ -106,7 +106,7 @@ def trace(geometry: Geometry, p: PhantomParameters) -> Rays:
     magnification = (geometry.source_mm - middle) / (geometry.source_mm - z)
     columns = int(np.ceil(p.width_px * magnification.max()))
     slope_y = (u - source_y)[:, :, None] / (source_z - middle)[:, :, None]
-    slope_x = (np.arange(columns) + 0.5) * pitch / (geometry.source_mm - middle)
+    slope_x = (np.arange(columns) + 0.5) * pitch / (source_z - middle)[:, :, None]
     obliquity = np.sqrt(1 + slope_y**2 + slope_x**2).astype(np.float32)
     return Rays(project, backproject, magnification, obliquity, columns)
 
@@ -175,15 +175,16 @@ def reconstruct(views, geometry: Geometry, p: PhantomParameters):
 def _display(rng, fibrous, shadow):
     """12-bit uint16 for display: vendors window an image by its own tissue, so brightness does not tell density.
 
-    The middle of the breast's values comes to about 0.21 of the range and the 95th percentile to 0.45, as in real
-    slices; air is 0.
+    Inside the breast the 5th percentile comes to about 0.13 of the range and the mean to 0.25, as in real slices,
+    whatever tissue there is; air is 0.
     """
     sample = np.s_[..., ::3, ::3]
     inside = np.broadcast_to(shadow[sample] > 0.5, fibrous[sample].shape)
-    low, high = np.percentile(fibrous[sample][inside], (5, 95)) if inside.any() else (0.0, 1.0)
-    dark, bright = rng.uniform(0.105, 0.15), rng.uniform(0.38, 0.54)
+    values = fibrous[sample][inside]
+    low, mean = (np.percentile(values, 5), values.mean()) if len(values) else (0.0, 1.0)
+    dark, middle = rng.uniform(0.105, 0.15), rng.uniform(0.225, 0.29)
     value = fibrous - np.float32(low)
-    value *= np.float32((bright - dark) / max(high - low, 0.15))
+    value *= np.float32((middle - dark) / max(mean - low, 0.02))
     value += np.float32(dark)
     np.clip(value, 0, 1, out=value)
     value *= (4095 * np.minimum(shadow, 1) * (shadow > 0.05)).astype(np.float32)

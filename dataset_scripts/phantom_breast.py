@@ -53,7 +53,7 @@ class PhantomParameters:
     width_px: int = _option(160, 32, 4096, "columns W, from the chest wall to the nipple")
     pixel_spacing_mm: float = _option(0.8, 0.02, 4, "pixel spacing in mm")
     slice_spacing_mm: float = _option(2.5, 0.2, 10, "slice spacing in mm")
-    power_law_exponent: float = _option(3.3, 0, 6, "exponent of the three-dimensional power spectrum of tissue")
+    power_law_exponent: float = _option(3.6, 0, 6, "exponent of the three-dimensional power spectrum of tissue")
     lesion_probability: float = _option(0.5, 0, 1, "share of patients with a lesion")
     vendor: str = field(default="hologic", metadata={"help": f"whose system: {', '.join(VENDORS)}", "choices": VENDORS})
     dose: float = _option(1.0, 0.01, 100, "quanta, as a multiple of the system's")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from dataset_scripts.phantom_anatomy import Anatomy, deposit, tube
+from dataset_scripts.phantom_anatomy import Anatomy
 from dataset_scripts.phantom_breast import (
     ADIPOSE,
     CALCIFICATION,
@@ -22,6 +22,7 @@ from dataset_scripts.phantom_breast import (
     LESION_TYPES,
     PhantomParameters,
 )
+from dataset_scripts.phantom_texture import deposit, tube
 
 CANCER_PROBABILITY = {"mass_round": 0.1, "mass_spiculated": 0.92, "calcification": 0.45, "distortion": 0.55}
 
@@ -59,7 +60,7 @@ def draw_lesion(rng: np.random.Generator, probability: float) -> Lesion | None:
     # cysts about as much [1]; the wider range is of what is mixed in.
     radius = float(np.exp(rng.uniform(np.log(4.0), np.log(14.0))))
     dense = (CARCINOMA - ADIPOSE) / (FIBROGLANDULAR - ADIPOSE)
-    contrast = rng.uniform(0.85, 1.25) * (dense if suspicious else 1.0)
+    contrast = rng.uniform(0.65, 1.2) * (dense if suspicious else 1.0)
     return Lesion(
         lesion_type, malignant, suspicious, radius, contrast, *rng.uniform((0.15, -0.8, -0.8), (0.85, 0.8, 0.8))
     )
@@ -142,7 +143,7 @@ def _mass(rng, lesion: Lesion, place: Place, radius: float, flat: float, patch, 
         rough * np.clip(rng.normal(), -1.5, 1.5) * np.cos(k * angle + rng.uniform(0, 6.28)) for k in range(2, 5)
     )
     if irregular:  # microlobulated
-        outline = outline + sum(0.03 * rng.normal() * np.cos(k * angle + rng.uniform(0, 6.28)) for k in range(6, 12))
+        outline = outline + sum(0.012 * rng.normal() * np.cos(k * angle + rng.uniform(0, 6.28)) for k in range(5, 12))
     margin = rng.uniform(1.5, 4.0) if irregular else rng.uniform(0.5, 1.0)  # indistinct or circumscribed
     core = radius * (0.6 if spiculated else 1.0) * outline.astype(np.float32)
     share = np.clip((core - distance) / max(margin, p.pixel_spacing_mm) + 0.5, 0, 1)
