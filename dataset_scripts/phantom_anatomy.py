@@ -196,7 +196,7 @@ def _vessels(rng, outline: Outline, half_mm: float, count: int, p: PhantomParame
             taper = np.linspace(1, 0.5, len(points)) ** 2
             deposit(canvas, points, np.pi * size**2 * step * taper, p.voxel_mm)
     sigma = 0.5 / p.pixel_spacing_mm
-    return np.stack([cv2.GaussianBlur(s, (0, 0), sigma) if s.any() else s for s in canvas])
+    return np.stack([np.minimum(cv2.GaussianBlur(s, (0, 0), sigma), 1) if s.any() else s for s in canvas])
 
 
 def _fill_nipple(fibrous, outline: Outline, radius_mm: float, z_mm, pixel: float) -> None:
@@ -219,5 +219,6 @@ def _muscle(rng, outline: Outline, noise, z_mm):
     for out, level, z in zip(muscle, noise, z_mm, strict=True):
         deep = inside + np.float32(lean * z)
         edge = np.clip(deep / 3 + 0.5, 0, 1) * np.clip(0.6 + 0.4 * deep * thinning, 0, 1)
-        out[:rows, :columns] = edge * np.float32(share) * (1 + 0.3 * np.clip(bend(level, maps), -2, 2))
+        fibres = np.float32(share) * (1 + 0.3 * np.clip(bend(level, maps), -2, 2))
+        out[:rows, :columns] = edge * np.minimum(fibres, 1)
     return muscle
