@@ -40,8 +40,8 @@ def test_a_result_says_everything_and_is_what_the_file_says(frozen):
     settings, result, _ = frozen
     assert json.loads((Path(settings.output_dir) / "result.json").read_text()) == result
     assert {
-        "dataset", "task", "definition", "meaning", "classes", "backbone", "mode", "seed", "counts", "metrics", "notice",
-        "settings", "versions", "command", "seconds", "table", "learned",
+        "dataset", "task", "definition", "meaning", "classes", "backbone", "mode", "seed", "counts", "metrics",
+        "notice", "settings", "versions", "command", "seconds", "table", "learned",
     } == result.keys()  # fmt: skip
     assert result["classes"] == ["no cancer", "cancer"] and result["counts"]["test"]["images"] > 0
     assert list(result["metrics"]) == LEVELS
