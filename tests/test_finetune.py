@@ -15,13 +15,13 @@ import torch
 from backbone_checkpoints import one_thread, small_checkpoints  # noqa: F401 (fixtures)
 from finetune_runs import command_line, draw_table, make_drawn_table, short_run  # noqa: F401
 from sklearn.metrics import roc_auc_score
-from training.evaluation.suite_scores import score_task
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from training.evaluation.finetune_settings import FinetuneSettings, parse_settings
 from training.evaluation.image_classifier import open_classifier
 from training.evaluation.predictions import score_levels
+from training.evaluation.significance import score_task
 from training.finetune import finetune, main
 
 LEVELS = ["image", *(f"{level}_{way}" for level in ("breast", "patient") for way in ("mean", "max", "attention"))]
