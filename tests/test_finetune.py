@@ -15,13 +15,13 @@ import torch
 from backbone_checkpoints import one_thread, small_checkpoints  # noqa: F401 (fixtures)
 from finetune_runs import command_line, draw_table, make_drawn_table, short_run  # noqa: F401
 from sklearn.metrics import roc_auc_score
-from training.evaluation.suite_scores import score_task
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from training.evaluation.finetune_settings import FinetuneSettings, parse_settings
 from training.evaluation.image_classifier import open_classifier
 from training.evaluation.predictions import score_levels
+from training.evaluation.significance import score_task
 from training.finetune import finetune, main
 
 LEVELS = ["image", *(f"{level}_{way}" for level in ("breast", "patient") for way in ("mean", "max", "attention"))]
@@ -40,8 +40,8 @@ def test_a_result_says_everything_and_is_what_the_file_says(frozen):
     settings, result, _ = frozen
     assert json.loads((Path(settings.output_dir) / "result.json").read_text()) == result
     assert {
-        "dataset", "task", "definition", "meaning", "classes", "backbone", "mode", "seed", "counts", "metrics", "notice",
-        "settings", "versions", "command", "seconds", "table", "learned",
+        "dataset", "task", "definition", "meaning", "classes", "backbone", "mode", "seed", "counts", "metrics",
+        "notice", "settings", "versions", "command", "seconds", "table", "learned",
     } == result.keys()  # fmt: skip
     assert result["classes"] == ["no cancer", "cancer"] and result["counts"]["test"]["images"] > 0
     assert list(result["metrics"]) == LEVELS
@@ -222,7 +222,7 @@ def spoil_pictures_of_cancer(folder: Path) -> None:
         (spoil_pictures_of_cancer, {}, r"every image of class 'cancer' was refused; 16 images in all, the first"),
         (None, {"backbone": "dinov2", "source": "mammodino"}, "model_type=mammodino, and dinov2 takes"),
         (None, {"source": "/nowhere"}, "backbone mammodino, source /nowhere"),
-        (None, {"data_dir": "/nowhere"}, "/nowhere: no index.csv"),
+        (None, {"data_dir": "/nowhere"}, "/nowhere: no such folder"),
         (None, {"dataset": "mias"}, "data set 'mias': must be one of"),
         (None, {"definition": "strict"}, "definition 'strict': table defines cancer as column"),
         (
