@@ -222,7 +222,7 @@ def spoil_pictures_of_cancer(folder: Path) -> None:
         (spoil_pictures_of_cancer, {}, r"every image of class 'cancer' was refused; 16 images in all, the first"),
         (None, {"backbone": "dinov2", "source": "mammodino"}, "model_type=mammodino, and dinov2 takes"),
         (None, {"source": "/nowhere"}, "backbone mammodino, source /nowhere"),
-        (None, {"data_dir": "/nowhere"}, "/nowhere: no index.csv"),
+        (None, {"data_dir": "/nowhere"}, "/nowhere: no such folder"),
         (None, {"dataset": "mias"}, "data set 'mias': must be one of"),
         (None, {"definition": "strict"}, "definition 'strict': table defines cancer as column"),
         (
