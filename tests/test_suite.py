@@ -115,6 +115,12 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(finished, values,
     assert "4 of 6 runs are done" in report
 
 
+def test_runs_of_other_settings_are_not_taken_for_these(finished, values, tmp_path):
+    changed = values | {"output_dir": str(finished), "finetune": values["finetune"] | {"class_imbalance": "none"}}
+    with pytest.raises(SystemExit, match="was run with class_imbalance='class_weights', the suite says 'none'"):
+        main(["--config", str(write(tmp_path / "suite.yaml", changed))])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
