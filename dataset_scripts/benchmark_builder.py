@@ -88,6 +88,8 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
     def _info(self) -> datasets.DatasetInfo:
         if not self.config.data_dir:
             raise ValueError(f"{self.dataset_name}: give data_dir, the folder of the data set as downloaded")
+        if self.config.slices_per_volume < 0:
+            raise ValueError(f"slices_per_volume={self.config.slices_per_volume}: must be 0 (all slices) or more")
         data_dir = Path(self.config.data_dir).expanduser().absolute()
         self.benchmark: Benchmark = open_benchmark(self.dataset_name, data_dir)
         if self.config.name == DEFAULT:
@@ -95,7 +97,7 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
         else:
             self._read_task(data_dir)
         # `datasets` would take other contents of the same folder for the same data
-        self.hash = fingerprint(self.table)
+        self.hash = fingerprint(self.table, {name: of.classes for name, of in self.definitions.items()})
         return datasets.DatasetInfo(
             description=self.benchmark.title,
             citation=self.benchmark.citation,
@@ -151,9 +153,12 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
             try:
                 pictures = reader.read(row["file"], row["boxes"])  # a volume enters whole or not at all
             except (ImageRefused, OSError) as error:
-                logger.warning("%s is left out: %s", row["image_id"], error)
+                reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
+                logger.warning("%s is left out: %s", row["image_id"], reason)
                 if self._log:  # not while streaming
-                    _note(self._log, row["image_id"], row["split"], error)
+                    note = {"image_id": row["image_id"], "split": row["split"], "reason": reason}
+                    with open(self._log, "a") as log:  # one write a line: processes do not mix theirs
+                        log.write(json.dumps(note) + "\n")
                 continue
             for picture in pictures:
                 image = {"bytes": picture.png, "path": None}
@@ -197,17 +202,10 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
         return sorted(map(json.loads, log.read_text().splitlines()), key=str) if log.is_file() else []
 
 
-def fingerprint(table: pandas.DataFrame) -> str:
-    """Changes with any cell of the table, and with size or time of change of any file."""
-    digest = hashlib.sha256(modeling_mammodino.__version__.encode())
+def fingerprint(table: pandas.DataFrame, classes: dict[str, tuple[str, ...]]) -> str:
+    """Changes with any cell of the table, with the classes, and with size or time of change of any file."""
+    digest = hashlib.sha256(json.dumps([modeling_mammodino.__version__, classes]).encode())
     for row in to_rows(table):
         found = os.stat(row["file"])
         digest.update(json.dumps([row, found.st_size, found.st_mtime_ns], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
-
-
-def _note(log: str, image: str, split: str, error: ImageRefused | OSError) -> None:
-    reason = error.reason if isinstance(error, ImageRefused) else error.strerror or type(error).__name__
-    line = json.dumps({"image_id": image, "split": split, "reason": reason}) + "\n"
-    with open(log, "a") as stream:  # one write a line: processes do not mix theirs
-        stream.write(line)

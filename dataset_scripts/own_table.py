@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas
 
-from .benchmark_index import DENSITIES, SCHEMA, Benchmark, Box, make_index
+from .benchmark_index import DENSITIES, SCHEMA, Benchmark, Box, Definition, make_index
 from .benchmark_labels import by_value, dense, single_type
 from .metadata_tables import MetadataTable, find_file
 
@@ -152,37 +152,23 @@ def _boxes(table: MetadataTable, row: int, cell: str) -> list[Box]:
 
 
 def _benchmark(has: list[str], levels: list[int], densities: list[str], types: list[str]) -> Benchmark:
-    source = "by the column `{}` of the table"
+    def by_column(name: str, meaning: str, classes: dict[Any, str]) -> Definition:
+        return by_value(name, "column", f"{meaning}, by the table's column `{name}`", name, classes)
+
     of_column = {
-        "cancer": [
-            by_value(
-                "cancer", "column", f"positive: 1 {source.format('cancer')}", "cancer", {0: "no cancer", 1: "cancer"}
-            ),
-        ],
-        "lesion": [
-            by_value(
-                "lesion", "column", f"positive: 1 {source.format('lesion')}", "lesion", {0: "no lesion", 1: "lesion"}
-            ),
-        ],
-        "birads": [
-            by_value(
-                "birads",
-                "column",
-                f"{source.format('birads')}; left out: 0 and 6",
-                "birads",
-                {level: str(level) for level in levels},
-            ),
-        ],
+        "cancer": [by_column("cancer", "positive: 1", {0: "no cancer", 1: "cancer"})],
+        "lesion": [by_column("lesion", "positive: 1", {0: "no lesion", 1: "lesion"})],
+        "birads": [by_column("birads", "left out: 0 and 6", {level: str(level) for level in levels})],
         "density": [
-            by_value("density", "column", source.format("density"), "density", {each: each for each in densities}),
-            dense(source.format("density")),
+            by_column("density", "the classes that occur", {letter: letter for letter in densities}),
+            dense("by the table's column `density`"),
         ],
         "lesion_types": [
             single_type(
                 "column",
-                f"{source.format('lesion_types')}; left out: images with several types or none",
-                {each: each for each in types},
-            ),
+                "left out: images with several types or none, by the table's column `lesion_types`",
+                {name: name for name in types},
+            )
         ],
     }
     return Benchmark(

@@ -229,6 +229,8 @@ def test_load_dataset_knows_the_names(own, tmp_path):
     assert datasets.load_dataset("table", split="train", **options).num_rows == 30
     other = datasets.load_dataset("table", "cancer", seed=1, **options)
     assert set(other["test"]["patient_id"]) != set(rows["test"]["patient_id"])
+    named = datasets.load_dataset("table", "cancer", data_files="index.csv", **options)  # spares a listing
+    assert named["test"]["image_id"][:] == rows["test"]["image_id"][:]
     workers = torch_loader(streamed["train"])
     assert sorted(workers) == sorted(rows["train"]["image_id"])
 
@@ -253,6 +255,11 @@ def test_what_load_dataset_cannot_do_is_one_line(own, tmp_path, monkeypatch):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             datasets.load_dataset(*arguments, data_dir=data_dir, **cache)
         assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_number_of_slices_that_cannot_be_is_refused(own, build_rows):
+    with pytest.raises(ValueError, match="slices_per_volume=-1: must be 0 .all slices. or more"):
+        build_rows("table", own, slices_per_volume=-1)
 
 
 def test_other_versions_of_datasets_do_without_the_names(monkeypatch, caplog):
@@ -307,6 +314,17 @@ def test_only_pixels_travel(own, build_rows):
         assert Image.open(io.BytesIO(content)).info == {}
 
 
-def test_real_picture_files_of_a_folder_are_found_from_home(own, build_rows, monkeypatch):
+def test_a_folder_is_found_from_home(own, build_rows, monkeypatch):
     monkeypatch.setenv("HOME", str(own.parent))
     assert build_rows("table", Path("~") / own.name)["train"].num_rows == 30
+
+
+def test_real_slices_stay_as_they_are(real_slices, build_rows, tmp_path):
+    """Grey JPEGs stored as RGB: one of the three equal planes."""
+    files = real_slices[:4]
+    rows = [{"patient_id": path.name[:10], "path": str(path), "density": "ABCD"[n]} for n, path in enumerate(files)]
+    pandas.DataFrame(rows).to_csv(tmp_path / "slices.csv", index=False)
+    built = build_rows("table", tmp_path / "slices.csv")["train"]
+    assert len(built) == len(files)
+    for row in built:
+        np.testing.assert_array_equal(stored(row), np.asarray(Image.open(row["path"]))[..., 0])
