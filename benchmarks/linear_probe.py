@@ -3,8 +3,8 @@
 python -m benchmarks.linear_probe [--images 50000] [--width 768] [--classes 2 4] [--repeats 3] [--threads 2]
 
 Features are drawn with a spectrum like an encoder's: correlated, their variance falling with the power 1.4 of the rank
-of their axis. The peer is `StandardScaler` and `LogisticRegression` with its defaults, but for as many steps as it needs;
-it fits one penalty, C = 1, where ours tries up to 13 and keeps the best. In turn, in one process.
+of their axis. The peer is `StandardScaler` and `LogisticRegression` with its defaults, but for as many steps as it
+needs; it fits one penalty, C = 1, where ours tries up to 13 and keeps the best. In turn, in one process.
 """
 
 import argparse

@@ -8,12 +8,13 @@ the same breast is the same file. `dataset_scripts.phantom_encoding` writes it i
 import csv
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,6 +32,7 @@ from dataset_scripts.phantom_encoding import DEFAULT_SYNTAX, check_encoder, save
 LABEL_COLUMNS = (
     *("file", "patient", "laterality", "view", "kind"),  # kind: "dbt" or "ffdm"; file: relative to labels.csv
     *("density", "lesion", "lesion_type", "cancer", "x0", "y0", "x1", "y1", "lesion_slice"),
+    *("lesion_first_slice", "lesion_last_slice", "glandular_fraction", "vendor"),  # last: the last with lesion in it
 )
 DATE, TIME = "20000101", "000000"
 SIMULATED = "simulated, not a patient"
@@ -45,7 +47,7 @@ class BreastLabels:
     density: str  # BI-RADS class, "A".."D"
     glandular_fraction: float  # of the breast's volume without pectoral muscle
     lesion: int = 0
-    lesion_type: str = "none"  # or mass_round, mass_spiculated, calcification
+    lesion_type: str = "none"  # or mass_round, mass_spiculated, calcification, distortion
     cancer: int = 0
     box: tuple[int, int, int, int] | None = None  # x0, y0, x1, y1 in pixels, half-open
     lesion_slice: int | None = None  # slice of the lesion's centre
@@ -62,10 +64,12 @@ class BreastInfo:
     pixel_spacing_mm: float
     slice_spacing_mm: float
     seed: int = 0
+    vendor: str = "hologic"  # whose system is simulated
 
     def uid(self, *role: str) -> str:
-        """A UID that is a function of this breast and the role, such as "study"."""
-        return generate_uid(entropy_srcs=["MammoDINO phantom", str(self.seed), self.patient, *role])
+        """A UID that is a function of this patient, or for more than the study of this view, and the role."""
+        view = () if role == ("study",) else (self.laterality, self.view)
+        return generate_uid(entropy_srcs=["MammoDINO phantom", str(self.seed), self.patient, *view, *role])
 
     def image_orientation(self) -> list[float]:
         """Direction of the columns' and the rows' increase in the patient (L, P, S), PS3.3 C.7.6.2.1.1.
@@ -215,30 +219,32 @@ def write_labels(path, rows) -> Path:
     return path
 
 
-def _write_patient(patient: int, image: Callable, output: Path, transfer_syntax: str) -> list[tuple]:
-    info, truth, slices, mammogram = image(patient)
+def _write_exposure(exposure: Any, image: Callable, output: Path, transfer_syntax: str) -> list[tuple]:
+    info, truth, slices, mammogram = image(exposure)
     (output / info.patient).mkdir(exist_ok=True)
     rows = []
     for kind, suffix, write, pixels in (("dbt", "dbt", write_dbt, slices), ("ffdm", "2d", write_2d, mammogram)):
         file = f"{info.patient}/{info.laterality}_{info.view}_{suffix}.dcm"
         write(output / file, pixels, info, transfer_syntax)
         found = (truth.density, truth.lesion, truth.lesion_type, truth.cancer, *(truth.box or (None,) * 4))
-        rows.append((file, info.patient, info.laterality, info.view, kind, *found, truth.lesion_slice))
+        first, end = truth.lesion_slices or (None, None)
+        more = (truth.lesion_slice, first, end and end - 1, f"{truth.glandular_fraction:.4f}", info.vendor)
+        rows.append((file, info.patient, info.laterality, info.view, kind, *found, *more))
     return rows
 
 
 def write_patients(
-    output, patients: range, image: Callable, num_proc: int = 1, transfer_syntax: str = DEFAULT_SYNTAX
+    output, exposures: Sequence, image: Callable, num_proc: int = 1, transfer_syntax: str = DEFAULT_SYNTAX
 ) -> Path:
-    """Write what `image(patient)` returns, (BreastInfo, BreastLabels, slices, mammogram), and labels.csv at the end."""
+    """Write what `image(exposure)` returns, (BreastInfo, BreastLabels, slices, mammogram), and labels.csv last."""
     check_encoder(transfer_syntax)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    write = partial(_write_patient, image=image, output=output, transfer_syntax=transfer_syntax)
-    bar = {"total": len(patients), "unit": "breast"}
+    write = partial(_write_exposure, image=image, output=output, transfer_syntax=transfer_syntax)
+    bar = {"total": len(exposures), "unit": "breast"}
     if num_proc > 1:  # spawn: safe beside threads of the caller
         with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
-            rows = list(tqdm(pool.map(write, patients, chunksize=4), **bar))
+            rows = list(tqdm(pool.map(write, exposures, chunksize=4), **bar))
     else:
-        rows = list(tqdm(map(write, patients), **bar))
+        rows = list(tqdm(map(write, exposures), **bar))
     return write_labels(output / "labels.csv", chain.from_iterable(rows))

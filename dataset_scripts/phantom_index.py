@@ -12,13 +12,13 @@ import pandas
 from .benchmark_index import DENSITIES, SPLITS, Benchmark, Box, make_index
 from .benchmark_labels import by_value, dense, four_densities, single_type
 from .metadata_tables import MetadataTable, read_csv
+from .phantom_breast import LESION_TYPES
 
 LABELS = "labels.csv"
 COLUMNS = (
     *("file", "patient", "laterality", "view", "kind", "density", "lesion", "lesion_type", "cancer"),
     *("x0", "y0", "x1", "y1", "lesion_slice"),
 )
-LESION_TYPES = ("mass_round", "mass_spiculated", "calcification")
 REMEDY = "write it again with python -m dataset_scripts.phantom"
 
 

@@ -157,3 +157,10 @@ def test_the_slices_of_volumes_stay_together_and_workers_change_nothing(folders,
     encoding = Encoding(slices_per_volume=3, batch_size=5, num_workers=1)
     beside = cached_features(backbone, table, tmp_path / "beside", "phantom", encoding)
     np.testing.assert_array_equal(beside.values, alone.values)
+
+
+def test_features_that_are_no_numbers_are_refused(backbone, table, tmp_path):
+    with torch.no_grad():
+        next(backbone.model.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="png: features of .* are not finite; its weights are damaged"):
+        cached_features(backbone, table[:1], tmp_path, "drawn", Encoding())

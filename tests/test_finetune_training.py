@@ -112,8 +112,30 @@ def test_an_image_has_the_mean_probability_of_its_slices_and_each_slice_its_labe
     assert outputs["loss"].item() == pytest.approx(loss, rel=1e-5)
 
 
+def test_very_sure_slices_still_differ():
+    """Probabilities far below what float32 holds keep their logarithms, and their order."""
+    head = nn.Linear(1, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[0.0], [1.0]]))
+        head.bias.zero_()
+    pixels = torch.tensor([-100.0, -100, -120, -120]).reshape(4, 1, 1, 1)
+    found = ImageClassifier(MeanPixel(), head, np.ones(2))(pixels, torch.tensor([2, 2]))["logits"]
+    torch.testing.assert_close(found[:, 1], torch.tensor([-100.0, -120.0]))
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_batch_norms_keep_their_statistics_and_learn_their_weights(mode, folders, drawn_table, tmp_path):
+    backbone = load_backbone("resnet50", folders["resnet50"])
+    settings = short_run(drawn_table, folders, tmp_path, mode=mode, backbone="resnet50")
+    encoder = add_adapters(backbone, settings) if mode == "lora" else backbone
+    classifier = ImageClassifier(encoder, nn.Linear(backbone.width, 2), np.ones(2)).train()
+    norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and not any(norm.training for norm in norms) and classifier.training
+    assert all(norm.weight.requires_grad == (mode == "full") for norm in norms)
+
+
 @pytest.mark.parametrize("kind", ["mammodino", "resnet50"])
-def test_adapters_alone_learn_and_batch_norms_keep_still(kind, folders, drawn_table, tmp_path):
+def test_adapters_alone_learn_and_are_merged(kind, folders, drawn_table, tmp_path):
     backbone = load_backbone(kind, folders[kind])
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     settings = short_run(drawn_table, folders, tmp_path, mode="lora", backbone=kind)
@@ -178,6 +200,7 @@ def test_a_training_that_is_killed_goes_on_and_ends_the_same(folders, drawn_tabl
 
     def dies(self, *args, **kwargs):
         steps.append(self.state.global_step)
+        assert self.sampler.epoch == self.state.global_step // 2  # another order each epoch
         if len(steps) == 5:  # of two a epoch
             raise Killed
         return step(self, *args, **kwargs)

@@ -4,8 +4,7 @@ import csv
 
 import pytest
 
-from dataset_scripts.phantom_dicom import LABEL_COLUMNS
-from dataset_scripts.phantom_index import BENCHMARK, read_index
+from dataset_scripts.phantom_index import BENCHMARK, COLUMNS, read_index
 
 DBT = ("PHANTOM-{n:06d}/L_CC_dbt.dcm", "PHANTOM-{n:06d}", "L", "CC", "dbt")
 FFDM = ("PHANTOM-{n:06d}/L_CC_2d.dcm", "PHANTOM-{n:06d}", "L", "CC", "ffdm")
@@ -14,7 +13,7 @@ BENIGN = ("C", "1", "mass_round", "0", "10", "20", "30", "45", "3")
 CANCER = ("D", "1", "mass_spiculated", "1", "1", "2", "3", "4", "5")
 
 
-def write(folder, *rows, columns=LABEL_COLUMNS):
+def write(folder, *rows, columns=COLUMNS):
     """labels.csv of rows as (number, file and header, truth)."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "labels.csv", "w", newline="") as stream:
@@ -81,9 +80,9 @@ def test_folders_are_the_official_split(tmp_path):
 
 
 def test_columns_are_read_by_name(tmp_path):
-    order = [*range(len(LABEL_COLUMNS) - 1, -1, -1)]
+    order = [*range(len(COLUMNS) - 1, -1, -1)]
     rows = [(1, [[*DBT, *BENIGN][place] for place in order], ["more"])]
-    write(tmp_path / "turned", *rows, columns=[*(LABEL_COLUMNS[place] for place in order), "thickness_mm"])
+    write(tmp_path / "turned", *rows, columns=[*(COLUMNS[place] for place in order), "thickness_mm"])
     write(tmp_path / "plain", (1, DBT, BENIGN))
     assert read_index(tmp_path / "turned").equals(read_index(tmp_path / "plain"))
 
@@ -101,7 +100,7 @@ def test_columns_are_read_by_name(tmp_path):
     ],
 )
 def test_a_cell_that_makes_no_sense_is_named(tmp_path, column, value, message):
-    cells = dict(zip(LABEL_COLUMNS, [*DBT, *BENIGN], strict=True)) | {column: value}
+    cells = dict(zip(COLUMNS, [*DBT, *BENIGN], strict=True)) | {column: value}
     write(tmp_path, (0, DBT, HEALTHY), (1, list(cells.values()), ()))
     with pytest.raises(ValueError, match=r"labels\.csv, ") as caught:
         read_index(tmp_path)
@@ -115,6 +114,6 @@ def test_what_is_no_archive_is_said(tmp_path):
     write(tmp_path / "test", (1, DBT, HEALTHY))
     with pytest.raises(ValueError, match=r"labels\.csv here and in test/; keep one"):
         read_index(tmp_path)
-    write(tmp_path / "other", (0, DBT, HEALTHY), columns=["file", "patient_name", *LABEL_COLUMNS[2:]])
+    write(tmp_path / "other", (0, DBT, HEALTHY), columns=["file", "patient_name", *COLUMNS[2:]])
     with pytest.raises(ValueError, match=r"no column patient; it has file, patient_name, .*; write it again"):
         read_index(tmp_path / "other")

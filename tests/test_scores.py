@@ -107,5 +107,7 @@ def test_scores_as_a_metric_of_evaluate():
     assert MammographyScores(3, ordered=False, metrics=["auc"]).of_trainer((logits, labels)).keys() == {"auc"}
     with pytest.raises(ValueError, match="must be one of auc"):
         MammographyScores(3, metrics=["accuracy"])
+    with pytest.raises(ValueError, match="training diverged"):
+        metric.of_trainer((np.full_like(logits, np.nan), labels))
     with pytest.raises(ValueError, match="not 0 to 2"):
         metric.compute(predictions=probabilities, references=labels + 1)

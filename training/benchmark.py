@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .evaluation.job_queue import run_jobs
 from .evaluation.suite import read_suite
-from .evaluation.suite_report import write_report
+from .evaluation.suite_report import read_done, write_report
 from .finetune import finetune
 
 
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         suite = read_suite(options.config, options.output_dir)
         jobs = list(suite.jobs())
+        read_done(jobs)  # refuses those of another suite before any work
         failed = {} if options.report_only else run_jobs(jobs, lambda job: finetune(job.settings))
         report = write_report(suite, jobs, failed)
     except (ValueError, OSError) as error:

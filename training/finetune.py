@@ -51,12 +51,11 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     output = Path(settings.output_dir)
     with one_run_alone(output):
         check_same_settings(output / SETTINGS, settings.what_is_computed())
-        if (result := read_json(output / RESULT)) is None:
-            result = run(settings, output)
-            write_json(output / RESULT, result)
+        if read_json(output / RESULT) is None:
+            write_json(output / RESULT, run(settings, output))
         for finished in (CHECKPOINTS, TUNED_FEATURES):
             shutil.rmtree(output / finished, ignore_errors=True)
-    return result
+        return read_json(output / RESULT)
 
 
 def run(settings: FinetuneSettings, output: Path) -> dict[str, Any]:

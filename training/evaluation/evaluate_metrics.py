@@ -41,6 +41,8 @@ class MammographyScores(evaluate.Metric):
         labels, probabilities = np.asarray(references), np.asarray(predictions, float)
         if probabilities.ndim != 2 or probabilities.shape[1] != self.num_classes:
             raise ValueError(f"predictions have shape {probabilities.shape}, not (n, {self.num_classes})")
+        if not np.isfinite(probabilities).all():
+            raise ValueError("predictions are not finite: training diverged; lower learning_rate, or leave bf16 off")
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(f"references go from {labels.min()} to {labels.max()}, not 0 to {self.num_classes - 1}")
         return {name: score(labels, probabilities, name) for name in self.metrics}

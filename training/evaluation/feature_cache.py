@@ -117,6 +117,11 @@ def encode_images(
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=encoding.bf16):
                 values = backbone(**inputs).float().cpu().numpy()  # (B, F)
             for (position, _), row in zip(batch, values, strict=True):
+                if not np.isfinite(row).all():
+                    raise ValueError(
+                        f"{files[position]}: features of {backbone.source} are not finite; its weights are damaged, or "
+                        "bf16 is too coarse for them"
+                    )
                 features.setdefault(position, []).append(row)
         yield {position: np.stack(rows) for position, rows in features.items()}, refused
 

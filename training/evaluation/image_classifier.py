@@ -49,8 +49,7 @@ class ImageClassifier(nn.Module):
         """
         of_slices = functional.log_softmax(self.head(self.backbone(pixel_values, tissue_mask)).float(), dim=1)  # (N, C)
         image = torch.repeat_interleave(torch.arange(len(num_slices), device=num_slices.device), num_slices)  # (N,)
-        sums = of_slices.new_zeros(len(num_slices), of_slices.shape[1]).index_add(0, image, of_slices.exp())
-        outputs = {"logits": (sums / num_slices[:, None]).clamp_min(1e-30).log()}
+        outputs = {"logits": log_mean(of_slices, image, num_slices)}
         if labels is not None:
             wanted = labels[image]
             losses = functional.nll_loss(of_slices, wanted, reduction="none") * self.class_weights[wanted]
@@ -58,12 +57,22 @@ class ImageClassifier(nn.Module):
         return outputs
 
     def train(self, mode: bool = True) -> "ImageClassifier":
-        """A batch norm whose weights do not learn, as under adapters, keeps its statistics, too."""
+        """Batch norms keep the statistics that they came with: the head starts from features under these, and a batch
+        of slices of few volumes has poor ones."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-                module.train(mode and module.weight.requires_grad)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
+
+
+def log_mean(of_slices: torch.Tensor, image: torch.Tensor, num_slices: torch.Tensor) -> torch.Tensor:
+    """(B, C): the logarithm of the mean probability of each image's slices; of_slices (N, C) logarithms, image (N,)."""
+    wide = image[:, None].expand_as(of_slices)
+    highest = of_slices.new_full((len(num_slices), of_slices.shape[1]), -torch.inf)
+    highest = highest.scatter_reduce(0, wide, of_slices.detach(), "amax")
+    sums = torch.zeros_like(highest).index_add(0, image, (of_slices - highest[image]).exp())
+    return (sums / num_slices[:, None]).log() + highest
 
 
 def add_adapters(backbone: Backbone, settings: FinetuneSettings) -> nn.Module:

@@ -12,6 +12,7 @@ from dataset_scripts.benchmarks import get_benchmark
 
 from .article import PUBLISHED, published_table
 from .radar_plot import draw_radar
+from .run_files import read_json
 from .significance import TaskScores, holm, score_task
 from .suite import HEADLINE_METRICS, Job, Suite, SuiteTask
 
@@ -21,7 +22,7 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
 
     Returns: report.md. Raises ValueError where no run is done.
     """
-    done = {job.name: json.loads(job.result_file.read_text()) for job in jobs if job.result_file.is_file()}
+    done = read_done(jobs)
     if not done:
         raise ValueError(f"{suite.output_dir}: no run is done; " + next(iter(failed.values()), "run the suite first"))
     ours = suite.ours or suite.backbones[0].name
@@ -52,6 +53,22 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
     lines += [*article_section(scored), *data_section(jobs, done), *failures(failed)]
     report.write_text("\n".join(lines) + "\n")
     return report
+
+
+def read_done(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Results by the job's name. Raises ValueError where one was run with other settings than the suite has now."""
+    done = {}
+    for job in jobs:
+        if (result := read_json(job.result_file)) is None:
+            continue
+        for name, value in job.settings.what_is_computed().items():
+            if result["settings"][name] != value:
+                raise ValueError(
+                    f"{job.output_dir}: was run with {name}={result['settings'][name]!r}, the suite says {value!r}; "
+                    "give another output_dir, or remove that folder"
+                )
+        done[job.name] = result
+    return done
 
 
 def level_in_words(level: str) -> str:

@@ -87,6 +87,7 @@ def train_classifier(
         dataloader_num_workers=settings.dataloader_num_workers,
         seed=settings.seed,
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,
         report_to="none",
         remove_unused_columns=False,
         label_names=["labels"],
