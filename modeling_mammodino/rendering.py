@@ -105,7 +105,7 @@ class RenderPlan(NamedTuple):
 class Placement(NamedTuple):
     """Where the source lies in the picture: picture = scale * source + shift on each axis, in pixels.
 
-    Whole numbers are edges of pixels, not centres, as in half-open boxes. scale_x is negative where the source was
+    Whole numbers are edges of pixels, not centres, as in half-open boxes. A scale is negative where the source was
     mirrored.
     """
 
@@ -118,7 +118,7 @@ class Placement(NamedTuple):
         """Boxes (n, 4) float, x0, y0, x1, y1, of the source as boxes of the picture; they may reach beyond it."""
         x0, y0, x1, y1 = np.reshape(boxes, (-1, 4)).astype(np.float64).T
         x = np.sort((self.scale_x * x0 + self.shift_x, self.scale_x * x1 + self.shift_x), axis=0)
-        y = self.scale_y * y0 + self.shift_y, self.scale_y * y1 + self.shift_y
+        y = np.sort((self.scale_y * y0 + self.shift_y, self.scale_y * y1 + self.shift_y), axis=0)
         return np.stack((x[0], y[0], x[1], y[1]), axis=1)
 
     def inverse(self) -> "Placement":

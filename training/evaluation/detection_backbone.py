@@ -1,9 +1,9 @@
 """The encoder as a backbone for detectors: one map at twice the encoder's resolution.
 
-A plain ViT has one scale, too coarse for small lesions. Its patch map is doubled by a learnt upsampling, the finest level
-of the simple feature pyramid of Li et al. (ViTDet, ECCV 2022). A small convolutional stem on the picture adds what the
-patch embedding has averaged away, as the spatial prior of Chen et al. (ViT-Adapter, ICLR 2023) does, here by plain
-addition; without it (`spatial_prior=False`) detection rests on the encoder alone.
+A plain ViT has one scale, too coarse for small lesions. Its patch map is doubled by a learnt upsampling, a level of the
+simple feature pyramid of Li et al. (ViTDet, ECCV 2022). A small convolutional stem on the picture adds what the patch
+embedding has averaged away, as the spatial prior of Chen et al. (ViT-Adapter, ICLR 2023) does, here by plain addition;
+without it (`spatial_prior=False`) detection rests on the encoder alone.
 
 Tissue travels as the second channel of `pixel_values`, because detectors of transformers hand a backbone nothing else:
 with it the encoder leaves background out.
