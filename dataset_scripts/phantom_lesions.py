@@ -60,7 +60,7 @@ def draw_lesion(rng: np.random.Generator, probability: float) -> Lesion | None:
     # cysts about as much [1]; the wider range is of what is mixed in.
     radius = float(np.exp(rng.uniform(np.log(4.0), np.log(14.0))))
     dense = (CARCINOMA - ADIPOSE) / (FIBROGLANDULAR - ADIPOSE)
-    contrast = rng.uniform(0.65, 1.2) * (dense if suspicious else 1.0)
+    contrast = rng.uniform(0.5, 1.1) * (dense if suspicious else 1.0)
     return Lesion(
         lesion_type, malignant, suspicious, radius, contrast, *rng.uniform((0.15, -0.8, -0.8), (0.85, 0.8, 0.8))
     )
