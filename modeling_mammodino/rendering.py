@@ -102,10 +102,35 @@ class RenderPlan(NamedTuple):
     outside_fraction: float  # of a volume, the largest
 
 
+class Placement(NamedTuple):
+    """Where the source lies in the picture: picture = scale * source + shift on each axis, in pixels.
+
+    Whole numbers are edges of pixels, not centres, as in half-open boxes. A scale is negative where the source was
+    mirrored.
+    """
+
+    scale_x: float = 1.0
+    shift_x: float = 0.0
+    scale_y: float = 1.0
+    shift_y: float = 0.0
+
+    def boxes(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes (n, 4) float, x0, y0, x1, y1, of the source as boxes of the picture; they may reach beyond it."""
+        x0, y0, x1, y1 = np.reshape(boxes, (-1, 4)).astype(np.float64).T
+        x = np.sort((self.scale_x * x0 + self.shift_x, self.scale_x * x1 + self.shift_x), axis=0)
+        y = np.sort((self.scale_y * y0 + self.shift_y, self.scale_y * y1 + self.shift_y), axis=0)
+        return np.stack((x[0], y[0], x[1], y[1]), axis=1)
+
+    def inverse(self) -> "Placement":
+        """From the picture back to the source."""
+        return Placement(1 / self.scale_x, -self.shift_x / self.scale_x, 1 / self.scale_y, -self.shift_y / self.scale_y)
+
+
 class Rendered(NamedTuple):
     picture: np.ndarray  # (H, W) uint8 or uint16
     tissue: np.ndarray  # (H, W) bool
     small: Thumbnail  # of the plane, before crop and flip
+    placement: Placement = Placement()  # of the plane in the picture
 
 
 def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue_finder) -> Thumbnail:
@@ -214,7 +239,9 @@ def render(
         picture = cv2.createCLAHE(settings.clahe_clip_limit, grid).apply(picture)
     if settings.do_zero_background:
         picture[~tissue] = 0
-    return Rendered(picture, tissue, small)
+    scale_x, scale_y = width / crop.shape[1], height / crop.shape[0]
+    across = (-scale_x, scale_x * x1) if plan.flip else (scale_x, -scale_x * x0)
+    return Rendered(picture, tissue, small, Placement(*across, scale_y, -scale_y * y0))
 
 
 def place_on_canvas(rendered: Rendered, canvas: tuple[int, int], chest_wall: str) -> Rendered:
@@ -222,7 +249,9 @@ def place_on_canvas(rendered: Rendered, canvas: tuple[int, int], chest_wall: str
     height, width = rendered.picture.shape
     top, left = (canvas[0] - height) // 2, canvas[1] - width if chest_wall == "right" else 0
     margins = ((top, canvas[0] - height - top), (left, canvas[1] - width - left))
-    return Rendered(np.pad(rendered.picture, margins), np.pad(rendered.tissue, margins), rendered.small)
+    scale_x, shift_x, scale_y, shift_y = rendered.placement
+    placement = Placement(scale_x, shift_x + left, scale_y, shift_y + top)
+    return Rendered(np.pad(rendered.picture, margins), np.pad(rendered.tissue, margins), rendered.small, placement)
 
 
 def standardize(picture: np.ndarray, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
@@ -249,6 +278,7 @@ def _require_cv2() -> None:
 
 
 __all__ = [
+    "Placement",
     "RenderPlan",
     "RenderSettings",
     "Rendered",

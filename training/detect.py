@@ -1,0 +1,209 @@
+"""Trains a lesion detector on an encoder and judges it on held-out patients. Research use only.
+
+    python -m training.detect --dataset NAME --data_dir DIR --encoder MODEL --output_dir DIR [--name value ...]
+
+In output_dir: the detector in model/, predictions.parquet and lesions.parquet in pixels of the images, detections.png
+and froc.png to look at, and at last result.json: mAP over boxes, and sensitivity at 1, 2 and 4 false positives an
+image, with 95 % intervals over patients. Started again after a kill, a run goes on; when it is finished, it returns its
+result.
+"""
+
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import RTDetrForObjectDetection
+
+import modeling_mammodino
+from modeling_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.embed import find_device
+
+from .engine.cpu_memory import keep_freed_memory
+from .evaluation.detection_data import DetectionPictures, PictureMaker, render_training_pictures
+from .evaluation.detection_metrics import Found, froc_marks, judge
+from .evaluation.detection_pictures import draw_detections, draw_froc
+from .evaluation.detection_settings import DetectionSettings, parse_settings
+from .evaluation.detection_table import DetectionTable, load_boxes
+from .evaluation.detector import build_detector, open_start
+from .evaluation.find_lesions import find_lesions, lesion_table, prediction_table
+from .evaluation.result import PACKAGES
+from .evaluation.run_files import check_same_settings, one_run_alone, read_json, write_json, write_parquet
+from .evaluation.train_detector import train_detector
+
+logger = logging.getLogger(__name__)
+
+RESULT, SETTINGS = "result.json", "settings.json"
+CHECKPOINTS, PICTURES = "checkpoints", "pictures"  # gone when the result stands
+
+
+def run_detection(settings: DetectionSettings) -> dict[str, Any]:
+    """Runs, or goes on with, or returns at once what `settings` ask for: the content of result.json.
+
+    Raises ValueError or OSError, one line, for what cannot be used. One process a run.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a run is one process: start it without torchrun, and other runs beside it")
+    output = Path(settings.output_dir)
+    with one_run_alone(output):
+        check_same_settings(output / SETTINGS, settings.what_is_computed())
+        if (result := read_json(output / RESULT)) is None:
+            result = run(settings, output)
+            write_json(output / RESULT, result)
+        for finished in (CHECKPOINTS, PICTURES):
+            shutil.rmtree(output / finished, ignore_errors=True)
+    return result
+
+
+def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    table = load_boxes(
+        settings.dataset,
+        settings.data_dir,
+        seed=settings.seed,
+        validation_fraction=settings.validation_fraction,
+        test_fraction=settings.test_fraction,
+        allow_missing=settings.allow_missing,
+    )
+    encoder, processor = open_start(settings.encoder, settings.init == "random", settings.seed)
+    maker = PictureMaker(on_canvas(processor, settings), table.views)
+    detector = build_detector(
+        encoder,
+        settings.map_width,
+        settings.decoder_layers,
+        settings.num_queries,
+        settings.num_denoising,
+        settings.spatial_prior,
+        settings.seed,
+    ).to(find_device("auto"))
+    write_json(output / SETTINGS, settings.what_is_computed())
+
+    learned, refused = {}, {}
+    if settings.num_train_epochs:
+        learned, refused = train(detector, table, maker, settings, output)
+        detector.save_pretrained(output / "model")
+        maker.processor.save_pretrained(output / "model")
+    found, of_test = find_lesions(detector, table.images["test"], maker, settings)
+    refused |= of_test
+
+    rule = (settings.hit, settings.hit_iou)
+    kinds = by_kind(found)
+    metrics = {name: judge(each, *rule, settings.num_resamples, settings.seed) for name, each in kinds.items()}
+    write_parquet(output / "predictions.parquet", prediction_table(found, *rule))
+    write_parquet(output / "lesions.parquet", lesion_table(found, *rule))
+    title = f"{table.benchmark.title}: {len(found)} images of {table.counts['test']['patients']} patients"
+    draw_detections(table.images["test"], found, maker, title, output / "detections.png")
+    draw_froc({name: froc_marks(each, *rule) for name, each in kinds.items()}, title, output / "froc.png")
+    return {
+        "notice": "Research use only: not a medical device.",
+        "dataset": table.benchmark.name,
+        "encoder": {"source": settings.encoder, "init": settings.init, "width": encoder.config.hidden_size},
+        "detector": {
+            "class": type(detector).__name__,
+            "parameters": sum(each.numel() for each in detector.parameters()),
+        },
+        "counts": table.counts | {"refused": len(refused)},
+        "judged": {name: counted(each) for name, each in kinds.items()},
+        "learned": learned,
+        "metrics": {name: {metric: list(value) for metric, value in of.items()} for name, of in metrics.items()},
+        "settings": asdict(settings),
+        "versions": {
+            "python": platform.python_version(),
+            "mammodino": modeling_mammodino.__version__,
+            **{name: version(name) for name in (*PACKAGES, "pycocotools")},
+        },
+        "command": settings.command(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def on_canvas(processor: MammoDinoImageProcessor, settings: DetectionSettings) -> MammoDinoImageProcessor:
+    """The encoder's image processor with the canvas of the settings. Raises ValueError for one that patches do not
+    fill."""
+    size = {
+        "height": settings.image_height or processor.size["height"],
+        "width": settings.image_width or processor.size["width"],
+    }
+    return MammoDinoImageProcessor.from_dict({**processor.to_dict(), "size": size})
+
+
+def train(
+    detector: RTDetrForObjectDetection,
+    table: DetectionTable,
+    maker: PictureMaker,
+    settings: DetectionSettings,
+    output: Path,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What was learned, and the images that were refused. Raises ValueError where no picture with a lesion is left."""
+    if find_device("auto").type == "cpu":
+        keep_freed_memory()
+    parts, refused = {}, {}
+    for split in ("train", "validation"):
+        rows, of_split = render_training_pictures(
+            table.images[split],
+            maker,
+            settings.slices_per_volume,
+            settings.lesion_slice_reach,
+            output / PICTURES,
+            settings.dataloader_num_workers,
+        )
+        refused |= of_split
+        parts[split] = DetectionPictures(rows, maker, settings.seed)
+        if not parts[split].has_lesion.any():
+            raise ValueError(
+                f"{split}: no picture with a lesion is left; {len(of_split)} images were refused, the first: "
+                f"{next(iter(of_split.values()), '')}"
+            )
+        logger.info("%s: %d pictures, %d with lesions", split, len(rows), parts[split].has_lesion.sum())
+    return train_detector(detector, *parts.values(), settings, output / CHECKPOINTS), refused
+
+
+def by_kind(found: list[Found]) -> dict[str, list[Found]]:
+    """All images, and mammograms and volumes apart where there are both."""
+    kinds = {
+        "mammograms": [each for each in found if each.num_slices == 1],
+        "volumes": [each for each in found if each.num_slices > 1],
+    }
+    return {"images": found} | (kinds if all(kinds.values()) else {})
+
+
+def counted(found: list[Found]) -> dict[str, int]:
+    return {
+        "images": len(found),
+        "patients": len({each.patient_id for each in found}),
+        "lesions": sum(len(each.lesions) for each in found),
+    }
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The scores as a Markdown table, a row a kind of image."""
+    metrics = list(result["metrics"]["images"])
+    lines = ["| test | lesions | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
+    for name, scores in result["metrics"].items():
+        judged = result["judged"][name]
+        cells = [
+            " ".join(f"{number:.3f}" if number is not None else "-" for number in scores[each]) for each in metrics
+        ]
+        cells = ["{} [{}, {}]".format(*cell.split()) for cell in cells]
+        about = f"{judged['images']} {name}, {judged['patients']} patients"
+        lines.append(f"| {about} | {judged['lesions']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        result = run_detection(parse_settings(sys.argv[1:] if arguments is None else arguments))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"detect: {' '.join(str(error).split())}") from error
+    print(format_result(result))
+
+
+if __name__ == "__main__":
+    main()

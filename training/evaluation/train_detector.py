@@ -1,0 +1,175 @@
+"""Training of a detector with transformers' Trainer: goes on after a kill, repeats by its seed."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import RTDetrForObjectDetection, Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalPrediction
+
+from .detection_data import DetectionPictures, collate_pictures, to_corners
+from .detection_metrics import FALSE_POSITIVES, Found, average_precision, coco_matches, froc_marks, sensitivity_at
+from .detection_settings import DetectionSettings
+from .detector import cell_loss
+from .feature_cache import worker_options
+from .trainer_finetune import find_checkpoint
+from .training_pictures import SeededSampler
+
+logger = logging.getLogger(__name__)
+
+
+class DetectionTrainer(Trainer):
+    """A Trainer with a loss of each cell beside the detector's own, an order of pictures by seed and epoch, and boxes
+    and scores alone as predictions."""
+
+    def __init__(self, *args: Any, sampler: SeededSampler, cell_loss_weight: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sampler, self.cell_loss_weight = sampler, cell_loss_weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        height, width = inputs["pixel_values"].shape[-2:]
+        patch_size = self.model.config.backbone_config.patch_size
+        grid = (2 * (height // patch_size), 2 * (width // patch_size))
+        loss = outputs.loss + self.cell_loss_weight * cell_loss(outputs.enc_outputs_class, inputs["labels"], grid)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, (outputs.logits.float(), outputs.pred_boxes.float()), inputs["labels"]
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset, self.args.train_batch_size, self.sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return self._loader(eval_dataset or self.eval_dataset, self.args.eval_batch_size, None)
+
+    def _loader(self, pictures: DetectionPictures, batch_size: int, sampler: SeededSampler | None) -> DataLoader:
+        num_workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            pictures,
+            batch_size,
+            sampler=sampler,
+            collate_fn=collate_pictures,
+            persistent_workers=num_workers > 0,
+            pin_memory=self.args.device.type == "cuda",
+            **worker_options(num_workers),
+        )
+        return self.accelerator.prepare(loader)
+
+
+def train_detector(
+    detector: RTDetrForObjectDetection,
+    train: DetectionPictures,
+    validation: DetectionPictures,
+    settings: DetectionSettings,
+    folder: Path,
+) -> dict[str, Any]:
+    """Trains `detector` in place, to the end of its schedule; returns losses and validation scores by epoch.
+
+    A checkpoint an epoch stands in `folder`. Called again after a kill, it goes on from the last whole one.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        num_train_epochs=settings.num_train_epochs,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        per_device_eval_batch_size=settings.per_device_eval_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_fraction,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # said aloud, or bf16 is refused
+        dataloader_num_workers=settings.dataloader_num_workers,
+        seed=settings.seed,
+        logging_strategy="epoch",
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_do_concat_batches=False,  # boxes differ in number
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # labels are lists, which are not split over GPUs
+    set_seed(settings.seed)
+    canvas = train.maker.canvas
+    trainer = DetectionTrainer(
+        detector,
+        arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        compute_metrics=lambda predictions: validation_scores(predictions, canvas, settings),
+        optimizers=(make_optimizer(detector, settings), None),
+        sampler=SeededSampler(
+            len(train), settings.seed, settings.augment, lesion_weights(train.has_lesion, settings.lesion_share)
+        ),
+        cell_loss_weight=settings.cell_loss_weight,
+    )
+    last = find_checkpoint(folder)
+    if last:
+        logger.info("going on from %s", last)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    detector.eval()
+    history = json.loads((find_checkpoint(folder) / TRAINER_STATE_NAME).read_text())["log_history"]
+    by_epoch: dict[float, dict[str, float]] = {}
+    for line in history:
+        kept = {name: line[name] for name in line if name in ("loss", "eval_loss") or name.startswith(PREFIXES)}
+        by_epoch.setdefault(line["epoch"], {}).update(kept)
+    return {"epochs": [{"epoch": epoch, **line} for epoch, line in by_epoch.items() if "eval_loss" in line]}
+
+
+PREFIXES = ("eval_map", "eval_sensitivity")
+
+
+def make_optimizer(detector: RTDetrForObjectDetection, settings: DetectionSettings) -> torch.optim.Optimizer:
+    """AdamW; a slower rate for the encoder, which stays as it is where it is frozen, and no decay of vectors."""
+    encoder: nn.Module = detector.model.backbone.model.encoder
+    encoder.requires_grad_(not settings.freeze_encoder)
+    of_encoder = {id(parameter) for parameter in encoder.parameters()}
+    groups: dict[tuple[bool, bool], list] = {}
+    for parameter in detector.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in of_encoder, parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": settings.encoder_learning_rate if is_encoder else settings.learning_rate,
+                "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            }
+            for (is_encoder, is_matrix), parameters in groups.items()
+        ]
+    )
+
+
+def lesion_weights(has_lesion: np.ndarray, lesion_share: float) -> np.ndarray | None:
+    """How likely each picture is drawn, so that `lesion_share` of them have a lesion; None where all are alike."""
+    if lesion_share == 0 or has_lesion.all() or not has_lesion.any():
+        return None
+    return np.where(has_lesion, lesion_share / has_lesion.sum(), (1 - lesion_share) / (~has_lesion).sum())
+
+
+def validation_scores(
+    predictions: EvalPrediction, canvas: tuple[int, int], settings: DetectionSettings
+) -> dict[str, float]:
+    """mAP and sensitivities over pictures, before boxes are merged; in training only, to watch it."""
+    found, none = [], np.zeros(0, int)
+    for (logits, boxes), labels in zip(predictions.predictions, predictions.label_ids, strict=True):
+        for of, each, label in zip(logits, boxes, labels, strict=True):
+            corners = to_corners(each.astype(float), canvas)
+            lesions = to_corners(label["boxes"].astype(float), canvas)
+            scores = 1 / (1 + np.exp(-of[:, 0].astype(float)))
+            found.append(Found("", "", 1, lesions, np.zeros(len(lesions), int), corners, none, scores))
+    marks, (map_50, map_) = froc_marks(found, settings.hit, settings.hit_iou), average_precision(coco_matches(found))
+    sensitivities = {f"sensitivity_at_{each}": sensitivity_at(marks, each) for each in FALSE_POSITIVES}
+    return {"map_50": map_50, "map": map_, **sensitivities}
