@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dataset_scripts.phantom import PhantomParameters, acquire_dbt, simulate_breast
+from dataset_scripts.phantom import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
 from modeling_mammodino.pictures import read_picture
 
 from .picture_statistics import (
@@ -105,7 +105,10 @@ def simulate(count: int, seed: int) -> tuple[list[dict], dict[int, list[float]]]
         slices = np.rint(slices * np.float32(255 / 4095)) / np.float32(255)
         middle = PARAMETERS.num_slices // 2
         picture = np.ascontiguousarray(slices[middle + rng.integers(-10, 11)])
-        phantoms.append({"picture": picture, "patient": index, "volume": None, "slice": None})
+        mammogram = acquire_2d(breast) / np.float32(4095)
+        inside = erode(breast.body.max(axis=0) > 0, EDGE_MM, PIXEL_MM)
+        exponent_2d = power_law_exponent(mammogram, inside, PIXEL_MM)
+        phantoms.append({"picture": picture, "patient": index, "volume": None, "exponent_2d": exponent_2d})
         for distance in DISTANCES_MM:
             first = middle - distance // 2
             found[distance].append(slice_correlation(slices[first], slices[first + distance]))
@@ -141,6 +144,9 @@ def compare(real: list[dict], phantoms: list[dict], correlations: dict[int, list
     for key, name in names.items():
         cells = (spread([each[key] for each in group]) for group in (real, phantoms))
         lines.append(f"| {name} | {' | '.join(cells)} |")
+        if key == "exponent":
+            measured = spread([each["exponent_2d"] for each in phantoms])
+            lines.append(f"| the same, of mammograms | about 3 (Burgess et al., 2001) | {measured} |")
     pairs: dict[int, list[float]] = {}
     for one, other in itertools.combinations(real, 2):
         if one["volume"] and one["volume"] == other["volume"]:

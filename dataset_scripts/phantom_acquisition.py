@@ -186,6 +186,8 @@ def _display(rng, fibrous, shadow):
     value = fibrous - np.float32(low)
     value *= np.float32((middle - dark) / max(mean - low, 0.02))
     value += np.float32(dark)
+    bright = np.maximum(value - np.float32(0.5), 0)  # highlights are compressed, so that dense masses keep structure
+    value -= bright * bright / (bright + np.float32(0.5))
     np.clip(value, 0, 1, out=value)
     value *= (4095 * np.minimum(shadow, 1) * (shadow > 0.05)).astype(np.float32)
     return np.rint(value, out=value).astype(np.uint16)

@@ -32,6 +32,8 @@ LESION_TYPES = ("mass_round", "mass_spiculated", "calcification", "distortion")
 VENDORS = ("hologic", "siemens", "ge", "mixed")
 VIEWS = (("L", "CC"), ("L", "MLO"), ("R", "CC"), ("R", "MLO"))
 
+LEAST_MM = (10, 40, 15)  # thickness, along the chest wall, from it: what holds a breast
+
 # Random streams of a patient, and of each exposure of VIEWS.
 PATIENT, LESION = 0, 1
 ANATOMY, LESION_SHAPE, TOMOSYNTHESIS, MAMMOGRAM = range(4)
@@ -66,6 +68,12 @@ class PhantomParameters:
                 raise ValueError(f"{option.name}={value} is outside {limits[0]} to {limits[1]}")
             if not limits and value not in option.metadata["choices"]:
                 raise ValueError(f"{option.name}={value!r} must be one of {', '.join(option.metadata['choices'])}")
+        size = [n * mm for n, mm in zip((self.num_slices, self.height_px, self.width_px), self.voxel_mm, strict=True)]
+        if any(mm < least for mm, least in zip(size, LEAST_MM, strict=True)):
+            text, least = (" x ".join(f"{mm:g}" for mm in each) for each in (size, LEAST_MM))
+            raise ValueError(
+                f"a field of {text} mm holds no breast: raise slices, rows, columns or spacings to {least}"
+            )
 
     @property
     def voxel_mm(self) -> tuple[float, float, float]:

@@ -56,11 +56,11 @@ def draw_lesion(rng: np.random.Generator, probability: float) -> Lesion | None:
     lesion_type = rng.choice(LESION_TYPES).item()
     malignant = bool(rng.random() < CANCER_PROBABILITY[lesion_type])
     suspicious = malignant if rng.random() < 0.85 else not malignant
-    # Diameter 8 to 28 mm. Carcinoma attenuates 1.1 times as much over fat as fibroglandular tissue, fibroadenomas and
+    # Diameter 9 to 28 mm. Carcinoma attenuates 1.1 times as much over fat as fibroglandular tissue, fibroadenomas and
     # cysts about as much [1]; the wider range is of what is mixed in.
-    radius = float(np.exp(rng.uniform(np.log(4.0), np.log(14.0))))
+    radius = float(np.exp(rng.uniform(np.log(4.5), np.log(14.0))))
     dense = (CARCINOMA - ADIPOSE) / (FIBROGLANDULAR - ADIPOSE)
-    contrast = rng.uniform(0.65, 1.2) * (dense if suspicious else 1.0)
+    contrast = rng.uniform(0.75, 1.3) * (dense if suspicious else 1.0)
     return Lesion(
         lesion_type, malignant, suspicious, radius, contrast, *rng.uniform((0.15, -0.8, -0.8), (0.85, 0.8, 0.8))
     )
@@ -88,14 +88,16 @@ def _place(lesion: Lesion, radius: float, anatomy: Anatomy, view: str, p: Phanto
     along_rows, along_beam = (lesion.across, lesion.upward) if view == "CC" else (-lesion.upward, lesion.across)
     nipple, inside = anatomy.outline.nipple, np.where(anatomy.outline.muscle_mm < 0, anatomy.inside_mm, 0)
     wanted = nipple[0] + along_rows * anatomy.outline.half_height, (1 - lesion.depth) * nipple[1]
-    needed = 1.8 * radius if lesion.lesion_type == "distortion" else radius + 4
+    needed = 1.8 * radius + 4 if lesion.lesion_type == "distortion" else radius + 4
     room = inside > min(needed, 0.9 * inside.max())
     room[:, : min(int(radius / pixel), width // 2)] = False
     places = np.argwhere(room)
     places = places if len(places) else np.argwhere(inside == inside.max())
     row, column = places[((places - wanted) ** 2).sum(axis=1).argmin()]
     flat = min(0.85, 0.75 * half_mm / radius)  # compressed with the breast
-    level = along_beam * max(half_mm - flat * radius - 2, 0)
+    # Where the breast bulges at its margin, less of its height is deep enough.
+    deep_enough = max(half_mm - flat * (needed - 4) - 2, 0) ** 2
+    level = along_beam * np.sqrt(max(deep_enough - max(half_mm - inside[row, column], 0) ** 2, 0))
     middle = (p.num_slices - 1) / 2 * p.slice_spacing_mm
     reach, deep = int(2.4 * radius / pixel) + 1, int(2.4 * flat * radius / p.slice_spacing_mm) + 2
     slice_ = int(round((middle + level) / p.slice_spacing_mm))
@@ -144,11 +146,11 @@ def _mass(rng, lesion: Lesion, place: Place, radius: float, flat: float, patch, 
     )
     if irregular:  # microlobulated
         outline = outline + sum(0.012 * rng.normal() * np.cos(k * angle + rng.uniform(0, 6.28)) for k in range(5, 12))
-    margin = rng.uniform(1.5, 4.0) if irregular else rng.uniform(0.5, 1.0)  # indistinct or circumscribed
-    core = radius * (0.6 if spiculated else 1.0) * outline.astype(np.float32)
+    margin = rng.uniform(1.5, 3.5) if irregular else rng.uniform(0.5, 1.0)  # indistinct or circumscribed
+    core = radius * (0.75 if spiculated else 1.0) * outline.astype(np.float32)
     share = np.clip((core - distance) / max(margin, p.pixel_spacing_mm) + 0.5, 0, 1)
     if spiculated:
-        count, width = (int(rng.integers(18, 30)), 1.6) if lesion.suspicious else (int(rng.integers(8, 14)), 1.2)
+        count, width = (int(rng.integers(18, 30)), 2.2) if lesion.suspicious else (int(rng.integers(8, 14)), 1.6)
         lines = _spicules(rng, place, patch.shape, count, 0.5 * radius, radius * rng.uniform(1.0, 1.55), width, p)
         np.maximum(share, lines, out=share)
     elif not irregular and rng.random() < 0.5:  # a rim of fat, the halo of what pushes tissue aside
@@ -165,9 +167,9 @@ def _calcifications(rng, lesion: Lesion, place: Place, radius: float, flat: floa
         heading = rng.uniform(-0.6, 0.6)
         turn = np.array([[np.cos(heading), -np.sin(heading)], [np.sin(heading), np.cos(heading)]])
         where[:, 1:] = where[:, 1:] * (0.45, 1.5) @ turn
-        diameters = np.exp(rng.normal(np.log(0.45), 0.35, count)).clip(0.2, 1.0)
+        diameters = np.exp(rng.normal(np.log(0.55), 0.35, count)).clip(0.25, 1.2)
     else:  # round and alike
-        diameters = rng.uniform(0.4, 0.9) * rng.uniform(0.9, 1.1, count)
+        diameters = rng.uniform(0.5, 1.1) * rng.uniform(0.9, 1.1, count)
     origin = np.array([s.start for s in place.window]) * p.voxel_mm
     deposit(canvas, np.array(place.centre) - origin + where, np.pi / 6 * diameters**3, p.voxel_mm)
     patch += canvas.clip(0, 1) * (np.float32(CALCIFICATION) - patch)
@@ -175,7 +177,7 @@ def _calcifications(rng, lesion: Lesion, place: Place, radius: float, flat: floa
 
 def _distortion(rng, lesion: Lesion, place: Place, radius: float, flat: float, patch, p: PhantomParameters) -> None:
     """Tissue is drawn toward the centre: each voxel shows what lay farther out."""
-    reach, pull = 1.8 * radius, rng.uniform(0.8, 1.2) if lesion.suspicious else rng.uniform(0.5, 0.8)
+    reach, pull = 1.8 * radius, rng.uniform(1.0, 1.5) if lesion.suspicious else rng.uniform(0.6, 1.0)
     square = (place.y**2 + place.x**2) / np.float32(reach**2)  # (h, w)
     rows, columns = np.indices(patch.shape[1:], np.float32)
     for level, z in zip(patch, place.z.ravel() / (flat * reach), strict=True):
@@ -186,7 +188,7 @@ def _distortion(rng, lesion: Lesion, place: Place, radius: float, flat: float, p
         )
         level[:] = np.where((away > 1e-3) & (drawn > 0.9 * ADIPOSE), drawn, level)  # no air
     count = int(rng.integers(14, 24) if lesion.suspicious else rng.integers(10, 18))
-    lines = _spicules(rng, place, patch.shape, count, 0.15 * radius, radius * rng.uniform(1.1, 1.6), 1.2, p)
+    lines = _spicules(rng, place, patch.shape, count, 0.15 * radius, radius * rng.uniform(1.1, 1.6), 2.0, p)
     distance = np.sqrt(place.x**2 + place.y**2 + (place.z / flat) ** 2, dtype=np.float32)
     centre = np.clip((0.3 * radius - distance) / 1.5 + 0.5, 0, 1)
     _blend(patch, lines, lesion.contrast)

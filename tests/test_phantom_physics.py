@@ -186,8 +186,8 @@ def test_volumetric_density_is_the_one_that_was_drawn_and_its_classes_overlap():
             label = simulate_breast(SMALL, 5, index).labels
             assert (label.density, label.glandular_fraction) == (patient.density, measured[-1][0])
     found, wanted = np.transpose(measured)
-    np.testing.assert_allclose(found, wanted, rtol=0.15, atol=0.01)  # thresholded on a sample of these few voxels
-    assert np.median(np.abs(found / wanted - 1)) < 0.03
+    np.testing.assert_allclose(found, wanted, rtol=0.1)  # the nipple is filled afterwards
+    assert np.median(np.abs(found / wanted - 1)) < 0.02
     medians = [np.median(drawn[name]) for name in DENSITY_CLASSES]
     np.testing.assert_allclose(medians, DENSITY_MEDIANS, rtol=0.2)
     for low, high in zip(DENSITY_CLASSES, DENSITY_CLASSES[1:], strict=False):

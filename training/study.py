@@ -25,11 +25,13 @@ import torch
 from dataset_scripts.phantom import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
-from .evaluation.job_queue import run_jobs
+from .evaluation.job_queue import RESULT_FILE, run_jobs
+from .evaluation.run_files import write_json, write_parquet
 from .evaluation.study_design import SIZES, Configuration, Size, configurations, equal_compute_steps
 from .evaluation.study_judge import Judge
 from .evaluation.study_report import write_study
 
+PROCESSES = "spawn"  # a fork of a process in which torch has run threads can hang
 FIRST_TEST_PATIENT = 1_000_000  # no patient is in both archives
 
 
@@ -119,10 +121,8 @@ class Run:
             "real": self.study.judge.on_real_slices(encoder),
             "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")},
         }
-        predictions.to_parquet(self.output_dir / "predictions.parquet", index=False)
-        unfinished = self.output_dir / "result.json.tmp"
-        unfinished.write_text(json.dumps(result, indent=2) + "\n")
-        unfinished.replace(self.output_dir / "result.json")  # last: where it stands, the run is done
+        write_parquet(self.output_dir / "predictions.parquet", predictions)
+        write_json(self.output_dir / RESULT_FILE, result)  # last: where it stands, the run is done
 
 
 def summary(log: Path) -> dict[str, float]:
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if not options.report_only:
             study.prepare(options.num_proc)
-            with multiprocessing.get_context("spawn").Pool(options.num_proc) as pool:
+            with multiprocessing.get_context(PROCESSES).Pool(options.num_proc) as pool:
                 for each in pool.map(work, [runs] * options.num_proc, chunksize=1):
                     failed |= each
         report = write_study(options.output, runs, options.report or options.output / "report.md")
