@@ -26,7 +26,7 @@ def one_thread():
 
 
 def small_detector(**changes):
-    options = {"map_width": 32, "decoder_layers": 2, "num_queries": 8, "num_denoising": 4, "spatial_prior": True}
+    options = {"map_width": 32, "decoder_layers": 2, "num_queries": 8, "spatial_prior": True}
     return build_detector(random_encoder(), **{**options, **changes}, seed=0)
 
 

@@ -78,7 +78,6 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
         settings.map_width,
         settings.decoder_layers,
         settings.num_queries,
-        settings.num_denoising,
         settings.spatial_prior,
         settings.seed,
     ).to(find_device("auto"))

@@ -39,7 +39,6 @@ class DetectionSettings:
     map_width: int = setting(256, "Channels of the detector, a multiple of 32.", low=32)
     decoder_layers: int = setting(3, "Decoder layers.", low=1)
     num_queries: int = setting(30, "Boxes predicted in a picture.", low=1)
-    num_denoising: int = setting(20, "Noised true boxes that the decoder learns from beside (RT-DETR: 100).", low=0)
     cell_loss_weight: float = setting(20.0, "Weight of the loss of each cell of the map, in a lesion or not.", low=0)
     lesion_share: float = setting(0.5, "Share of training pictures with a lesion; 0: as they come.", 0, 0.99)
     num_train_epochs: int = setting(30, "Epochs; 0: the detector is judged untrained.", low=0)
