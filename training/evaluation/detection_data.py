@@ -59,7 +59,7 @@ class PictureMaker:
         grid = (canvas[0] // processor.patch_size, canvas[1] // processor.patch_size)
         order = frame_order(file) if is_dicom(file) else (0,)
         if outside := [frame for frame in frames or () if not 0 <= frame < len(order)]:
-            raise ImageRefused(file, f"a box is on slice {outside[0]} of {len(order)}; correct the boxes")
+            raise ImageRefused(file, f"has {len(order)} slices, from 0; slice {outside[0]} was asked for")
         wanted = None if frames is None else [order.index(frame) for frame in frames]
         correct = self.views.correction(file) if self.views else None
         for mammogram, rendered in processor.render_source(
