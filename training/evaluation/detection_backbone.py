@@ -65,7 +65,7 @@ class DetectionBackbone(MammoDinoPreTrainedModel):
 
 def spatial_prior(width: int) -> nn.Sequential:
     """Convolutions from the picture (B, 1, H, W) to (B, width, H / 8, W / 8)."""
-    channels, layers = (1, width // 8, width // 4, width // 2), []
+    channels, layers = (1, width // 4, width // 2, width // 2), []
     for inputs, outputs in zip(channels, channels[1:], strict=False):
         for each, stride in ((inputs, 2), (outputs, 1)):
             layers += [nn.Conv2d(each, outputs, 3, stride, 1, bias=False), nn.GroupNorm(4, outputs), nn.ReLU()]

@@ -1,4 +1,4 @@
-"""Heat maps from an encoder's patches, without training: what it looks at, what is unlike the rest of the breast.
+"""Heat maps from an encoder's patches, without training: what it looks at, and what is unlike the rest of the breast.
 
 For a look: none of these has been validated to show lesions. Research use only.
 """
@@ -74,15 +74,11 @@ def distance_from_mean(breast: np.ndarray) -> np.ndarray:
 
 
 def residual(breast: np.ndarray) -> np.ndarray:
-    """Length of what the main components of the patches (T, D) leave of each, as a share of its distance from the mean.
-
-    0 where a patch is all usual; with so few patches that components explain all, 0 everywhere.
-    """
+    """Length of what the main components of the patches (T, D) leave of each: the reconstruction error of PCA, which
+    is large where a patch varies in ways that the others do not."""
     centred = breast - breast.mean(axis=0)
     components = np.linalg.svd(centred, full_matrices=False)[2][:NUM_COMPONENTS]  # (k, D)
-    left = centred - centred @ components.T @ components
-    length = np.linalg.norm(centred, axis=1)
-    return np.divide(np.linalg.norm(left, axis=1), length, out=np.zeros(len(breast)), where=length > 0)
+    return np.linalg.norm(centred - centred @ components.T @ components, axis=1)
 
 
 def class_evidence(patches: Patches, classifier: nn.Linear) -> np.ndarray:
