@@ -15,12 +15,15 @@ from conftest import TINY_ENCODER, draw_breast, random_encoder
 from dataset_scripts.bcs_dbt import BcsDbtViews, View
 from modeling_mammodino import MammoDinoImageProcessor
 from training.detect import main, run_detection
+from training.evaluation import train_detector
 from training.evaluation.detection_data import PictureMaker
 from training.evaluation.detection_metrics import Found, judge
 from training.evaluation.detection_settings import DetectionSettings
-from training.evaluation.detector import load_detector
+from training.evaluation.detection_table import load_boxes
+from training.evaluation.detector import cell_loss, load_detector
 
 NUM_PATIENTS = 30
+FRACTIONS = {"test_fraction": 0.3, "validation_fraction": 0.2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,8 +69,7 @@ def short_run(data_dir: Path, encoder: Path, output: Path, **changes) -> Detecti
         "data_dir": str(data_dir),
         "encoder": str(encoder),
         "output_dir": str(output),
-        "test_fraction": 0.3,
-        "validation_fraction": 0.2,
+        **FRACTIONS,
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,
         "map_width": 32,
@@ -86,6 +88,16 @@ def short_run(data_dir: Path, encoder: Path, output: Path, **changes) -> Detecti
 def finished(drawn_table, encoder_folder, tmp_path_factory) -> tuple[DetectionSettings, dict]:
     settings = short_run(drawn_table, encoder_folder, tmp_path_factory.mktemp("runs") / "run", num_train_epochs=25)
     return settings, run_detection(settings)
+
+
+def test_a_trained_detector_finds_what_an_untrained_one_does_not(finished, drawn_table, encoder_folder, tmp_path):
+    _, trained = finished
+    untrained = run_detection(short_run(drawn_table, encoder_folder, tmp_path, num_train_epochs=0))
+    assert untrained["judged"] == trained["judged"] == {"images": {"images": 9, "patients": 9, "lesions": 6}}
+    map_50, at_1 = (trained["metrics"]["images"][name] for name in ("map_50", "sensitivity_at_1"))
+    assert map_50[0] > 0.5 and map_50[1] > 0.2 > 0.05 > untrained["metrics"]["images"]["map_50"][2]
+    assert at_1[0] > 0.8 > untrained["metrics"]["images"]["sensitivity_at_1"][0]
+    assert not (tmp_path / "model").exists() and untrained["learned"] == {}
 
 
 def test_what_is_written_agrees_with_the_result(finished):
@@ -131,6 +143,32 @@ def test_a_finished_run_returns_and_other_settings_are_refused(finished, monkeyp
         main([*again, "--seed", "1"])
 
 
+def test_a_killed_run_goes_on_to_the_same_end(drawn_table, encoder_folder, tmp_path, monkeypatch):
+    whole = run_detection(short_run(drawn_table, encoder_folder, tmp_path / "whole"))
+    settings, calls = short_run(drawn_table, encoder_folder, tmp_path / "killed"), []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) > 4:  # three steps an epoch and one of validation
+            raise KeyboardInterrupt
+        return cell_loss(*arguments)
+
+    monkeypatch.setattr(train_detector, "cell_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_detection(settings)
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
+    calls.clear()
+    monkeypatch.setattr(train_detector, "cell_loss", lambda *arguments: calls.append(1) or cell_loss(*arguments))
+    resumed = run_detection(settings)
+    assert len(calls) == 4  # the second epoch alone
+    assert resumed["metrics"] == whole["metrics"] and resumed["learned"] == whole["learned"]
+    for name in ("predictions", "lesions"):
+        pandas.testing.assert_frame_equal(
+            *(pandas.read_parquet(tmp_path / run / f"{name}.parquet") for run in ("whole", "killed"))
+        )
+
+
 def test_refused_images_are_counted(drawn_table, encoder_folder, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -141,17 +179,8 @@ def test_refused_images_are_counted(drawn_table, encoder_folder, tmp_path):
         (folder / name).write_bytes(b"no picture")
     result = run_detection(short_run(folder, encoder_folder, tmp_path / "run", num_train_epochs=1))
     assert result["counts"]["refused"] == 3
-    judged = result["judged"]["images"]["images"]
-    assert judged == result["counts"]["test"]["images"] - sum(name in set(order[::10]) for name in held_out(folder))
-
-
-def held_out(folder: Path) -> list[str]:
-    from training.evaluation.detection_table import load_boxes
-
-    return [
-        image.image_id
-        for image in load_boxes("table", folder, validation_fraction=0.2, test_fraction=0.3).images["test"]
-    ]
+    of_test = {image.image_id for image in load_boxes("table", folder, **FRACTIONS).images["test"]}
+    assert result["judged"]["images"]["images"] == len(of_test) - len(of_test & set(order[::10]))
 
 
 @pytest.mark.parametrize(

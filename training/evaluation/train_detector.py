@@ -46,6 +46,11 @@ class DetectionTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss, (outputs.logits.float(), outputs.pred_boxes.float()), inputs["labels"]
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # save_pretrained writes older names of some weights, which Trainer would pass over without a word
+        saved = type(self.model).from_pretrained(resume_from_checkpoint)
+        self.model.load_state_dict(saved.state_dict())
+
     def get_train_dataloader(self) -> DataLoader:
         return self._loader(self.train_dataset, self.args.train_batch_size, self.sampler)
 
