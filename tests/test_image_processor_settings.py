@@ -81,7 +81,9 @@ def mammogram(phantom_archive) -> pydicom.Dataset:
     dataset.PixelData = (4095 - dataset.pixel_array).astype(np.uint16).tobytes()
     dataset.PhotometricInterpretation, dataset.PresentationLUTShape = "MONOCHROME1", "INVERSE"
     dataset.RescaleSlope, dataset.RescaleIntercept = 2, -300
-    dataset.WindowCenter, dataset.WindowWidth = 6000, 4000
+    breast = 2 * dataset.pixel_array[dataset.pixel_array < 4095] - 300.0  # air is 4095 here
+    low, high = np.percentile(breast, [20, 80])  # a window that cuts both ends of the breast
+    dataset.WindowCenter, dataset.WindowWidth = round((low + high) / 2), round(high - low)
     return dataset
 
 
