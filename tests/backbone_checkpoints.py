@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_thread import one_thread  # noqa: F401 (a fixture)
 from torch.nn import functional
 
 from training.evaluation.small_backbones import write_small_checkpoints
@@ -103,15 +104,6 @@ OWN_FILES = {
     "mammo_clip_efficientnet": "model-best.tar",
 }
 SIDES = {"dinov2": 70, "rad_dino": 70, "mammo_clip_efficientnet": 72}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread only waits where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(name="folders", scope="module")

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
+from one_thread import one_thread  # noqa: F401 (a fixture)
 from torch.nn import functional
 
 from modeling_mammodino import MammoDinoImageProcessor
@@ -13,15 +13,6 @@ WIDTH, PATCH, SIDE = 128, 14, 70  # a stored grid of 5 x 5
 TINY = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": PATCH, "image_size": SIDE}
 SIZES = ((70, 70), (112, 112), (42, 98), (28, 28))  # stored, larger, not square, smaller
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread only waits where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas
 import pydicom
 import pytest
-import torch
 from conftest import TINY_ENCODER, draw_breast, random_encoder
+from one_thread import one_thread  # noqa: F401 (a fixture)
 
 from dataset_scripts.bcs_dbt import BcsDbtViews, View
 from modeling_mammodino import MammoDinoImageProcessor
@@ -24,15 +24,6 @@ from training.evaluation.detector import cell_loss, load_detector
 
 NUM_PATIENTS = 30
 FRACTIONS = {"test_fraction": 0.3, "validation_fraction": 0.2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Many small steps: threads would wait for each other, and long where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_encoder
+from one_thread import one_thread  # noqa: F401 (a fixture)
 
 from modeling_mammodino import MammoDinoImageProcessor
 from training.evaluation.detection_backbone import DetectionBackbone
@@ -14,15 +15,6 @@ from training.evaluation.detector import build_detector, cell_loss, detect, load
 from training.evaluation.train_detector import lesion_weights, make_optimizer
 
 GRID = (16, 12)  # of cells, for 112 x 84 pixels and patches of 14
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Many small steps: threads would wait for each other, and long where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_detector(**changes):

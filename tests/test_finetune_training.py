@@ -14,7 +14,8 @@ from dataset_scripts.benchmark_task import load_task
 from training.evaluation.backbones import load_backbone
 from training.evaluation.evaluate_metrics import MammographyScores
 from training.evaluation.image_classifier import ImageClassifier, add_adapters, open_classifier, save_classifier
-from training.evaluation.trainer_finetune import FinetuneTrainer, find_checkpoint, train_classifier
+from training.evaluation.seeded_trainer import SeededTrainer, find_checkpoint
+from training.evaluation.trainer_finetune import train_classifier
 from training.evaluation.training_pictures import LabelledImages, SeededSampler, augment, collate_images
 
 
@@ -196,7 +197,7 @@ def test_a_training_that_is_killed_goes_on_and_ends_the_same(folders, drawn_tabl
     classifier, _, train = make_training("mammodino", folders, drawn_table, tmp_path / "whole")
     whole = train()
     _, _, train = make_training("mammodino", folders, drawn_table, tmp_path / "killed")
-    step, steps = FinetuneTrainer.training_step, []
+    step, steps = SeededTrainer.training_step, []
 
     def dies(self, *args, **kwargs):
         steps.append(self.state.global_step)
@@ -205,7 +206,7 @@ def test_a_training_that_is_killed_goes_on_and_ends_the_same(folders, drawn_tabl
             raise Killed
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(FinetuneTrainer, "training_step", dies)
+    monkeypatch.setattr(SeededTrainer, "training_step", dies)
     with pytest.raises(Killed):
         train()
     half_written = tmp_path / "killed" / "checkpoints" / "checkpoint-999"

@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 
 from training.evaluation.evaluate_metrics import MammographyScores
-from training.evaluation.metrics import METRICS, WEIGHTED, bootstrap, bootstrap_weights, metric_names, score
+from training.evaluation.metrics import METRICS, bootstrap, bootstrap_weights, metric_names, score
 
 
 def sensitivity_by_hand(labels, probabilities):
@@ -63,7 +63,7 @@ def test_a_weight_is_an_image_that_is_drawn_so_often(metric, num_classes):
     labels, probabilities, patients = predictions(90, num_classes)
     assert score(labels, probabilities, metric) == pytest.approx(ORACLES[metric](labels, probabilities))
     weights = np.concatenate(list(bootstrap_weights(patients, 30, seed=1)))
-    for counts, found in zip(weights, WEIGHTED[metric](labels, probabilities, weights), strict=True):
+    for counts, found in zip(weights, METRICS[metric](labels, probabilities, weights), strict=True):
         rows = np.repeat(np.arange(len(labels)), counts.astype(int))
         assert found == pytest.approx(ORACLES[metric](labels[rows], probabilities[rows]))
 

@@ -18,9 +18,8 @@ class Chain:
     def run(self, *arguments: str | Path | int, processes: int = 1) -> None:
         """Runs one command, or several processes of it side by side, which share its work."""
         command = [str(argument) for argument in arguments]
-        shown = shlex.join(["python" if part == sys.executable else part for part in command])
-        shown += f"    # {processes} processes" if processes > 1 else ""
-        print(f"\n$ {shown}", flush=True)
+        line = shown(command) + (f"    # {processes} processes" if processes > 1 else "")
+        print(f"\n$ {line}", flush=True)
         started = time.monotonic()
         # patients are hashed with a key; the phantoms have nothing to hide, so theirs is written here
         environment = {**os.environ, "MAMMODINO_HASH_KEY": "demo", "TOKENIZERS_PARALLELISM": "false"}
@@ -28,5 +27,10 @@ class Chain:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
         running = [subprocess.Popen(command, env=environment) for _ in range(processes)]
         if any([each.wait() for each in running]):  # all are waited for
-            raise SystemExit(f"{self.name}: stopped at: {shown}")
-        self.done.append((shown, time.monotonic() - started))
+            raise SystemExit(f"{self.name}: stopped at: {line}")
+        self.done.append((line, time.monotonic() - started))
+
+
+def shown(command: list[str]) -> str:
+    """A command as a user would type it."""
+    return shlex.join(["python" if part == sys.executable else part for part in command])

@@ -11,7 +11,6 @@ result.
 import logging
 import os
 import platform
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -34,12 +33,11 @@ from .evaluation.detection_table import DetectionTable, load_boxes
 from .evaluation.detector import build_detector, open_start
 from .evaluation.find_lesions import find_lesions, lesion_table, prediction_table
 from .evaluation.result import PACKAGES
-from .evaluation.run_files import check_same_settings, one_run_alone, read_json, write_json, write_parquet
+from .evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
 from .evaluation.train_detector import train_detector
 
 logger = logging.getLogger(__name__)
 
-RESULT, SETTINGS = "result.json", "settings.json"
 CHECKPOINTS, PICTURES = "checkpoints", "pictures"  # gone when the result stands
 
 
@@ -51,14 +49,7 @@ def run_detection(settings: DetectionSettings) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a run is one process: start it without torchrun, and other runs beside it")
     output = Path(settings.output_dir)
-    with one_run_alone(output):
-        check_same_settings(output / SETTINGS, settings.what_is_computed())
-        if (result := read_json(output / RESULT)) is None:
-            result = run(settings, output)
-            write_json(output / RESULT, result)
-        for finished in (CHECKPOINTS, PICTURES):
-            shutil.rmtree(output / finished, ignore_errors=True)
-    return result
+    return run_once(output, settings.what_is_computed(), lambda: run(settings, output), (CHECKPOINTS, PICTURES))
 
 
 def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
@@ -81,7 +72,7 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
         settings.spatial_prior,
         settings.seed,
     ).to(find_device("auto"))
-    write_json(output / SETTINGS, settings.what_is_computed())
+    write_json(output / SETTINGS_FILE, settings.what_is_computed())
 
     learned, refused = {}, {}
     if settings.num_train_epochs:
@@ -94,7 +85,7 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
     rule = (settings.hit, settings.hit_iou)
     kinds = by_kind(found)
     metrics = {name: judge(each, *rule, settings.num_resamples, settings.seed) for name, each in kinds.items()}
-    write_parquet(output / "predictions.parquet", prediction_table(found, *rule))
+    write_parquet(output / PREDICTIONS_FILE, prediction_table(found, *rule))
     write_parquet(output / "lesions.parquet", lesion_table(found, *rule))
     title = f"{table.benchmark.title}: {len(found)} images of {table.counts['test']['patients']} patients"
     draw_detections(table.images["test"], found, maker, title, output / "detections.png")

@@ -10,7 +10,6 @@ In output_dir: predictions.parquet, the model, and at last result.json, with sco
 
 import logging
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -33,13 +32,12 @@ from .evaluation.linear_probe import LinearHead, balanced_weights, fit_linear_pr
 from .evaluation.metrics import metric_names
 from .evaluation.predictions import predict_levels, score_levels
 from .evaluation.result import describe_run, format_result
-from .evaluation.run_files import check_same_settings, one_run_alone, read_json, write_json, write_parquet
+from .evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
 from .evaluation.trainer_finetune import train_classifier
 from .evaluation.training_pictures import LabelledImages
 
 logger = logging.getLogger(__name__)
 
-RESULT, SETTINGS, PREDICTIONS = "result.json", "settings.json", "predictions.parquet"
 CHECKPOINTS, TUNED_FEATURES = "checkpoints", "tuned_features"  # gone when the result stands
 
 
@@ -49,13 +47,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     Raises ValueError or OSError, one line, for what cannot be used. One process a run.
     """
     output = Path(settings.output_dir)
-    with one_run_alone(output):
-        check_same_settings(output / SETTINGS, settings.what_is_computed())
-        if read_json(output / RESULT) is None:
-            write_json(output / RESULT, run(settings, output))
-        for finished in (CHECKPOINTS, TUNED_FEATURES):
-            shutil.rmtree(output / finished, ignore_errors=True)
-        return read_json(output / RESULT)
+    leftovers = (CHECKPOINTS, TUNED_FEATURES)
+    return run_once(output, settings.what_is_computed(), lambda: run(settings, output), leftovers)
 
 
 def run(settings: FinetuneSettings, output: Path) -> dict[str, Any]:
@@ -63,7 +56,7 @@ def run(settings: FinetuneSettings, output: Path) -> dict[str, Any]:
     task = open_task(settings)
     backbone = load_backbone(settings.backbone, settings.source or None, seed=settings.seed).to(find_device("auto"))
     weights = backbone.settings()["weights"]  # as it comes
-    write_json(output / SETTINGS, settings.what_is_computed())
+    write_json(output / SETTINGS_FILE, settings.what_is_computed())
 
     cache = Path(settings.cache_dir or output / "features")
     features = encode(backbone, task, cache, settings)
@@ -74,7 +67,7 @@ def run(settings: FinetuneSettings, output: Path) -> dict[str, Any]:
     ordered, balanced = is_ordered(settings.task), settings.class_imbalance != "none"
     predictions = predict_levels(features, head, len(task.classes), ordered, balanced, settings.seed)
 
-    write_parquet(output / PREDICTIONS, predictions)
+    write_parquet(output / PREDICTIONS_FILE, predictions)
     if settings.save_model:
         meaning = f"{settings.task} on {task.benchmark.title}: {task.definition.meaning}"
         head_alone = settings.mode == "frozen"

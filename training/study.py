@@ -12,7 +12,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -25,8 +24,9 @@ import torch
 from dataset_scripts.phantom import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
-from .evaluation.job_queue import RESULT_FILE, run_jobs
-from .evaluation.run_files import write_json, write_parquet
+from .chain import shown
+from .evaluation.job_queue import run_jobs
+from .evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
 from .evaluation.study_design import SIZES, Configuration, Size, configurations, equal_compute_steps
 from .evaluation.study_judge import Judge
 from .evaluation.study_report import write_study
@@ -121,7 +121,7 @@ class Run:
             "real": self.study.judge.on_real_slices(encoder),
             "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")},
         }
-        write_parquet(self.output_dir / "predictions.parquet", predictions)
+        write_parquet(self.output_dir / PREDICTIONS_FILE, predictions)
         write_json(self.output_dir / RESULT_FILE, result)  # last: where it stands, the run is done
 
 
@@ -143,10 +143,6 @@ def call(command: list[str]) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{shown(command)}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-
-
-def shown(command: list[str]) -> str:
-    return shlex.join(["python" if part == sys.executable else part for part in command])
 
 
 def work(runs: list[Run]) -> dict[str, str]:

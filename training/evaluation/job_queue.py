@@ -8,9 +8,10 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
+from .run_files import RESULT_FILE
+
 logger = logging.getLogger(__name__)
 
-RESULT_FILE = "result.json"  # written last: where it stands, a job is done
 WAIT_SECONDS = 2.0
 
 

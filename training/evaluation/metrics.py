@@ -5,7 +5,6 @@ thousand resamples are one pass over sorted arrays. Weights of one give scikit-l
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,10 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def signed(self) -> str:
+        """As a difference is written."""
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 # labels (n,) int 0..C-1, probabilities (n, C), weights (R, n) -> (R,), NaN where a resample leaves it undefined
@@ -73,7 +76,7 @@ def weighted_quadratic_kappa(labels: np.ndarray, probabilities: np.ndarray, weig
     return 1 - _ratio((confusion * cost).sum(axis=(1, 2)), expected)
 
 
-WEIGHTED: dict[str, Score] = {
+METRICS: dict[str, Score] = {
     "auc": weighted_auc,
     "average_precision": weighted_average_precision,
     "macro_f1": weighted_macro_f1,
@@ -86,10 +89,7 @@ WEIGHTED: dict[str, Score] = {
 
 def score(labels: np.ndarray, probabilities: np.ndarray, metric: str) -> float:
     """One of METRICS of all images: labels (n,) int 0..C-1, probabilities (n, C). NaN where it is undefined."""
-    return float(WEIGHTED[metric](labels, probabilities, np.ones((1, len(labels))))[0])
-
-
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {name: partial(score, metric=name) for name in WEIGHTED}
+    return float(METRICS[metric](labels, probabilities, np.ones((1, len(labels))))[0])
 
 
 def metric_names(num_classes: int, ordered: bool) -> list[str]:
@@ -140,7 +140,7 @@ def resample(
     for weights in bootstrap_weights(patients, num_resamples, seed):
         for name, each in probabilities.items():
             for metric in metrics:
-                parts[name][metric].append(WEIGHTED[metric](labels, each, weights))
+                parts[name][metric].append(METRICS[metric](labels, each, weights))
     return {
         name: {metric: np.concatenate(values) for metric, values in of_model.items()}
         for name, of_model in parts.items()

@@ -3,13 +3,17 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas
 from filelock import FileLock, Timeout
+
+RESULT_FILE = "result.json"  # written last: where it stands, a run is done
+SETTINGS_FILE, PREDICTIONS_FILE = "settings.json", "predictions.parquet"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -81,3 +85,17 @@ def check_same_settings(path: Path, wanted: dict[str, Any]) -> None:
             f"output_dir={path.parent}: holds a run of other settings: {', '.join(changed)}; give the same to go on, "
             "or another output_dir"
         )
+
+
+def run_once(output: Path, wanted: dict[str, Any], run: Callable[[], dict[str, Any]], leftovers: Sequence[str]) -> Any:
+    """The result of `run`, by its file: run now, or, where the same `wanted` settings were run before, found there.
+
+    `leftovers`, folders that a run needs to go on after a kill, are gone when the result stands.
+    """
+    with one_run_alone(output):
+        check_same_settings(output / SETTINGS_FILE, wanted)
+        if read_json(output / RESULT_FILE) is None:
+            write_json(output / RESULT_FILE, run())
+        for name in leftovers:
+            shutil.rmtree(output / name, ignore_errors=True)
+        return read_json(output / RESULT_FILE)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas
 
-from .metrics import WEIGHTED, Interval, interval, score
+from .metrics import METRICS, Interval, interval, score
 
 # of one model on one task: by seed, a row a tested image (breast, patient); columns patient_id, breast_id, image_id
 # where they apply, label, p_0 .. p_{C-1}
@@ -63,7 +63,7 @@ def score_task(predictions: Mapping[str, Predictions], metric: str, num_resample
             seed: times_drawn[:, np.searchsorted(patients, rows["patient_id"].astype(str))].astype(float)  # (R, n)
             for seed, rows in of_seed.items()
         }
-        resampled[name] = np.mean([WEIGHTED[metric](*seen[seed], weights[seed]) for seed in seeds], axis=0)
+        resampled[name] = np.mean([METRICS[metric](*seen[seed], weights[seed]) for seed in seeds], axis=0)
     return TaskScores(metric, by_seed, resampled, len(patients))
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas
 from matplotlib.figure import Figure
 
-from .job_queue import RESULT_FILE, QueuedJob
+from .job_queue import QueuedJob
+from .run_files import PREDICTIONS_FILE, RESULT_FILE
 from .significance import TaskScores, score_task
 from .study_design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN
 from .study_judge import HEADS, TASKS
@@ -23,7 +24,7 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
     done = [
         (
             json.loads((run.output_dir / RESULT_FILE).read_text()),
-            pandas.read_parquet(run.output_dir / "predictions.parquet"),
+            pandas.read_parquet(run.output_dir / PREDICTIONS_FILE),
         )
         for run in runs
         if (run.output_dir / RESULT_FILE).is_file()
@@ -81,8 +82,8 @@ def difference_table(scores: dict[tuple[str, str], TaskScores], names: list[str]
         cells = []
         for task in TASKS:
             found, _ = scores[task, head].difference(a, b)
-            cell = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
-            cells.append(f"**{cell}**" if found.low > 0 or found.high < 0 else cell)
+            excludes_zero = found.low > 0 or found.high < 0
+            cells.append(f"**{found.signed()}**" if excludes_zero else found.signed())
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return [*lines, "", "Bold: the interval excludes zero."]
 

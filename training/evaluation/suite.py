@@ -25,6 +25,7 @@ from dataset_scripts.benchmark_task import open_benchmark
 
 from .backbones import BACKBONES
 from .finetune_settings import FinetuneSettings
+from .run_files import PREDICTIONS_FILE, RESULT_FILE
 
 # what the tables show of a task. The article gives AUC for cancer and lesion and F1 for BI-RADS; for density it names
 # no metric, and lesion type has no published figure: macro AUC is our choice there
@@ -67,11 +68,11 @@ class Job:
 
     @property
     def result_file(self) -> Path:
-        return self.output_dir / "result.json"
+        return self.output_dir / RESULT_FILE
 
     @property
     def predictions_file(self) -> Path:
-        return self.output_dir / "predictions.parquet"
+        return self.output_dir / PREDICTIONS_FILE
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,7 @@ def significance_table(scored: dict[SuiteTask, TaskScores], ours: str) -> list[s
         "|---|---|---|---|---|",
     ]
     for (task, best, difference, p_value), adjusted in zip(compared, holm([row[-1] for row in compared]), strict=True):
-        shown = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
-        lines.append(f"| {task} | {best} | {shown} | {p_value:.4f} | {adjusted:.4f} |")
+        lines.append(f"| {task} | {best} | {difference.signed()} | {p_value:.4f} | {adjusted:.4f} |")
     return lines
 
 
@@ -157,7 +156,7 @@ def data_section(jobs: Sequence[Job], done: dict[str, Any]) -> list[str]:
 
 
 def told_counts(counts: Any) -> str:
-    return json.dumps(counts, ensure_ascii=False).strip("{}").replace('"', "")
+    return json.dumps(counts, ensure_ascii=False).removeprefix("{").removesuffix("}").replace('"', "")
 
 
 def failures(failed: dict[str, str]) -> list[str]:

@@ -1,6 +1,5 @@
 """Training of a detector with transformers' Trainer: goes on after a kill, repeats by its seed."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,29 +7,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import RTDetrForObjectDetection, Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import RTDetrForObjectDetection, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from .detection_data import DetectionPictures, collate_pictures, to_corners
 from .detection_metrics import FALSE_POSITIVES, Found, average_precision, coco_matches, froc_marks, sensitivity_at
 from .detection_settings import DetectionSettings
 from .detector import cell_loss
-from .feature_cache import worker_options
-from .trainer_finetune import find_checkpoint
+from .seeded_trainer import SeededTrainer, find_checkpoint, read_state
 from .training_pictures import SeededSampler
 
 logger = logging.getLogger(__name__)
 
 
-class DetectionTrainer(Trainer):
-    """A Trainer with a loss of each cell beside the detector's own, an order of pictures by seed and epoch, and boxes
-    and scores alone as predictions."""
+class DetectionTrainer(SeededTrainer):
+    """A loss of each cell beside the detector's own, and boxes and scores alone as predictions."""
 
-    def __init__(self, *args: Any, sampler: SeededSampler, cell_loss_weight: float, **kwargs: Any):
+    def __init__(self, *args: Any, cell_loss_weight: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.sampler, self.cell_loss_weight = sampler, cell_loss_weight
+        self.cell_loss_weight = cell_loss_weight
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -50,25 +45,6 @@ class DetectionTrainer(Trainer):
         # save_pretrained writes older names of some weights, which Trainer would pass over without a word
         saved = type(self.model).from_pretrained(resume_from_checkpoint)
         self.model.load_state_dict(saved.state_dict())
-
-    def get_train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset, self.args.train_batch_size, self.sampler)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return self._loader(eval_dataset or self.eval_dataset, self.args.eval_batch_size, None)
-
-    def _loader(self, pictures: DetectionPictures, batch_size: int, sampler: SeededSampler | None) -> DataLoader:
-        num_workers = self.args.dataloader_num_workers
-        loader = DataLoader(
-            pictures,
-            batch_size,
-            sampler=sampler,
-            collate_fn=collate_pictures,
-            persistent_workers=num_workers > 0,
-            pin_memory=self.args.device.type == "cuda",
-            **worker_options(num_workers),
-        )
-        return self.accelerator.prepare(loader)
 
 
 def train_detector(
@@ -118,6 +94,7 @@ def train_detector(
         sampler=SeededSampler(
             len(train), settings.seed, settings.augment, lesion_weights(train.has_lesion, settings.lesion_share)
         ),
+        collate=collate_pictures,
         cell_loss_weight=settings.cell_loss_weight,
     )
     last = find_checkpoint(folder)
@@ -125,7 +102,7 @@ def train_detector(
         logger.info("going on from %s", last)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     detector.eval()
-    history = json.loads((find_checkpoint(folder) / TRAINER_STATE_NAME).read_text())["log_history"]
+    history = read_state(find_checkpoint(folder))["log_history"]
     by_epoch: dict[float, dict[str, float]] = {}
     for line in history:
         kept = {name: line[name] for name in line if name in ("loss", "eval_loss") or name.startswith(PREFIXES)}

@@ -1,53 +1,22 @@
 """Full and low-rank fine-tuning with transformers' Trainer: stops early, goes on after a kill, repeats by its seed."""
 
-import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .evaluate_metrics import MammographyScores
-from .feature_cache import worker_options
 from .finetune_settings import LEARNING_RATES, FinetuneSettings
 from .image_classifier import ImageClassifier
+from .seeded_trainer import SeededTrainer, find_checkpoint, read_state
 from .training_pictures import LabelledImages, SeededSampler, collate_images
 
 logger = logging.getLogger(__name__)
-
-
-class FinetuneTrainer(Trainer):
-    """A Trainer whose order of images is a function of seed and epoch, and whose workers are spawned."""
-
-    def __init__(self, *args: Any, sampler: SeededSampler, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.sampler = sampler
-
-    def get_train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset, self.args.train_batch_size, self.sampler)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        return self._loader(eval_dataset or self.eval_dataset, self.args.eval_batch_size, None)
-
-    def _loader(self, images: LabelledImages, batch_size: int, sampler: SeededSampler | None) -> DataLoader:
-        num_workers = self.args.dataloader_num_workers
-        loader = DataLoader(
-            images,
-            batch_size,
-            sampler=sampler,
-            collate_fn=collate_images,
-            persistent_workers=num_workers > 0,
-            pin_memory=self.args.device.type == "cuda",
-            **worker_options(num_workers),
-        )
-        return self.accelerator.prepare(loader)
 
 
 def train_classifier(
@@ -95,7 +64,7 @@ def train_classifier(
     metric = f"eval_{settings.metric_for_best_model}"
     arguments._n_gpu = min(arguments.n_gpu, 1)  # slices of an image are not split over GPUs
     set_seed(settings.seed)
-    trainer = FinetuneTrainer(
+    trainer = SeededTrainer(
         classifier,
         arguments,
         train_dataset=train,
@@ -103,13 +72,14 @@ def train_classifier(
         compute_metrics=scores.of_trainer,
         callbacks=[EarlyStoppingCallback(settings.early_stopping_patience)],
         sampler=SeededSampler(len(train), settings.seed, settings.augment, sample_weights),
+        collate=collate_images,
     )
     last = find_checkpoint(folder)
-    if last is None or not _state(last)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+    if last is None or not read_state(last)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
         if last:
             logger.info("going on from %s", last)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    state = _state(find_checkpoint(folder))
+    state = read_state(find_checkpoint(folder))
     best = folder / f"checkpoint-{state['best_global_step']}"
     classifier.load_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
     classifier.eval()
@@ -119,19 +89,3 @@ def train_classifier(
         if metric in line
     ]
     return {"best_score": state["best_metric"], "validation_scores": validation_scores}
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint; one that a kill left half-written is removed."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            _state(path)
-            return path
-        except (OSError, ValueError):
-            logger.warning("%s: only half-written; removed", path)
-            shutil.rmtree(path)
-    return None
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # the last file that a checkpoint gets
