@@ -16,6 +16,7 @@ from training.evaluation.study_design import (
     FULL,
     FULL_EQUAL_IMAGES,
     PLAIN,
+    UNTRAINED,
     Configuration,
     Size,
     configurations,
@@ -32,7 +33,7 @@ SMALL = ["--per_device_train_batch_size", "4", "--max_steps", "20"]
 
 def test_each_idea_is_there_alone_and_left_out():
     found = {each.name: each for each in configurations()}
-    assert len(found) == 3 + 2 * len(FACTORS)
+    assert len(found) == 4 + 2 * len(FACTORS)
     assert found[PLAIN].on == frozenset() and found[FULL].on == frozenset(FACTORS) == found[FULL_EQUAL_IMAGES].on
     for factor in FACTORS:
         assert found[f"only {factor}"].on == {factor}
@@ -127,7 +128,7 @@ def test_orderings_by_hand(slices):
 
 def test_features_of_a_real_encoder(slices):
     encoder = random_encoder(image_size=112)
-    assert slices.features(encoder).shape == (len(slices.table), 2 * encoder.config.hidden_size)
+    assert slices.features(encoder, True).shape == (len(slices.table), 2 * encoder.config.hidden_size)
 
 
 def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
@@ -138,14 +139,18 @@ def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     monkeypatch.setitem(SIZES, "minutes", tiny)
     monkeypatch.setattr("training.study.PROCESSES", "fork")
-    arguments = ["--size", "minutes", "--output", str(tmp_path), "--only", PLAIN, FULL]
+    arguments = ["--size", "minutes", "--output", str(tmp_path), "--only", PLAIN, FULL, UNTRAINED]
     main(arguments)
     page = (tmp_path / "report.md").read_text()
     assert f"{FULL} - {PLAIN}" in page and "Research use only" in page and (tmp_path / "report.png").is_file()
     results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    assert len(results) == 2
-    result = json.loads(next(iter(results)).read_text())
-    assert result["steps"] >= 1 and "python -m training.pretrain" in result["command"]
+    assert len(results) == 3
+    steps = {}
+    for path in results:
+        result = json.loads(path.read_text())
+        steps[result["configuration"]] = result["steps"]
+        assert ("python -m training.pretrain" in result["command"]) == (result["steps"] > 0)
+    assert steps[PLAIN] == 2 and steps[FULL] >= 1 and steps[UNTRAINED] == 0
     main(arguments)  # nothing is run again, and the page is the same
     assert results == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert (tmp_path / "report.md").read_text() == page

@@ -20,16 +20,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 
+from dataset_scripts.corpus_reader import Corpus
 from dataset_scripts.phantom import PhantomParameters, write_archive
-from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino import MammoDinoModel
 
 from .chain import shown
+from .engine.export import image_processor
+from .engine.student_teacher import random_backbone
 from .evaluation.job_queue import run_jobs
 from .evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
 from .evaluation.study_design import SIZES, Configuration, Size, configurations, equal_compute_steps
 from .evaluation.study_judge import Judge
 from .evaluation.study_report import write_study
+from .recipe import Recipe, load_recipe
 
 PROCESSES = "spawn"  # a fork of a process in which torch has run threads can hang
 FIRST_TEST_PATIENT = 1_000_000  # no patient is in both archives
@@ -47,6 +52,10 @@ class Study:
     @property
     def corpus(self) -> Path:
         return self.output / "corpus"
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe([self.size.recipe, "--corpus", str(self.corpus), "--output_dir", str(self.output)])
 
     def labels(self, part: str) -> Path:
         return self.output / "phantom" / part / "labels.csv"
@@ -67,10 +76,9 @@ class Study:
     @cached_property
     def judge(self) -> Judge:
         """With the pictures of both archives, read and rendered once in this process."""
-        any_encoder = next(self.output.glob("runs/*/*/pretraining/encoder"))
-        image_processor = MammoDinoImageProcessor.from_pretrained(any_encoder)
+        processor = image_processor(Corpus(self.corpus), self.recipe)
         learn, test = self.labels("train"), self.labels("test")
-        return Judge(learn, test, image_processor, self.size.slices_per_volume, self.real_slices)
+        return Judge(learn, test, processor, self.size.slices_per_volume, self.real_slices)
 
 
 @dataclass
@@ -104,9 +112,15 @@ class Run:
 
     def __call__(self) -> None:
         command, steps = self.pretrain_command()
-        call(command)
-        encoder = MammoDinoModel.from_pretrained(self.output_dir / "pretraining" / "encoder").eval()
-        predictions = self.study.judge.predictions(encoder)
+        if steps:
+            call(command)
+            encoder = MammoDinoModel.from_pretrained(self.output_dir / "pretraining" / "encoder")
+        else:
+            set_seed(self.seed)
+            encoder = random_backbone(self.study.recipe)
+        encoder.eval()
+        drops_background = "tissue tokens" in self.configuration.on
+        predictions = self.study.judge.predictions(encoder, drops_background)
         result = {
             "configuration": self.configuration.name,
             "on": sorted(self.configuration.on),
@@ -114,11 +128,11 @@ class Run:
             "size": self.study.size_name,
             "settings": asdict(self.study.size),
             "steps": steps,
-            "pretraining": summary(self.output_dir / "pretraining" / "logs" / "log.jsonl"),
-            "command": shown(command),
+            "pretraining": summary(self.output_dir / "pretraining" / "logs" / "log.jsonl") if steps else {},
+            "command": shown(command) if steps else "",
             "remade_by": f'python -m training.study --size {self.study.size_name} --only "{self.configuration.name}" '
             "--output ANOTHER",
-            "real": self.study.judge.on_real_slices(encoder),
+            "real": self.study.judge.on_real_slices(encoder, drops_background),
             "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")},
         }
         write_parquet(self.output_dir / PREDICTIONS_FILE, predictions)
@@ -176,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
                     failed |= each
         report = write_study(options.output, runs, options.report or options.output / "report.md")
     except (ValueError, OSError) as error:
-        raise SystemExit(f"study: {error}") from error
+        raise SystemExit(f"study: {'; '.join(failed.values()) or error}") from error
     print(report)
     if failed:
         raise SystemExit(f"study: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed.values())}")

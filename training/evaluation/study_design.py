@@ -21,7 +21,7 @@ FACTORS = {
     "adjacent slices": {"adjacent_slice_weight": "0", "adjacent_patch_weight": "0"},
     "tissue tokens": {"tissue_tokens": "false"},
 }
-PLAIN, FULL = "plain DINOv2", "MammoDINO"
+UNTRAINED, PLAIN, FULL = "untrained", "plain DINOv2", "MammoDINO"
 FULL_EQUAL_IMAGES = "MammoDINO, equal images"
 COUNTED_STEPS = 12  # batches from which a configuration's mean cost of a step is counted
 
@@ -36,12 +36,12 @@ class Size:
     plain_steps: int  # of plain DINOv2; the others get as many as its compute allows
     seeds: tuple[int, ...] = (0, 1, 2)
     phantom: dict[str, float] = field(default_factory=dict)  # PhantomParameters other than the defaults
-    slices_per_volume: int = 4  # that the probes see
+    slices_per_volume: int = 1  # that the probes see of a whole breast
 
 
 SIZES = {
     "minutes": Size("study_small", 24, 16, 4, (0,), {"num_slices": 6, "height_px": 128, "width_px": 96}),
-    "hour": Size("study_small", 400, 400, 150),
+    "hour": Size("study_small", 1000, 1000, 250),
     "night": Size("vits14_single_gpu", 4000, 1500, 5000, phantom={"num_slices": 40, "height_px": 512, "width_px": 320}),
 }
 
@@ -51,6 +51,7 @@ class Configuration:
     name: str
     on: frozenset[str]  # of FACTORS
     equal_images: bool = False  # as many steps as plain DINOv2, whatever they cost
+    is_trained: bool = True
 
     def overrides(self) -> list[str]:
         """Of the recipe on the command line."""
@@ -67,11 +68,14 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(f"without {factor}", everything - {factor})
     for factor in FACTORS:
         yield Configuration(f"only {factor}", frozenset({factor}))
+    yield Configuration(UNTRAINED, everything, is_trained=False)  # random weights: what looking at pixels gives
     yield Configuration(FULL_EQUAL_IMAGES, everything, equal_images=True)
 
 
 def equal_compute_steps(size: Size, configuration: Configuration, recipe_arguments: list[str]) -> int:
     """Steps that cost what `size.plain_steps` of plain DINOv2 cost, by the matrix products of the run's own batches."""
+    if not configuration.is_trained:
+        return 0
     if configuration.equal_images:
         return size.plain_steps
     plain = Configuration(PLAIN, frozenset())

@@ -1,55 +1,57 @@
 """Frozen features for the study: the held-out pictures are read and rendered once, then seen by every encoder."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pandas
+import torch
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.file_embeddings import encode
 from modeling_mammodino.picture_stream import FileEnd, Picture, PictureStream
 
-from .labels import read_labels
-
-MAX_CACHE_BYTES = 4 * 2**30  # of a larger set the pictures are read and rendered for each encoder
 BATCH_SIZE = 64
 
 
-@dataclass
-class LabelledPictures:
-    """The files of a label table and their pictures, in memory where they fit."""
+class Example(NamedTuple):
+    """What an encoder sees of one row of a table, and which patches its feature is of."""
 
-    table: pandas.DataFrame  # file, patient, and a column a task
-    pictures: Iterable[Picture | FileEnd]
+    row: int
+    pixel_values: np.ndarray  # (1, H, W) float32
+    tissue_mask: np.ndarray  # (h, w) float32
+    weights: np.ndarray  # (h, w) float32, of the mean over patches
 
-    @classmethod
-    def read(cls, labels: Path, tasks: list[str], image_processor: MammoDinoImageProcessor, slices_per_volume: int):
-        """Raises ValueError for a table that lacks a column."""
-        table = read_labels(labels, tasks)
-        paths = [labels.parent / file for file in table["file"]]
-        stream = PictureStream(paths, image_processor, slices_per_volume)
-        canvas = image_processor.size["height"] * image_processor.size["width"]
-        fits = 4 * len(paths) * slices_per_volume * canvas <= MAX_CACHE_BYTES
-        return cls(table, list(stream) if fits else stream)
 
-    def features(self, encoder: MammoDinoModel) -> np.ndarray:
-        """(n, 2 * D) float32, a row a file of the table: class token beside the tissue-weighted mean of its patches,
-        the mean over its slices. Raises ValueError for a file that cannot be used: scores of other files are others."""
-        sums = np.zeros((len(self.table), 2 * encoder.config.hidden_size))
-        counts = np.zeros((len(self.table), 1))
-        pictures = self._usable()
-        while batch := list(islice(pictures, BATCH_SIZE)):
-            for picture, feature in zip(batch, encode([encoder], batch, pool="both"), strict=True):
-                sums[picture.file] += feature
-                counts[picture.file] += 1
-        return (sums / counts).astype(np.float32)
+def whole_slices(paths: Sequence[Path], image_processor: MammoDinoImageProcessor, slices: int) -> list[Example]:
+    """So many evenly spaced slices of each file, all where it is 0; patches weigh as much as there is breast in them.
 
-    def _usable(self) -> Iterator[Picture]:
-        for item in self.pictures:
-            if isinstance(item, Picture):
-                yield item
-            elif item.refused is not None:
-                raise ValueError(item.refused)
+    Raises ValueError for a file that cannot be used: scores of other files are others.
+    """
+    items = list(PictureStream(paths, image_processor, slices))
+    if refused := [item.refused for item in items if isinstance(item, FileEnd) and item.refused]:
+        raise ValueError(f"{len(refused)} of {len(paths)} files cannot be used: {refused[0]}")
+    pictures = (item for item in items if isinstance(item, Picture))
+    return [Example(each.file, each.pixel_values, each.tissue_mask, each.tissue_mask) for each in pictures]
+
+
+@torch.inference_mode()
+def features_of(encoder: MammoDinoModel, examples: Sequence[Example], drops_background: bool) -> np.ndarray:
+    """(n, 3 * D) float32, a row a row of the table: class token, weighted mean of the patch tokens and their maximum
+    where the weight is not 0; the mean over its examples. An encoder sees background where it did in pretraining."""
+    sums = np.zeros((1 + max(each.row for each in examples), 3 * encoder.config.hidden_size))
+    counts = np.zeros((len(sums), 1))
+    for start in range(0, len(examples), BATCH_SIZE):
+        batch = examples[start : start + BATCH_SIZE]
+        pixel_values, tissue, weights = (
+            torch.from_numpy(np.stack(arrays))
+            for arrays in zip(*((each.pixel_values, each.tissue_mask, each.weights) for each in batch), strict=True)
+        )
+        tokens = encoder(pixel_values, tissue_mask=tissue if drops_background else None).last_hidden_state
+        patches = tokens[:, 1 + encoder.config.num_register_tokens :]  # (B, N, D)
+        share = (weights / weights.sum(dim=(1, 2), keepdim=True)).flatten(1)  # (B, N)
+        highest = patches.masked_fill(share[:, :, None] == 0, -torch.inf).amax(dim=1)
+        pooled = torch.cat((tokens[:, 0], torch.einsum("bn,bnd->bd", share, patches), highest), dim=1)
+        for each, feature in zip(batch, pooled.double().numpy(), strict=True):
+            sums[each.row] += feature
+            counts[each.row] += 1
+    return (sums / counts).astype(np.float32)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
@@ -11,17 +11,42 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
 from .classifiers import logistic_regression, nearest_neighbours
+from .labels import read_labels
 from .metrics import auc
-from .study_features import LabelledPictures
+from .study_features import features_of, whole_slices
 from .study_neighbours import RealSlices
+from .study_regions import regions
 
-TASKS = ("density", "lesion", "cancer", "lesion_type")
 HEADS = ("knn", "linear")
-NO_LESION = "none"  # of lesion_type, which is asked of breasts with a lesion
+
+
+class StudyTask(NamedTuple):
+    name: str
+    column: str  # of the phantom's labels
+    seen: str  # "breast": slices of the whole volume, or "region": the lesion's own place
+    of_lesions: bool = False  # whether breasts without a lesion are left out
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        StudyTask("density", "density", "breast"),
+        StudyTask("lesion", "lesion", "region"),
+        StudyTask("cancer", "cancer", "region", of_lesions=True),
+        StudyTask("lesion_type", "lesion_type", "region", of_lesions=True),
+        StudyTask("lesion, whole breast", "lesion", "breast"),
+        StudyTask("cancer, whole breast", "cancer", "breast"),
+    )
+}
+COLUMNS = ["kind", "lesion_slice", "x0", "y0", "x1", "y1", *dict.fromkeys(task.column for task in TASKS.values())]
 
 
 class Judge:
-    """Reads and renders the pictures once; `predictions` and `real` then take any encoder of the same recipe."""
+    """Reads and renders the pictures once; `predictions` and `on_real_slices` then take any encoder of the recipe.
+
+    Volumes count, their 2D views do not. Density is asked of whole breasts; of regions, lesion or none, and of lesions
+    malignant or benign and the type. Whole breasts are asked for lesion and cancer, too.
+    """
 
     def __init__(
         self,
@@ -31,44 +56,53 @@ class Judge:
         slices_per_volume: int,
         real_slices: Path | None,
     ):
-        read = (list(TASKS), image_processor, slices_per_volume)
-        self.learn, self.test = (LabelledPictures.read(labels, *read) for labels in (learn, test))
+        self.tables, self.examples = {}, {}
+        for part, labels in (("learn", learn), ("test", test)):
+            table = read_labels(labels, COLUMNS)
+            self.tables[part] = table = table[table["kind"] == "dbt"].reset_index(drop=True)
+            paths = [labels.parent / file for file in table["file"]]
+            self.examples[part, "breast"] = whole_slices(paths, image_processor, slices_per_volume)
+            self.examples[part, "region"] = regions(table, labels.parent, image_processor)
         self.real = (
             RealSlices(real_slices / "slices.csv", real_slices / "slices", image_processor) if real_slices else None
         )
 
-    def predictions(self, encoder: MammoDinoModel) -> pandas.DataFrame:
-        """A row a task, head and test file: image_id, patient_id, label and p_0 .. p_3."""
-        learn, test = self.learn.features(encoder), self.test.features(encoder)
-        return pandas.concat([each for task in TASKS for each in self._of_task(task, learn, test)], ignore_index=True)
+    def predictions(self, encoder: MammoDinoModel, drops_background: bool) -> pandas.DataFrame:
+        """A row a task, head and test volume: image_id, patient_id, label and p_0 .. p_3."""
+        features = {which: features_of(encoder, each, drops_background) for which, each in self.examples.items()}
+        found = [
+            self._of_task(task, features["learn", task.seen], features["test", task.seen]) for task in TASKS.values()
+        ]
+        return pandas.concat([each for task in found for each in task], ignore_index=True)
 
-    def _of_task(self, task: str, learn: np.ndarray, test: np.ndarray) -> Iterator[pandas.DataFrame]:
-        seen, held_out = (labelled(each.table, task) for each in (self.learn, self.test))
-        classes, y = np.unique(self.learn.table[task][seen].astype(str), return_inverse=True)
+    def _of_task(self, task: StudyTask, learn: np.ndarray, test: np.ndarray) -> Iterator[pandas.DataFrame]:
+        seen, held_out = (self.tables[part]["lesion"].to_numpy() >= int(task.of_lesions) for part in ("learn", "test"))
+        table = self.tables["learn"][seen]
+        classes, y = np.unique(table[task.column].astype(str), return_inverse=True)
         heads = {
             "knn": nearest_neighbours(len(y)),
-            "linear": logistic_regression(y, self.learn.table["patient"][seen].to_numpy()),
+            "linear": logistic_regression(y, table["patient"].to_numpy()),
         }
-        rows = self.test.table[held_out]
+        rows = self.tables["test"][held_out]
         for head in HEADS:
             probabilities = heads[head].fit(learn[seen], y).predict_proba(test[held_out])
             yield pandas.DataFrame(
                 {
-                    "task": task,
+                    "task": task.name,
                     "head": head,
                     "image_id": rows["file"].to_numpy(),
                     "patient_id": rows["patient"].to_numpy(),
-                    "label": np.searchsorted(classes, rows[task].astype(str)),
+                    "label": np.searchsorted(classes, rows[task.column].astype(str)),
                 }
                 | {f"p_{number}": probabilities[:, number] for number in range(len(classes))}
             )
 
-    def on_real_slices(self, encoder: MammoDinoModel) -> dict[str, Any]:
+    def on_real_slices(self, encoder: MammoDinoModel, drops_background: bool) -> dict[str, Any]:
         """Orderings of true neighbours, and AUC of slices with a lesion box against those without, each predicted from
         other patients; few as they are."""
         if self.real is None:
             return {}
-        features, table = self.real.features(encoder), self.real.table
+        features, table = self.real.features(encoder, drops_background), self.real.table
         lesion = table["X"].notna().to_numpy().astype(int)
         patients = table["PatientID"].to_numpy()
         folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(features, lesion, patients)
@@ -81,7 +115,3 @@ class Judge:
             "num_slices": len(table),
             "num_with_lesion": int(lesion.sum()),
         }
-
-
-def labelled(table: pandas.DataFrame, task: str) -> np.ndarray:
-    return (table[task].notna() & (table[task] != NO_LESION)).to_numpy()

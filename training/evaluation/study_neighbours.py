@@ -11,8 +11,8 @@ import numpy as np
 import pandas
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.file_embeddings import encode
-from modeling_mammodino.picture_stream import FileEnd, Picture, PictureStream
+
+from .study_features import Example, features_of, whole_slices
 
 LIKE_DENSITY_FRACTION = 0.5  # of the slices of other patients, those of the nearest density
 
@@ -28,11 +28,8 @@ class RealSlices:
 
     def __init__(self, table: Path, images: Path, image_processor: MammoDinoImageProcessor):
         self.table = pandas.read_csv(table)
-        items = list(PictureStream([images / file for file in self.table["file"]], image_processor, 0))
-        if refused := [item.refused for item in items if isinstance(item, FileEnd) and item.refused]:
-            raise ValueError(f"{len(refused)} of {len(self.table)} real slices cannot be used: {refused[0]}")
-        self.pictures = [item for item in items if isinstance(item, Picture)]
-        self.density = np.array([dense_fraction(each) for each in self.pictures])
+        self.slices = whole_slices([images / file for file in self.table["file"]], image_processor, 0)
+        self.density = np.array([dense_fraction(each) for each in self.slices])
         self.pairs = [
             SlicePair(int(a), int(b), int(abs(self.table["Slice"][a] - self.table["Slice"][b])))
             for _, rows in self.table.dropna(subset=["Slice"]).groupby(["PatientID", "StudyUID", "View"])
@@ -40,9 +37,9 @@ class RealSlices:
             if self.table["Slice"][a] != self.table["Slice"][b]  # two lesions of one slice are one picture
         ]
 
-    def features(self, encoder: MammoDinoModel) -> np.ndarray:
-        """(n, 2 * D) float32."""
-        return encode([encoder], self.pictures, pool="both")
+    def features(self, encoder: MammoDinoModel, drops_background: bool) -> np.ndarray:
+        """(n, 2 * D) float32: class token and mean, as `mammodino embed` gives them; one patch sets a maximum."""
+        return features_of(encoder, self.slices, drops_background)[:, : 2 * encoder.config.hidden_size]
 
     def others(self, row: int) -> np.ndarray:
         """Rows of other patients, those half of them whose density is nearest."""
@@ -67,7 +64,7 @@ class RealSlices:
         )
 
 
-def dense_fraction(picture: Picture) -> float:
+def dense_fraction(picture: Example) -> float:
     """A stand-in for density, which BCS-DBT does not give: the share of the breast's pixels that are brighter than half
     way between its 5th and 95th percentile; our choice."""
     patch = picture.pixel_values.shape[-1] // picture.tissue_mask.shape[-1]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .job_queue import QueuedJob
 from .run_files import PREDICTIONS_FILE, RESULT_FILE
 from .significance import TaskScores, score_task
-from .study_design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN
+from .study_design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN, UNTRAINED
 from .study_judge import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
@@ -72,7 +72,8 @@ def compared(names: list[str]) -> list[tuple[str, str, str]]:
     """Label, a, b of the differences a - b that are shown: of everything on, and of each idea alone."""
     pairs = [(label, FULL, other) for other, label in AROUND]
     pairs += [(f"only {factor} - {PLAIN}", f"only {factor}", PLAIN) for factor in FACTORS]
-    pairs += [(f"{FULL_EQUAL_IMAGES} - {PLAIN}", FULL_EQUAL_IMAGES, PLAIN)]
+    pairs += [(f"{FULL_EQUAL_IMAGES} - {PLAIN}", FULL_EQUAL_IMAGES, PLAIN), (f"{FULL} - {UNTRAINED}", FULL, UNTRAINED)]
+    pairs += [(f"{PLAIN} - {UNTRAINED}", PLAIN, UNTRAINED)]
     return [(label, a, b) for label, a, b in pairs if a in names and b in names]
 
 
