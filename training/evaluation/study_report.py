@@ -16,6 +16,14 @@ from .study_design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN, UNTRAINED
 from .study_judge import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
+MAIN_TASKS = tuple(task.name for task in TASKS.values() if "whole breast" not in task.name)
+WHAT_IS_ASKED = (
+    "*Density* is asked of whole breasts, by evenly spaced slices of a volume ({slices_per_volume} here). *Lesion* is "
+    "asked of regions: of each lesion its box at its own slice, of breasts without one the box of another patient's "
+    "lesion at the same place. *Cancer* (malignant or benign) and *lesion type* (of four) are asked of the lesions. "
+    "Lesion and cancer of *whole breasts* stand in the tables of scores. A feature is the class token beside mean and "
+    "maximum of the patch tokens, of the breast or in the box. Encoders see background where they did in pretraining."
+)
 AROUND = ((PLAIN, f"{FULL} - {PLAIN}"), *((f"without {factor}", f"{FULL} - without {factor}") for factor in FACTORS))
 
 
@@ -51,8 +59,17 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
         f"seeds; in brackets 95 % intervals from {NUM_RESAMPLES} bootstrap resamples of patients; differences are "
         "paired. The intervals speak of other patients, not of other seeds: the spread over seeds stands beside.",
     ]
-    lines += ["", "## Each idea, with a linear head", "", f"![differences]({picture.name})", ""]
+    lines += [
+        "",
+        WHAT_IS_ASKED.format(**size),
+        "",
+        "## Each idea, with a linear head",
+        "",
+        f"![differences]({picture.name})",
+        "",
+    ]
     lines += difference_table(scores, names, "linear") + ["", "With k-NN:", ""] + difference_table(scores, names, "knn")
+    lines += ["", "Bold: the interval excludes zero; of so many differences one in twenty does by chance."]
     for head in HEADS[::-1]:
         lines += ["", f"## Scores, {head}", "", *score_lines(scores, names, head, results)]
     lines += real_lines(results, names) + command_lines(results)
@@ -78,15 +95,15 @@ def compared(names: list[str]) -> list[tuple[str, str, str]]:
 
 
 def difference_table(scores: dict[tuple[str, str], TaskScores], names: list[str], head: str) -> list[str]:
-    lines = ["| difference | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
+    lines = ["| difference | " + " | ".join(MAIN_TASKS) + " |", "|---" * (len(MAIN_TASKS) + 1) + "|"]
     for label, a, b in compared(names):
         cells = []
-        for task in TASKS:
+        for task in MAIN_TASKS:
             found, _ = scores[task, head].difference(a, b)
             excludes_zero = found.low > 0 or found.high < 0
             cells.append(f"**{found.signed()}**" if excludes_zero else found.signed())
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return [*lines, "", "Bold: the interval excludes zero."]
+    return lines
 
 
 def score_lines(
@@ -146,9 +163,9 @@ def command_lines(results: pandas.DataFrame) -> list[str]:
 def draw_differences(scores: dict[tuple[str, str], TaskScores], names: list[str], output: Path) -> None:
     """Differences with their intervals, a panel a task, linear head."""
     rows = compared(names)
-    figure = Figure(figsize=(3.1 * len(TASKS) + 2.5, 0.42 * len(rows) + 1.4), layout="constrained")
-    panels = figure.subplots(1, len(TASKS), sharey=True, squeeze=False)[0]
-    for panel, task in zip(panels, TASKS, strict=True):
+    figure = Figure(figsize=(3.1 * len(MAIN_TASKS) + 2.5, 0.42 * len(rows) + 1.4), layout="constrained")
+    panels = figure.subplots(1, len(MAIN_TASKS), sharey=True, squeeze=False)[0]
+    for panel, task in zip(panels, MAIN_TASKS, strict=True):
         for number, (_, a, b) in enumerate(rows):
             found, _ = scores[task, "linear"].difference(a, b)
             color = "#1b7f4d" if found.low > 0 else "#b3372f" if found.high < 0 else "#777777"
