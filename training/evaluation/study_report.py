@@ -70,6 +70,7 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
     ]
     lines += difference_table(scores, names, "linear") + ["", "With k-NN:", ""] + difference_table(scores, names, "knn")
     lines += ["", "Bold: the interval excludes zero; of so many differences one in twenty does by chance."]
+    lines += ["", "## In words", "", *verdict_lines(scores, names)]
     for head in HEADS[::-1]:
         lines += ["", f"## Scores, {head}", "", *score_lines(scores, names, head, results)]
     lines += real_lines(results, names) + command_lines(results)
@@ -103,6 +104,21 @@ def difference_table(scores: dict[tuple[str, str], TaskScores], names: list[str]
             excludes_zero = found.low > 0 or found.high < 0
             cells.append(f"**{found.signed()}**" if excludes_zero else found.signed())
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def verdict_lines(scores: dict[tuple[str, str], TaskScores], names: list[str]) -> list[str]:
+    """Of each difference the tasks and heads whose interval excludes zero, for better or worse."""
+    lines = []
+    for label, a, b in compared(names):
+        found: dict[str, list[str]] = {"better": [], "worse": []}
+        for task in MAIN_TASKS:
+            for head in HEADS:
+                apart, _ = scores[task, head].difference(a, b)
+                if apart.low > 0 or apart.high < 0:
+                    found["better" if apart.low > 0 else "worse"].append(f"{task} ({head})")
+        said = "; ".join(f"{how} on {', '.join(tasks)}" for how, tasks in found.items() if tasks)
+        lines.append(f"- *{label}*: {said or 'no interval excludes zero'}.")
     return lines
 
 
