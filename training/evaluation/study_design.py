@@ -41,7 +41,7 @@ class Size:
 
 SIZES = {
     "minutes": Size("study_small", 24, 16, 4, (0,), {"num_slices": 6, "height_px": 128, "width_px": 96}),
-    "hour": Size("study_small", 1000, 1000, 250),
+    "hour": Size("study_small", 1000, 1000, 200),
     "night": Size("vits14_single_gpu", 4000, 1500, 5000, phantom={"num_slices": 40, "height_px": 512, "width_px": 320}),
 }
 
