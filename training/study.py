@@ -162,7 +162,14 @@ def call(command: list[str]) -> None:
 def work(runs: list[Run]) -> dict[str, str]:
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    return run_jobs(runs, lambda run: run())
+    return run_jobs(runs, run_while_wanted)
+
+
+def run_while_wanted(run: Run) -> None:
+    parent = multiprocessing.parent_process()
+    if parent and not parent.is_alive():
+        raise SystemExit  # of a study that was killed, no further run is begun
+    run()
 
 
 def main(arguments: list[str] | None = None) -> None:
