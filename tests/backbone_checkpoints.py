@@ -9,7 +9,7 @@ import torch
 from one_thread import one_thread  # noqa: F401 (a fixture)
 from torch.nn import functional
 
-from training.evaluation.small_backbones import write_small_checkpoints
+from training.evaluation.backbones.small import write_small_checkpoints
 
 Tensors = dict[str, torch.Tensor]
 

@@ -9,7 +9,7 @@ import pandas
 import pytest
 from conftest import draw_breast
 
-from training.evaluation.finetune_settings import FinetuneSettings
+from training.evaluation.finetuning.settings import FinetuneSettings
 
 NUM_PATIENTS = 24
 

@@ -4,8 +4,13 @@ import numpy as np
 import pandas
 import torch
 
-from training.evaluation.aggregation import group_labels, groups_of, max_probabilities, mean_probabilities
-from training.evaluation.attention_pooling import AttentionPooling, Bags, attention_probabilities, fit_attention
+from training.evaluation.finetuning.aggregation import group_labels, groups_of, max_probabilities, mean_probabilities
+from training.evaluation.finetuning.attention_pooling import (
+    AttentionPooling,
+    Bags,
+    attention_probabilities,
+    fit_attention,
+)
 from training.evaluation.metrics import auc
 
 RNG = np.random.default_rng(0)

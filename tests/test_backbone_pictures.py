@@ -12,8 +12,8 @@ from dicom_builders import build, save
 from PIL import Image
 
 from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
-from training.evaluation.backbone_pictures import rgb_pictures
-from training.evaluation.backbones import BACKBONES, load_backbone
+from training.evaluation.backbones.pictures import rgb_pictures
+from training.evaluation.backbones.registry import BACKBONES, load_backbone
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])

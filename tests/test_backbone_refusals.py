@@ -14,7 +14,7 @@ from backbone_checkpoints import NATIVE, OWN_FILES, Touch, one_thread, small_che
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Config
 
-from training.evaluation.backbones import BACKBONES, load_backbone
+from training.evaluation.backbones.registry import BACKBONES, load_backbone
 
 
 def refusal(kind: str, source: str | Path | None) -> str:

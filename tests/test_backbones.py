@@ -35,9 +35,13 @@ from transformers import (
 )
 
 from modeling_mammodino import MammoDinoForImageClassification
-from training.evaluation.backbones import BACKBONES, Backbone, load_backbone
-from training.evaluation.convert_mammo_clip_efficientnet import VARIANTS, convert_mammo_clip, efficientnet_config
-from training.evaluation.small_backbones import efficientnet_state, write_small_checkpoints
+from training.evaluation.backbones.convert_mammo_clip_efficientnet import (
+    VARIANTS,
+    convert_mammo_clip,
+    efficientnet_config,
+)
+from training.evaluation.backbones.registry import BACKBONES, Backbone, load_backbone
+from training.evaluation.backbones.small import efficientnet_state, write_small_checkpoints
 
 
 def features(backbone: Backbone, given: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -297,7 +301,7 @@ def test_weights_come_from_the_hub_by_id_and_by_path(folders, hub, tmp_path):
     program = f"""
 import json, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from training.evaluation.backbones import load_backbone
+from training.evaluation.backbones.registry import load_backbone
 sources = {{"resnet50": "me/resnet", "biomedclip": "me/biomed"}}
 sources["mammo_clip_efficientnet"] = "me/mammo/a/b/model-best.tar"
 found = {{kind: load_backbone(kind, source).settings()["weights"] for kind, source in sources.items()}}

@@ -15,12 +15,12 @@ from one_thread import one_thread  # noqa: F401 (a fixture)
 from dataset_scripts.bcs_dbt import BcsDbtViews, View
 from modeling_mammodino import MammoDinoImageProcessor
 from training.detect import main, run_detection
-from training.evaluation import train_detector
-from training.evaluation.detection_data import PictureMaker
-from training.evaluation.detection_metrics import Found, judge
-from training.evaluation.detection_settings import DetectionSettings
-from training.evaluation.detection_table import load_boxes
-from training.evaluation.detector import cell_loss, load_detector
+from training.evaluation.detection import train as train_detector
+from training.evaluation.detection.data import PictureMaker
+from training.evaluation.detection.detector import cell_loss, load_detector
+from training.evaluation.detection.metrics import Found, judge
+from training.evaluation.detection.settings import DetectionSettings
+from training.evaluation.detection.table import load_boxes
 
 NUM_PATIENTS = 30
 FRACTIONS = {"test_fraction": 0.3, "validation_fraction": 0.2}

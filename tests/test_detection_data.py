@@ -10,7 +10,7 @@ import pytest
 from conftest import draw_breast
 
 from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
-from training.evaluation.detection_data import (
+from training.evaluation.detection.data import (
     DetectionPictures,
     PictureMaker,
     augment,
@@ -20,7 +20,7 @@ from training.evaluation.detection_data import (
     to_corners,
     visible_boxes,
 )
-from training.evaluation.detection_table import load_boxes
+from training.evaluation.detection.table import load_boxes
 from training.views.randomness import generator
 
 CANVAS = {"height": 128, "width": 96}

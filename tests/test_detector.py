@@ -9,10 +9,10 @@ from conftest import random_encoder
 from one_thread import one_thread  # noqa: F401 (a fixture)
 
 from modeling_mammodino import MammoDinoImageProcessor
-from training.evaluation.detection_backbone import DetectionBackbone
-from training.evaluation.detection_settings import DetectionSettings
-from training.evaluation.detector import build_detector, cell_loss, detect, load_detector
-from training.evaluation.train_detector import lesion_weights, make_optimizer
+from training.evaluation.detection.backbone import DetectionBackbone
+from training.evaluation.detection.detector import build_detector, cell_loss, detect, load_detector
+from training.evaluation.detection.settings import DetectionSettings
+from training.evaluation.detection.train import lesion_weights, make_optimizer
 
 GRID = (16, 12)  # of cells, for 112 x 84 pixels and patches of 14
 

@@ -12,9 +12,9 @@ from backbone_checkpoints import one_thread, small_checkpoints  # noqa: F401 (fi
 from finetune_runs import make_drawn_table  # noqa: F401
 
 from dataset_scripts.benchmark_task import load_task
-from training.evaluation import feature_cache
-from training.evaluation.backbones import load_backbone
-from training.evaluation.feature_cache import Encoding, cached_features
+from training.evaluation.backbones.registry import load_backbone
+from training.evaluation.finetuning import feature_cache
+from training.evaluation.finetuning.feature_cache import Encoding, cached_features
 
 
 @dataclass

@@ -18,8 +18,8 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from training.evaluation.finetune_settings import FinetuneSettings, parse_settings
-from training.evaluation.image_classifier import open_classifier
+from training.evaluation.finetuning.image_classifier import open_classifier
+from training.evaluation.finetuning.settings import FinetuneSettings, parse_settings
 from training.evaluation.predictions import score_levels
 from training.evaluation.significance import score_task
 from training.finetune import finetune, main

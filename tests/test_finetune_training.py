@@ -11,12 +11,17 @@ from finetune_runs import make_drawn_table, short_run  # noqa: F401
 from torch import nn
 
 from dataset_scripts.benchmark_task import load_task
-from training.evaluation.backbones import load_backbone
+from training.evaluation.backbones.registry import load_backbone
 from training.evaluation.evaluate_metrics import MammographyScores
-from training.evaluation.image_classifier import ImageClassifier, add_adapters, open_classifier, save_classifier
+from training.evaluation.finetuning.image_classifier import (
+    ImageClassifier,
+    add_adapters,
+    open_classifier,
+    save_classifier,
+)
+from training.evaluation.finetuning.pictures import LabelledImages, SeededSampler, augment, collate_images
+from training.evaluation.finetuning.train import train_classifier
 from training.evaluation.seeded_trainer import SeededTrainer, find_checkpoint
-from training.evaluation.trainer_finetune import train_classifier
-from training.evaluation.training_pictures import LabelledImages, SeededSampler, augment, collate_images
 
 
 def test_each_image_comes_once_an_epoch_in_an_order_of_seed_and_epoch():

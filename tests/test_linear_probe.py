@@ -5,7 +5,13 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from training.evaluation.linear_probe import PENALTIES, LinearHead, _minimize, balanced_weights, fit_linear_probe
+from training.evaluation.finetuning.linear_probe import (
+    PENALTIES,
+    LinearHead,
+    _minimize,
+    balanced_weights,
+    fit_linear_probe,
+)
 
 
 def correlated_features(num_rows: int, num_classes: int, seed: int, width: int = 30):

@@ -11,7 +11,7 @@ import pytest
 from conftest import draw_breast, random_encoder
 
 from modeling_mammodino import MammoDinoImageProcessor
-from training.evaluation.study_design import (
+from training.evaluation.study.design import (
     FACTORS,
     FULL,
     FULL_EQUAL_IMAGES,
@@ -23,7 +23,7 @@ from training.evaluation.study_design import (
     equal_compute_steps,
     mean_step_flops,
 )
-from training.evaluation.study_neighbours import RealSlices
+from training.evaluation.study.neighbours import RealSlices
 from training.recipe import load_recipe
 from training.study import SIZES, main
 

@@ -8,8 +8,8 @@ from conftest import random_encoder
 
 from dataset_scripts.phantom import PhantomParameters, acquire_dbt, simulate_breast, write_archive
 from modeling_mammodino import MammoDinoImageProcessor
-from training.evaluation.study_features import Example, features_of, whole_slices
-from training.evaluation.study_regions import MIN_TISSUE_FRACTION, regions
+from training.evaluation.study.features import Example, features_of, whole_slices
+from training.evaluation.study.regions import MIN_TISSUE_FRACTION, regions
 
 PATCH, CANVAS = 14, (224, 140)
 PARAMETERS = PhantomParameters(num_slices=6, height_px=128, width_px=96, pixel_spacing_mm=1.4, slice_spacing_mm=8)

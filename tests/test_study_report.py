@@ -8,9 +8,9 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from training.evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
-from training.evaluation.study_design import FULL, PLAIN
-from training.evaluation.study_judge import HEADS, TASKS
-from training.evaluation.study_report import write_study
+from training.evaluation.study.design import FULL, PLAIN
+from training.evaluation.study.judge import HEADS, TASKS
+from training.evaluation.study.report import write_study
 
 NUM_PATIENTS = 200
 

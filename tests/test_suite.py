@@ -13,10 +13,10 @@ import yaml
 
 from dataset_scripts.phantom import PhantomParameters, write_archive
 from training.benchmark import main
-from training.evaluation.article import PUBLISHED, UNCLEAR
-from training.evaluation.radar_plot import draw_radar
-from training.evaluation.small_backbones import write_small_checkpoints
-from training.evaluation.suite import read_suite
+from training.evaluation.backbones.small import write_small_checkpoints
+from training.evaluation.suite.article import PUBLISHED, UNCLEAR
+from training.evaluation.suite.radar_plot import draw_radar
+from training.evaluation.suite.suite import read_suite
 
 NUM_RUNS = 8  # two tasks, two backbones, two seeds
 

@@ -12,8 +12,8 @@ import logging
 from pathlib import Path
 
 from .evaluation.job_queue import run_jobs
-from .evaluation.suite import read_suite
-from .evaluation.suite_report import read_done, write_report
+from .evaluation.suite.report import read_done, write_report
+from .evaluation.suite.suite import read_suite
 from .finetune import finetune
 
 

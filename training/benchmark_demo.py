@@ -14,7 +14,7 @@ import yaml
 from dataset_scripts.benchmark_index import TASKS
 
 from .chain import Chain
-from .evaluation.small_backbones import write_small_checkpoints
+from .evaluation.backbones.small import write_small_checkpoints
 
 NUM_PATIENTS = {"train": 240, "test": 160}
 FIRST_TEST_PATIENT = 10_000

@@ -25,16 +25,16 @@ from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.embed import find_device
 
 from .engine.cpu_memory import keep_freed_memory
-from .evaluation.detection_data import DetectionPictures, PictureMaker, render_training_pictures
-from .evaluation.detection_metrics import Found, froc_marks, judge
-from .evaluation.detection_pictures import draw_detections, draw_froc
-from .evaluation.detection_settings import DetectionSettings, parse_settings
-from .evaluation.detection_table import DetectionTable, load_boxes
-from .evaluation.detector import build_detector, open_start
-from .evaluation.find_lesions import find_lesions, lesion_table, prediction_table
+from .evaluation.detection.data import DetectionPictures, PictureMaker, render_training_pictures
+from .evaluation.detection.detector import build_detector, open_start
+from .evaluation.detection.drawings import draw_detections, draw_froc
+from .evaluation.detection.find_lesions import find_lesions, lesion_table, prediction_table
+from .evaluation.detection.metrics import Found, froc_marks, judge
+from .evaluation.detection.settings import DetectionSettings, parse_settings
+from .evaluation.detection.table import DetectionTable, load_boxes
+from .evaluation.detection.train import train_detector
 from .evaluation.result import PACKAGES
 from .evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
-from .evaluation.train_detector import train_detector
 
 logger = logging.getLogger(__name__)
 

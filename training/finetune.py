@@ -22,19 +22,19 @@ from dataset_scripts.benchmark_task import TaskTable, load_task
 from modeling_mammodino.embed import find_device
 
 from .engine.cpu_memory import keep_freed_memory
-from .evaluation.aggregation import is_ordered
-from .evaluation.backbones import Backbone, load_backbone
+from .evaluation.backbones.registry import Backbone, load_backbone
 from .evaluation.evaluate_metrics import MammographyScores
-from .evaluation.feature_cache import Encoding, SliceFeatures, cached_features
-from .evaluation.finetune_settings import FinetuneSettings, parse_settings
-from .evaluation.image_classifier import ImageClassifier, add_adapters, save_classifier
-from .evaluation.linear_probe import LinearHead, balanced_weights, fit_linear_probe
+from .evaluation.finetuning.aggregation import is_ordered
+from .evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
+from .evaluation.finetuning.image_classifier import ImageClassifier, add_adapters, save_classifier
+from .evaluation.finetuning.linear_probe import LinearHead, balanced_weights, fit_linear_probe
+from .evaluation.finetuning.pictures import LabelledImages
+from .evaluation.finetuning.settings import FinetuneSettings, parse_settings
+from .evaluation.finetuning.train import train_classifier
 from .evaluation.metrics import metric_names
 from .evaluation.predictions import predict_levels, score_levels
 from .evaluation.result import describe_run, format_result
 from .evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
-from .evaluation.trainer_finetune import train_classifier
-from .evaluation.training_pictures import LabelledImages
 
 logger = logging.getLogger(__name__)
 

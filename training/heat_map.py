@@ -20,9 +20,9 @@ from transformers import AutoConfig
 from modeling_mammodino import ImageRefused, MammoDinoForImageClassification
 from modeling_mammodino.embed import open_encoder
 
-from .evaluation.detection_data import LesionPicture, PictureMaker
+from .evaluation.detection.data import LesionPicture, PictureMaker
+from .evaluation.finetuning.image_classifier import open_classifier
 from .evaluation.heat_maps import HeatMap, encode, heat_maps
-from .evaluation.image_classifier import open_classifier
 from .evaluation.run_files import write_whole
 
 matplotlib.use("Agg")

@@ -15,7 +15,7 @@ import tarfile
 from pathlib import Path
 
 from .chain import Chain
-from .evaluation.study_design import FULL, PLAIN, configurations
+from .evaluation.study.design import FULL, PLAIN, configurations
 
 PATIENTS = {"train": (1000, 0), "test": (1000, 1_000_000)}  # how many, and the number of the first
 RECIPE, STEPS = "study_small", 600

@@ -31,9 +31,9 @@ from .engine.export import image_processor
 from .engine.student_teacher import random_backbone
 from .evaluation.job_queue import run_jobs
 from .evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
-from .evaluation.study_design import SIZES, Configuration, Size, configurations, equal_compute_steps
-from .evaluation.study_judge import Judge
-from .evaluation.study_report import write_study
+from .evaluation.study.design import SIZES, Configuration, Size, configurations, equal_compute_steps
+from .evaluation.study.judge import Judge
+from .evaluation.study.report import write_study
 from .recipe import Recipe, load_recipe
 
 PROCESSES = "spawn"  # a fork of a process in which torch has run threads can hang

@@ -5,10 +5,10 @@ import pandas
 
 from dataset_scripts.benchmark_index import SPLITS
 
-from .aggregation import GROUPS, group_labels, groups_of, max_probabilities, mean_probabilities
-from .attention_pooling import Bags, attention_probabilities, fit_attention
-from .feature_cache import SliceFeatures
-from .linear_probe import LinearHead, balanced_weights
+from .finetuning.aggregation import GROUPS, group_labels, groups_of, max_probabilities, mean_probabilities
+from .finetuning.attention_pooling import Bags, attention_probabilities, fit_attention
+from .finetuning.feature_cache import SliceFeatures
+from .finetuning.linear_probe import LinearHead, balanced_weights
 from .metrics import bootstrap, metric_names
 
 IDENTIFIERS = ["image_id", "breast_id", "patient_id"]

@@ -11,8 +11,8 @@ import pandas
 import modeling_mammodino
 from dataset_scripts.benchmark_task import TaskTable
 
-from .backbones import Backbone
-from .finetune_settings import FinetuneSettings
+from .backbones.registry import Backbone
+from .finetuning.settings import FinetuneSettings
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "scipy", "pandas")
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .feature_cache import worker_options
-from .training_pictures import SeededSampler
+from .finetuning.feature_cache import worker_options
+from .finetuning.pictures import SeededSampler
 
 logger = logging.getLogger(__name__)
 

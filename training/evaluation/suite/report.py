@@ -10,10 +10,10 @@ import pandas
 
 from dataset_scripts.benchmarks import get_benchmark
 
+from ..run_files import read_json
+from ..significance import TaskScores, holm, score_task
 from .article import PUBLISHED, published_table
 from .radar_plot import draw_radar
-from .run_files import read_json
-from .significance import TaskScores, holm, score_task
 from .suite import HEADLINE_METRICS, Job, Suite, SuiteTask
 
 

@@ -10,12 +10,12 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
-from .classifiers import logistic_regression, nearest_neighbours
-from .labels import read_labels
-from .metrics import auc
-from .study_features import features_of, whole_slices
-from .study_neighbours import RealSlices
-from .study_regions import regions
+from ..classifiers import logistic_regression, nearest_neighbours
+from ..labels import read_labels
+from ..metrics import auc
+from .features import features_of, whole_slices
+from .neighbours import RealSlices
+from .regions import regions
 
 HEADS = ("knn", "linear")
 

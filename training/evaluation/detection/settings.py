@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from ..settings import check_values, setting
-from .detection_metrics import HITS
+from ...settings import check_values, setting
+from .metrics import HITS
 
 
 @dataclass

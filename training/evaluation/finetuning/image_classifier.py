@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from modeling_mammodino import MammoDinoForImageClassification
 
-from .backbones import Backbone, MammoDinoPictures, load_backbone
-from .finetune_settings import FinetuneSettings
+from ..backbones.registry import Backbone, MammoDinoPictures, load_backbone
+from .settings import FinetuneSettings
 
 HEAD_FILE, BACKBONE_FILE, DESCRIPTION_FILE = "head.safetensors", "backbone.safetensors", "classifier.json"
 NOTICE = "Research use only: not a medical device."

@@ -19,8 +19,8 @@ from transformers.loss.loss_for_object_detection import sigmoid_focal_loss
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.embed import open_encoder
 
-from .detection_backbone import DetectionBackboneConfig
-from .detection_data import to_corners
+from .backbone import DetectionBackboneConfig
+from .data import to_corners
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from transformers import HfArgumentParser
 
 from dataset_scripts.benchmark_index import TASKS
 
-from ..settings import check_values, setting
-from .backbones import BACKBONES
-from .metrics import METRICS
+from ...settings import check_values, setting
+from ..backbones.registry import BACKBONES
+from ..metrics import METRICS
 
 MODES = ("frozen", "full", "lora")
 LEARNING_RATES = {"full": 5e-5, "lora": 5e-4}  # where learning_rate is 0

@@ -9,11 +9,11 @@ import numpy as np
 import pandas
 from matplotlib.figure import Figure
 
-from .job_queue import QueuedJob
-from .run_files import PREDICTIONS_FILE, RESULT_FILE
-from .significance import TaskScores, score_task
-from .study_design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN, UNTRAINED
-from .study_judge import HEADS, TASKS
+from ..job_queue import QueuedJob
+from ..run_files import PREDICTIONS_FILE, RESULT_FILE
+from ..significance import TaskScores, score_task
+from .design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN, UNTRAINED
+from .judge import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
 MAIN_TASKS = tuple(task.name for task in TASKS.values() if "whole breast" not in task.name)

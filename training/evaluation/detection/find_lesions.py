@@ -12,12 +12,12 @@ from transformers import RTDetrForObjectDetection
 
 from modeling_mammodino import ImageRefused
 
-from .detection_data import LesionPicture, PictureMaker
-from .detection_metrics import Found, hits, merge_boxes
-from .detection_settings import DetectionSettings
-from .detection_table import BoxedImage
+from ..finetuning.feature_cache import unchanged, worker_options
+from .data import LesionPicture, PictureMaker
 from .detector import detect
-from .feature_cache import unchanged, worker_options
+from .metrics import Found, hits, merge_boxes
+from .settings import DetectionSettings
+from .table import BoxedImage
 
 logger = logging.getLogger(__name__)
 

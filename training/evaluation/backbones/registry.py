@@ -42,12 +42,12 @@ from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDi
 from modeling_mammodino.embed import open_encoder
 from modeling_mammodino.normalization import own_processor, processor_settings
 
-from .backbone_pictures import MammoDinoPictures, RgbPictures, rgb_pictures
 from .checkpoint_files import check_report, find_file, first_line, quiet_transformers
 from .convert_biomedclip import convert_biomedclip
 from .convert_mammo_clip_efficientnet import PREPROCESSING as MAMMO_CLIP
 from .convert_mammo_clip_efficientnet import convert_mammo_clip
 from .convert_mammo_clip_vit import convert_clip_vit
+from .pictures import MammoDinoPictures, RgbPictures, rgb_pictures
 
 Pictures = MammoDinoPictures | RgbPictures
 # of an untrained ViT where no checkpoint gives the architecture: a ViT-S/14

@@ -14,8 +14,8 @@ from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.errors import ImageRefused
 from modeling_mammodino.rendering import standardize
 
-from .detection_data import LesionPicture, PictureMaker
-from .study_features import Example
+from ..detection.data import LesionPicture, PictureMaker
+from .features import Example
 
 WINDOW_FRACTION = 0.25  # of the canvas' height: side of what is seen around a box
 MIN_TISSUE_FRACTION = 0.9  # of the box in a breast without a lesion

@@ -10,12 +10,12 @@ from torch import nn
 from transformers import RTDetrForObjectDetection, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from .detection_data import DetectionPictures, collate_pictures, to_corners
-from .detection_metrics import FALSE_POSITIVES, Found, average_precision, coco_matches, froc_marks, sensitivity_at
-from .detection_settings import DetectionSettings
+from ..finetuning.pictures import SeededSampler
+from ..seeded_trainer import SeededTrainer, find_checkpoint, read_state
+from .data import DetectionPictures, collate_pictures, to_corners
 from .detector import cell_loss
-from .seeded_trainer import SeededTrainer, find_checkpoint, read_state
-from .training_pictures import SeededSampler
+from .metrics import FALSE_POSITIVES, Found, average_precision, coco_matches, froc_marks, sensitivity_at
+from .settings import DetectionSettings
 
 logger = logging.getLogger(__name__)
 

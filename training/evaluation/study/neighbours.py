@@ -12,7 +12,7 @@ import pandas
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
-from .study_features import Example, features_of, whole_slices
+from .features import Example, features_of, whole_slices
 
 LIKE_DENSITY_FRACTION = 0.5  # of the slices of other patients, those of the nearest density
 

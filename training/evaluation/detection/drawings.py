@@ -5,10 +5,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from .detection_data import PictureMaker
-from .detection_metrics import FALSE_POSITIVES, Found, FrocMarks, froc_curve, sensitivity_at
-from .detection_table import BoxedImage
-from .run_files import write_whole
+from ..run_files import write_whole
+from .data import PictureMaker
+from .metrics import FALSE_POSITIVES, Found, FrocMarks, froc_curve, sensitivity_at
+from .table import BoxedImage
 
 matplotlib.use("Agg")
 from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen first)

@@ -21,8 +21,8 @@ from transformers import (
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 
-from .backbones import CHEST, IMAGENET
 from .convert_mammo_clip_efficientnet import PREPROCESSING, VARIANTS, efficientnet_config, round_filters
+from .registry import CHEST, IMAGENET
 
 WIDTH, BLOCKS, SIDE_PX, PATCH_PX = 64, 2, 64, 16  # of the ViTs; one attention head of 64
 State = dict[str, torch.Tensor]

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .evaluate_metrics import MammographyScores
-from .finetune_settings import LEARNING_RATES, FinetuneSettings
+from ..evaluate_metrics import MammographyScores
+from ..seeded_trainer import SeededTrainer, find_checkpoint, read_state
 from .image_classifier import ImageClassifier
-from .seeded_trainer import SeededTrainer, find_checkpoint, read_state
-from .training_pictures import LabelledImages, SeededSampler, collate_images
+from .pictures import LabelledImages, SeededSampler, collate_images
+from .settings import LEARNING_RATES, FinetuneSettings
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from modeling_mammodino import ImageRefused
 
-from .backbones import Backbone, Pictures
-from .run_files import write_json, write_whole
+from ..backbones.registry import Backbone, Pictures
+from ..run_files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from modeling_mammodino.dicom import frame_order, is_dicom
 from modeling_mammodino.rendering import Placement, place_on_canvas, standardize
 from modeling_mammodino.tissue import patch_tissue
 
-from ..views.randomness import generator
-from .detection_table import BoxedImage
+from ...views.randomness import generator
+from .table import BoxedImage
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from dataset_scripts.corpus_reader import Corpus
 
-from ..engine.flops import step_flops
-from ..engine.student_teacher import random_backbone
-from ..pretrain import StepSampler, collate
-from ..recipe import Recipe, load_recipe
-from ..views.sample import PretrainingViews
+from ...engine.flops import step_flops
+from ...engine.student_teacher import random_backbone
+from ...pretrain import StepSampler, collate
+from ...recipe import Recipe, load_recipe
+from ...views.sample import PretrainingViews
 
 # what switches an idea off; the study's recipe has all of them on
 FACTORS = {

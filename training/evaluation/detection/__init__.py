@@ -1,0 +1,1 @@
+"""Lesion boxes: a detector on an encoder, its data, its metrics."""

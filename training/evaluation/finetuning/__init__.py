@@ -1,0 +1,1 @@
+"""One head on an encoder, frozen or trained with it."""
