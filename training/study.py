@@ -19,8 +19,10 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+import cv2
 import torch
 from accelerate.utils import set_seed
+from threadpoolctl import threadpool_limits
 
 from dataset_scripts.corpus_reader import Corpus
 from dataset_scripts.phantom import PhantomParameters, write_archive
@@ -161,8 +163,10 @@ def call(command: list[str]) -> None:
 
 def work(runs: list[Run]) -> dict[str, str]:
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    return run_jobs(runs, run_while_wanted)
+    with threadpool_limits(1):
+        return run_jobs(runs, run_while_wanted)
 
 
 def run_while_wanted(run: Run) -> None:
