@@ -21,9 +21,10 @@ demo: $(VENV)/ready
 benchmark-demo: $(VENV)/ready
 	$(BIN)/python -m training.benchmark_demo --output runs/benchmark_demo
 
-# the published checkpoints, remade, as files of a release: some forty minutes on two cores
+# the published checkpoints, remade, as files of a release in dist/: the study's models of one seed
 release: $(VENV)/ready
-	$(BIN)/python -m training.release --output runs/release --model_cards model_cards
+	$(BIN)/python -m training.study --only MammoDINO "plain DINOv2" --seeds 0 --num_proc 2 --output runs/release
+	$(BIN)/python -m training.release runs/release --model_cards model_cards
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(TESTS)

@@ -1,7 +1,7 @@
-"""Remakes the published checkpoints: `python -m training.release --output runs/release`, which `make release` calls.
+"""Makes the study's models files of a release: `python -m training.release STUDY --output DIR`.
 
-Phantom archives -> corpus -> a pretraining each -> probe -> card -> one archive each, in OUTPUT/files. What is done is
-not done again. On the same machine and versions the weights are the same to the last digit. Research use only.
+Of each published configuration the encoder of one seed, a complete Hub folder: its figures go into its card, and the
+folder into one archive. `make release` runs the study for it first. Research use only.
 """
 
 import argparse
@@ -15,50 +15,40 @@ import tarfile
 from pathlib import Path
 
 from .chain import Chain
-from .evaluation.study.design import FULL, PLAIN, configurations
+from .evaluation.study.design import FULL, PLAIN, SIZES, configurations
+from .study import Run, Study
 
-PATIENTS = {"train": (1000, 0), "test": (1000, 1_000_000)}  # how many, and the number of the first
-RECIPE, STEPS = "study_small", 600
+CHECKPOINTS = {"mammodino-phantom-small": FULL, "dinov2-phantom-small": PLAIN}
 TASKS = ("density", "lesion", "cancer")
-CHECKPOINTS = {"mammodino-phantom-small": FULL, "dinov2-phantom-small": PLAIN}  # configurations of the study
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.release", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/release"))
+    parser.add_argument("study", type=Path, help="output of training.study")
+    parser.add_argument("--size", choices=SIZES, default="hour", help="of the study (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the study's seeds (default 0)")
+    parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the archives (default dist)")
     parser.add_argument("--model_cards", type=Path, help="folder in which to put a copy of each card")
     options = parser.parse_args(arguments)
-    output, python, chain = options.output, sys.executable, Chain("release")
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # sums in one order
-    output.mkdir(parents=True, exist_ok=True)
 
-    for part, (count, first) in PATIENTS.items():
-        if not (output / part / "labels.csv").is_file():  # written last
-            phantom = [python, "-m", "dataset_scripts.phantom", "--output", output / part, "--num_patients", count]
-            chain.run(*phantom, "--first_patient", first, "--num_proc", os.cpu_count() or 1)
-    if not (output / "corpus").exists():
-        corpus = [python, "-m", "dataset_scripts.corpus", output / "train", "--output", output / "corpus"]
-        chain.run(*corpus, "--collection", "phantom")
-    overrides = {each.name: each.overrides() for each in configurations()}
-    for name, configuration in CHECKPOINTS.items():
-        if not (output / name / "encoder").exists():
-            pretrain = [python, "-m", "training.pretrain", RECIPE, "--corpus", output / "corpus"]
-            pretrain += ["--output_dir", output / name, "--max_steps", STEPS, "--report_to", "none"]
-            chain.run(*pretrain, *overrides[configuration])
-    probe = [python, "-m", "training.probe", "--output", output / "probe.json", "--tasks", *TASKS]
-    probe += ["--models", *(f"{name}={output / name / 'encoder'}" for name in CHECKPOINTS)]
-    probe += ["--labels", output / "train" / "labels.csv", "--test_labels", output / "test" / "labels.csv"]
-    chain.run(*probe, "--slices_per_volume", 1)
-    for name in CHECKPOINTS:
-        encoder = output / name / "encoder"
-        card = [python, "-m", "training.card", encoder, "--results", output / "probe.json", "--dataset", "phantom"]
+    study = Study(options.study, SIZES[options.size], options.size, None)
+    runs = {each.name: Run(study, each, options.seed) for each in configurations()}
+    folders = {name: runs[configuration].encoder for name, configuration in CHECKPOINTS.items()}
+    if missing := [runs[CHECKPOINTS[name]].name for name, folder in folders.items() if not folder.is_dir()]:
+        raise SystemExit(f"release: {options.study} lacks {'; '.join(missing)}; run training.study with that --output")
+
+    chain, python, results = Chain("release"), sys.executable, options.study / "release_probe.json"
+    probe = [python, "-m", "training.probe", "--models", *(f"{name}={folder}" for name, folder in folders.items())]
+    probe += ["--labels", study.labels("train"), "--test_labels", study.labels("test"), "--tasks", *TASKS]
+    chain.run(*probe, "--slices_per_volume", study.size.slices_per_volume, "--output", results)
+    for name, folder in folders.items():
+        card = [python, "-m", "training.card", folder, "--results", results, "--dataset", "phantom"]
         chain.run(*card, "--model", name)
-        archive = pack(encoder, name, output / "files")
-        print(
-            f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  {archive}  {archive.stat().st_size / 2**20:.1f} MiB"
-        )
+        archive = pack(folder, name, options.output)
+        content = archive.read_bytes()
+        print(f"{hashlib.sha256(content).hexdigest()}  {archive}  {len(content) / 2**20:.1f} MiB")
         if options.model_cards:
-            shutil.copyfile(encoder / "README.md", options.model_cards / f"{name}.md")
+            shutil.copyfile(folder / "README.md", options.model_cards / f"{name}.md")
 
 
 def pack(folder: Path, name: str, output: Path) -> Path:

@@ -99,6 +99,11 @@ class Run:
     def output_dir(self) -> Path:
         return self.study.output / "runs" / self.configuration.name.replace(" ", "_") / f"seed-{self.seed}"
 
+    @property
+    def encoder(self) -> Path:
+        """The complete Hub folder that it leaves."""
+        return self.output_dir / "pretraining" / "encoder"
+
     def pretrain_command(self) -> tuple[list[str], int]:
         arguments = [self.study.size.recipe, "--corpus", str(self.study.corpus), "--seed", str(self.seed)]
         arguments += ["--output_dir", str(self.output_dir / "pretraining"), "--report_to", "none"]
@@ -116,7 +121,7 @@ class Run:
         command, steps = self.pretrain_command()
         if steps:
             call(command)
-            encoder = MammoDinoModel.from_pretrained(self.output_dir / "pretraining" / "encoder")
+            encoder = MammoDinoModel.from_pretrained(self.encoder)
         else:
             set_seed(self.seed)
             encoder = random_backbone(self.study.recipe)
