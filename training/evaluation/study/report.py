@@ -46,6 +46,7 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
     report.parent.mkdir(parents=True, exist_ok=True)
     draw_differences(scores, names, picture)
     size = done[0][0]["settings"]
+    exception = f", except *{FULL_EQUAL_IMAGES}*, which saw as many images" if FULL_EQUAL_IMAGES in names else ""
     lines = [
         "# What is each idea worth?",
         "",
@@ -54,8 +55,8 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
         "",
         f"Size `{done[0][0]['size']}`: recipe `{size['recipe']}`, {size['pretraining_patients']} simulated patients to "
         f"learn from, {size['test_patients']} held out, seeds {', '.join(map(str, sorted(results['seed'].unique())))}. "
-        f"Every configuration got the compute (matrix products) of {size['plain_steps']} steps of plain DINOv2, except "
-        f"*{FULL_EQUAL_IMAGES}*, which saw as many images. AUC of frozen features (macro over classes), the mean over "
+        f"Every configuration got the compute (matrix products) of {size['plain_steps']} steps of plain DINOv2"
+        f"{exception}. AUC of frozen features (macro over classes), the mean over "
         f"seeds; in brackets 95 % intervals from {NUM_RESAMPLES} bootstrap resamples of patients; differences are "
         "paired. The intervals speak of other patients, not of other seeds: the spread over seeds stands beside.",
     ]
