@@ -138,7 +138,6 @@ def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
                                              "slice_spacing_mm": 9.0},
     )  # fmt: skip
     monkeypatch.setitem(SIZES, "minutes", tiny)
-    monkeypatch.setattr("training.study.PROCESSES", "fork")
     arguments = ["--size", "minutes", "--output", str(tmp_path), "--only", PLAIN, FULL, UNTRAINED]
     main(arguments)
     page = (tmp_path / "report.md").read_text()

@@ -201,9 +201,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if not options.report_only:
             study.prepare(options.num_proc)
-            with multiprocessing.get_context(PROCESSES).Pool(options.num_proc) as pool:
-                for each in pool.map(work, [runs] * options.num_proc, chunksize=1):
-                    failed |= each
+            if options.num_proc == 1:
+                failed = work(runs)
+            else:
+                with multiprocessing.get_context(PROCESSES).Pool(options.num_proc) as pool:
+                    for each in pool.map(work, [runs] * options.num_proc, chunksize=1):
+                        failed |= each
         report = write_study(options.output, runs, options.report or options.output / "report.md")
     except (ValueError, OSError) as error:
         raise SystemExit(f"study: {'; '.join(failed.values()) or error}") from error
