@@ -8,13 +8,13 @@ import argparse
 import gzip
 import hashlib
 import io
-import os
 import shutil
 import sys
 import tarfile
 from pathlib import Path
 
 from .chain import Chain
+from .evaluation.run_files import write_whole
 from .evaluation.study.design import FULL, PLAIN, SIZES, configurations
 from .study import Run, Study
 
@@ -53,7 +53,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def pack(folder: Path, name: str, output: Path) -> Path:
     """OUTPUT/NAME.tar.gz of a Hub folder, without times and owners: the same folder gives the same bytes."""
-    output.mkdir(parents=True, exist_ok=True)
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -61,10 +60,9 @@ def pack(folder: Path, name: str, output: Path) -> Path:
             about.size = path.stat().st_size
             with path.open("rb") as file:
                 archive.addfile(about, file)
-    temporary = output / f".{name}.tmp"
-    temporary.write_bytes(packed.getvalue())
-    os.replace(temporary, output / f"{name}.tar.gz")
-    return output / f"{name}.tar.gz"
+    path = output / f"{name}.tar.gz"
+    write_whole(path, lambda temporary: temporary.write_bytes(packed.getvalue()))
+    return path
 
 
 if __name__ == "__main__":

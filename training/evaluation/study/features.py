@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino.modeling_mammodino import pool_tokens
 from modeling_mammodino.picture_stream import FileEnd, Picture, PictureStream
 
 BATCH_SIZE = 64
@@ -47,10 +48,10 @@ def features_of(encoder: MammoDinoModel, examples: Sequence[Example], drops_back
             for arrays in zip(*((each.pixel_values, each.tissue_mask, each.weights) for each in batch), strict=True)
         )
         tokens = encoder(pixel_values, tissue_mask=tissue if drops_background else None).last_hidden_state
-        patches = tokens[:, 1 + encoder.config.num_register_tokens :]  # (B, N, D)
-        share = (weights / weights.sum(dim=(1, 2), keepdim=True)).flatten(1)  # (B, N)
-        highest = patches.masked_fill(share[:, :, None] == 0, -torch.inf).amax(dim=1)
-        pooled = torch.cat((tokens[:, 0], torch.einsum("bn,bnd->bd", share, patches), highest), dim=1)
+        registers = encoder.config.num_register_tokens
+        patches = tokens[:, 1 + registers :]  # (B, N, D)
+        highest = patches.masked_fill(weights.flatten(1)[:, :, None] == 0, -torch.inf).amax(dim=1)
+        pooled = torch.cat((pool_tokens(tokens, registers, weights), highest), dim=1)
         for each, feature in zip(batch, pooled.double().numpy(), strict=True):
             sums[each.row] += feature
             counts[each.row] += 1

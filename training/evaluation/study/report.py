@@ -17,6 +17,10 @@ from .judge import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
 MAIN_TASKS = tuple(task.name for task in TASKS.values() if "whole breast" not in task.name)
+ONE_ROW = (
+    "A row, in another folder, to the last digit on the same machine; with `--real_slices DIR`, too, its figures on "
+    "real slices:"
+)
 WHAT_IS_ASKED = (
     "*Density* is asked of whole breasts, by evenly spaced slices of a volume ({slices_per_volume} here). *Lesion* is "
     "asked of regions: of each lesion its box at its own slice, of breasts without one the box of another patient's "
@@ -171,7 +175,7 @@ def real_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
 
 def command_lines(results: pandas.DataFrame) -> list[str]:
     """What remakes a row, to the last digit on the same machine, and the pretraining commands of its runs."""
-    lines = ["", "## Commands", "", "A row, in another folder, to the last digit on the same machine:", "", "```"]
+    lines = ["", "## Commands", "", ONE_ROW, "", "```"]
     lines += list(dict.fromkeys(results["remade_by"]))
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].iloc[0].items())
     return [*lines, "```", "", f"Made with {versions}."]
