@@ -242,11 +242,12 @@ done
 echo "Submitted batch job 7"
 """
 SRUN = '#!/bin/sh\nshift 3\nexec "$@"\n'  # without -l -n 1
+SCONTROL = '#!/bin/sh\necho "$3"\n'  # show hostnames: the one node
 
 
 def test_on_slurm_the_corpus_is_the_same(phantom_archive, phantom_corpus, tmp_path):
     """Each task from a script of its own, in a process that knows nothing of the command that sent it off."""
-    for name, content in (("sbatch", SBATCH), ("srun", SRUN)):
+    for name, content in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
     arguments = ["--height", "128", "--width", "96", "--collection", "phantom", "--tasks", "1", "--engine", "slurm"]
