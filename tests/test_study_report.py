@@ -1,5 +1,6 @@
 """The study's page on made-up predictions: what is better is said to be, what is not is not, and figures are right."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,6 +40,7 @@ def runs(tmp_path):
             folder.mkdir()
             write_parquet(folder / PREDICTIONS_FILE, predictions(skill, 10 * number + seed))
             about = {"configuration": name, "seed": seed, "size": "made up", "steps": 9, "real": {}, "versions": {}}
+            about["pretraining"] = {"target_information": 0.25 * number + 0.1 * seed, "feature_rank": 7.0}
             about |= {"settings": settings | {"slices_per_volume": 2}, "remade_by": f"remake {name}"}
             write_json(folder / RESULT_FILE, about)
             found.append(SimpleNamespace(name=name, output_dir=folder))
@@ -61,7 +63,25 @@ def test_what_is_better_and_worse_is_said(runs, tmp_path):
     )
     row = next(line for line in page.splitlines() if line.startswith(f"| {FULL} - {PLAIN} |"))
     assert row.split("|")[2].strip().startswith(f"**{difference:+.3f} [")
+    assert f"| {FULL} | 9 | 0.300 | 7.0 |" in page  # steps, and what the teacher's targets said: means over seeds
     assert "remake MammoDINO" in page and "2 here" in page and (tmp_path / "page.png").stat().st_size > 1000
+
+
+def test_real_neighbours_near_and_all(runs, tmp_path):
+    for number, run in enumerate(runs):
+        found = json.loads((run.output_dir / RESULT_FILE).read_text())
+        orderings = [1.0, 0.5 + 0.1 * number, 0.3]
+        found["real"] = {
+            "neighbours": {"patient": ["A", "A", "B"], "distance_slices": [1, 10, 11], "similarity": [0.9, 0.8, 0.7],
+                           "nearest_other": [0.2] * 3, "ordering_auc": orderings},
+            "lesion_auc": 0.5, "num_slices": 5, "num_with_lesion": 2,
+        }  # fmt: skip
+        write_json(run.output_dir / RESULT_FILE, found)
+    page = write_study(tmp_path, runs, tmp_path / "page.md").read_text()
+    assert "3 pairs" in page and "2 pairs, of 1 patients" in page
+    # the second run of a name has 0.1 more on the pair of 10 mm; the pair of 11 mm counts among all only
+    assert f"| {PLAIN} | {(1 + 0.55) / 2:.4f} | {(1 + 0.55 + 0.3) / 3:.4f} | 0.3000 |" in page
+    assert f"| {FULL} | {(1 + 0.75) / 2:.4f} | {(1 + 0.75 + 0.3) / 3:.4f} | 0.3000 |" in page
 
 
 def test_nothing_done_is_an_error(tmp_path):

@@ -16,6 +16,7 @@ from .design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN, UNTRAINED
 from .judge import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
+NEAR_SLICES = 10  # of BCS-DBT, whose slices are 1 mm apart: the reach of recipes/mammodino.yaml
 MAIN_TASKS = tuple(task.name for task in TASKS.values() if "whole breast" not in task.name)
 ONE_ROW = (
     "A row, in another folder, to the last digit on the same machine; with `--real_slices DIR`, too, its figures on "
@@ -27,6 +28,10 @@ WHAT_IS_ASKED = (
     "lesion at the same place. *Cancer* (malignant or benign) and *lesion type* (of four) are asked of the lesions. "
     "Lesion and cancer of *whole breasts* stand in the tables of scores. A feature is the class token beside mean and "
     "maximum of the patch tokens, of the breast or in the box. Encoders see background where they did in pretraining."
+)
+WHAT_TARGETS_SAY = (
+    "*Target information* is what the teacher's targets of global crops tell of their picture at the last step, from 0 "
+    "(the entropy wall or collapse: nothing is learned any more) to 1; *rank* that of the class tokens of a batch."
 )
 AROUND = ((PLAIN, f"{FULL} - {PLAIN}"), *((f"without {factor}", f"{FULL} - without {factor}") for factor in FACTORS))
 
@@ -77,7 +82,8 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
     lines += ["", "Bold: the interval excludes zero; of so many differences one in twenty does by chance."]
     lines += ["", "## In words", "", *verdict_lines(scores, names)]
     for head in HEADS[::-1]:
-        lines += ["", f"## Scores, {head}", "", *score_lines(scores, names, head, results)]
+        lines += ["", f"## Scores, {head}", "", *score_lines(scores, names, head)]
+    lines += ["", "## Pretraining", "", WHAT_TARGETS_SAY, "", *pretraining_lines(results, names)]
     lines += real_lines(results, names) + command_lines(results)
     report.write_text("\n".join(lines) + "\n")
     return report
@@ -127,18 +133,28 @@ def verdict_lines(scores: dict[tuple[str, str], TaskScores], names: list[str]) -
     return lines
 
 
-def score_lines(
-    scores: dict[tuple[str, str], TaskScores], names: list[str], head: str, results: pandas.DataFrame
-) -> list[str]:
-    lines = ["| configuration | steps | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 2) + "|"]
+def score_lines(scores: dict[tuple[str, str], TaskScores], names: list[str], head: str) -> list[str]:
+    lines = ["| configuration | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
     for name in names:
         cells = []
         for task in TASKS:
             each = scores[task, head]
             spread = np.std(list(each.by_seed[name].values()))
             cells.append(f"{each.score(name)}, seeds ±{spread:.3f}")
-        steps = results[results["configuration"] == name]["steps"].mean()
-        lines.append(f"| {name} | {steps:.0f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def pretraining_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
+    """Steps of each configuration, and whether its teacher had anything to say at the end: means over seeds."""
+    lines = ["| configuration | steps | target information | rank |", "|---" * 4 + "|"]
+    for name in names:
+        runs = results[results["configuration"] == name]
+        if not runs["steps"].any():
+            continue
+        last = pandas.DataFrame(runs["pretraining"].tolist())[["target_information", "feature_rank"]].mean()
+        steps = runs["steps"].mean()
+        lines.append(f"| {name} | {steps:.0f} | {last['target_information']:.3f} | {last['feature_rank']:.1f} |")
     return lines
 
 
@@ -148,19 +164,23 @@ def real_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
         return []
     first = next(each for each in results["real"] if each)
     pairs = pandas.DataFrame(first["neighbours"])
+    near = pairs["distance_slices"] <= NEAR_SLICES
     lines = [
         "",
         "## Real slices (BCS-DBT)",
         "",
         f"Neighbour consistency: {len(pairs)} pairs of slices of one volume, {pairs['distance_slices'].min()} to "
-        f"{pairs['distance_slices'].max()} slices apart, of {pairs['patient'].nunique()} patients; AUC of their cosine "
-        "similarity over that of slices of other patients, of the half that is nearest in density. Density is "
-        "estimated from the picture: the collection does not give it. Lesion: slices with a box "
+        f"{pairs['distance_slices'].max()} slices (mm) apart, of {pairs['patient'].nunique()} patients; {near.sum()} "
+        f"pairs, of {pairs['patient'][near].nunique()} patients, lie within the {NEAR_SLICES} mm that are neighbours "
+        "to the slice loss of `recipes/mammodino.yaml`. AUC of their cosine similarity over that of slices of other "
+        "patients, of the half that is nearest in density. Density is estimated from the picture: the collection does "
+        "not give it. Lesion: slices with a box "
         f"({first['num_with_lesion']}) against those without ({first['num_slices'] - first['num_with_lesion']}), k-NN, "
         "other patients; too few for an interval that says anything.",
         "",
-        "| configuration | neighbours, AUC | worst pair | similarity of pairs | highest of others | lesion, AUC |",
-        "|---" * 6 + "|",
+        f"| configuration | neighbours to {NEAR_SLICES} mm, AUC | all pairs, AUC | worst pair | similarity of pairs | "
+        "highest of others | lesion, AUC |",
+        "|---" * 7 + "|",
     ]
     for name in names:
         of_name = [each for each in results[results["configuration"] == name]["real"] if each]
@@ -168,7 +188,8 @@ def real_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
         means = pandas.concat(frames)[["ordering_auc", "similarity", "nearest_other"]].mean()
         worst = min(frame["ordering_auc"].min() for frame in frames)
         lesion = np.mean([each["lesion_auc"] for each in of_name])
-        cells = (means["ordering_auc"], worst, means["similarity"], means["nearest_other"], lesion)
+        close = np.mean([frame["ordering_auc"][near].mean() for frame in frames])
+        cells = (close, means["ordering_auc"], worst, means["similarity"], means["nearest_other"], lesion)
         lines.append(f"| {name} | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
     return lines
 
