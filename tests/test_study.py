@@ -16,6 +16,7 @@ from training.evaluation.study.design import (
     FULL,
     FULL_EQUAL_IMAGES,
     PLAIN,
+    PLAIN_LARGER_CROPS,
     UNTRAINED,
     Configuration,
     Size,
@@ -33,7 +34,7 @@ SMALL = ["--per_device_train_batch_size", "4", "--max_steps", "20"]
 
 def test_each_idea_is_there_alone_and_left_out():
     found = {each.name: each for each in configurations()}
-    assert len(found) == 4 + 2 * len(FACTORS)
+    assert len(found) == 5 + 2 * len(FACTORS)
     assert found[PLAIN].on == frozenset() and found[FULL].on == frozenset(FACTORS) == found[FULL_EQUAL_IMAGES].on
     for factor in FACTORS:
         assert found[f"only {factor}"].on == {factor}
@@ -52,10 +53,21 @@ def test_what_is_off_is_off_in_the_recipe_and_all_else_is_equal():
         "tissue tokens": {"tissue_tokens"},
     }
     for each in configurations():
+        if each.name == PLAIN_LARGER_CROPS:
+            continue
         recipe = load_recipe(arguments + each.overrides()).flat()
         changed = {name for name in recipe if recipe[name] != full[name]}
         allowed = set().union(*(off[factor] for factor in FACTORS if factor not in each.on))
         assert changed <= allowed and all(not recipe[name] for name in allowed)
+
+
+def test_plain_with_larger_crops_differs_from_plain_in_their_scale_alone():
+    found = {each.name: load_recipe([*RECIPE, "--corpus", "unused", *each.overrides()]).flat()
+             for each in configurations() if each.name in (PLAIN, PLAIN_LARGER_CROPS)}  # fmt: skip
+    plain, larger = found[PLAIN], found[PLAIN_LARGER_CROPS]
+    assert {name for name in plain if plain[name] != larger[name]} == {"global_crop_scale", "local_crop_scale"}
+    for name in ("global_crop_scale", "local_crop_scale"):
+        assert all(large > small for small, large in zip(plain[name], larger[name], strict=True))
 
 
 def test_equal_compute_is_equal(phantom_corpus):

@@ -184,7 +184,9 @@ def run_while_wanted(run: Run) -> None:
 def main(arguments: list[str] | None = None) -> None:
     names = [each.name for each in configurations()]
     parser = argparse.ArgumentParser(prog="python -m training.study", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="hour", help="about an hour on two cores; a night on a GPU")
+    parser.add_argument(
+        "--size", choices=SIZES, default="hour", help="an hour, an evening: on two cores; a night: a GPU"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the size's own")

@@ -23,6 +23,9 @@ FACTORS = {
 }
 UNTRAINED, PLAIN, FULL = "untrained", "plain DINOv2", "MammoDINO"
 FULL_EQUAL_IMAGES = "MammoDINO, equal images"
+PLAIN_LARGER_CROPS = "plain DINOv2, larger crops"
+# the recipe's crops are chosen for all ideas together; by trials, plain DINOv2 does better with these
+LARGER_CROPS = ("--global_crop_scale", "0.15", "0.6", "--local_crop_scale", "0.03", "0.15")
 COUNTED_STEPS = 12  # batches from which a configuration's mean cost of a step is counted
 
 
@@ -42,6 +45,7 @@ class Size:
 SIZES = {
     "minutes": Size("study_small", 24, 16, 4, (0,), {"num_slices": 6, "height_px": 128, "width_px": 96}),
     "hour": Size("study_small", 1000, 1000, 200),
+    "evening": Size("study_small", 1000, 1000, 1000),
     "night": Size("vits14_single_gpu", 4000, 1500, 5000, phantom={"num_slices": 40, "height_px": 512, "width_px": 320}),
 }
 
@@ -52,11 +56,12 @@ class Configuration:
     on: frozenset[str]  # of FACTORS
     equal_images: bool = False  # as many steps as plain DINOv2, whatever they cost
     is_trained: bool = True
+    more: tuple[str, ...] = ()  # arguments of its own, beside what switches ideas off
 
     def overrides(self) -> list[str]:
         """Of the recipe on the command line."""
         off = [setting for factor, settings in FACTORS.items() if factor not in self.on for setting in settings.items()]
-        return [part for name, value in off for part in (f"--{name}", value)]
+        return [part for name, value in off for part in (f"--{name}", value)] + list(self.more)
 
 
 def configurations() -> Iterator[Configuration]:
@@ -64,6 +69,7 @@ def configurations() -> Iterator[Configuration]:
     everything = frozenset(FACTORS)
     yield Configuration(PLAIN, frozenset())
     yield Configuration(FULL, everything)
+    yield Configuration(PLAIN_LARGER_CROPS, frozenset(), more=LARGER_CROPS)
     for factor in FACTORS:
         yield Configuration(f"without {factor}", everything - {factor})
     for factor in FACTORS:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ..job_queue import QueuedJob
 from ..run_files import PREDICTIONS_FILE, RESULT_FILE
 from ..significance import TaskScores, score_task
-from .design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN, UNTRAINED
+from .design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN, PLAIN_LARGER_CROPS, UNTRAINED
 from .judge import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
@@ -33,7 +33,10 @@ WHAT_TARGETS_SAY = (
     "*Target information* is what the teacher's targets of global crops tell of their picture at the last step, from 0 "
     "(the entropy wall or collapse: nothing is learned any more) to 1; *rank* that of the class tokens of a batch."
 )
-AROUND = ((PLAIN, f"{FULL} - {PLAIN}"), *((f"without {factor}", f"{FULL} - without {factor}") for factor in FACTORS))
+AROUND = (
+    *((other, f"{FULL} - {other}") for other in (PLAIN, PLAIN_LARGER_CROPS)),
+    *((f"without {factor}", f"{FULL} - without {factor}") for factor in FACTORS),
+)
 
 
 def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
