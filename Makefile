@@ -23,7 +23,7 @@ benchmark-demo: $(VENV)/ready
 
 # the published checkpoints, remade, as files of a release in dist/: the study's models of one seed
 release: $(VENV)/ready
-	$(BIN)/python -m training.study --only MammoDINO "plain DINOv2" --seeds 0 --num_proc 2 --output runs/release
+	$(BIN)/python -m training.study --size evening --only MammoDINO "plain DINOv2" --seeds 0 --num_proc 2 --output runs/release
 	$(BIN)/python -m training.release runs/release --model_cards model_cards
 
 test: $(VENV)/ready

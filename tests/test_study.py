@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -26,7 +27,7 @@ from training.evaluation.study.design import (
 )
 from training.evaluation.study.neighbours import RealSlices
 from training.recipe import load_recipe
-from training.study import SIZES, main
+from training.study import SIZES, call, main
 
 RECIPE = ["study_small", "--output_dir", "unused"]
 SMALL = ["--per_device_train_batch_size", "4", "--max_steps", "20"]
@@ -166,3 +167,11 @@ def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
     assert results == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert (tmp_path / "report.md").read_text() == page
     assert not list(Path(tmp_path).rglob("*.tmp"))
+
+
+def test_what_a_run_warns_of_is_passed_on(caplog):
+    said = "sys.stderr.write('\\rstep 3\\rstep 4 of 9]WARNING step 4: entropy wall: uniform\\nINFO fine\\n')"
+    call([sys.executable, "-c", f"import sys; {said}"], "plain DINOv2, seed 0")
+    assert caplog.messages == ["plain DINOv2, seed 0: step 4: entropy wall: uniform"]
+    with pytest.raises(ValueError, match="out of luck$"):
+        call([sys.executable, "-c", "raise SystemExit('out of luck')"], "corpus")

@@ -25,7 +25,7 @@ TASKS = ("density", "lesion", "cancer")
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.release", description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="output of training.study")
-    parser.add_argument("--size", choices=SIZES, default="hour", help="of the study (default %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="evening", help="of the study (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the study's seeds (default 0)")
     parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the archives (default dist)")
     parser.add_argument("--model_cards", type=Path, help="folder in which to put a copy of each card")

@@ -38,6 +38,8 @@ from .evaluation.study.judge import Judge
 from .evaluation.study.report import write_study
 from .recipe import Recipe, load_recipe
 
+logger = logging.getLogger(__name__)
+
 PROCESSES = "spawn"  # a fork of a process in which torch has run threads can hang
 FIRST_TEST_PATIENT = 1_000_000  # no patient is in both archives
 
@@ -73,7 +75,7 @@ class Study:
                 write_archive(self.labels(part).parent, count, 0, parameters, num_proc, first)
         if not self.corpus.exists():
             command = [sys.executable, "-m", "dataset_scripts.corpus", str(self.labels("train").parent)]
-            call([*command, "--output", str(self.corpus), "--collection", "phantom"])
+            call([*command, "--output", str(self.corpus), "--collection", "phantom"], "corpus")
 
     @cached_property
     def judge(self) -> Judge:
@@ -120,7 +122,7 @@ class Run:
     def __call__(self) -> None:
         command, steps = self.pretrain_command()
         if steps:
-            call(command)
+            call(command, self.name)
             encoder = MammoDinoModel.from_pretrained(self.encoder)
         else:
             set_seed(self.seed)
@@ -153,10 +155,10 @@ def summary(log: Path) -> dict[str, float]:
     return {name: value for name, value in steps[-1].items() if isinstance(value, int | float)}
 
 
-def call(command: list[str]) -> None:
+def call(command: list[str], name: str) -> None:
     """Runs a command quietly with one thread, so that several runs share the cores and each is the same run again.
 
-    Raises ValueError with its last words where it fails.
+    What it warns of, such as collapse, is passed on. Raises ValueError with its last words where it fails.
     """
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     # patients are hashed with a key; phantoms have nothing to hide, so theirs is written here
@@ -164,6 +166,10 @@ def call(command: list[str]) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{shown(command)}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    for line in done.stderr.splitlines():
+        _, is_warning, words = line.partition("WARNING ")  # after a bar of progress
+        if is_warning:
+            logger.warning("%s: %s", name, words)
 
 
 def work(runs: list[Run]) -> dict[str, str]:
