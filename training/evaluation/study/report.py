@@ -16,7 +16,7 @@ from .design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN, PLAIN_LARGER_CROPS,
 from .judge import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
-NEAR_SLICES = 10  # of BCS-DBT, whose slices are 1 mm apart: the reach of recipes/mammodino.yaml
+NEAR_SLICES = 10  # of BCS-DBT, whose slices are 1 mm apart: our choice
 MAIN_TASKS = tuple(task.name for task in TASKS.values() if "whole breast" not in task.name)
 ONE_ROW = (
     "A row, in another folder, to the last digit on the same machine; with `--real_slices DIR`, too, its figures on "
@@ -174,10 +174,9 @@ def real_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
         "",
         f"Neighbour consistency: {len(pairs)} pairs of slices of one volume, {pairs['distance_slices'].min()} to "
         f"{pairs['distance_slices'].max()} slices (mm) apart, of {pairs['patient'].nunique()} patients; {near.sum()} "
-        f"pairs, of {pairs['patient'][near].nunique()} patients, lie within the {NEAR_SLICES} mm that are neighbours "
-        "to the slice loss of `recipes/mammodino.yaml`. AUC of their cosine similarity over that of slices of other "
-        "patients, of the half that is nearest in density. Density is estimated from the picture: the collection does "
-        "not give it. Lesion: slices with a box "
+        f"pairs, of {pairs['patient'][near].nunique()} patients, lie within {NEAR_SLICES} mm. AUC of their cosine "
+        "similarity over that of slices of other patients, of the half that is nearest in density. Density is "
+        "estimated from the picture: the collection does not give it. Lesion: slices with a box "
         f"({first['num_with_lesion']}) against those without ({first['num_slices'] - first['num_with_lesion']}), k-NN, "
         "other patients; too few for an interval that says anything.",
         "",
