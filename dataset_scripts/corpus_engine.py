@@ -103,21 +103,22 @@ def _watched(progress: Callable[[], None]) -> Iterator[None]:
             children.update(multiprocess.active_children())
             died.extend(child.exitcode for child in children if child.exitcode not in (None, 0, -signal.SIGTERM))
             if died:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGUSR1)  # not SIGINT, which a shell's background jobs ignore
                 return
 
+    def stop(*_: Any) -> None:
+        raise ChildProcessError(f"a worker process died (signal {-died[0]}; 9 is often a lack of memory)")
+
+    before = signal.signal(signal.SIGUSR1, stop)
     watcher = threading.Thread(target=watch, daemon=True)
     _helpers_are_bound.set()
     watcher.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if died:
-            raise ChildProcessError(f"a worker process died (signal {-died[0]}; 9 is often a lack of memory)") from None
-        raise
     finally:
         done.set()
         watcher.join()
+        signal.signal(signal.SIGUSR1, before)
         _helpers_are_bound.clear()
     progress()
 

@@ -225,7 +225,11 @@ class KillsItself:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_stops_the_stage(tmp_path):
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["ctrl-c", "background"])
+def test_a_worker_that_dies_stops_the_stage(tmp_path, request, interrupts):
+    """Also in a shell's background, where the interrupt of Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, interrupts)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(ChildProcessError, match="signal 9"):
         run_stages([Stage("shards", KillsItself(), 2)], "local", 2, tmp_path / "logs", {})
 
