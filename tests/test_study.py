@@ -16,6 +16,7 @@ from training.evaluation.study.design import (
     FACTORS,
     FULL,
     FULL_EQUAL_IMAGES,
+    HAND_MADE,
     PLAIN,
     PLAIN_LARGER_CROPS,
     UNTRAINED,
@@ -35,7 +36,7 @@ SMALL = ["--per_device_train_batch_size", "4", "--max_steps", "20"]
 
 def test_each_idea_is_there_alone_and_left_out():
     found = {each.name: each for each in configurations()}
-    assert len(found) == 5 + 2 * len(FACTORS)
+    assert len(found) == 6 + 2 * len(FACTORS)
     assert found[PLAIN].on == frozenset() and found[FULL].on == frozenset(FACTORS) == found[FULL_EQUAL_IMAGES].on
     for factor in FACTORS:
         assert found[f"only {factor}"].on == {factor}
@@ -151,18 +152,18 @@ def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
                                              "slice_spacing_mm": 9.0},
     )  # fmt: skip
     monkeypatch.setitem(SIZES, "minutes", tiny)
-    arguments = ["--size", "minutes", "--output", str(tmp_path), "--only", PLAIN, FULL, UNTRAINED]
+    arguments = ["--size", "minutes", "--output", str(tmp_path), "--only", PLAIN, FULL, UNTRAINED, HAND_MADE]
     main(arguments)
     page = (tmp_path / "report.md").read_text()
     assert f"{FULL} - {PLAIN}" in page and "Research use only" in page and (tmp_path / "report.png").is_file()
     results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    assert len(results) == 3
+    assert len(results) == 4
     steps = {}
     for path in results:
         result = json.loads(path.read_text())
         steps[result["configuration"]] = result["steps"]
         assert ("python -m training.pretrain" in result["command"]) == (result["steps"] > 0)
-    assert steps[PLAIN] == 2 and steps[FULL] >= 1 and steps[UNTRAINED] == 0
+    assert steps[PLAIN] == 2 and steps[FULL] >= 1 and steps[UNTRAINED] == steps[HAND_MADE] == 0
     main(arguments)  # nothing is run again, and the page is the same
     assert results == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert (tmp_path / "report.md").read_text() == page

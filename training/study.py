@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,7 +33,9 @@ from .engine.export import image_processor
 from .engine.student_teacher import random_backbone
 from .evaluation.job_queue import run_jobs
 from .evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
-from .evaluation.study.design import SIZES, Configuration, Size, configurations, equal_compute_steps
+from .evaluation.study.design import HAND_MADE, SIZES, Configuration, Size, configurations, equal_compute_steps
+from .evaluation.study.features import features_of
+from .evaluation.study.hand_made import hand_made_features
 from .evaluation.study.judge import Judge
 from .evaluation.study.report import write_study
 from .recipe import Recipe, load_recipe
@@ -123,13 +125,12 @@ class Run:
         command, steps = self.pretrain_command()
         if steps:
             call(command, self.name)
-            encoder = MammoDinoModel.from_pretrained(self.encoder)
+        judge, real = self.study.judge, {}
+        if self.configuration.name == HAND_MADE:
+            predictions = judge.predictions(hand_made_features)
         else:
-            set_seed(self.seed)
-            encoder = random_backbone(self.study.recipe)
-        encoder.eval()
-        drops_background = "tissue tokens" in self.configuration.on
-        predictions = self.study.judge.predictions(encoder, drops_background)
+            sees = {"encoder": self.trained_or_random(), "drops_background": "tissue tokens" in self.configuration.on}
+            predictions, real = judge.predictions(partial(features_of, **sees)), judge.on_real_slices(**sees)
         result = {
             "configuration": self.configuration.name,
             "on": sorted(self.configuration.on),
@@ -141,11 +142,17 @@ class Run:
             "command": shown(command) if steps else "",
             "remade_by": f'python -m training.study --size {self.study.size_name} --only "{self.configuration.name}" '
             "--output ANOTHER",
-            "real": self.study.judge.on_real_slices(encoder, drops_background),
+            "real": real,
             "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")},
         }
         write_parquet(self.output_dir / PREDICTIONS_FILE, predictions)
         write_json(self.output_dir / RESULT_FILE, result)  # last: where it stands, the run is done
+
+    def trained_or_random(self) -> MammoDinoModel:
+        if self.configuration.is_trained:
+            return MammoDinoModel.from_pretrained(self.encoder).eval()
+        set_seed(self.seed)
+        return random_backbone(self.study.recipe).eval()
 
 
 def summary(log: Path) -> dict[str, float]:

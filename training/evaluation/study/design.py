@@ -22,6 +22,7 @@ FACTORS = {
     "tissue tokens": {"tissue_tokens": "false"},
 }
 UNTRAINED, PLAIN, FULL = "untrained", "plain DINOv2", "MammoDINO"
+HAND_MADE = "made by hand"  # features without an encoder: how much there is to see
 FULL_EQUAL_IMAGES = "MammoDINO, equal images"
 PLAIN_LARGER_CROPS = "plain DINOv2, larger crops"
 # the recipe's crops are chosen for all ideas together; by trials, plain DINOv2 does better with these
@@ -75,6 +76,7 @@ def configurations() -> Iterator[Configuration]:
     for factor in FACTORS:
         yield Configuration(f"only {factor}", frozenset({factor}))
     yield Configuration(UNTRAINED, everything, is_trained=False)  # random weights: what looking at pixels gives
+    yield Configuration(HAND_MADE, frozenset(), is_trained=False)
     yield Configuration(FULL_EQUAL_IMAGES, everything, equal_images=True)
 
 

@@ -39,8 +39,7 @@ def whole_slices(paths: Sequence[Path], image_processor: MammoDinoImageProcessor
 def features_of(encoder: MammoDinoModel, examples: Sequence[Example], drops_background: bool) -> np.ndarray:
     """(n, 3 * D) float32, a row a row of the table: class token, weighted mean of the patch tokens and their maximum
     where the weight is not 0; the mean over its examples. An encoder sees background where it did in pretraining."""
-    sums = np.zeros((1 + max(each.row for each in examples), 3 * encoder.config.hidden_size))
-    counts = np.zeros((len(sums), 1))
+    features = []
     for start in range(0, len(examples), BATCH_SIZE):
         batch = examples[start : start + BATCH_SIZE]
         pixel_values, tissue, weights = (
@@ -51,8 +50,13 @@ def features_of(encoder: MammoDinoModel, examples: Sequence[Example], drops_back
         registers = encoder.config.num_register_tokens
         patches = tokens[:, 1 + registers :]  # (B, N, D)
         highest = patches.masked_fill(weights.flatten(1)[:, :, None] == 0, -torch.inf).amax(dim=1)
-        pooled = torch.cat((pool_tokens(tokens, registers, weights), highest), dim=1)
-        for each, feature in zip(batch, pooled.double().numpy(), strict=True):
-            sums[each.row] += feature
-            counts[each.row] += 1
-    return (sums / counts).astype(np.float32)
+        features.append(torch.cat((pool_tokens(tokens, registers, weights), highest), dim=1).numpy())
+    return mean_of_rows(examples, np.concatenate(features))
+
+
+def mean_of_rows(examples: Sequence[Example], features: np.ndarray) -> np.ndarray:
+    """(n, D) float32 of (examples, D): the mean over the examples of each row."""
+    rows = np.array([each.row for each in examples])
+    sums = np.zeros((rows.max() + 1, features.shape[1]))
+    np.add.at(sums, rows, features.astype(np.float64))
+    return (sums / np.bincount(rows)[:, None]).astype(np.float32)

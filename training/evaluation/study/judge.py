@@ -1,6 +1,6 @@
 """Judging one encoder of the study: probes on held-out phantom patients, and what it makes of real slices."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from ..classifiers import logistic_regression, nearest_neighbours
 from ..labels import read_labels
 from ..metrics import auc
-from .features import features_of, whole_slices
+from .features import Example, whole_slices
 from .neighbours import RealSlices
 from .regions import regions
 
@@ -67,9 +67,9 @@ class Judge:
             RealSlices(real_slices / "slices.csv", real_slices / "slices", image_processor) if real_slices else None
         )
 
-    def predictions(self, encoder: MammoDinoModel, drops_background: bool) -> pandas.DataFrame:
+    def predictions(self, features_of: Callable[[Sequence[Example]], np.ndarray]) -> pandas.DataFrame:
         """A row a task, head and test volume: image_id, patient_id, label and p_0 .. p_3."""
-        features = {which: features_of(encoder, each, drops_background) for which, each in self.examples.items()}
+        features = {which: features_of(each) for which, each in self.examples.items()}
         found = [
             self._of_task(task, features["learn", task.seen], features["test", task.seen]) for task in TASKS.values()
         ]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ..job_queue import QueuedJob
 from ..run_files import PREDICTIONS_FILE, RESULT_FILE
 from ..significance import TaskScores, score_task
-from .design import FACTORS, FULL, FULL_EQUAL_IMAGES, PLAIN, PLAIN_LARGER_CROPS, UNTRAINED
+from .design import FACTORS, FULL, FULL_EQUAL_IMAGES, HAND_MADE, PLAIN, PLAIN_LARGER_CROPS, UNTRAINED
 from .judge import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
@@ -27,7 +27,8 @@ WHAT_IS_ASKED = (
     "asked of regions: of each lesion its box at its own slice, of breasts without one the box of another patient's "
     "lesion at the same place. *Cancer* (malignant or benign) and *lesion type* (of four) are asked of the lesions. "
     "Lesion and cancer of *whole breasts* stand in the tables of scores. A feature is the class token beside mean and "
-    "maximum of the patch tokens, of the breast or in the box. Encoders see background where they did in pretraining."
+    "maximum of the patch tokens, of the breast or in the box. Encoders see background where they did in pretraining. "
+    "*Made by hand*: figures of brightness, contrast and edges instead of features, to say how much there is to see."
 )
 WHAT_TARGETS_SAY = (
     "*Target information* is what the teacher's targets of global crops tell of their picture at the last step, from 0 "
@@ -105,7 +106,7 @@ def compared(names: list[str]) -> list[tuple[str, str, str]]:
     pairs = [(label, FULL, other) for other, label in AROUND]
     pairs += [(f"only {factor} - {PLAIN}", f"only {factor}", PLAIN) for factor in FACTORS]
     pairs += [(f"{FULL_EQUAL_IMAGES} - {PLAIN}", FULL_EQUAL_IMAGES, PLAIN), (f"{FULL} - {UNTRAINED}", FULL, UNTRAINED)]
-    pairs += [(f"{PLAIN} - {UNTRAINED}", PLAIN, UNTRAINED)]
+    pairs += [(f"{PLAIN} - {UNTRAINED}", PLAIN, UNTRAINED), (f"{HAND_MADE} - {FULL}", HAND_MADE, FULL)]
     return [(label, a, b) for label, a, b in pairs if a in names and b in names]
 
 
@@ -186,6 +187,8 @@ def real_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
     ]
     for name in names:
         of_name = [each for each in results[results["configuration"] == name]["real"] if each]
+        if not of_name:
+            continue
         frames = [pandas.DataFrame(each["neighbours"]) for each in of_name]
         means = pandas.concat(frames)[["ordering_auc", "similarity", "nearest_other"]].mean()
         worst = min(frame["ordering_auc"].min() for frame in frames)
