@@ -36,7 +36,8 @@ AS_STORED = {"apply_modality_lut": False, "apply_voi": False, "invert_monochrome
 def locate(index: pandas.DataFrame, data_dir: Path) -> pandas.DataFrame:
     """The index with `path` as it is on disk and, where the masks are there, `boxes`.
 
-    An image that is not found keeps the path of the case files, which is not there.
+    An image that is not found keeps the path of the case files, which is not there. Boxes are one for each abnormality,
+    None where a mask of an image is missing or does not fit: counted and logged. A mask is read once (CACHE).
     """
     data_dir = Path(data_dir)
     cases, folders = read_cases(data_dir), subject_folders(data_dir, COLLECTION)
@@ -49,16 +50,6 @@ def locate(index: pandas.DataFrame, data_dir: Path) -> pandas.DataFrame:
         paths.append(relative(found, data_dir) if found else stated)
     located = index.assign(path=pandas.array(paths, dtype="string"))
     return located.assign(boxes=pandas.Series(_boxes(located, data_dir, cases, folders), index.index, dtype=object))
-
-
-def read_boxes(index: pandas.DataFrame, data_dir: Path) -> pandas.Series:
-    """Lists of Box, one for each abnormality of an image; None where a mask of it is missing or does not fit.
-
-    `index` is one that `locate` made. Masks that were read before are not read again (CACHE). What could not be used
-    is counted and logged.
-    """
-    cases, folders = read_cases(data_dir), subject_folders(data_dir, COLLECTION)
-    return pandas.Series(_boxes(index, Path(data_dir), cases, folders), index.index, dtype=object)
 
 
 def _full_mammogram(folder: Path | None) -> Path | None:

@@ -10,7 +10,7 @@ from dicom_builders import CAPTURE, build, save
 
 from dataset_scripts import cbis_ddsm_boxes
 from dataset_scripts.cbis_ddsm import BENCHMARK, PUBLISHED, count, read_index
-from dataset_scripts.cbis_ddsm_boxes import CACHE, locate, read_boxes
+from dataset_scripts.cbis_ddsm_boxes import CACHE, locate
 from dataset_scripts.cbis_ddsm_cases import FILES, read_cases
 
 SHAPE = (40, 30)
@@ -172,10 +172,10 @@ def test_files_are_found_and_boxes_are_those_of_the_masks(collection, caplog):
 def test_masks_are_read_once(collection, monkeypatch):
     index = locate(read_index(collection), collection)
     monkeypatch.setattr(cbis_ddsm_boxes, "iter_slices", None)
-    assert read_boxes(index, collection).tolist() == index["boxes"].tolist()
+    assert locate(index, collection)["boxes"].tolist() == index["boxes"].tolist()
     (collection / CACHE).write_text("[damaged")
     with pytest.raises(TypeError):
-        read_boxes(index, collection)
+        locate(index, collection)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,8 @@ def test_a_replaced_mask_is_read_again(collection):
     folder = collection / "CBIS-DDSM/Mass-Training_P_1_LEFT_CC_1/study/series"
     capture(folder, "1-1.dcm", np.full((9, 9), 80, np.uint8), ROI)
     capture(folder, "1-2.dcm", mask_of((0, 2), (0, 3)), ROI)
-    assert read_boxes(index, collection)[0][0] == {"x0": 0, "y0": 0, "x1": 3, "y1": 2, "slice": -1, "label": "mass"}
+    first = locate(index, collection)["boxes"][0][0]
+    assert first == {"x0": 0, "y0": 0, "x1": 3, "y1": 2, "slice": -1, "label": "mass"}
 
 
 def test_a_folder_that_cannot_be_written_is_said(collection, monkeypatch, caplog):

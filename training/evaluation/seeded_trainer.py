@@ -4,17 +4,43 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .finetuning.feature_cache import worker_options
 from .finetuning.pictures import SeededSampler
 
 logger = logging.getLogger(__name__)
+
+
+def epoch_arguments(settings: Any, folder: Path, **more: Any) -> TrainingArguments:
+    """A cosine schedule, and an evaluation and a checkpoint an epoch in `folder`. Fields of the dataclass `settings`
+    that carry a name of TrainingArguments mean the same; `more` goes before them."""
+    names = {field.name for field in fields(TrainingArguments)}
+    arguments = TrainingArguments(
+        **{name: value for name, value in asdict(settings).items() if name in names}
+        | {
+            "output_dir": str(folder),
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": settings.warmup_fraction,
+            "use_cpu": not torch.accelerator.is_available(),  # said aloud, or bf16 is refused
+            "logging_strategy": "epoch",
+            "report_to": "none",
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+        }
+        | more
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # slices of an image and lists of boxes are not split over GPUs
+    return arguments
 
 
 class SeededTrainer(Trainer):

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import RTDetrForObjectDetection, TrainingArguments, set_seed
+from transformers import RTDetrForObjectDetection, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from ..finetuning.pictures import SeededSampler
-from ..seeded_trainer import SeededTrainer, find_checkpoint, read_state
+from ..seeded_trainer import SeededTrainer, epoch_arguments, find_checkpoint, read_state
 from .data import DetectionPictures, collate_pictures, to_corners
 from .detector import cell_loss
 from .metrics import FALSE_POSITIVES, Found, average_precision, coco_matches, froc_marks, sensitivity_at
@@ -58,30 +58,12 @@ def train_detector(
 
     A checkpoint an epoch stands in `folder`. Called again after a kill, it goes on from the last whole one.
     """
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        eval_strategy="epoch",
-        save_strategy="epoch",
+    arguments = epoch_arguments(
+        settings,
+        folder,
         save_total_limit=1,
-        num_train_epochs=settings.num_train_epochs,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        per_device_eval_batch_size=settings.per_device_eval_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_fraction,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # said aloud, or bf16 is refused
-        dataloader_num_workers=settings.dataloader_num_workers,
-        seed=settings.seed,
-        logging_strategy="epoch",
-        report_to="none",
-        remove_unused_columns=False,
-        label_names=["labels"],
         eval_do_concat_batches=False,  # boxes differ in number
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # labels are lists, which are not split over GPUs
     set_seed(settings.seed)
     canvas = train.maker.canvas
     trainer = DetectionTrainer(

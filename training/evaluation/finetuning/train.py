@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..evaluate_metrics import MammographyScores
-from ..seeded_trainer import SeededTrainer, find_checkpoint, read_state
+from ..seeded_trainer import SeededTrainer, epoch_arguments, find_checkpoint, read_state
 from .image_classifier import ImageClassifier
 from .pictures import LabelledImages, SeededSampler, collate_images
 from .settings import LEARNING_RATES, FinetuneSettings
@@ -33,36 +32,17 @@ def train_classifier(
     A checkpoint an epoch stands in `folder`. Called again after a kill, it goes on from the last whole one, and repeats
     no epoch; what comes out is the same.
     """
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        eval_strategy="epoch",
-        save_strategy="epoch",
+    arguments = epoch_arguments(
+        settings,
+        folder,
+        learning_rate=settings.learning_rate or LEARNING_RATES[settings.mode],
         save_total_limit=2,  # the best is kept beside
         load_best_model_at_end=True,
-        metric_for_best_model=settings.metric_for_best_model,
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,  # the patience that is left
-        num_train_epochs=settings.num_train_epochs,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        per_device_eval_batch_size=settings.per_device_eval_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate or LEARNING_RATES[settings.mode],
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_fraction,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # said aloud, or bf16 is refused
-        dataloader_num_workers=settings.dataloader_num_workers,
-        seed=settings.seed,
-        logging_strategy="epoch",
         logging_nan_inf_filter=False,
-        report_to="none",
-        remove_unused_columns=False,
-        label_names=["labels"],
     )
     metric = f"eval_{settings.metric_for_best_model}"
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # slices of an image are not split over GPUs
     set_seed(settings.seed)
     trainer = SeededTrainer(
         classifier,

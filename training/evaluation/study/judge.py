@@ -25,6 +25,7 @@ class StudyTask(NamedTuple):
     column: str  # of the phantom's labels
     seen: str  # "breast": slices of the whole volume, or "region": the lesion's own place
     of_lesions: bool = False  # whether breasts without a lesion are left out
+    is_main: bool = True  # whether differences are shown
 
 
 TASKS = {
@@ -34,8 +35,8 @@ TASKS = {
         StudyTask("lesion", "lesion", "region"),
         StudyTask("cancer", "cancer", "region", of_lesions=True),
         StudyTask("lesion_type", "lesion_type", "region", of_lesions=True),
-        StudyTask("lesion, whole breast", "lesion", "breast"),
-        StudyTask("cancer, whole breast", "cancer", "breast"),
+        StudyTask("lesion, whole breast", "lesion", "breast", is_main=False),
+        StudyTask("cancer, whole breast", "cancer", "breast", is_main=False),
     )
 }
 COLUMNS = ["kind", "lesion_slice", "x0", "y0", "x1", "y1", *dict.fromkeys(task.column for task in TASKS.values())]

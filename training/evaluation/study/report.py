@@ -17,7 +17,7 @@ from .judge import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
 NEAR_SLICES = 10  # of BCS-DBT, whose slices are 1 mm apart: our choice
-MAIN_TASKS = tuple(task.name for task in TASKS.values() if "whole breast" not in task.name)
+MAIN_TASKS = tuple(task.name for task in TASKS.values() if task.is_main)
 ONE_ROW = (
     "A row, in another folder, to the last digit on the same machine; with `--real_slices DIR`, too, its figures on "
     "real slices:"
