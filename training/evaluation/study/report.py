@@ -208,8 +208,8 @@ def command_lines(results: pandas.DataFrame) -> list[str]:
 
 
 def draw_differences(scores: dict[tuple[str, str], TaskScores], names: list[str], output: Path) -> None:
-    """Differences with their intervals, a panel a task, linear head."""
-    rows = compared(names)
+    """Differences between encoders with their intervals, a panel a task, linear head."""
+    rows = [each for each in compared(names) if HAND_MADE not in each]  # so far away that it would hide the others
     figure = Figure(figsize=(3.1 * len(MAIN_TASKS) + 2.5, 0.42 * len(rows) + 1.4), layout="constrained")
     panels = figure.subplots(1, len(MAIN_TASKS), sharey=True, squeeze=False)[0]
     for panel, task in zip(panels, MAIN_TASKS, strict=True):
