@@ -79,7 +79,11 @@ def test_the_report_says_what_came_out_also_when_it_disappoints():
     worse, chance = made_up_results(-0.3, -0.1), made_up_results(-0.1, 0.1)
     assert "worse than plain DINOv2 on lesion" in verdict(worse["tasks"])
     assert verdict(chance["tasks"]) == "No difference here excludes zero."
-    text = report(worse, [("python -m x", 3.0)], seed=4)
+    text = report(worse, [("python -m x", 3.0)], seed=4, plain_steps=350)
     assert (
-        "simulated" in text and "One seed (4)" in text and "-0.200 [-0.300, -0.100]" in text and "200 held-out" in text
+        "simulated" in text
+        and "One seed (4)" in text
+        and "350 steps to our" in text
+        and "-0.200 [-0.300, -0.100]" in text
+        and "200 held-out" in text
     )
