@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -129,8 +129,9 @@ class Run:
         if self.configuration.name == HAND_MADE:
             predictions = judge.predictions(hand_made_features)
         else:
-            sees = {"encoder": self.trained_or_random(), "drops_background": "tissue tokens" in self.configuration.on}
-            predictions, real = judge.predictions(partial(features_of, **sees)), judge.on_real_slices(**sees)
+            encoder, drops_background = self.trained_or_random(), "tissue tokens" in self.configuration.on
+            predictions = judge.predictions(lambda examples: features_of(encoder, examples, drops_background))
+            real = judge.on_real_slices(encoder, drops_background)
         result = {
             "configuration": self.configuration.name,
             "on": sorted(self.configuration.on),
