@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+# patients are hashed with a key; the phantoms have nothing to hide, so theirs is written here
+KEY = "the key of simulated patients"
+
 
 class Chain:
     """Runs commands, timed; stops with the command's own words where one fails."""
@@ -21,8 +24,7 @@ class Chain:
         line = shown(command) + (f"    # {processes} processes" if processes > 1 else "")
         print(f"\n$ {line}", flush=True)
         started = time.monotonic()
-        # patients are hashed with a key; the phantoms have nothing to hide, so theirs is written here
-        environment = {**os.environ, "MAMMODINO_HASH_KEY": "demo", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, "MAMMODINO_HASH_KEY": KEY, "TOKENIZERS_PARALLELISM": "false"}
         if processes > 1:  # each gets its share of the cores
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
         running = [subprocess.Popen(command, env=environment) for _ in range(processes)]
