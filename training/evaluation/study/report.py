@@ -222,6 +222,7 @@ def draw_differences(scores: dict[tuple[str, str], TaskScores], names: list[str]
         panel.set_title(task, fontsize=10)
         panel.set_xlabel("difference in AUC", fontsize=9)
         panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=5)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     panels[0].set_yticks(range(len(rows)), [label for label, _, _ in rows], fontsize=8)
