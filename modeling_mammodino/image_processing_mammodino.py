@@ -11,11 +11,9 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from .dicom import Mammogram, count_slices, is_dicom, iter_slices
-from .dicom_series import iter_series
-from .errors import ImageRefused
-from .image_file import ImageFile
-from .pictures import GreyPicture, read_picture, to_grey_plane
+from .breast_segmentation import patch_tissue
+from .dicom import Mammogram, count_slices, is_dicom, iter_series, iter_slices
+from .image_io import GreyPicture, ImageFile, ImageRefused, read_picture, to_grey_plane
 from .rendering import (
     Rendered,
     RenderPlan,
@@ -27,7 +25,6 @@ from .rendering import (
     render,
     standardize,
 )
-from .tissue import patch_tissue
 
 # a volume's plan is made from this many slices, evenly spaced through it
 PLAN_SLICES = 5

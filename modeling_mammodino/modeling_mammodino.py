@@ -1,27 +1,253 @@
 """The MammoDINO encoder: a ViT with registers in which background costs nothing."""
+# MERGED: Building blocks of the MammoDINO vision transformer.
+#
+# Parameter names are those of a Dinov2-with-registers checkpoint on disk (transformers writes these names in every
+# version), so that either implementation opens the other's weights. The blocks are self-contained because the in-memory
+# names of the native classes change between transformers versions.
+#
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutput,
     BaseModelOutputWithPooling,
     ImageClassifierOutput,
 )
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mammodino import MammoDinoConfig
-from .layers_mammodino import (
-    MammoDinoEmbeddings,
-    MammoDinoLayer,
-    MammoDinoLayerScale,
-    MammoDinoSelfAttention,
-)
 from .tissue_tokens import TissueTokens, select_tokens
+
+
+def as_pair(value) -> tuple[int, int]:
+    """An int or a pair of ints, as (height, width)."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class MammoDinoPatchEmbeddings(nn.Module):
+    """Pixels (B, C, H, W) to patch embeddings (B, N, D)."""
+
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__()
+        self.image_size = as_pair(config.image_size)
+        self.patch_size = as_pair(config.patch_size)
+        self.num_channels = config.num_channels
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, stride=self.patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values must have shape (B, {self.num_channels}, H, W); got {tuple(pixel_values.shape)}. "
+                "MammoDinoImageProcessor makes them from any picture."
+            )
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class MammoDinoEmbeddings(nn.Module):
+    """Class, register and patch tokens with position embeddings: (B, C, H, W) to (B, 1 + R + N, D)."""
+
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__()
+        self.patch_embeddings = MammoDinoPatchEmbeddings(config)
+        (height, width), (patch_height, patch_width) = as_pair(config.image_size), as_pair(config.patch_size)
+        self.stored_grid = (height // patch_height, width // patch_width)
+        num_patches = self.stored_grid[0] * self.stored_grid[1]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, config.hidden_size))
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches + 1, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.interpolate_antialias = config.interpolate_antialias
+        self.interpolate_offset = config.interpolate_offset
+
+    def interpolate_position_embeddings(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Position embeddings (1, 1 + h*w, D) for a patch grid (h, w): bicubic in float32, as `config` says
+        (facebookresearch/dinov2, dinov2/models/vision_transformer.py, interpolate_pos_encoding)."""
+        if grid == self.stored_grid:
+            return self.position_embeddings
+        cls_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        patch_positions = patch_positions.reshape(1, *self.stored_grid, -1).permute(0, 3, 1, 2)
+        target: dict = {"size": grid}
+        if self.interpolate_offset:  # the sampled points then differ from those of size=
+            ratios = zip(grid, self.stored_grid, strict=True)
+            target = {"scale_factor": tuple((wanted + self.interpolate_offset) / stored for wanted, stored in ratios)}
+        patch_positions = nn.functional.interpolate(
+            patch_positions.float(), mode="bicubic", antialias=self.interpolate_antialias, **target
+        ).to(patch_positions.dtype)
+        return torch.cat((cls_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+        batch_size, _, height, width = pixel_values.shape
+        patch_height, patch_width = self.patch_embeddings.patch_size
+        embeddings = self.patch_embeddings(pixel_values)  # (B, N, D)
+        if bool_masked_pos is not None:
+            mask_token = self.mask_token.to(embeddings.dtype)
+            embeddings = torch.where(bool_masked_pos.flatten(1).unsqueeze(-1), mask_token, embeddings)
+        cls_tokens = self.cls_token.expand(batch_size, -1, -1)
+        embeddings = torch.cat((cls_tokens, embeddings), dim=1)
+        embeddings = embeddings + self.interpolate_position_embeddings((height // patch_height, width // patch_width))
+        registers = self.register_tokens.expand(batch_size, -1, -1)  # registers carry no position
+        embeddings = torch.cat((embeddings[:, :1], registers, embeddings[:, 1:]), dim=1)
+        return self.dropout(embeddings)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class MammoDinoSelfAttention(nn.Module):
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__()
+        self.config = config
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_size**-0.5
+        self.is_causal = False
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        lengths: list[int] | None = None,
+        **kwargs,
+    ):
+        """hidden_states (B, T, D); with `lengths`, (1, T, D), images packed in one row that must not see each other."""
+        batch_size, length, _ = hidden_states.shape
+        implementation = self.config._attn_implementation
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attention = partial(
+            interface,
+            self,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))
+        heads = [states.view(batch_size, length, -1, self.head_size).transpose(1, 2) for states in projections]
+        if lengths is None:
+            context, weights = attention(*heads, attention_mask=attention_mask)
+        else:
+            images = zip(*(states.split(lengths, dim=2) for states in heads), strict=True)
+            contexts = [attention(*image, attention_mask=None)[0] for image in images]
+            context, weights = torch.cat(contexts, dim=1) if len(contexts) > 1 else contexts[0], None
+        return context.reshape(batch_size, length, -1), weights
+
+
+class MammoDinoSelfOutput(nn.Module):
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dense(hidden_states)
+
+
+class MammoDinoAttention(nn.Module):
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__()
+        self.attention = MammoDinoSelfAttention(config)
+        self.output = MammoDinoSelfOutput(config)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        return self.output(self.attention(hidden_states, attention_mask, **kwargs)[0])
+
+
+class MammoDinoLayerScale(nn.Module):
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__()
+        self.lambda1 = nn.Parameter(config.layerscale_value * torch.ones(config.hidden_size))
+
+    def forward(self, update: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The scaled update, added to the residual in the same pass where one is given."""
+        return update * self.lambda1 if residual is None else torch.addcmul(residual, update, self.lambda1)
+
+
+class MammoDinoMLP(nn.Module):
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__()
+        hidden_features = config.hidden_size * config.mlp_ratio
+        self.fc1 = nn.Linear(config.hidden_size, hidden_features)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(hidden_features, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class MammoDinoSwiGLUFFN(nn.Module):
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__()
+        hidden_features = (int(config.hidden_size * config.mlp_ratio * 2 / 3) + 7) // 8 * 8
+        self.weights_in = nn.Linear(config.hidden_size, 2 * hidden_features)
+        self.weights_out = nn.Linear(hidden_features, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, value = self.weights_in(hidden_states).chunk(2, dim=-1)
+        return self.weights_out(nn.functional.silu(gate) * value)
+
+
+class MammoDinoLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block. Stochastic depth runs each branch on a random subset of the batch and scales it up,
+    which saves the dropped share of the compute (dinov2/layers/block.py, drop_add_residual_stochastic_depth)."""
+
+    def __init__(self, config: MammoDinoConfig):
+        super().__init__()
+        self.drop_path_rate = config.drop_path_rate
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = MammoDinoAttention(config)
+        self.layer_scale1 = MammoDinoLayerScale(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MammoDinoSwiGLUFFN(config) if config.use_swiglu_ffn else MammoDinoMLP(config)
+        self.layer_scale2 = MammoDinoLayerScale(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        def attend(states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+            mask = attention_mask if attention_mask is None else attention_mask[rows]
+            return self.attention(self.norm1(states), mask, **kwargs)
+
+        def mix(states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+            return self.mlp(self.norm2(states))
+
+        hidden_states = self.add_residual(hidden_states, attend, self.layer_scale1)
+        return self.add_residual(hidden_states, mix, self.layer_scale2)
+
+    def add_residual(self, states: torch.Tensor, branch: Callable, scale: MammoDinoLayerScale) -> torch.Tensor:
+        if not self.training or self.drop_path_rate == 0:
+            return scale(branch(states, slice(None)), residual=states)
+        batch_size = states.shape[0]
+        kept = max(int(batch_size * (1 - self.drop_path_rate)), 1)
+        rows = torch.randperm(batch_size, device=states.device)[:kept]
+        update = scale(branch(states[rows], rows)).to(states.dtype)
+        return torch.index_add(states, 0, rows, update, alpha=batch_size / kept)
 
 
 class MammoDinoPreTrainedModel(PreTrainedModel):
@@ -241,8 +467,13 @@ class MammoDinoForImageClassification(MammoDinoPreTrainedModel):
 
 __all__ = [
     "MammoDinoBackbone",
+    "MammoDinoEmbeddings",
     "MammoDinoForImageClassification",
+    "MammoDinoLayer",
+    "MammoDinoLayerScale",
     "MammoDinoModel",
     "MammoDinoPreTrainedModel",
+    "MammoDinoSelfAttention",
+    "as_pair",
     "pool_tokens",
 ]

@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import ImageRefused
-from .pictures import CLIPPED_REMEDY
-from .tissue import LOW_CONFIDENCE, THUMBNAIL_PX, breast_box, chest_wall_side
-from .tissue_finders import TISSUE_FINDERS
+from .breast_segmentation import LOW_CONFIDENCE, THUMBNAIL_PX, TISSUE_FINDERS, breast_box, chest_wall_side
+from .image_io import CLIPPED_REMEDY, ImageRefused
 
 try:
     import cv2

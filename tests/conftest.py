@@ -75,7 +75,7 @@ def breast() -> np.ndarray:
 @pytest.fixture(scope="session")
 def phantom_archive(tmp_path_factory) -> Path:
     """Twelve simulated patients as DICOM, a DBT volume and a mammogram each."""
-    from dataset_scripts.phantom import PhantomParameters, write_archive
+    from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 
     folder = tmp_path_factory.mktemp("phantom")
     parameters = PhantomParameters(num_slices=6, height_px=128, width_px=96, pixel_spacing_mm=1.4, slice_spacing_mm=6.0)
@@ -85,7 +85,7 @@ def phantom_archive(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def phantom_corpus(phantom_archive, tmp_path_factory) -> Path:
-    from dataset_scripts.corpus import build_corpus
+    from dataset_scripts.corpus.build import build_corpus
     from modeling_mammodino import MammoDinoImageProcessor
 
     folder = tmp_path_factory.mktemp("built") / "corpus"

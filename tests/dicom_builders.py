@@ -7,11 +7,10 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import get_decoder, set_pixel_data
 
-from dataset_scripts.phantom import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
-from dataset_scripts.phantom_dicom import BreastInfo, mammogram_dataset, tomosynthesis_dataset
-from dataset_scripts.phantom_encoding import check_encoder, encode
+from dataset_scripts.phantom.archive import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
+from dataset_scripts.phantom.dicom import BreastInfo, check_encoder, encode, mammogram_dataset, tomosynthesis_dataset
 from modeling_mammodino.dicom import read_mammogram
-from modeling_mammodino.errors import ImageRefused
+from modeling_mammodino.image_io import ImageRefused
 
 SOP = "1.2.840.10008.5.1.4.1.1."
 MAMMOGRAPHY, PROCESSING, TOMOSYNTHESIS, PROJECTION, CT, CAPTURE = (

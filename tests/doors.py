@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, pipeline  # noqa: E402
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 
 FOLDER, REMOTE = Path(sys.argv[1]), sys.argv[2] == "remote"
 if REMOTE:
@@ -20,8 +22,6 @@ if REMOTE:
 else:
     import modeling_mammodino  # noqa: F401 (registers its classes)
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, pipeline  # noqa: E402
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 
 TRUST = {"trust_remote_code": REMOTE}
 ENCODER, CLASSIFIER = FOLDER / "encoder", FOLDER / "classifier"

@@ -26,13 +26,19 @@ import numpy as np
 import pydicom
 from pydicom.pixels import get_decoder
 
-from benchmarks.pictures import REAL_DATA
-from dataset_scripts.phantom import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
-from dataset_scripts.phantom_dicom import BreastInfo, mammogram_dataset, tomosynthesis_dataset
-from dataset_scripts.phantom_encoding import TRANSFER_SYNTAXES, encode, fit_pixel_format, set_voi
+from dataset_scripts.phantom.archive import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
+from dataset_scripts.phantom.dicom import (
+    TRANSFER_SYNTAXES,
+    BreastInfo,
+    encode,
+    fit_pixel_format,
+    mammogram_dataset,
+    set_voi,
+    tomosynthesis_dataset,
+)
 from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.errors import ImageRefused
-from modeling_mammodino.image_file import ImageFile
+from modeling_mammodino.image_io import ImageFile, ImageRefused
+from performance.pictures import REAL_DATA
 
 LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2**30
 ATTRIBUTES = (

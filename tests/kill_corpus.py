@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset_scripts.corpus_reader import MANIFEST
-from dataset_scripts.phantom import PhantomParameters, write_archive
+from dataset_scripts.corpus.reader import MANIFEST
+from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 
 CHECKOUT = Path(__file__).parents[1]
 

@@ -11,9 +11,10 @@ import argparse
 import logging
 from pathlib import Path
 
-from .evaluation.job_queue import run_jobs
-from .evaluation.suite.report import read_done, write_report
-from .evaluation.suite.suite import read_suite
+from training.evaluation.job_queue import run_jobs
+from training.evaluation.suite.report import read_done, write_report
+from training.evaluation.suite.suite import read_suite
+
 from .finetune import finetune
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from dataset_scripts.benchmark_index import TASKS
+from dataset_scripts.benchmarks.index import TASKS
+from training.evaluation.backbones.small import write_small_checkpoints
 
 from .chain import Chain
-from .evaluation.backbones.small import write_small_checkpoints
 
 NUM_PATIENTS = {"train": 240, "test": 160}
 FIRST_TEST_PATIENT = 10_000

@@ -16,7 +16,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from .engine.model_card import PHANTOM
+from training.pretraining.model_card import PHANTOM
+
 from .probe import UNTRAINED
 
 RESULTS_SECTION = re.compile(r"(?<=^## Results\n).*?(?=^## )", re.DOTALL | re.MULTILINE)

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from training.pretraining.recipe import load_recipe
+from training.studies.design import mean_step_flops
+
 from .chain import Chain
-from .evaluation.study.design import mean_step_flops
 from .probe import UNTRAINED, format_results
-from .recipe import load_recipe
 
 NUM_PRETRAINING_PATIENTS, NUM_TEST_PATIENTS = 300, 200
 FIRST_TEST_PATIENT = 10_000
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     volume = sorted((output / "test").rglob("*_dbt.dcm"))[0]
     chain.run(python, "-m", "training.preview", volume, "--output", output / "preview.png", "--recipe", "demo")
     chain.run(
-        python, "-m", "modeling_mammodino.cli", "inspect", volume, "--model", output / "mammodino" / "encoder",
+        python, "-m", "modeling_mammodino.tools.cli", "inspect", volume, "--model", output / "mammodino" / "encoder",
         "--output", output / "inspect.png",
     )  # fmt: skip
     chain.run(

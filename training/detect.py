@@ -22,19 +22,18 @@ from transformers import RTDetrForObjectDetection
 
 import modeling_mammodino
 from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.embed import find_device
-
-from .engine.cpu_memory import keep_freed_memory
-from .evaluation.detection.data import DetectionPictures, PictureMaker, render_training_pictures
-from .evaluation.detection.detector import build_detector, open_start
-from .evaluation.detection.drawings import draw_detections, draw_froc
-from .evaluation.detection.find_lesions import find_lesions, lesion_table, prediction_table
-from .evaluation.detection.metrics import Found, froc_marks, judge
-from .evaluation.detection.settings import DetectionSettings, parse_settings
-from .evaluation.detection.table import DetectionTable, load_boxes
-from .evaluation.detection.train import train_detector
-from .evaluation.result import PACKAGES
-from .evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
+from modeling_mammodino.tools.embed import find_device
+from training.evaluation.detection.data import DetectionPictures, PictureMaker, render_training_pictures
+from training.evaluation.detection.detector import build_detector, open_start
+from training.evaluation.detection.drawings import draw_detections, draw_froc
+from training.evaluation.detection.find_lesions import find_lesions, lesion_table, prediction_table
+from training.evaluation.detection.metrics import Found, froc_marks, judge
+from training.evaluation.detection.settings import DetectionSettings, parse_settings
+from training.evaluation.detection.table import DetectionTable, load_boxes
+from training.evaluation.detection.train import train_detector
+from training.evaluation.result import PACKAGES
+from training.evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
+from training.pretraining.compute import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

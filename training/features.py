@@ -11,10 +11,9 @@ import cv2
 import torch
 
 from modeling_mammodino import ImageRefused
-from modeling_mammodino.embed import open_encoder
-from modeling_mammodino.inspect_image import write_png
-
-from .engine.feature_picture import draw_features
+from modeling_mammodino.tools.embed import open_encoder
+from modeling_mammodino.tools.visualize import write_png
+from training.pretraining.feature_images import draw_features
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,24 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from dataset_scripts.benchmark_index import SPLITS
-from dataset_scripts.benchmark_task import TaskTable, load_task
-from modeling_mammodino.embed import find_device
-
-from .engine.cpu_memory import keep_freed_memory
-from .evaluation.backbones.registry import Backbone, load_backbone
-from .evaluation.evaluate_metrics import MammographyScores
-from .evaluation.finetuning.aggregation import is_ordered
-from .evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
-from .evaluation.finetuning.image_classifier import ImageClassifier, add_adapters, save_classifier
-from .evaluation.finetuning.linear_probe import LinearHead, balanced_weights, fit_linear_probe
-from .evaluation.finetuning.pictures import LabelledImages
-from .evaluation.finetuning.settings import FinetuneSettings, parse_settings
-from .evaluation.finetuning.train import train_classifier
-from .evaluation.metrics import metric_names
-from .evaluation.predictions import predict_levels, score_levels
-from .evaluation.result import describe_run, format_result
-from .evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
+from dataset_scripts.benchmarks.index import SPLITS
+from dataset_scripts.benchmarks.task import TaskTable, load_task
+from modeling_mammodino.tools.embed import find_device
+from training.evaluation.backbones.registry import Backbone, load_backbone
+from training.evaluation.evaluate_metrics import MammographyScores
+from training.evaluation.finetuning.aggregation import is_ordered
+from training.evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
+from training.evaluation.finetuning.image_classifier import ImageClassifier, add_adapters, save_classifier
+from training.evaluation.finetuning.linear_probe import LinearHead, balanced_weights, fit_linear_probe
+from training.evaluation.finetuning.pictures import LabelledImages
+from training.evaluation.finetuning.settings import FinetuneSettings, parse_settings
+from training.evaluation.finetuning.train import train_classifier
+from training.evaluation.metrics import metric_names
+from training.evaluation.predictions import predict_levels, score_levels
+from training.evaluation.result import describe_run, format_result
+from training.evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
+from training.pretraining.compute import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

@@ -14,19 +14,18 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import pyplot  # noqa: E402 (the backend is chosen first)
 from torch import nn
 from transformers import AutoConfig
 
 from modeling_mammodino import ImageRefused, MammoDinoForImageClassification
-from modeling_mammodino.embed import open_encoder
-
-from .evaluation.detection.data import LesionPicture, PictureMaker
-from .evaluation.finetuning.image_classifier import open_classifier
-from .evaluation.heat_maps import HeatMap, encode, heat_maps
-from .evaluation.run_files import write_whole
+from modeling_mammodino.tools.embed import open_encoder
+from training.evaluation.detection.data import LesionPicture, PictureMaker
+from training.evaluation.finetuning.image_classifier import open_classifier
+from training.evaluation.heat_maps import HeatMap, encode, heat_maps
+from training.evaluation.run_files import write_whole
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 (the backend is chosen first)
 
 NOTICE = "For a look: not validated to show lesions. Research use only: not a medical device."
 

@@ -17,29 +17,33 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
 from torch.utils.data import DataLoader
 
-from dataset_scripts.corpus_copy import local_corpus
-from dataset_scripts.corpus_reader import Corpus
+from dataset_scripts.corpus.archive import local_corpus
+from dataset_scripts.corpus.reader import Corpus
+from training.pretraining.checkpoints import FiniteWatch
+from training.pretraining.compute import keep_freed_memory
+from training.pretraining.export import export_encoder
+from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
+from training.pretraining.losses.dino import dino_loss
+from training.pretraining.losses.gram import gram_loss
+from training.pretraining.losses.ibot import ibot_loss
+from training.pretraining.losses.koleo import koleo_loss
+from training.pretraining.losses.targets import TeacherTargets
+from training.pretraining.monitoring import Monitor, find_tracker
+from training.pretraining.networks import (
+    Batch,
+    GramTeacher,
+    Network,
+    compile_blocks,
+    load_former_run,
+    make_teacher,
+    shard,
+    update_teacher,
+)
+from training.pretraining.optimization import make_schedules, param_groups
+from training.pretraining.recipe import Recipe, load_recipe
+from training.pretraining.views.sample import NUM_GLOBAL_CROPS, PretrainingViews, collate
 
-from .engine import checkpoints
-from .engine.continued import load_former_run
-from .engine.cpu_memory import keep_freed_memory
-from .engine.export import export_encoder
-from .engine.finite import FiniteWatch
-from .engine.gram_teacher import GramTeacher
-from .engine.monitor import Monitor
-from .engine.param_groups import param_groups
-from .engine.schedules import make_schedules
-from .engine.sharding import shard
-from .engine.student_teacher import Batch, Network, compile_blocks, make_teacher, update_teacher
-from .engine.targets import TeacherTargets
-from .engine.trackers import find_tracker
-from .losses.adjacent_slice import adjacent_slice_loss
-from .losses.dino import dino_loss
-from .losses.gram import gram_loss
-from .losses.ibot import ibot_loss
-from .losses.koleo import koleo_loss
-from .recipe import Recipe, load_recipe
-from .views.sample import NUM_GLOBAL_CROPS, PretrainingViews, collate
+from .pretraining import checkpoints
 
 logger = logging.getLogger(__name__)
 

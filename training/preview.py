@@ -10,18 +10,17 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
+from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen first)
 
-from dataset_scripts.corpus_reader import TISSUE_CELL_PX
+from dataset_scripts.corpus.reader import TISSUE_CELL_PX
 from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
-from modeling_mammodino.tissue import patch_tissue
-
-from .recipe import Recipe, load_recipe
-from .views.crops import TissueTable, cut, tissue_aware_crops
-from .views.masks import block_mask, maskable_patches
-from .views.slices import SLICE_PAIRINGS
+from modeling_mammodino.breast_segmentation import patch_tissue
+from training.pretraining.recipe import Recipe, load_recipe
+from training.pretraining.views.crops import TissueTable, cut, tissue_aware_crops
+from training.pretraining.views.masks import block_mask, maskable_patches
+from training.pretraining.views.slices import SLICE_PAIRINGS
 
 matplotlib.use("Agg")
-from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen first)
 
 NUM_GLOBAL, NUM_LOCAL = 2, 8
 COLORS = {"global": "#ffb000", "local": "#4fc3f7", "mask": (220, 60, 60)}

@@ -18,11 +18,10 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-
-from .evaluation.classifiers import logistic_regression, nearest_neighbours
-from .evaluation.features import mean_features
-from .evaluation.labels import read_labels
-from .evaluation.metrics import bootstrap_auc
+from training.evaluation.classifiers import logistic_regression, nearest_neighbours
+from training.evaluation.features import mean_features
+from training.evaluation.labels import read_labels
+from training.evaluation.metrics import bootstrap_auc
 
 logger = logging.getLogger(__name__)
 

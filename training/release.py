@@ -13,9 +13,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+from training.evaluation.run_files import write_whole
+from training.studies.design import FULL, PLAIN, SIZES, configurations
+
 from .chain import Chain
-from .evaluation.run_files import write_whole
-from .evaluation.study.design import FULL, PLAIN, SIZES, configurations
 from .study import Run, Study
 
 CHECKPOINTS = {"mammodino-phantom-small": FULL, "dinov2-phantom-small": PLAIN}

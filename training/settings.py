@@ -1,7 +1,10 @@
-"""Typed settings: dataclasses whose fields say what they mean and may be, for HfArgumentParser and for YAML."""
+"""Numbers that depend on a seed and a counter alone."""
+# MERGED: Typed settings: dataclasses whose fields say what they mean and may be, for HfArgumentParser and for YAML.
 
 from dataclasses import field, fields
 from typing import Any
+
+import numpy as np
 
 
 class Range:
@@ -42,3 +45,12 @@ def check_values(section: Any) -> None:
                 raise ValueError(f"{each.name}={value!r}: must be of type {kind.__name__}")
             if allowed and element not in allowed:
                 raise ValueError(f"{each.name}={value!r}: must be {', '.join(map(str, allowed))}")
+
+
+# streams of the counter-based generator, so that order, masks and views never share numbers
+VIEWS_STREAM, ORDER_STREAM, MASK_STREAM, KIND_STREAM = 0, 1, 2, 3
+
+
+def generator(seed: int, stream: int, counter: int) -> np.random.Generator:
+    """numpy's Philox keyed by (seed, stream, counter): the same numbers in any process, worker or run."""
+    return np.random.Generator(np.random.Philox(key=[seed, (stream << 56) + counter]))

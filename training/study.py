@@ -24,21 +24,19 @@ import torch
 from accelerate.utils import set_seed
 from threadpoolctl import threadpool_limits
 
-from dataset_scripts.corpus_reader import Corpus
-from dataset_scripts.phantom import PhantomParameters, write_archive
+from dataset_scripts.corpus.reader import Corpus
+from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoModel
+from training.evaluation.job_queue import run_jobs
+from training.evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
+from training.pretraining.export import image_processor
+from training.pretraining.networks import random_backbone
+from training.pretraining.recipe import Recipe, load_recipe
+from training.studies.design import HAND_MADE, SIZES, Configuration, Size, configurations, equal_compute_steps
+from training.studies.readout import Judge, features_of, hand_made_features
+from training.studies.report import write_study
 
 from .chain import shown
-from .engine.export import image_processor
-from .engine.student_teacher import random_backbone
-from .evaluation.job_queue import run_jobs
-from .evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
-from .evaluation.study.design import HAND_MADE, SIZES, Configuration, Size, configurations, equal_compute_steps
-from .evaluation.study.features import features_of
-from .evaluation.study.hand_made import hand_made_features
-from .evaluation.study.judge import Judge
-from .evaluation.study.report import write_study
-from .recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
 

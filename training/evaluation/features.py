@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.file_embeddings import embed_files
+from modeling_mammodino.tools.features import embed_files
 
 
 def mean_features(

@@ -3,12 +3,18 @@
 import numpy as np
 import pandas
 
-from dataset_scripts.benchmark_index import SPLITS
+from dataset_scripts.benchmarks.index import SPLITS
+from training.evaluation.finetuning.aggregation import (
+    GROUPS,
+    group_labels,
+    groups_of,
+    max_probabilities,
+    mean_probabilities,
+)
+from training.evaluation.finetuning.attention_pooling import Bags, attention_probabilities, fit_attention
+from training.evaluation.finetuning.feature_cache import SliceFeatures
+from training.evaluation.finetuning.linear_probe import LinearHead, balanced_weights
 
-from .finetuning.aggregation import GROUPS, group_labels, groups_of, max_probabilities, mean_probabilities
-from .finetuning.attention_pooling import Bags, attention_probabilities, fit_attention
-from .finetuning.feature_cache import SliceFeatures
-from .finetuning.linear_probe import LinearHead, balanced_weights
 from .metrics import bootstrap, metric_names
 
 IDENTIFIERS = ["image_id", "breast_id", "patient_id"]

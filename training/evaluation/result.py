@@ -9,10 +9,9 @@ from typing import Any
 import pandas
 
 import modeling_mammodino
-from dataset_scripts.benchmark_task import TaskTable
-
-from .backbones.registry import Backbone
-from .finetuning.settings import FinetuneSettings
+from dataset_scripts.benchmarks.task import TaskTable
+from training.evaluation.backbones.registry import Backbone
+from training.evaluation.finetuning.settings import FinetuneSettings
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "scipy", "pandas")
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .finetuning.feature_cache import worker_options
-from .finetuning.pictures import SeededSampler
+from training.evaluation.finetuning.feature_cache import worker_options
+from training.evaluation.finetuning.pictures import SeededSampler
 
 logger = logging.getLogger(__name__)
 

@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
-
-# imported from its module: the top-level name is a dummy on transformers 5.17 without torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.picture_stream import PictureStream
+from modeling_mammodino.tools.features import PictureStream
 
 from .checkpoint_files import find_beside
+
+# imported from its module: the top-level name is a dummy on transformers 5.17 without torchvision
+
 
 logger = logging.getLogger(__name__)
 

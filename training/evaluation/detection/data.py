@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset_scripts.bcs_dbt import BcsDbtViews
-from dataset_scripts.corpus_reader import decode_png, encode_png
+from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews
+from dataset_scripts.corpus.reader import decode_png, encode_png
 from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino.breast_segmentation import patch_tissue
 from modeling_mammodino.dicom import frame_order, is_dicom
 from modeling_mammodino.rendering import Placement, place_on_canvas, standardize
-from modeling_mammodino.tissue import patch_tissue
+from training.settings import generator
 
-from ...views.randomness import generator
 from .table import BoxedImage
 
 logger = logging.getLogger(__name__)

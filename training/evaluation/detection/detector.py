@@ -17,7 +17,7 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection
 from transformers.loss.loss_for_object_detection import sigmoid_focal_loss
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.embed import open_encoder
+from modeling_mammodino.tools.embed import open_encoder
 
 from .backbone import DetectionBackboneConfig
 from .data import to_corners
@@ -75,7 +75,7 @@ def load_detector(folder: str | Path) -> tuple[RTDetrForObjectDetection, MammoDi
 def open_start(name: str, from_random: bool, seed: int) -> tuple[MammoDinoModel, MammoDinoImageProcessor]:
     """Encoder and image processor of a folder or Hub id; with `from_random` its architecture, untrained.
 
-    Raises as `modeling_mammodino.embed.open_encoder` does.
+    Raises as `modeling_mammodino.tools.embed.open_encoder` does.
     """
     encoder, processor = open_encoder(name)
     if from_random:

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen first)
 
-from ..run_files import write_whole
+from training.evaluation.run_files import write_whole
+
 from .data import PictureMaker
 from .metrics import FALSE_POSITIVES, Found, FrocMarks, froc_curve, sensitivity_at
 from .table import BoxedImage
 
 matplotlib.use("Agg")
-from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen first)
 
 TRUE_COLOR, PREDICTED_COLOR = "#4fc3f7", "#ffb000"
 NUM_WITH_LESION, NUM_WITHOUT, COLUMNS = 8, 4, 6

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import RTDetrForObjectDetection
 
 from modeling_mammodino import ImageRefused
+from training.evaluation.finetuning.feature_cache import unchanged, worker_options
 
-from ..finetuning.feature_cache import unchanged, worker_options
 from .data import LesionPicture, PictureMaker
 from .detector import detect
 from .metrics import Found, hits, merge_boxes

@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..metrics import Interval, bootstrap_weights, interval
+from training.evaluation.metrics import Interval, bootstrap_weights, interval
 
 FALSE_POSITIVES = (1, 2, 4)
 DEPTH_FRACTION = 0.25  # of the slices of a volume, before and after a lesion's: the DBTex challenge's rule

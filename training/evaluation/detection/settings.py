@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from ...settings import check_values, setting
+from training.settings import check_values, setting
+
 from .metrics import HITS
 
 

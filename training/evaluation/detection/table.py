@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas
 
-from dataset_scripts import bcs_dbt_index
-from dataset_scripts.bcs_dbt import BcsDbtViews
-from dataset_scripts.benchmark_index import SPLITS, Benchmark
-from dataset_scripts.benchmark_splits import complete_splits
-from dataset_scripts.benchmark_task import MISSING, find_files, located
+from dataset_scripts.benchmarks import bcs_dbt as bcs_dbt_index
 from dataset_scripts.benchmarks import get_benchmark
+from dataset_scripts.benchmarks.index import SPLITS, Benchmark
+from dataset_scripts.benchmarks.task import MISSING, complete_splits, find_files, located
+from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def load_boxes(
 
     An image whose boxes nobody noted is left out, unless it is known to hold no lesion; so is one that has a lesion
     and no box, or the other way round. Official splits stay; the others are held out as for any task. Arguments as
-    those of `dataset_scripts.benchmark_task.load_task`.
+    those of `dataset_scripts.benchmarks.task.load_task`.
 
     Raises FileNotFoundError or ValueError, before an image is opened, where there are no boxes, a split has none, or
     files are missing.

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import RTDetrForObjectDetection, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from ..finetuning.pictures import SeededSampler
-from ..seeded_trainer import SeededTrainer, epoch_arguments, find_checkpoint, read_state
+from training.evaluation.finetuning.pictures import SeededSampler
+from training.evaluation.seeded_trainer import SeededTrainer, epoch_arguments, find_checkpoint, read_state
+
 from .data import DetectionPictures, collate_pictures, to_corners
 from .detector import cell_loss
 from .metrics import FALSE_POSITIVES, Found, average_precision, coco_matches, froc_marks, sensitivity_at

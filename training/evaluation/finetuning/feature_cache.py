@@ -24,9 +24,8 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_mammodino import ImageRefused
-
-from ..backbones.registry import Backbone, Pictures
-from ..run_files import write_json, write_whole
+from training.evaluation.backbones.registry import Backbone, Pictures
+from training.evaluation.run_files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
 

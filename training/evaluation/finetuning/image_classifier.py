@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from modeling_mammodino import MammoDinoForImageClassification
+from training.evaluation.backbones.registry import Backbone, MammoDinoPictures, load_backbone
 
-from ..backbones.registry import Backbone, MammoDinoPictures, load_backbone
 from .settings import FinetuneSettings
 
 HEAD_FILE, BACKBONE_FILE, DESCRIPTION_FILE = "head.safetensors", "backbone.safetensors", "classifier.json"

@@ -8,9 +8,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from modeling_mammodino import ImageRefused
-
-from ...views.randomness import generator
-from ..backbones.registry import Pictures
+from training.evaluation.backbones.registry import Pictures
+from training.settings import generator
 
 FINETUNE_ORDER_STREAM, FINETUNE_AUGMENT_STREAM = 16, 17
 MAX_TURN_DEGREES, MAX_SCALE, MAX_SHIFT_FRACTION = 10.0, 0.1, 0.05

@@ -10,11 +10,10 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from dataset_scripts.benchmark_index import TASKS
-
-from ...settings import check_values, setting
-from ..backbones.registry import BACKBONES
-from ..metrics import METRICS
+from dataset_scripts.benchmarks.index import TASKS
+from training.evaluation.backbones.registry import BACKBONES
+from training.evaluation.metrics import METRICS
+from training.settings import check_values, setting
 
 MODES = ("frozen", "full", "lora")
 LEARNING_RATES = {"full": 5e-5, "lora": 5e-4}  # where learning_rate is 0

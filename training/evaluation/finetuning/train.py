@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..evaluate_metrics import MammographyScores
-from ..seeded_trainer import SeededTrainer, epoch_arguments, find_checkpoint, read_state
+from training.evaluation.evaluate_metrics import MammographyScores
+from training.evaluation.seeded_trainer import SeededTrainer, epoch_arguments, find_checkpoint, read_state
+
 from .image_classifier import ImageClassifier
 from .pictures import LabelledImages, SeededSampler, collate_images
 from .settings import LEARNING_RATES, FinetuneSettings

@@ -9,9 +9,9 @@ from typing import Any
 import pandas
 
 from dataset_scripts.benchmarks import get_benchmark
+from training.evaluation.run_files import read_json
+from training.evaluation.significance import TaskScores, holm, score_task
 
-from ..run_files import read_json
-from ..significance import TaskScores, holm, score_task
 from .article import PUBLISHED, published_table
 from .radar_plot import draw_radar
 from .suite import HEADLINE_METRICS, Job, Suite, SuiteTask

@@ -20,12 +20,11 @@ from typing import Any
 
 import yaml
 
-from dataset_scripts.benchmark_index import TASKS
-from dataset_scripts.benchmark_task import open_benchmark
-
-from ..backbones.registry import BACKBONES
-from ..finetuning.settings import FinetuneSettings
-from ..run_files import PREDICTIONS_FILE, RESULT_FILE
+from dataset_scripts.benchmarks.index import TASKS
+from dataset_scripts.benchmarks.task import open_benchmark
+from training.evaluation.backbones.registry import BACKBONES
+from training.evaluation.finetuning.settings import FinetuneSettings
+from training.evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE
 
 # what the tables show of a task. The article gives AUC for cancer and lesion and F1 for BI-RADS; for density it names
 # no metric, and lesion type has no published figure: macro AUC is our choice there

@@ -1,0 +1,258 @@
+"""A data set for one task: its labelled images with their files, classes and splits.
+
+task = load_task("phantom", "runs/demo/phantom", "cancer")
+task.table[task.table["split"] == "train"][["file", "label"]]
+"""
+# MERGED: The columns of an index as `datasets` knows them.
+# MERGED: Splits by patient: official ones stay, what is missing is held out of train, with every class in its share.
+#
+# Who is held out is a function of seed, patients and their labels: patients of a class are ordered by a hash of seed and
+# id, so that neither the order of rows nor the version of a library matters, and a patient more moves few others.
+#
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+
+from dataset_scripts.benchmarks import get_benchmark
+
+from .custom_csv import BENCHMARK as OWN_TABLE
+from .custom_csv import table_benchmark
+from .index import SCHEMA, SPLITS, Benchmark, Box, Definition
+
+_KINDS = {"string": datasets.Value("string"), "Int8": datasets.Value("int8")}
+_BOX = {int: datasets.Value("int32"), float: datasets.Value("float64"), str: datasets.Value("string")}
+_LISTS = {
+    "lesion_types": datasets.List(datasets.Value("string")),
+    "boxes": datasets.List({name: _BOX[kind] for name, kind in Box.__annotations__.items()}),
+}
+INDEX_FEATURES = datasets.Features(
+    {column: _LISTS[column] if kind == "object" else _KINDS[kind] for column, kind in SCHEMA.items()}
+)
+
+
+def to_rows(table: pandas.DataFrame) -> list[dict[str, Any]]:
+    """The rows of an index as dicts; missing cells are None."""
+    cells = table.astype(object)
+    return cells.where(table.notna(), None).to_dict("records")
+
+
+def complete_splits(
+    patients: pandas.Series,
+    labels: pandas.Series,
+    official: pandas.Series,
+    *,
+    seed: int,
+    validation_fraction: float,
+    test_fraction: float,
+) -> pandas.Series:
+    """The split of each row, one of SPLITS.
+
+    official: split of a row, all missing where the data set has none. test_fraction is of all patients, or of those in
+    train where only test is missing; validation_fraction is of the patients that then are in train.
+
+    Raises ValueError for a fraction outside 0..1, for rows with and without an official split, and where an official
+    split has a patient twice.
+    """
+    fractions = {"test": test_fraction, "validation": validation_fraction}
+    for name, fraction in fractions.items():
+        if not 0 < fraction < 1:
+            raise ValueError(f"{name}_fraction={fraction}: must be between 0 and 1")
+    if official.notna().any() and official.isna().any():
+        raise ValueError(f"split: {int(official.isna().sum())} rows without one beside rows with one; fill all or none")
+    split = official.astype("string").fillna("train")
+    for name, fraction in fractions.items():
+        if not (split == name).any():
+            rest = split == "train"
+            held_out = _held_out(patients[rest], labels[rest], fraction, seed)
+            split = split.mask(rest & patients.isin(held_out), name)
+    of_patient = split.groupby(patients).nunique()
+    if (of_patient > 1).any():
+        shared = of_patient.index[of_patient > 1]
+        raise ValueError(
+            f"split: {len(shared)} patients are in more than one of {', '.join(SPLITS)}, first {shared[0]}; "
+            "a patient belongs in one"
+        )
+    return split
+
+
+def _held_out(patients: pandas.Series, labels: pandas.Series, fraction: float, seed: int) -> set[str]:
+    """The share of each class' patients, at least one but never the last; a patient counts for its rarest class."""
+    by_label = patients.groupby(labels).nunique()
+    rarity = by_label.sort_index().sort_values(kind="stable").index
+    held_out: set[str] = set()
+    free = set(patients)
+    for label in rarity:
+        of_class = sorted(free & set(patients[labels == label]), key=lambda patient: _rank(seed, patient))
+        free -= set(of_class)
+        held_out.update(of_class[: min(max(1, round(fraction * len(of_class))), len(of_class) - 1)])
+    return held_out
+
+
+def _rank(seed: int, patient: str) -> bytes:
+    return hashlib.sha256(f"{seed} {patient}".encode()).digest()
+
+
+logger = logging.getLogger(__name__)
+
+MISSING = "image file missing"
+
+
+@dataclass(frozen=True, eq=False)
+class TaskTable:
+    """The labelled images of a task.
+
+    Attributes:
+        table: SCHEMA's columns, `file` (absolute path, str) and `label` (int, place in `classes`), a row an image, in
+            order of image_id. `split` is one of SPLITS in every row, and no patient is in two.
+        counts: per split "images", "breasts", "patients" and "classes" (images by class); "left_out": images by reason.
+        official: the splits that the data set itself has; the others were held out here.
+    """
+
+    table: pandas.DataFrame
+    classes: tuple[str, ...]
+    benchmark: Benchmark
+    definition: Definition
+    counts: dict[str, Any]
+    official: tuple[str, ...]
+
+
+def load_task(
+    name: str,
+    data_dir: str | Path,
+    task: str,
+    definition: str | None = None,
+    *,
+    seed: int = 0,
+    validation_fraction: float = 0.15,
+    test_fraction: float = 0.2,
+    allow_missing: bool = False,
+) -> TaskTable:
+    """The images of a data set that have a label of the task, split by patient.
+
+    Official splits stay; what is missing of them is held out of train by `complete_splits`, a function of `seed`, the
+    patients and their labels.
+
+    Args:
+        name: one of `BENCHMARKS`, or "table" for a table of one's own (`own_table`).
+        data_dir: its folder as downloaded, or the table.
+        task: one of TASKS. definition: what its classes mean; the data set's default where None.
+        allow_missing: leave images out whose file is not there, after the split, so that it stays the same.
+
+    Raises FileNotFoundError or ValueError, before an image is opened: for what cannot be read of the metadata, an
+    unknown name, missing image files, or a class that a split has no image of.
+    """
+    data_dir = Path(data_dir).absolute()
+    benchmark = open_benchmark(name, data_dir)
+    chosen = benchmark.definition(task, definition)
+    index = located(benchmark, data_dir)
+    label = class_numbers(chosen, index, benchmark.name)
+    has_split = index["split"].notna() | index["split"].isna().all()
+    left_out = {
+        "no label by this definition": int(label.isna().sum()),
+        "no official split": int((label.notna() & ~has_split).sum()),
+    }
+    kept = label.notna() & has_split
+    table = index[kept].assign(label=label[kept].astype("int64"))
+    table["split"] = complete_splits(
+        table["patient_id"],
+        table["label"],
+        table["split"],
+        seed=seed,
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+    )
+    is_there = find_files(table, data_dir, allow_missing)
+    left_out[MISSING] = int((~is_there).sum())
+    table = table[is_there].sort_values("image_id").reset_index(drop=True)
+    counts = _counts(table, chosen.classes) | {"left_out": {why: n for why, n in left_out.items() if n}}
+    _check_classes(counts, chosen, benchmark.name)
+    logger.info("%s, %s (%s): %s", benchmark.name, task, chosen.name, counts)
+    return TaskTable(table, chosen.classes, benchmark, chosen, counts, official_splits(index))
+
+
+def load_benchmark(
+    name: str, data_dir: str | Path, task: str, definition: str | None = None, **options: Any
+) -> datasets.DatasetDict:
+    """The same for code that takes `datasets`: train, validation and test, each with `file`, `label` (ClassLabel) and
+    SCHEMA's columns. Options and errors are those of `load_task`. For the pictures themselves: `benchmark_builder`."""
+    loaded = load_task(name, data_dir, task, definition, **options)
+    features = datasets.Features(
+        {"file": datasets.Value("string"), "label": datasets.ClassLabel(names=list(loaded.classes)), **INDEX_FEATURES}
+    )
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_list(to_rows(loaded.table[loaded.table["split"] == split]), features=features)
+            for split in SPLITS
+        }
+    )
+
+
+def open_benchmark(name: str, data_dir: Path) -> Benchmark:
+    """The data set of a name; for a table of one's own, with the definitions that its columns allow."""
+    return table_benchmark(data_dir) if name == OWN_TABLE.name else get_benchmark(name)
+
+
+def located(benchmark: Benchmark, data_dir: Path) -> pandas.DataFrame:
+    """The index, in order of image_id, with the column `file`: absolute paths, missing where no file is known."""
+    index = benchmark.read_index(data_dir)
+    if benchmark.locate is not None:
+        index = benchmark.locate(index, data_dir)
+    root = data_dir if data_dir.is_dir() else data_dir.parent
+    file = index["path"].map(lambda path: str(root / path), na_action="ignore").astype("string")
+    return index.assign(file=file).sort_values("image_id", ignore_index=True)
+
+
+def official_splits(index: pandas.DataFrame) -> tuple[str, ...]:
+    return tuple(split for split in SPLITS if (index["split"] == split).any())
+
+
+def find_files(table: pandas.DataFrame, data_dir: Path, allow_missing: bool) -> pandas.Series:
+    """Whether the file of each row is there. Raises ValueError where one is not, unless `allow_missing`."""
+    is_there = table["file"].map(lambda file: not pandas.isna(file) and Path(file).is_file()).astype(bool)
+    if not is_there.all() and not allow_missing:
+        first = table[~is_there].iloc[0]
+        where = f"of image {first['image_id']}" if pandas.isna(first["file"]) else first["file"]
+        raise ValueError(
+            f"{data_dir}: {int((~is_there).sum())} of {len(table)} image files are missing, first {where}; complete "
+            "the download, or leave them out with allow_missing"
+        )
+    return is_there
+
+
+def class_numbers(definition: Definition, index: pandas.DataFrame, name: str) -> pandas.Series:
+    """Place in the definition's classes of each row, Int64, missing where it has no label."""
+    label = definition.label(index)
+    if unknown := sorted(set(label.dropna()) - set(definition.classes)):
+        raise ValueError(f"{name}, {definition.task} ({definition.name}): {unknown[0]!r} is none of its classes")
+    places = {each: place for place, each in enumerate(definition.classes)}
+    return label.map(places, na_action="ignore").astype("Int64")
+
+
+def _counts(table: pandas.DataFrame, classes: tuple[str, ...]) -> dict[str, Any]:
+    counts: dict[str, Any] = {}
+    for split in SPLITS:
+        of = table[table["split"] == split]
+        counts[split] = {
+            "images": len(of),
+            "breasts": of["breast_id"].nunique(),
+            "patients": of["patient_id"].nunique(),
+            "classes": {name: int((of["label"] == place).sum()) for place, name in enumerate(classes)},
+        }
+    return counts
+
+
+def _check_classes(counts: dict[str, Any], definition: Definition, name: str) -> None:
+    for split in SPLITS:
+        for each, images in counts[split]["classes"].items():
+            if not images:
+                patients = sum(counts[other]["classes"][each] for other in SPLITS)
+                raise ValueError(
+                    f"{name}, {definition.task} ({definition.name}): no image of class {each!r} in {split}, "
+                    f"{patients} elsewhere; add patients of that class, or choose another definition or split"
+                )

@@ -1,0 +1,117 @@
+"""Is a labelled data set whole? What is on disk against what was published, and against its own metadata."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling_mammodino.image_io import DICOM_SUFFIXES, PICTURE_SUFFIXES
+
+from .index import Benchmark
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """What was compared, by the names of `Benchmark.published`.
+
+    Attributes:
+        counts: what is here, of what the metadata files that are here can tell.
+        images: in the index.
+        missing: images whose file is not here, by path, else by image_id.
+        shared: paths that more than one image has.
+        extra: image files that are not in the index, by path; masks, crops and other parts are among them.
+    """
+
+    benchmark: Benchmark
+    data_dir: Path
+    counts: dict[str, int]
+    images: int
+    missing: list[str]
+    shared: list[str]
+    extra: list[str]
+
+    @property
+    def faults(self) -> list[str]:
+        """A line each; empty where the data set is whole as far as it is there."""
+        return list(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        for name, published in self.benchmark.published.items():
+            if self.counts.get(name, published) != published:
+                yield f"{name}: {self.counts[name]} here, {published} published"
+        if len(self.missing) == self.images:
+            yield f"none of the {self.images} image files is here: {_first(self.missing)}"
+        elif self.missing:
+            yield f"{len(self.missing)} of {self.images} image files are missing: {_first(self.missing)}"
+        if self.shared:
+            yield f"{len(self.shared)} files are those of several images: {_first(self.shared)}"
+
+    @property
+    def lines(self) -> list[str]:
+        """What is as it should be, and what is no fault but good to know."""
+        published = self.benchmark.published
+        equal = [name for name in published if self.counts.get(name) == published[name]]
+        unknown = [name for name in published if name not in self.counts]
+        beside = [f"{name} {count}" for name, count in self.counts.items() if name not in published]
+        lines = [f"{self.benchmark.title}: {len(equal)} of {len(published)} published counts are found here"]
+        if unknown:
+            lines.append(f"{len(unknown)} are of metadata files that are not here: {_first(unknown)}")
+        if beside:
+            lines.append(f"{len(beside)} more were counted: {_first(beside)}")
+        lines.append(f"{self.images - len(self.missing)} of {self.images} image files of the index are here")
+        if self.extra:
+            lines.append(f"{len(self.extra)} image files are not in the index: {_first(self.extra)}")
+        return [*lines, *(f"note: {note}" for note in self.benchmark.notes)]
+
+
+def verify_benchmark(benchmark: str | Benchmark, data_dir: str | Path) -> BenchmarkReport:
+    """Reads the metadata, looks for every image and, where only headers tell which file is which, reads those.
+
+    Raises ValueError for an unknown name or metadata that cannot be read as such, OSError where there are none.
+    """
+    if isinstance(benchmark, str):
+        from dataset_scripts.benchmarks import get_benchmark  # which imports every data set
+
+        benchmark = get_benchmark(benchmark)
+    data_dir = Path(data_dir)
+    index = benchmark.read_index(data_dir)
+    counts = benchmark.count(data_dir)
+    if benchmark.locate is not None:
+        index = benchmark.locate(index, data_dir)
+    here = {path.relative_to(data_dir).as_posix() for path in _image_files(data_dir)}
+    paths = index["path"].fillna("")
+    absent = ~paths.isin(here)
+    found = paths[~absent]
+    return BenchmarkReport(
+        benchmark=benchmark,
+        data_dir=data_dir,
+        counts=counts,
+        images=len(index),
+        missing=paths.where(paths != "", index["image_id"])[absent].tolist(),
+        shared=found[found.duplicated()].unique().tolist(),
+        extra=sorted(here - set(found)),
+    )
+
+
+def _image_files(data_dir: Path) -> Iterator[Path]:
+    for folder, _, names in os.walk(data_dir):
+        for name in names:
+            if Path(name).suffix.lower().strip() in (*DICOM_SUFFIXES, *PICTURE_SUFFIXES):
+                yield Path(folder, name)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def main(name: str, data_dir: Path) -> None:
+    """Prints the report; exits with status 1 and a line where there are faults."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    report = verify_benchmark(name, data_dir)
+    for line in (*report.lines, *report.faults):
+        print(line)
+    if faults := len(report.faults):
+        raise SystemExit(f"verify: {faults} fault{'s' * (faults > 1)} in {data_dir}")

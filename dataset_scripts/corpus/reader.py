@@ -1,0 +1,126 @@
+"""A pretraining corpus on disk: its columns, its manifest, and memory-mapped access by volume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import datasets
+import numpy as np
+
+from modeling_mammodino.breast_segmentation import patch_tissue
+from modeling_mammodino.dicom import Mammogram
+from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.rendering import Rendered
+
+from .burned_in import looks_annotated
+
+# Everything that a corpus keeps of an image. Nothing else of a DICOM header enters it.
+FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(),  # lossless PNG, 8-bit by default, 16-bit on request
+        "tissue": datasets.Image(),  # 8-bit PNG: breast fraction of each cell of TISSUE_CELL_PX pixels
+        "volume_id": datasets.Value("string"),  # keyed hash; a 2D image is a volume of one slice
+        "slice_index": datasets.Value("int32"),
+        "num_slices": datasets.Value("int32"),
+        "slice_spacing_mm": datasets.Value("float32"),
+        "pixel_spacing_mm": datasets.Value("float32"),  # of the source image
+        "kind": datasets.Value("string"),  # ffdm, synthetic_2d, dbt, unknown
+        "laterality": datasets.Value("string"),
+        "view": datasets.Value("string"),
+        "patient": datasets.Value("string"),  # keyed hash
+        "study": datasets.Value("string"),  # keyed hash
+        "source": datasets.Value("string"),  # name of the collection
+        "mask_confidence": datasets.Value("float32"),  # 0 to 1, that `tissue` is the breast
+        # "header" says so, "picture" looks so: a flag for people to look at; null: neither, which proves nothing
+        "burned_in_annotation": datasets.Value("string"),
+    }
+)
+TISSUE_CELL_PX = 4
+MANIFEST = "manifest.json"
+
+
+def make_row(mammogram: Mammogram, rendered: Rendered, collection: str) -> dict[str, Any]:
+    """A row of a picture; of the header only what FEATURES names."""
+    height, width = rendered.tissue.shape
+    cells = (-(-height // TISSUE_CELL_PX), -(-width // TISSUE_CELL_PX))
+    fractions = np.rint(patch_tissue(rendered.tissue, cells) * 255).astype(np.uint8)
+    return {
+        "image": {"bytes": encode_png(rendered.picture), "path": None},
+        "tissue": {"bytes": encode_png(fractions), "path": None},
+        "source": collection,
+        "mask_confidence": rendered.small.confidence,
+        "burned_in_annotation": _annotation(mammogram, rendered),
+        **{name: getattr(mammogram, name) for name in FEATURES if hasattr(mammogram, name)},
+    }
+
+
+def _annotation(mammogram: Mammogram, rendered: Rendered) -> str | None:
+    if mammogram.has_burned_in_annotation:
+        return "header"
+    # of a volume one slice is looked at: text is drawn on all
+    is_looked_at = mammogram.slice_index == mammogram.num_slices // 2
+    return "picture" if is_looked_at and looks_annotated(mammogram.pixels, rendered.small.breast) else None
+
+
+class Corpus:
+    """A corpus opened for training. Rows of one volume stand together, in the order of its slices.
+
+    Raises FileNotFoundError or ValueError, with the remedy, where `directory` is not a finished corpus.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        if not (self.directory / MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"{self.directory}: no {MANIFEST}, so no corpus, or an unfinished one; build it, or go on with it, "
+                "with python -m dataset_scripts.corpus"
+            )
+        self.manifest = json.loads((self.directory / MANIFEST).read_text())
+        rows = datasets.load_from_disk(str(self.directory))
+        if len(rows) == 0:
+            raise ValueError(
+                f"{self.directory}: the corpus has no rows; refused.csv in {self.directory}.private says why"
+            )
+        self.rows = rows.cast_column("image", datasets.Image(decode=False)).cast_column(
+            "tissue", datasets.Image(decode=False)
+        )
+        volume_ids = np.asarray(self.rows.data.column("volume_id"))
+        starts = np.flatnonzero(np.r_[True, volume_ids[1:] != volume_ids[:-1]])
+        self.volume_bounds = np.r_[starts, len(volume_ids)]
+        self.kinds = np.asarray(self.rows.data.column("kind").take(starts))  # (num_volumes,) str
+        self._slice_indices = np.asarray(self.rows.data.column("slice_index"))
+        self._slice_spacing_mm = np.asarray(self.rows.data.column("slice_spacing_mm"), dtype=float)
+        self.image_processor = MammoDinoImageProcessor(**self.manifest["image_processor"])
+
+    @property
+    def num_volumes(self) -> int:
+        return len(self.volume_bounds) - 1
+
+    def rows_of(self, volume: int) -> range:
+        """Rows of a volume, by its place in the corpus."""
+        return range(int(self.volume_bounds[volume]), int(self.volume_bounds[volume + 1]))
+
+    def slice_indices(self, rows: range) -> np.ndarray:
+        return self._slice_indices[rows.start : rows.stop]
+
+    def slice_spacing_mm(self, row: int) -> float | None:
+        spacing = float(self._slice_spacing_mm[row])
+        return spacing if np.isfinite(spacing) and spacing > 0 else None
+
+    def picture(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The picture (H, W) uint8 or uint16 and the breast fraction (h, w) float32 of its cells."""
+        record = self.rows[row]
+        pixels, tissue = (decode_png(record[name]["bytes"]) for name in ("image", "tissue"))
+        return pixels, tissue.astype(np.float32) / 255
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    encoded, data = cv2.imencode(".png", pixels)
+    if not encoded:
+        raise ValueError(f"OpenCV cannot encode an array of shape {pixels.shape}, {pixels.dtype}")
+    return data.tobytes()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -1,0 +1,1 @@
+"""Simulated breasts with known labels: `python -m dataset_scripts.phantom`."""

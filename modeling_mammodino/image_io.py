@@ -1,0 +1,238 @@
+"""Pictures and arrays that are not DICOM, as one grey plane (H, W) at the bit depth that they came in.
+
+EXIF orientation is ignored on purpose: mammography viewers and converters write pixels upright, and a tag left behind
+by an editor would turn the chest wall away from its side.
+"""
+# MERGED: The one exception for input that cannot be used.
+# MERGED: An image file that is open already, wherever it lies: in an object store, in a zip, in a request.
+
+import io
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+
+class ImageRefused(ValueError):
+    """An image that cannot be read as a mammogram.
+
+    Attributes:
+        name: of the file or the position in the batch. A path may carry a patient's name: log it where that is allowed.
+        reason: the field or property at fault, and the remedy; free of paths and of values of a header.
+
+    Callers that work over many files catch this one class, note the message and go on.
+    """
+
+    def __init__(self, name: object, reason: str):
+        super().__init__(str(name), reason)  # both in args, so that it crosses processes
+        self.name, self.reason = str(name), reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+DICOM_SUFFIXES = (".dcm", ".dicom")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".bmp")
+MAX_PIXELS = 2**26  # of one plane: twice the largest film scan that we know of; more is a damaged header
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """Takes the place of a path. For one reader at a time: the stream has one position."""
+
+    stream: BinaryIO  # seekable
+    name: str  # for messages; its suffix counts as a path's does
+    identity: str = ""  # hashed where a file has no UID of its own; `name` if empty
+
+
+def suffix(source: Any) -> str:
+    """Of a path or an `ImageFile`, in lower case."""
+    return Path(source.name if isinstance(source, ImageFile) else source).suffix.lower()
+
+
+try:
+    import cv2
+except ImportError:  # transformers imports remote code before its packages are checked
+    cv2 = None  # type: ignore[assignment]
+
+MIN_SIDE_PX = 32
+GREY_TOLERANCE = 4 / 255  # largest difference between channels, of the full scale: what a JPEG's chroma leaves
+CLIPPED_REMEDY = (
+    "a picture of more bits was clipped on the way, as transformers' pipelines do with a path: "
+    "give the path to the image processor, or image_processor.fetch_images(path) to the pipeline"
+)
+
+
+class GreyPicture(Image.Image):
+    """A grey plane as the PIL image that a transformers pipeline takes, at its own depth: mode L, I;16 or F.
+
+    A pipeline calls `convert("RGB")` on every picture (transformers.image_utils.load_image), and Pillow then cuts what
+    is above 255. Here a picture of more than 8 bits answers with a grey copy of itself; all else is Pillow's, and
+    `numpy.asarray` gives the plane (H, W).
+    """
+
+    @classmethod
+    def of(cls, plane: np.ndarray) -> "GreyPicture":
+        """Of a plane (H, W) uint8, uint16 or float32."""
+        return cls._from(Image.fromarray(plane))
+
+    @classmethod
+    def _from(cls, picture: Image.Image) -> "GreyPicture":
+        picture.__class__ = cls  # Pillow offers no constructor that keeps the pixels
+        return picture  # type: ignore[return-value]
+
+    def copy(self) -> "GreyPicture":
+        return self._from(super().copy())
+
+    def convert(self, mode: str | None = None, *args: Any, **kwargs: Any) -> Image.Image:
+        return self.copy() if mode == "RGB" and self.mode != "L" else super().convert(mode, *args, **kwargs)
+
+
+def read_picture(source: str | Path | ImageFile) -> np.ndarray:
+    """The grey plane (H, W) of a PNG, JPEG, PGM, TIFF or BMP file, as uint8, uint16 or (TIFF) float32."""
+    name, data = _read(source)
+    if not data:
+        raise ImageRefused(name, "the file is empty; copy it again from its source.")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if (pixels := picture.width * picture.height) > MAX_PIXELS:
+                raise ImageRefused(name, f"{pixels / 1e6:.0f} million pixels; give at most {MAX_PIXELS / 1e6:.0f}.")
+            pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+            picture.load()  # raises where the file ends early; cv2 would fill the rest with grey and say nothing
+    except ImageRefused:
+        raise
+    except Image.UnidentifiedImageError:
+        known = ", ".join(PICTURE_SUFFIXES)
+        raise ImageRefused(name, f"not a readable picture; give one of {known}, or a DICOM file.") from None
+    except Exception as error:  # Pillow's plugins raise whatever they meet in a damaged file
+        raise ImageRefused(name, f"broken or cut short ({type(error).__name__}); copy it again.") from error
+    if pages > 1:
+        raise ImageRefused(name, f"{pages} pages in one file; save each page as a file of its own.")
+    if _pillow_changes_depth(picture, data):
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if decoded is None:
+            raise ImageRefused(name, "cannot be decoded; save it as an 8- or 16-bit grey PNG.")
+        return to_grey_plane(decoded, name)
+    return to_grey_plane(picture, name)
+
+
+def _read(source: str | Path | ImageFile) -> tuple[str, bytes]:
+    """The name for messages, and the content."""
+    if isinstance(source, ImageFile):
+        source.stream.seek(0)
+        return source.name, source.stream.read()
+    if str(source).startswith(("http://", "https://", "data:")):
+        raise ImageRefused(str(source)[:80], "not a file; download the image and give its path.")
+    return str(source), Path(source).read_bytes()
+
+
+def to_grey_plane(image: Any, name: str = "image") -> np.ndarray:
+    """The grey plane (H, W) of an array, torch tensor or PIL image; `name` stands in the message of a refusal.
+
+    Shapes: (H, W), (1, H, W), (H, W, 1), and 3 or 4 channels first or last, where the colours are equal and the fourth
+    is opaque. uint8 and uint16 stay; other integers become uint16 where they fit, else float32; floats become float32.
+    """
+    if isinstance(image, Image.Image):
+        image = _from_pil(image, name)
+    elif hasattr(image, "detach"):  # a torch tensor, without importing torch
+        image = image.detach().cpu()
+        try:
+            image = image.numpy()
+        except TypeError:  # bfloat16 has no numpy counterpart
+            image = image.float().numpy()
+    values = np.asarray(image)
+    if values.dtype.kind not in "buif":
+        raise ImageRefused(
+            name,
+            f"{type(image).__name__} with values of type {values.dtype}; give a path, a PIL image, or an array "
+            "or tensor of integers or floats (the bytes of a file: save them, and give the path).",
+        )
+    if values.dtype.kind == "b":
+        values = values.astype(np.uint8) * np.uint8(255)
+    plane = _one_channel(values, name)
+    H, W = plane.shape
+    if min(H, W) < MIN_SIDE_PX:
+        raise ImageRefused(name, f"{H} x {W} pixels, fewer than {MIN_SIDE_PX} on a side; give the full-size image.")
+    plane = _plain_dtype(plane)
+    if not (_varies(plane[:: 1 + H // 64]) or _varies(plane)):  # some rows mostly spare the whole scan
+        clipped = plane.dtype == np.uint8 and plane.flat[0] == 255
+        remedy = CLIPPED_REMEDY if clipped else "leave it out or export it again."
+        raise ImageRefused(name, f"every pixel has the same value; {remedy}")
+    return np.ascontiguousarray(plane)
+
+
+def _pillow_changes_depth(picture: Image.Image, data: bytes) -> bool:
+    """Pillow stretches 10- to 16-bit PGM to its own range and cuts 16-bit colour PNG down to 8 bits."""
+    if picture.format == "PNG":
+        depth, colour_type = data[24], data[25]  # in IHDR, which the PNG standard puts first
+        return depth == 16 and colour_type != 0
+    return picture.format == "PPM" and data[:2] in (b"P2", b"P5")
+
+
+def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
+    if "transparency" in picture.info and picture.mode in ("P", "L", "RGB"):
+        picture = picture.convert("RGBA")
+    if picture.mode in ("LA", "PA", "RGBA"):
+        _check_opaque(np.asarray(picture.getchannel("A")), name)
+        picture = picture.convert("L" if picture.mode == "LA" else "RGB")
+    elif picture.mode == "P":
+        picture = picture.convert("RGB")
+    elif picture.mode == "1":
+        picture = picture.convert("L")
+    elif picture.mode not in ("L", "I", "F", "RGB") and not picture.mode.startswith("I;16"):
+        raise ImageRefused(name, f"colour mode {picture.mode}; save it as an 8- or 16-bit grey PNG.")
+    return np.asarray(picture)
+
+
+def _one_channel(image: np.ndarray, name: str) -> np.ndarray:
+    if image.ndim == 2:
+        return image
+    if image.ndim == 3 and image.shape[-1] in (1, 3, 4):
+        image = np.moveaxis(image, -1, 0)
+    if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
+        raise ImageRefused(name, f"shape {image.shape}; give one plane (H, W), (1, H, W) or (H, W, 1) at a time.")
+    if len(image) == 4:
+        _check_opaque(image[3], name)
+    # plane by plane: passes over channels that lie interleaved are several times slower than one copy of each
+    channels = [np.ascontiguousarray(channel) for channel in image[:3]]
+    if len(channels) > 1 and not all(np.array_equal(channels[0], channel) for channel in channels[1:]):
+        _check_grey(channels, name)
+    return channels[len(channels) // 2]  # green, or the one plane
+
+
+def _check_opaque(alpha: np.ndarray, name: str) -> None:
+    if alpha.min() != alpha.max() or alpha.max() == 0:
+        raise ImageRefused(name, "partly transparent; flatten it and save it as a grey PNG.")
+
+
+def _check_grey(channels: list[np.ndarray], name: str) -> None:
+    spread = reduce(np.maximum, channels) - reduce(np.minimum, channels)  # (H, W), same dtype
+    if spread.dtype in (np.uint8, np.uint16):
+        scale = float(np.iinfo(spread.dtype).max)
+    else:
+        values = np.stack(channels)
+        finite = values[np.isfinite(values)]
+        scale = float(np.ptp(finite)) if finite.size else 0.0
+    coloured = float(np.mean(spread > GREY_TOLERANCE * scale))
+    if coloured > 0:
+        raise ImageRefused(
+            name,
+            f"{coloured:.1%} of the pixels are coloured (or the planes are separate slices), and a mammogram "
+            "is grey; give the original without marks, one plane at a time.",
+        )
+
+
+def _varies(plane: np.ndarray) -> bool:
+    finite = plane[np.isfinite(plane)] if plane.dtype.kind == "f" else plane
+    return finite.size > 0 and bool(finite.min() != finite.max())
+
+
+def _plain_dtype(plane: np.ndarray) -> np.ndarray:
+    if plane.dtype in (np.uint8, np.uint16):
+        return plane
+    if plane.dtype.kind == "f":
+        return plane.astype(np.float32, copy=False)
+    return plane.astype(np.uint16 if plane.min() >= 0 and plane.max() <= 65535 else np.float32)

@@ -1,0 +1,1 @@
+"""Commands and functions around a checkpoint, none of which a saved checkpoint carries."""

@@ -1,0 +1,238 @@
+"""The command `mammodino embed`: features of files in a Parquet table. Research use only."""
+# MERGED: Features out: a Parquet file that pandas, datasets and pyarrow open, whole or absent, and a list of refused files.
+
+import csv
+import json
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import tqdm, validate_repo_id
+from transformers import AutoModel, PreTrainedModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from ..image_processing_mammodino import MammoDinoImageProcessor
+from .convert import load_encoder
+from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
+from .normalization import own_processor, processor_settings
+
+try:
+    import pyarrow
+    import pyarrow.parquet
+except ImportError:
+    pyarrow = None
+
+ROW_GROUP_BYTES = 16 * 2**20  # of features
+
+
+def require_pyarrow() -> None:
+    if pyarrow is None:
+        raise ImportError("writing a table of features needs pyarrow: pip install mammodino[embed]")
+
+
+def write_table(results: Iterable[FileEmbeddings], output: Path, metadata: Mapping[str, str]) -> int:
+    """Writes the rows of all files to `output` and returns their number; without any row nothing is written.
+
+    Columns: path, volume (string), slice (int32, null in a pooled volume), num_slices (int32), embedding (F float32),
+    tissue_fraction (float32). Row groups go to a temporary name, which is renamed when all are there.
+    """
+    require_pyarrow()
+    temporary = output.with_name(f".{output.name}.tmp")
+    num_rows, writer = 0, None
+    try:
+        for table in _row_groups(results):
+            if writer is None:
+                schema = table.schema.with_metadata(dict(metadata))
+                writer = pyarrow.parquet.ParquetWriter(temporary, schema, use_dictionary=["path", "volume"])
+            writer.write_table(table)
+            num_rows += len(table)
+        if writer is not None:
+            writer.close()
+            os.replace(temporary, output)
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        temporary.unlink(missing_ok=True)
+        raise
+    return num_rows
+
+
+def _row_groups(results: Iterable[FileEmbeddings]):
+    """Arrow tables of about ROW_GROUP_BYTES of features, files whole."""
+    held: list[FileEmbeddings] = []
+    for result in results:
+        if result.refused is None:
+            held.append(result)
+        if sum(each.embeddings.nbytes for each in held) >= ROW_GROUP_BYTES:
+            yield _to_arrow(held)
+            held = []
+    if held:
+        yield _to_arrow(held)
+
+
+def _to_arrow(results: list[FileEmbeddings]):
+    embeddings = np.concatenate([each.embeddings for each in results])  # (n, F)
+    counts = [len(each.slices) for each in results]
+    columns = {
+        "path": np.repeat([each.path for each in results], counts),
+        "volume": np.repeat([each.volume for each in results], counts),
+        "slice": pyarrow.array([index for each in results for index in each.slices], pyarrow.int32()),
+        "num_slices": pyarrow.array(np.repeat([each.num_slices for each in results], counts), pyarrow.int32()),
+        "embedding": pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1]),
+        "tissue_fraction": np.concatenate([each.tissue_fraction for each in results]),
+    }
+    return pyarrow.table(columns)
+
+
+def write_refused(path: Path, refused: Mapping[str, str]) -> None:
+    """A CSV of files and reasons, whole or absent; without any an earlier run's list goes."""
+    if not refused:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+        csv.writer(stream).writerows([("file", "reason"), *refused.items()])
+    os.replace(temporary, path)
+
+
+logger = logging.getLogger(__name__)
+
+MAX_DEFAULT_WORKERS = 8
+
+
+def add_command(commands) -> None:
+    """The subcommand `embed`; `commands` is argparse's action of subparsers."""
+    parser = commands.add_parser(
+        "embed",
+        help="write features of mammograms and tomosynthesis to a Parquet file",
+        description="Writes features of mammograms and tomosynthesis slices to a Parquet file, one row an image. The "
+        "columns path and volume hold paths as they are given: where a folder's name is private, name files from "
+        "within it. Research use only.",
+    )
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="DICOM or picture files, or folders of them"
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
+    parser.add_argument("--output", type=Path, required=True, help="Parquet file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
+    parser.add_argument("--pool", choices=POOLS, default="class", help="class token, tissue-weighted mean of patch "
+                        "tokens, or both side by side (default class)")  # fmt: skip
+    parser.add_argument("--pool_volumes", action="store_true", help="one row a volume: the mean over its slices")
+    parser.add_argument("--slices_per_volume", type=int, help="evenly spaced slices of a volume, 0 for all (default: "
+                        "as the checkpoint's image processor says)")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures encoded at a time (default 8)")
+    parser.add_argument("--num_workers", type=int, help="processes that read and render; 0: none beside the encoder's "
+                        f"(default: one a core up to {MAX_DEFAULT_WORKERS}, on the CPU 0)")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the encoder")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the checkpoint brings")
+    parser.set_defaults(run=run)
+
+
+def run(options: Namespace) -> None:
+    require_pyarrow()
+    output: Path = options.output
+    if output.is_dir() or output.exists() and not options.overwrite:
+        raise FileExistsError(
+            f"{output} exists; give another --output" + ("" if output.is_dir() else ", or --overwrite")
+        )
+    files, ignored = find_files(options.paths)
+    if ignored:
+        logger.info("ignored: %s", ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common()))
+    if not files:
+        raise ValueError(f"{', '.join(map(str, options.paths))}: no DICOM file or picture found")
+    device = find_device(options.device)
+    model, image_processor = open_encoder(options.model, options.trust_remote_code)
+    num_workers = options.num_workers
+    if num_workers is None:  # on the CPU the encoder is the slower part, and takes all cores
+        num_workers = 0 if device.type == "cpu" else min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+    results = embed_files(
+        files,
+        model.to(device=device, dtype=getattr(torch, options.dtype)),  # type: ignore[call-arg]
+        image_processor,
+        pool=options.pool,
+        batch_size=options.batch_size,
+        slices_per_volume=options.slices_per_volume,
+        num_workers=num_workers,
+    )
+    refused: dict[str, str] = {}
+    results = _watch(results, len(files), refused)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows = write_table(
+        pool_volumes(results) if options.pool_volumes else results, output, provenance(options, model, image_processor)
+    )
+    write_refused(refused_path := output.with_suffix(".refused.csv"), refused)
+    if not rows:
+        raise ValueError(f"none of {len(files)} files could be used: the reasons are in {refused_path}")
+    print(f"{output}: {rows} rows of {len(files) - len(refused)} files; {len(refused)} refused"
+          + (f", see {refused_path}" if refused else ""))  # fmt: skip
+
+
+def _watch(results: Iterable[FileEmbeddings], num_files: int, refused: dict[str, str]) -> Iterator[FileEmbeddings]:
+    """The results, with progress on stderr; refused files are logged and noted in `refused`."""
+    images = 0
+    with tqdm(total=num_files, desc="embed", unit="file") as progress:
+        for result in results:
+            if result.refused is not None:
+                logger.warning("refused: %s", result.refused)
+                refused[result.path] = result.refused
+            images += len(result.slices)
+            progress.set_postfix(images=images, refused=len(refused), refresh=False)
+            progress.update()
+            yield result
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # not a device, or one that is not here
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def open_encoder(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, MammoDinoImageProcessor]:
+    """Encoder, for inference, and image processor of a folder or Hub id; of a classification checkpoint its encoder.
+
+    With `trust_remote_code` also what brings its own code, where that takes a `tissue_mask`. Raises ValueError for
+    another kind of checkpoint and for weights that are missing, OSError where there is none.
+    """
+    if not Path(name).is_dir():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise FileNotFoundError(f"{name}: no such folder, and no Hub id (OWNER/NAME)") from error
+    if not trust_remote_code:
+        if (image_processor := own_processor(processor_settings(name))) is None:
+            raise ValueError(
+                f"{name}: has no preprocessor_config.json of a MammoDinoImageProcessor, which the features depend on; "
+                "give a MammoDINO encoder's folder or Hub id, `mammodino convert` makes one from DINOv2's"
+            )
+        return load_encoder(name), image_processor
+    model, loading = AutoModel.from_pretrained(name, trust_remote_code=True, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{name}: {len(missing)} weights are missing, {missing[0]} first; fetch or convert it again")
+    return model.eval(), AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
+
+
+def provenance(options: Namespace, model: PreTrainedModel, image_processor: MammoDinoImageProcessor) -> dict[str, str]:
+    """The table's metadata: what the features come from."""
+    slices = options.slices_per_volume
+    return {
+        "notice": "Research use only: not a medical device.",
+        "model": options.model,
+        "model_revision": getattr(model.config, "_commit_hash", None) or "",
+        "mammodino_version": import_module(__package__).__version__,
+        "image_processor": json.dumps(image_processor.to_dict(), sort_keys=True),
+        "pool": options.pool,
+        "pool_volumes": json.dumps(options.pool_volumes),
+        "slices_per_volume": str(image_processor.slices_per_volume if slices is None else slices),
+        "dtype": options.dtype,
+    }

@@ -1,0 +1,189 @@
+"""Breast masks of many files at a glance: the command `mammodino contact_sheet`. Research use only."""
+# MERGED: What a checkpoint sees of a file: the command `mammodino inspect`. Research use only.
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..image_io import ImageRefused
+from ..image_processing_mammodino import MammoDinoImageProcessor
+from ..rendering import Thumbnail, make_thumbnail
+
+try:
+    import cv2
+except ImportError:
+    cv2 = None  # type: ignore[assignment]
+
+OUTLINE, GRID = (80, 220, 120), (90, 90, 90)  # BGR
+
+
+def inspect_file(path: str, image_processor: MammoDinoImageProcessor) -> np.ndarray:
+    """What the encoder sees of a file, (H, 3 * W + gaps, 3) uint8 BGR: the picture on its canvas, the breast's outline
+    on it, and the patches that are encoded. Of a volume, the middle slice."""
+    inputs = image_processor(path, slices_per_volume=1, return_tensors="np")
+    (mean, std), tissue = image_processor.mean_and_std, inputs["tissue_mask"][0]  # (h, w)
+    values = inputs["pixel_values"][0, 0] * std + mean  # (H, W)
+    picture = cv2.cvtColor(np.rint(values.clip(0, 1) * 255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
+    height, width = picture.shape[:2]
+    fraction = cv2.resize(tissue, (width, height), interpolation=cv2.INTER_LINEAR)
+    contours, _ = cv2.findContours((fraction >= 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    outlined = cv2.drawContours(picture.copy(), contours, -1, OUTLINE, max(1, height // 300))
+    return side_by_side([picture, outlined, encoded_patches(picture, tissue > 0)])
+
+
+def encoded_patches(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The picture (H, W, 3) with dropped patches of the grid (h, w) darkened and the kept ones ruled."""
+    height, width = picture.shape[:2]
+    mask = cv2.resize(kept.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
+    shown = np.where(mask[..., None], picture, picture // 4 + np.array([40, 0, 0], np.uint8))
+    patch_height, patch_width = height // kept.shape[0], width // kept.shape[1]
+    ruled = np.zeros_like(mask)
+    ruled[::patch_height] = ruled[:, ::patch_width] = True
+    shown[ruled & mask] = GRID
+    return shown.astype(np.uint8)
+
+
+def side_by_side(panels: list[np.ndarray], gap_px: int = 12) -> np.ndarray:
+    """Panels of one height (H, W, 3) in a row, on white."""
+    padded = [np.pad(panel, ((0, 0), (0, gap_px), (0, 0)), constant_values=255) for panel in panels]
+    return np.hstack(padded)[:, :-gap_px]
+
+
+def write_png(drawing: np.ndarray, output: Path) -> None:
+    """A drawing (H, W, 3) uint8 BGR as a PNG file, whole or not at all."""
+    temporary = output.with_name(f".{output.name}.tmp")
+    temporary.write_bytes(cv2.imencode(".png", drawing)[1].tobytes())
+    os.replace(temporary, output)
+
+
+def add_inspect_command(commands) -> None:
+    """The subcommand `inspect`; `commands` is argparse's action of subparsers."""
+    parser = commands.add_parser(
+        "inspect",
+        help="draw what a checkpoint sees of a file",
+        description="Draws what a checkpoint sees of a file, of a volume the middle slice: the picture, the breast's "
+        "outline, the patches that are encoded. Research use only.",
+    )
+    parser.add_argument("file", help="DICOM, PNG, JPEG, PGM or TIFF")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the default image processor)")
+    parser.set_defaults(run=run_inspect)
+
+
+def run_inspect(options: Namespace) -> None:
+    output: Path = options.output
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output {output}: a PNG is written; give a name that ends in .png")
+    processor = MammoDinoImageProcessor.from_pretrained(options.model) if options.model else MammoDinoImageProcessor()
+    drawing = inspect_file(options.file, processor)
+    write_png(drawing, output)
+    print(output)
+
+
+try:
+    import cv2
+except ImportError:
+    cv2 = None  # type: ignore[assignment]
+
+TILE_PX, CAPTION_PX = 200, 32  # side of the square for the picture; height of the two lines below it
+TILES_PER_PAGE = 200
+FONT_SCALE, CAPTION_CHARACTERS = 0.36, 32
+WHITE = (255, 255, 255)  # BGR
+
+
+def draw_tile(thumbnail: Thumbnail, name: str) -> np.ndarray:
+    """A picture with the outline of its mask, from red (confidence 0) to green (1), and its caption: uint8 BGR."""
+    low, high = np.percentile(thumbnail.pixels, (0.5, 99.8))
+    grey = np.clip((thumbnail.pixels - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
+    scale = TILE_PX / max(grey.shape)
+    height, width = (max(1, round(side * scale)) for side in grey.shape)
+    size, shrink = (width, height), cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    picture = cv2.cvtColor(cv2.resize(grey, size, interpolation=shrink), cv2.COLOR_GRAY2BGR)
+    mask = cv2.resize(thumbnail.breast.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    confidence = thumbnail.confidence
+    colour = (60, round(255 * min(1, 2 * confidence)), round(255 * min(1, 2 - 2 * confidence)))
+    cv2.drawContours(picture, contours, -1, colour, 1)
+    words = f"{confidence:.2f} {thumbnail.oddity}" if thumbnail.oddity else f"{confidence:.2f}"
+    return _captioned(picture, name, words, colour)
+
+
+def draw_refusal(name: str, reason: str) -> np.ndarray:
+    """The tile of a file that cannot be used."""
+    return _captioned(np.full((TILE_PX, TILE_PX, 3), 40, np.uint8), name, reason, (80, 80, 255))
+
+
+def tiles(paths: Sequence[Path], image_processor: MammoDinoImageProcessor) -> Iterator[tuple[np.ndarray, str | None]]:
+    """For each file its tile, of a volume the middle slice's; and why it was refused, or None."""
+    for path in paths:
+        try:
+            slices = image_processor.render_source(path, (TILE_PX, TILE_PX), slices_per_volume=1)
+            mammogram, _ = next(slices)  # rendered too, so that what the model would refuse is refused here
+            yield draw_tile(make_thumbnail(mammogram.pixels), path.name), None
+        except ImageRefused as refusal:
+            yield draw_refusal(path.name, refusal.reason), str(refusal)
+        except OSError as error:
+            yield draw_refusal(path.name, error.strerror or str(error)), str(error)
+
+
+def draw_sheet(page: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Tiles of one size in rows of `columns`, uint8 BGR."""
+    columns = min(columns, len(page))
+    blanks = [np.zeros_like(page[0])] * (-len(page) % columns)
+    every = [*page, *blanks]
+    return np.vstack([np.hstack(every[first : first + columns]) for first in range(0, len(every), columns)])
+
+
+def _captioned(picture: np.ndarray, first: str, second: str, colour: tuple[int, int, int]) -> np.ndarray:
+    tile = np.zeros((TILE_PX + CAPTION_PX, TILE_PX, 3), np.uint8)
+    tile[: picture.shape[0], : picture.shape[1]] = picture
+    if len(first) > CAPTION_CHARACTERS:  # file names differ at their end
+        first = "..." + first[3 - CAPTION_CHARACTERS :]
+    for line, text, ink in ((1, first, WHITE), (2, second[:CAPTION_CHARACTERS], colour)):
+        place = (2, TILE_PX + 14 * line - 2)
+        cv2.putText(tile, text, place, cv2.FONT_HERSHEY_SIMPLEX, FONT_SCALE, ink, 1, cv2.LINE_AA)
+    return tile
+
+
+def add_contact_sheet_command(commands) -> None:
+    """The subcommand `contact_sheet`; `commands` is argparse's action of subparsers."""
+    parser = commands.add_parser(
+        "contact_sheet",
+        help="draw the breast masks of many files on one sheet",
+        description="Draws each file, of a volume the middle slice, with the outline of its breast mask, from red "
+        "(doubtful) to green, its name and the mask's confidence. File names are on the sheet: they may name patients. "
+        "Research use only.",
+    )
+    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="files and folders")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--columns", type=int, default=10, help="tiles in a row (10)")
+    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the default image processor)")
+    parser.set_defaults(run=run_contact_sheet)
+
+
+def run_contact_sheet(options: Namespace) -> None:
+    from .features import find_files  # brings torch's data loaders, which nothing else here needs
+
+    output: Path = options.output
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output {output}: a PNG is written; give a name that ends in .png")
+    if not 1 <= options.columns <= TILES_PER_PAGE:
+        raise ValueError(f"--columns {options.columns}: must be from 1 to {TILES_PER_PAGE}")
+    files, _ = find_files(options.sources)
+    if not files:
+        raise ValueError(f"{', '.join(map(str, options.sources))}: no image found; name a file, or a folder with some")
+    processor = MammoDinoImageProcessor.from_pretrained(options.model) if options.model else MammoDinoImageProcessor()
+    for number, first in enumerate(range(0, len(files), TILES_PER_PAGE)):
+        page = []
+        for tile, refused in tiles(files[first : first + TILES_PER_PAGE], processor):
+            page.append(tile)
+            if refused is not None:
+                print(refused, file=sys.stderr)
+        paged = len(files) > TILES_PER_PAGE
+        name = output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if paged else output
+        write_png(draw_sheet(page, options.columns), name)
+        print(name)

@@ -1,0 +1,118 @@
+"""Frame headers of compressed frames, refusals by them, deflated data sets, and private objects."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from dicom_builders import build, encoded, phantom, refused, save
+from pydicom import uid
+from pydicom.encaps import generate_fragments
+
+from modeling_mammodino import dicom as dicom_file
+from modeling_mammodino.dicom import iter_slices, read_mammogram
+from modeling_mammodino.dicom_pixels import FrameHeader, frame_header
+
+SYNTAXES = (
+    "JPEGBaseline8Bit",
+    "JPEGExtended12Bit",
+    "JPEGLossless",
+    "JPEGLSLossless",
+    "JPEG2000Lossless",
+    "HTJ2KLossless",
+)
+
+
+def fit(dataset, syntax):
+    from dataset_scripts.phantom.dicom import fit_pixel_format
+
+    return encoded(fit_pixel_format(dataset, syntax), syntax)
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_a_codestream_states_its_size(syntax):
+    dataset = fit(phantom(True)[0], syntax)
+    _, *frames = generate_fragments(dataset.PixelData)
+    assert len(frames) == 4
+    for frame in frames:
+        assert frame_header(frame)[:3] == (65, 47, 1)
+
+
+@pytest.mark.parametrize("head", [b"\xff\x4f\xff\x51\0\x29", b"\xff\x4f\xff\x51" + bytes(60), b"\xff\xd8\xff\xda\0\4"])
+def test_a_damaged_frame_header_is_no_frame_header(head):
+    with pytest.raises(ValueError, match="cut off|no area|no frame header"):
+        frame_header(head)
+    assert frame_header(b"\0\1\2\3" * 20) is None and frame_header(b"") is None
+
+
+def test_tiles_of_jpeg_2000():
+    head = bytearray(b"\xff\x4f\xff\x51\0\x29\0\0")
+    for value in (100, 90, 4, 2, 10, 20, 0, 0):
+        head += value.to_bytes(4, "big")
+    assert frame_header(bytes(head + b"\0\x01")) == FrameHeader(88, 96, 1, tiles=10 * 5)
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_a_size_that_differs_from_the_header_is_refused_before_decoding(tmp_path, monkeypatch, syntax):
+    dataset = fit(phantom(False)[0], syntax)
+    dataset.Rows = 66
+    monkeypatch.setattr(dicom_file, "decode", lambda *given: pytest.fail("was decoded"))
+    refused(save(dataset, tmp_path), "65 x 47 x 1", "66 x 47 x 1")
+
+
+def test_a_codestream_of_gigabytes_is_refused(tmp_path):
+    dataset = fit(phantom(False)[0], "JPEG2000Lossless")
+    at = dataset.PixelData.find(b"\xff\x4f\xff\x51") + 8
+    damaged = dataset.PixelData[:at] + (60000).to_bytes(4, "big") * 2 + dataset.PixelData[at + 8 :]
+    dataset.PixelData = damaged
+    refused(save(dataset, tmp_path), "60000 x 60000", "export")
+
+
+def test_a_deflated_data_set_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
+    path = save(build(syntax=uid.DeflatedExplicitVRLittleEndian), tmp_path)
+    content = path.read_bytes()
+    start = 144 + int.from_bytes(content[140:144], "little")
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    bomb = b"".join(deflater.compress(bytes(1 << 20)) for _ in range(8)) + deflater.flush()
+    monkeypatch.setattr(dicom_file, "MAX_INFLATED_BYTES", 4 << 20)
+    monkeypatch.setattr(dicom_file, "_read", lambda *given, **options: pytest.fail("was inflated whole"))
+    path.write_bytes(content[:start] + bomb)
+    refused(path, "inflates to over 4 MiB")
+    refused(dicom_file.ImageFile(io.BytesIO(path.read_bytes()), "stream.dcm"), "stream.dcm", "inflates")
+
+
+@pytest.mark.parametrize(
+    ("sop", "name"),
+    [
+        ("1.2.840.113619.4.30", "private object of GE"),
+        ("1.3.12.2.1107.5.9.1", "private object of Siemens"),
+        ("1.9.8.7", "private object of a vendor"),
+        ("1.2.840.10008.5.1.4.1.1.88.50", "Mammography CAD SR Storage"),
+        ("1.2.840.10008.5.1.4.1.1.66", "Raw Data Storage"),
+    ],
+)
+def test_objects_that_are_no_images_are_refused_by_name(sop, name):
+    dataset = build(SOPClassUID=sop)
+    del dataset.Rows, dataset.PixelData
+    refused(dataset, name, "without Rows")
+
+
+def test_too_many_tiles_are_refused(monkeypatch):
+    monkeypatch.setattr(dicom_file, "MAX_TILES", 0)
+    refused(fit(phantom(False)[0], "JPEG2000Lossless"), "1 tiles")
+
+
+def test_every_frame_is_looked_at(tmp_path):
+    """Also one in the middle; the others are not decoded first."""
+    dataset = fit(phantom(True)[0], "JPEG2000Lossless")
+    at = dataset.PixelData.rfind(b"\xff\x4f\xff\x51") + 8
+    dataset.PixelData = dataset.PixelData[:at] + (48).to_bytes(4, "big") + dataset.PixelData[at + 4 :]
+    refused(save(dataset, tmp_path), "65 x 48 x 1", read=iter_slices)
+
+
+def test_eight_bits_in_sixteen_of_lossless_jpeg():
+    from dataset_scripts.phantom.dicom import set_pixel_format
+
+    dataset = set_pixel_format(phantom(False)[0], bits_stored=8, bits_allocated=16)
+    expected = read_mammogram(dataset).pixels
+    np.testing.assert_array_equal(read_mammogram(encoded(dataset, "JPEGLossless")).pixels, expected)

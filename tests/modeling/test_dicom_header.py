@@ -1,0 +1,259 @@
+"""What the DICOM reader takes from a header: order and values of frames, side, view, kind, spacing, keyed hashes."""
+
+import logging
+import math
+import re
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_builders import CAPTURE, CT, PROJECTION, TOMOSYNTHESIS, build, item, save, volume
+from pydicom import uid
+
+from modeling_mammodino.dicom import count_slices, frame_order, iter_slices, keyed_hash, read_mammogram
+from modeling_mammodino.image_io import ImageRefused
+
+KEY = b"a key of the tests"
+
+# Volumes
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless, uid.JPEGLSLossless])
+def test_frames_come_in_order_of_position(tmp_path, syntax):
+    dataset = volume(levels=(0, 1, 2, 3), positions=(3.0, 1.0, 4.0, 2.0), syntax=syntax)
+    for source in (dataset, save(dataset, tmp_path)):
+        slices = list(iter_slices(source))
+        assert [int(each.pixels[0, 0]) for each in slices] == [107, 307, 7, 207]
+        assert [each.slice_index for each in slices] == [0, 1, 2, 3]
+        assert [each.slice_position_mm for each in slices] == [1, 2, 3, 4]
+        assert {each.num_slices for each in slices} == {4} == {count_slices(source)}
+        assert slices[0].slice_spacing_mm == pytest.approx(1.0)
+        assert frame_order(source) == (1, 3, 0, 2)
+
+
+def test_order_from_stack_positions_then_file():
+    dataset = volume()
+    assert [int(each.pixels[0, 0]) for each in iter_slices(dataset)] == [7, 107, 207, 307]
+    for group, place in zip(dataset.PerFrameFunctionalGroupsSequence, (4, 2, 3, 1), strict=True):
+        group.FrameContentSequence = [item(StackID="1", InStackPositionNumber=place)]
+    assert [int(each.pixels[0, 0]) for each in iter_slices(dataset)] == [307, 107, 207, 7]
+
+
+def test_oblique_planes_are_projected_on_their_normal():
+    dataset = volume(positions=(0, 0, 0, 0))
+    tilt = math.radians(60)
+    axes = [1, 0, 0, 0, math.cos(tilt), math.sin(tilt)]
+    normal = np.cross(axes[:3], axes[3:])
+    dataset.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient = axes
+    for group, millimetres in zip(dataset.PerFrameFunctionalGroupsSequence, (2, 1, 0, 3), strict=True):
+        corner = millimetres * normal + np.array([9, 4, 0]) * [1, 0, 0]
+        group.PlanePositionSequence[0].ImagePositionPatient = [round(float(value), 6) for value in corner]
+    assert frame_order(dataset) == (2, 1, 0, 3)
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless])
+def test_indices_decode_only_what_is_asked_for(tmp_path, monkeypatch, syntax):
+    path = save(volume(levels=range(6), positions=(6, 5, 4, 3, 2, 1), syntax=syntax), tmp_path)
+    decoder = pydicom.pixels.get_decoder(syntax)
+    name = "_as_array_encapsulated" if uid.UID(syntax).is_compressed else "_as_array_native"
+    original, decoded = getattr(type(decoder), name), []
+    monkeypatch.setattr(
+        type(decoder), name, staticmethod(lambda runner, index: decoded.append(index) or original(runner, index))
+    )
+    slices = iter_slices(path, indices=[4, 0])
+    assert decoded == []
+    assert int(next(slices).pixels[0, 0]) == 107 and decoded == [1]
+    last = next(slices)
+    assert int(last.pixels[0, 0]) == 507 and last.slice_index == 0 and decoded == [1, 5]
+    assert list(iter_slices(path, indices=[])) == [] and decoded == [1, 5]
+    with pytest.raises(ImageRefused, match=re.escape("0..5")):
+        iter_slices(path, indices=[6])
+
+
+def test_windows_of_functional_groups():
+    dataset = volume(levels=(1, 1, 1), WindowCenter=1, WindowWidth=1)
+    dataset.SharedFunctionalGroupsSequence[0].FrameVOILUTSequence = [
+        item(WindowCenter=107, WindowWidth=214, VOILUTFunction="LINEAR_EXACT")
+    ]
+    dataset.PerFrameFunctionalGroupsSequence[1].FrameVOILUTSequence = [
+        item(WindowCenter=214, WindowWidth=428, VOILUTFunction="LINEAR_EXACT")
+    ]
+    assert [float(each.pixels[0, 0]) for each in iter_slices(dataset)] == pytest.approx([0.5, 0.25, 0.5])
+
+
+def test_rescale_of_functional_groups():
+    dataset = volume(levels=(1, 1))
+    dataset.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence = [
+        item(RescaleSlope=2, RescaleIntercept=1)
+    ]
+    dataset.PerFrameFunctionalGroupsSequence[1].PixelValueTransformationSequence = [
+        item(RescaleSlope=3, RescaleIntercept=0)
+    ]
+    assert [float(each.pixels[0, 0]) for each in iter_slices(dataset)] == [215, 321]
+
+
+# What the header says
+
+
+def side_of_region(**code):
+    return item(CodeValue="76752008", CodeMeaning="Breast", AnatomicRegionModifierSequence=[item(**code)])
+
+
+def magnified(**code):
+    return item(**code, ViewModifierCodeSequence=[item(CodeValue="399163009", CodeMeaning="magnification")])
+
+
+@pytest.mark.parametrize(
+    ("elements", "laterality", "view"),
+    [
+        ({"ImageLaterality": "L", "ViewPosition": "MLO"}, "L", "MLO"),
+        ({"Laterality": "R", "ViewPosition": "cc"}, "R", "CC"),
+        ({"ImageLaterality": "B", "ViewPosition": "XCCL"}, None, "XCCL"),
+        ({"ImageLaterality": "r", "ViewPosition": "RCC"}, "R", "CC"),
+        ({"ViewCodeSequence": [item(CodeMeaning="medio-lateral oblique")]}, None, "MLO"),
+        ({"ViewCodeSequence": [item(CodeMeaning="Cranio-Caudal", CodeValue="R-10242")]}, None, "CC"),
+        ({"ViewCodeSequence": [item(CodeMeaning="?", CodeValue="399099002")]}, None, "LMO"),
+        ({"ViewCodeSequence": [item(CodeValue="R-10224")], "ViewPosition": ""}, None, "ML"),
+        ({"ViewPosition": "LM"}, None, "LM"),
+        ({"ViewPosition": "SMITH"}, None, None),
+        # a letter before the view, where no element states the side; LMO is a view of its own
+        ({"ViewPosition": "RCC"}, "R", "CC"),
+        ({"ViewPosition": "L MLO"}, "L", "MLO"),
+        ({"ViewPosition": "LML"}, "L", "ML"),
+        ({"ViewPosition": "LMO"}, None, "LMO"),
+        ({"ImageLaterality": "L", "ViewPosition": "RCC"}, "L", "CC"),
+        ({"ImageLaterality": "U", "Laterality": "L", "ViewPosition": "RCC"}, None, "CC"),
+        ({"ImageLaterality": "", "Laterality": "left"}, "L", None),
+        # the modifier of the anatomic region, in SCT, SRT and words
+        ({"AnatomicRegionSequence": [side_of_region(CodeValue="7771000")]}, "L", None),
+        ({"AnatomicRegionSequence": [side_of_region(CodeValue="G-A100")]}, "R", None),
+        ({"AnatomicRegionSequence": [side_of_region(CodeMeaning="Left")]}, "L", None),
+        ({"AnatomicRegionSequence": [side_of_region(CodeValue="51440002")]}, None, None),  # right and left
+        ({"AnatomicRegionSequence": [side_of_region(CodeValue="7771000")], "ImageLaterality": "R"}, "R", None),
+        # PatientOrientation says how the picture lies, not which breast it is
+        ({"PatientOrientation": ["A", "R"], "ViewPosition": "CC"}, None, "CC"),
+        # the code is what counts; old codes of SRT stand under SNM3 too; modifiers leave the view as it is
+        ({"ViewCodeSequence": [item(CodeValue="399162004", CodeMeaning="mlo")]}, None, "CC"),
+        ({"ViewCodeSequence": [item(CodeValue="R-10226", CodingSchemeDesignator="SNM3")]}, None, "MLO"),
+        ({"ViewCodeSequence": [magnified(CodeValue="R-10242")]}, None, "CC"),
+        ({}, None, None),
+    ],
+)
+def test_laterality_and_view(elements, laterality, view):
+    mammogram = read_mammogram(build(**elements))
+    assert (mammogram.laterality, mammogram.view) == (laterality, view)
+
+
+@pytest.mark.parametrize("place", ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"])
+def test_laterality_of_functional_groups(place):
+    dataset = volume()
+    for group in getattr(dataset, place):
+        group.FrameAnatomySequence = [item(FrameLaterality="R")]
+    dataset.ViewCodeSequence = [item(CodeMeaning="cranio-caudal")]
+    assert {(each.laterality, each.view, each.kind) for each in iter_slices(dataset)} == {("R", "CC", "dbt")}
+
+
+def test_laterality_of_each_frame():
+    dataset = volume(levels=(0, 1, 2))
+    dataset.SharedFunctionalGroupsSequence[0].FrameAnatomySequence = [
+        item(AnatomicRegionSequence=[side_of_region(CodeValue="24028007")])
+    ]
+    dataset.PerFrameFunctionalGroupsSequence[1].FrameAnatomySequence = [item(FrameLaterality="L")]
+    dataset.PerFrameFunctionalGroupsSequence[2].FrameAnatomySequence = [item(FrameLaterality="B")]
+    assert [each.laterality for each in iter_slices(dataset)] == ["R", "L", None]
+
+
+@pytest.mark.parametrize(
+    ("elements", "kind"),
+    [
+        ({}, "ffdm"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "TOMO_2D", "LEFT", "GENERATED_2D"]}, "synthetic_2d"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "", "C-View"]}, "synthetic_2d"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "Intelligent 2D"]}, "synthetic_2d"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "VOLUME"]}, "synthetic_2d"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "VOLUME"], "SOPClassUID": TOMOSYNTHESIS}, "dbt"),
+        (
+            {"ImageType": ["DERIVED", "PRIMARY", "TOMOSYNTHESIS", "GENERATED_2D"], "SOPClassUID": TOMOSYNTHESIS},
+            "synthetic_2d",
+        ),
+        ({"SOPClassUID": CT}, "dbt"),
+        ({"SOPClassUID": CT, "Modality": "CT"}, "unknown"),
+        ({"SOPClassUID": CT, "Modality": "CT", "BodyPartExamined": "BREAST"}, "unknown"),  # may be breast CT
+        ({"SOPClassUID": CT, "Modality": "CT", "PositionerType": "MAMMOGRAPHIC"}, "dbt"),
+        ({"SOPClassUID": CAPTURE}, "unknown"),
+    ],
+)
+def test_kind_of_single_frames(elements, kind):
+    assert read_mammogram(build(**elements)).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("elements", "kind"),
+    [
+        ({}, "dbt"),
+        ({"SOPClassUID": CT}, "dbt"),
+        ({"SOPClassUID": PROJECTION}, "unknown"),
+        ({"SOPClassUID": CT, "Modality": "CT"}, "unknown"),
+    ],
+)
+def test_kind_of_volumes(elements, kind):
+    assert next(iter_slices(volume(**elements))).kind == kind
+
+
+def test_spacing():
+    assert read_mammogram(build()).pixel_spacing_mm is None
+    assert read_mammogram(build(ImagerPixelSpacing=[0.07, 0.08])).pixel_spacing_mm == pytest.approx(0.07)
+    both = build(ImagerPixelSpacing=[0.07, 0.07], PixelSpacing=[0.065, 0.065])
+    assert read_mammogram(both).pixel_spacing_mm == pytest.approx(0.065)
+    measures = item(PixelSpacing=[0.1, 0.1], SliceThickness=5)
+    dataset = volume()
+    dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence = [measures]
+    assert next(iter_slices(dataset)).pixel_spacing_mm == pytest.approx(0.1)
+    assert next(iter_slices(dataset)).slice_spacing_mm == 5
+    measures.SpacingBetweenSlices = 1.5
+    assert next(iter_slices(dataset)).slice_spacing_mm == 1.5
+    assert read_mammogram(build(SliceThickness=None)).slice_spacing_mm is None
+
+
+def test_hashes_are_keyed_and_linkable_only_by_key():
+    elements = {"PatientID": "P1", "StudyInstanceUID": "1.2.9"}
+    one, two = (read_mammogram(build(**elements), hash_key=KEY) for _ in range(2))
+    assert (one.patient, one.study, one.volume_id) == (two.patient, two.study, two.volume_id)
+    assert one.patient == keyed_hash("P1", KEY) and re.fullmatch("[0-9a-f]{32}", one.patient)
+    assert read_mammogram(build(**elements), hash_key=b"another").patient != one.patient
+    random = read_mammogram(build(**elements)).patient
+    assert random == read_mammogram(build(**elements)).patient != one.patient
+    assert read_mammogram(build()).patient is None
+
+
+def test_separate_files_of_one_dbt_series_share_a_volume():
+    def hashed(instance, **elements):
+        dataset = build(SOPClassUID=TOMOSYNTHESIS, SOPInstanceUID=instance, SeriesInstanceUID="1.2.77", **elements)
+        return read_mammogram(dataset, hash_key=KEY).volume_id
+
+    assert hashed("1.1") == hashed("1.2") != hashed("1.1", ImageLaterality="L")
+
+
+@pytest.mark.parametrize("damage", [None, "WindowCenter", "PhotometricInterpretation", "NumberOfFrames"])
+def test_no_identifier_leaves(tmp_path, caplog, recwarn, damage):
+    secrets = {
+        "PatientName": "Zwingli^Ulrika", "PatientID": "ZQ-4711", "PatientBirthDate": "19530217",
+        "StudyDate": "20190823", "AccessionNumber": "ACC99887", "StudyInstanceUID": "1.2.826.555.1",
+        "SOPInstanceUID": "1.2.826.555.2", "SeriesInstanceUID": "1.2.826.555.3", "InstitutionName": "Spital Ost",
+        "SeriesDescription": "Zwingli left", "ViewPosition": "ZWINGLI ULRIKA 19530217",
+    }  # fmt: skip
+    dataset = build(WindowCenter=10**6, WindowWidth=1, **secrets)
+    if damage:
+        setattr(dataset, damage, "77777777")
+    path = save(dataset, tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"77777777", b"ZQ 47113"))  # no such number can be set in pydicom
+    recwarn.clear()
+    with caplog.at_level(logging.INFO):
+        try:
+            said = repr(read_mammogram(path))
+        except ImageRefused as error:
+            said = str(error)
+    said += caplog.text + "".join(str(warning.message) for warning in recwarn)
+    for secret in (*secrets.values(), "ZWINGLI", "47113"):
+        assert secret not in said
+    assert len(said) > 20

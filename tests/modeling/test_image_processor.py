@@ -1,0 +1,204 @@
+"""The image processor: every input a user holds, the same picture from each, and settings that survive a round trip."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import draw_breast, random_encoder
+from PIL import Image
+
+from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino.breast_segmentation import segment_breast
+from modeling_mammodino.rendering import RenderSettings, make_thumbnail, plan_rendering, render
+
+
+@pytest.fixture(scope="module")
+def processor() -> MammoDinoImageProcessor:
+    return MammoDinoImageProcessor(size={"height": 224, "width": 168}, patch_size=14)
+
+
+def test_shapes_dtypes_and_ranges(processor, breast):
+    inputs = processor([breast, breast[:, ::-1]], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (2, 1, 224, 168) and inputs["pixel_values"].dtype == torch.float32
+    assert inputs["tissue_mask"].shape == (2, 16, 12) and inputs["tissue_mask"].dtype == torch.float32
+    assert 0 <= inputs["tissue_mask"].min() and inputs["tissue_mask"].max() == 1
+    unit = inputs["pixel_values"] * processor.image_std[0] + processor.image_mean[0]
+    assert unit.min() >= -1e-6 and unit.max() <= 1 + 1e-6 and unit.max() > 0.9
+    torch.testing.assert_close(inputs["pixel_values"][0], inputs["pixel_values"][1])  # both face the same side
+
+
+def test_every_kind_of_sixteen_bit_input_gives_the_same_picture_to_the_last_bit(processor, breast, tmp_path):
+    for suffix in (".png", ".pgm", ".tif"):
+        cv2.imwrite(str(tmp_path / f"a{suffix}"), breast)
+    expected = processor(breast)
+    assert len(np.unique(breast)) > 256
+    same = {
+        "png path": tmp_path / "a.png",
+        "png path as text": str(tmp_path / "a.png"),
+        "pgm path": tmp_path / "a.pgm",
+        "tiff path": tmp_path / "a.tif",
+        "channel first": breast[None],
+        "channel last": breast[..., None],
+        "three equal channels": np.stack([breast] * 3, axis=-1),
+        "big-endian": breast.astype(">u2"),
+        "not contiguous": np.repeat(breast, 2, axis=1)[:, ::2],
+        "read-only": np.frombuffer(breast.tobytes(), np.uint16).reshape(breast.shape),
+        "int16": breast.astype(np.int16),
+        "uint16 tensor": torch.from_numpy(breast),
+        "uint16 tensor of three channels": torch.from_numpy(breast).expand(3, -1, -1),
+        "int32 tensor": torch.from_numpy(breast.astype(np.int32)),
+        "PIL I;16": Image.fromarray(breast),
+        "PIL I": Image.fromarray(breast.astype(np.int32)),
+        "opened PIL": Image.open(tmp_path / "a.png"),
+        "list": [breast],
+        "nested list": [[breast]],
+        "batch channel first": breast[None, None],
+        "batch channel last": torch.from_numpy(breast)[None, ..., None],
+    }
+    for name, image in same.items():
+        inputs = processor(image)
+        for key, values in expected.items():
+            np.testing.assert_array_equal(inputs[key], values, err_msg=name)
+
+
+def test_floats_and_eight_bits_give_nearly_the_same_picture(processor, breast):
+    expected = processor(breast)["pixel_values"]
+    for image in (breast / 4095, torch.from_numpy(breast / 4095).float(), Image.fromarray(breast.astype(np.float32))):
+        # whole grey levels of 16 bits are kept when resizing, floats are not rounded: up to a few of the 8-bit levels
+        difference = np.abs(processor(image)["pixel_values"] - expected)
+        assert difference.max() < 0.08 and difference.mean() < 5e-3
+    eight_bit = (breast >> 4).astype(np.uint8)
+    colour = np.stack([eight_bit] * 3, axis=-1)
+    images = (eight_bit, colour, torch.from_numpy(eight_bit), Image.fromarray(eight_bit), Image.fromarray(colour))
+    for image in images:
+        values = processor(image)["pixel_values"]
+        assert np.median(np.abs(values - expected)) < 0.1  # eight bits of twelve
+        np.testing.assert_array_equal(values, processor(images[0])["pixel_values"])
+
+
+def test_a_list_keeps_its_order_and_its_images_do_not_meet(processor, breast, tmp_path):
+    other = draw_breast(260, 240, seed=1)
+    cv2.imwrite(str(tmp_path / "other.png"), other)
+    together = processor([breast, tmp_path / "other.png", torch.from_numpy(breast)])["pixel_values"]
+    for values, image in zip(together, (breast, other, breast), strict=True):
+        np.testing.assert_array_equal(values, processor(image)["pixel_values"][0])
+
+
+def test_holes_become_air(processor, breast):
+    lifted = breast.astype(np.float32) - 5000  # zero is brighter than all of it
+    holed = lifted.copy()
+    holed[10, 150], holed[20, 160], holed[30, 170] = np.nan, np.inf, -np.inf
+    np.testing.assert_allclose(processor(holed)["pixel_values"], processor(lifted)["pixel_values"], atol=0.1)
+
+
+def test_sixteen_bits_survive():
+    """The breast spans 900 of 65536 grey levels: through eight bits three would be left."""
+    faint = (draw_breast().astype(np.float64) * 0.2).astype(np.uint16)
+    processor = MammoDinoImageProcessor(size={"height": 224, "width": 168}, bit_depth=16, do_clahe=False)
+    assert len(np.unique(processor(faint)["pixel_values"])) > 400
+
+
+def test_dicom_and_png_of_the_same_pixels_agree(processor, phantom_archive):
+    import pydicom
+
+    path = sorted(phantom_archive.rglob("*_2d.dcm"))[0]
+    window = pydicom.dcmread(path)
+    plain = MammoDinoImageProcessor(size={"height": 224, "width": 168}, do_voi_lut=False)
+    from_dicom = plain(path)["pixel_values"]
+    np.testing.assert_allclose(from_dicom, plain(window.pixel_array)["pixel_values"], atol=1e-5)
+    np.testing.assert_allclose(plain(window)["pixel_values"], from_dicom, atol=1e-5)  # a data set in memory
+
+
+def test_a_volume_alone_gives_its_slices(processor, phantom_archive):
+    volume = sorted(phantom_archive.rglob("*_dbt.dcm"))[0]
+    assert processor(volume)["pixel_values"].shape[0] == 6
+    assert processor(volume, slices_per_volume=2)["pixel_values"].shape[0] == 2
+    with pytest.raises(ImageRefused, match="one at a time"):
+        processor([volume, volume])
+
+
+def test_slices_of_a_volume_stay_aligned_under_one_plan():
+    """The breast of the second slice is smaller: cropped on its own it would move."""
+    settings = RenderSettings(do_clahe=False)
+    large, small = draw_breast(), draw_breast()
+    small[:60] = 20
+    thumbnails = [make_thumbnail(each) for each in (large, small)]
+    plan = plan_rendering(thumbnails, settings)
+    a, b = (
+        render(plane, thumbnail, plan, settings, (200, 200))
+        for plane, thumbnail in zip((large, small), thumbnails, strict=True)
+    )
+    assert a.picture.shape == b.picture.shape
+    both = cv2.erode(b.tissue.astype(np.uint8), np.ones((11, 11))) > 0
+    assert both.sum() > 5000
+    np.testing.assert_array_equal(a.picture[both], b.picture[both])
+
+
+def test_the_canvas_keeps_the_aspect(processor):
+    breast = draw_breast(400, 300)
+    picture = processor(breast)["pixel_values"][0, 0] > -1.9
+    rows, columns = picture.any(1), picture.any(0)
+    mask = segment_breast(breast)
+    source = mask.any(1).sum() / mask.any(0).sum()
+    assert rows.sum() / columns.sum() == pytest.approx(source, rel=0.05)
+
+
+def test_a_background_that_is_not_zero_is_cleared_and_an_option_keeps_it(breast):
+    lifted = (breast + 3000).astype(np.uint16)
+    lifted[20:40, 150:190] = 9000  # a label
+    cleared = MammoDinoImageProcessor(size={"height": 224, "width": 168}, do_normalize=False)(lifted)
+    outside = cleared["pixel_values"][0, 0][:, 150:]
+    assert (outside == 0).all()
+    kept = MammoDinoImageProcessor(
+        size={"height": 224, "width": 168}, do_normalize=False, do_zero_background=False, do_crop_to_breast=False
+    )(lifted)
+    assert kept["pixel_values"].max() > 0.9 and (kept["pixel_values"][0, 0][:, 120:] > 0.9).any()
+
+
+def test_intensities_do_not_depend_on_gain_and_offset(processor, breast):
+    scaled = (breast.astype(np.float64) * 3.7 + 150).astype(np.uint16)
+    difference = np.abs(processor(breast)["pixel_values"] - processor(scaled)["pixel_values"])
+    assert difference.mean() < 0.01
+
+
+def test_what_is_no_mammogram_is_refused_by_name(processor, tmp_path):
+    rng = np.random.default_rng(0)
+    cv2.imwrite(str(tmp_path / "photo.png"), rng.integers(0, 255, (80, 80, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "black.png"), np.zeros((80, 80), np.uint8))
+    cv2.imwrite(str(tmp_path / "dot.png"), np.full((1, 1), 7, np.uint8))
+    (tmp_path / "text.dcm").write_text("not an image")
+    for name in ("photo.png", "black.png", "dot.png", "text.dcm"):
+        with pytest.raises(ImageRefused, match=name):
+            processor(tmp_path / name)
+    with pytest.raises(ImageRefused, match="image 1"):
+        processor([draw_breast(), np.zeros((80, 80))])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (b"\x89PNG", "bytes"),
+        ({"path": "a.png"}, "dict"),
+        ([], "empty list"),
+        ("https://example.org/a.png", "download"),
+        ("data:image/png;base64,iVBORw0KGgo=", "download"),
+        (np.zeros((2, 2, 80, 80, 1)), "shape"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_the_remedy(processor, image, message):
+    with pytest.raises(ImageRefused, match=message):
+        processor(image)
+
+
+def test_a_file_that_is_not_there(processor, tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        processor(tmp_path / "absent.png")
+
+
+def test_the_encoder_takes_what_the_processor_gives(processor, breast):
+    model = random_encoder()
+    inputs = processor(breast, return_tensors="pt")
+    output = model(**inputs)
+    kept = inputs["tissue_mask"].flatten(1) > 0
+    patches = output.last_hidden_state[:, 1 + model.config.num_register_tokens :]
+    assert (patches[~kept] == 0).all() and (patches[kept].abs().sum(-1) > 0).all()

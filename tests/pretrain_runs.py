@@ -1,0 +1,35 @@
+"""Tiny pretraining runs: their options, recipe, log and weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from training.pretraining.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "4", "--num_prototypes", "64",
+    "--head_hidden_size", "32", "--head_bottleneck_size", "16", "--global_crop_size", "64", "--local_crop_size", "32",
+    "--num_local_crops", "2", "--per_device_train_batch_size", "8", "--dataloader_num_workers", "0",
+    "--image_height", "128", "--image_width", "96", "--logging_steps", "1", "--warmup_steps", "2",
+    "--report_to", "none", "--drop_path_rate", "0.2", "--picture_steps", "0",
+]  # fmt: skip
+
+
+SEPARATE = ["--separate_ibot_head", "true", "--ibot_num_prototypes", "24", "--ibot_head_hidden_size", "20",
+            "--ibot_head_bottleneck_size", "12"]  # fmt: skip
+
+
+def recipe(corpus: Path, output: Path, *arguments: str) -> Recipe:
+    return load_recipe(["demo", "--corpus", str(corpus), "--output_dir", str(output), *TINY, *arguments])
+
+
+def log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "logs" / "log.jsonl").read_text().splitlines()]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {f"{name}.{key}": value for name in ("student", "teacher", "optimizer")
+            for key, value in load_file(checkpoint / f"{name}.safetensors").items()}  # fmt: skip

@@ -1,0 +1,222 @@
+"""The card of an export: made of real values, fit to be published, its snippet runs, its results can be refreshed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard  # noqa: E402
+
+from dataset_scripts.corpus.reader import Corpus  # noqa: E402
+from modeling_mammodino import MammoDinoConfig, MammoDinoModel, __version__  # noqa: E402
+from modeling_mammodino.tools.publish import check_folder  # noqa: E402
+from training.card import add_results, main  # noqa: E402
+from training.pretraining.export import export_encoder  # noqa: E402
+from training.pretraining.model_card import git_commit, recipe_name  # noqa: E402
+from training.pretraining.recipe import load_recipe  # noqa: E402
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def encoder(phantom_corpus, tmp_path_factory) -> Path:
+    """An encoder exported as a run does, after five logged steps."""
+    output = tmp_path_factory.mktemp("run")
+    (output / "logs").mkdir()
+    signs = ("target_entropy", "prototype_entropy", "feature_rank", "tissue_in_crops", "tissue_in_masks")
+    lines = [{"step": step, "loss_dino_global": 5 / step, **dict.fromkeys(signs, 0.5)} for step in range(1, 6)]
+    (output / "logs" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    size = ["--image_height", "64", "--image_width", "48", "--max_steps", "5"]
+    recipe = load_recipe(["demo", "--corpus", str(phantom_corpus), "--output_dir", str(output), *size])
+    config = MammoDinoConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16)
+    export_encoder(MammoDinoModel(config), Corpus(phantom_corpus), recipe, 5, output / "encoder")
+    return output / "encoder"
+
+
+@pytest.fixture
+def copy(encoder, tmp_path) -> Path:
+    return shutil.copytree(encoder, tmp_path / "encoder")
+
+
+def probe(folder: Path, auc: float = 0.75, **models: str) -> dict:
+    """Results in the form of training.probe."""
+    names = ["untrained", "ours", *models]
+    head = {
+        "auc": {name: [auc, auc - 0.0625, auc + 0.03125] for name in names},
+        "difference": {f"{a} - {b}": [0.0, -0.125, 0.125] for a in names for b in names if a != b},
+    }
+    task = {"classes": ["0", "1"], "learning_images": 600, "test_images": 400, "test_patients": 200}
+    judged = {"seed": 7, "num_resamples": 500, "models": {"ours": str(folder), **models}}
+    return judged | {"tasks": {"cancer": {**task, "knn": head, "logistic": head}}}
+
+
+def test_the_card_states_data_recipe_settings_and_origin(encoder, phantom_corpus):
+    text = (encoder / "README.md").read_text()
+    manifest = json.loads((phantom_corpus / "manifest.json").read_text())
+    assert f"{manifest['rows']} images of {manifest['volumes']} volumes" in text
+    assert ", ".join(f"{count} {kind}" for kind, count in manifest["rows_by_kind"].items()) in text
+    assert f"| simulated (collection `phantom`) | {manifest['rows']} |" in text and "simulated breasts only" in text
+    assert "Not evaluated yet." in text and "Research use only" in text and "this is not their model" in text
+    assert "| recipe | `demo`, but for `image_height`, `image_width`, `max_steps` |" in text and "| steps | 5 |" in text
+    assert "| initial weights | random |" in text
+    assert f"mammodino {__version__}, torch " in text and git_commit(ROOT) in text
+    assert "{{" not in text and "{%" not in text and "None" not in text
+    blocks = dict(re.findall(r"```(yaml|json)\n(.*?)```", text, re.DOTALL))
+    assert yaml.safe_load(blocks["yaml"]) == yaml.safe_load((encoder / "recipe.yaml").read_text())
+    saved = json.loads((encoder / "preprocessor_config.json").read_text())
+    settings = json.loads(blocks["json"])
+    assert settings and all(saved[name] == value for name, value in settings.items())
+
+
+def test_an_export_can_be_published_as_it_is(encoder, phantom_corpus):
+    assert check_folder(encoder) == []
+    published = "".join(path.read_text() for path in encoder.iterdir() if path.suffix in (".md", ".yaml", ".json"))
+    assert str(phantom_corpus) not in published and str(encoder.parent) not in published
+    assert yaml.safe_load((encoder / "recipe.yaml").read_text()).keys().isdisjoint({"corpus", "output_dir"})
+    arguments = [str(encoder / "recipe.yaml"), "--corpus", "c", "--output_dir", "o"]
+    assert load_recipe(arguments).flat()["image_height"] == 64  # and it is still a recipe
+
+
+def test_a_corpus_of_patients_is_not_called_simulated(phantom_corpus, encoder, tmp_path):
+    corpus = Corpus(phantom_corpus)
+    corpus.rows = corpus.rows.map(
+        lambda row, number: {"source": "phantom" if number < 5 else "site"}, with_indices=True, keep_in_memory=True
+    )
+    recipe = load_recipe(["demo", "--corpus", str(phantom_corpus), "--output_dir", str(encoder.parent)])
+    export_encoder(MammoDinoModel.from_pretrained(encoder), corpus, recipe, 5, tmp_path / "encoder")
+    text = (tmp_path / "encoder" / "README.md").read_text()
+    assert "| simulated (collection `phantom`) | 5 |" in text and "simulated breasts only" not in text
+
+
+@pytest.mark.parametrize("former", [False, True])
+@pytest.mark.parametrize("published", [True, False])
+def test_weights_to_start_from_are_named_by_their_hub_id_and_never_by_a_path(
+    phantom_corpus, encoder, tmp_path, monkeypatch, published, former
+):
+    monkeypatch.chdir(tmp_path)
+    if not published:
+        (tmp_path / "clinic" / "anna").mkdir(parents=True)  # a folder may look like a Hub id
+    places = ["--corpus", str(phantom_corpus), "--output_dir", str(encoder.parent)]
+    recipe = load_recipe(["demo", *places, "--init_from", "clinic/anna"])
+    if former:  # another run started from them, and this one goes on from its checkpoint
+        (tmp_path / "checkpoint-9").mkdir()
+        recipe.save(tmp_path / "checkpoint-9" / "recipe.yaml")
+        recipe = load_recipe(["demo", *places, "--init_from_checkpoint", str(tmp_path / "checkpoint-9")])
+    by_way_of = "a former run's, which started from: " if former else ""
+    export_encoder(MammoDinoModel.from_pretrained(encoder), Corpus(phantom_corpus), recipe, 5, tmp_path / "encoder")
+    text = (tmp_path / "encoder" / "README.md").read_text()
+    assert check_folder(tmp_path / "encoder") == []
+    assert ("clinic/anna" in text + (tmp_path / "encoder" / "recipe.yaml").read_text()) == published
+    if published:
+        assert (
+            f"| initial weights | {by_way_of}`clinic/anna` on the Hub |" in text
+            and "`clinic/anna`, whose licence holds" in text
+        )
+        assert ModelCard(text).data.base_model == "clinic/anna"
+    else:
+        assert f"| initial weights | {by_way_of}unpublished weights |" in text and "init_from: UNPUBLISHED" in text
+
+
+def test_the_nearest_recipe_is_named():
+    places = ["--corpus", "c", "--output_dir", "o", "--save_steps", "3"]
+    assert recipe_name(load_recipe(["paper", *places])) == "`paper` as shipped"
+    assert recipe_name(load_recipe(["mammodino", *places, "--seed", "3"])) == "`mammodino`, but for `seed`"
+
+
+def test_the_snippet_of_the_card_runs_as_written_without_the_package(copy, phantom_archive, tmp_path):
+    """In a fresh process, in the model's folder, beside a DICOM volume by the name that the snippet gives it."""
+    snippet = re.search(r"```python\n(.*?)```", (copy / "README.md").read_text(), re.DOTALL).group(1)
+    shutil.copy(sorted(phantom_archive.rglob("*_dbt.dcm"))[0], copy / "mammogram.dcm")
+    without = (
+        "import sys; sys.modules['modeling_mammodino'] = None; sys.meta_path = "
+        "[finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+    )
+    shapes = "print(*image_features.shape, *patch_features.shape, bool(image_features.isfinite().all()))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", without + snippet + shapes], cwd=copy, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["6", "16", "6", "12", "16", "True"]
+    claimed = re.findall(r"# \(B, ([\d, ]+)\)", snippet)
+    assert claimed == ["16", "12, 16"]
+
+
+def test_results_enter_the_card_and_the_index_again_and_again(copy, tmp_path):
+    results = tmp_path / "probe.json"
+    results.write_text(json.dumps(probe(copy, plain="/somewhere/plain")))
+    main([str(copy), "--results", str(results), "--dataset", "phantom"])
+    first = (copy / "README.md").read_text()
+    assert "**Phantom results: simulated breasts" in first and "Not evaluated" not in first
+    scores = " | ".join(["0.750 [0.688, 0.781]"] * 3)
+    row = f"| cancer | k-NN | 600 files | 400 files, 200 patients | {scores} | +0.000 [-0.125, +0.125] |"
+    assert row in first and "500 bootstrap resamples of patients; seed 7" in first
+    assert "/somewhere" not in first and str(copy) not in first and check_folder(copy) == []
+    evaluation = ModelCard(first).data.eval_results[0]
+    assert (evaluation.dataset_name, evaluation.dataset_config) == ("phantom (simulated)", "cancer")
+    assert (evaluation.metric_type, evaluation.metric_value) == ("roc_auc", 0.75)
+    assert (evaluation.metric_args["low"], evaluation.metric_args["high"]) == (0.6875, 0.7812)
+
+    main([str(copy), "--results", str(results), "--dataset", "phantom"])
+    assert (copy / "README.md").read_text() == first
+    results.write_text(json.dumps(probe(copy, auc=0.5)))
+    main([str(copy), "--results", str(results), "--dataset", "CMMD, held-out patients"])
+    second = (copy / "README.md").read_text()
+    assert "0.750" not in second and "0.500 [0.438, 0.531]" in second and "Phantom results" not in second
+    assert first.partition("## Results")[0].partition("# A MammoDINO")[2] in second
+    assert first.partition("## Limits")[2] == second.partition("## Limits")[2]
+
+
+def test_an_undefined_score_is_said_and_not_indexed(copy, tmp_path):
+    results = tmp_path / "probe.json"
+    results.write_text(json.dumps(probe(copy, auc=float("nan"))))
+    add_results(copy, results, "CMMD")
+    card = ModelCard.load(copy / "README.md")
+    assert "| undefined | undefined |" in card.text and "*undefined*: the held-out patients lack" in card.text
+    assert card.data.eval_results is None
+    assert check_folder(copy) == []
+
+
+def test_results_that_are_not_of_this_encoder_are_refused(copy, tmp_path):
+    before, results = (copy / "README.md").read_bytes(), tmp_path / "probe.json"
+    for content, more, message in (
+        (json.dumps(probe(tmp_path / "other")), [], r"does not judge .*but ours \(.*other\); give --model NAME"),
+        (json.dumps(probe(copy)), ["--model", "mine"], "has no model 'mine', but ours"),
+        ('{"models": {}', [], "probe.json: Expecting"),
+        ('{"tasks": {}}', [], "no field 'models'; is it a file of training.probe"),
+    ):
+        results.write_text(content)
+        with pytest.raises(SystemExit, match=message):
+            main([str(copy), "--results", str(results), "--dataset", "phantom", *more])
+    (copy / "README.md").write_text("# Another card")
+    results.write_text(json.dumps(probe(copy)))
+    with pytest.raises(SystemExit, match="no section `## Results`; export the encoder again"):
+        main([str(copy), "--results", str(results), "--dataset", "phantom"])
+    (copy / "README.md").write_bytes(before)
+    add_results(copy, results, "phantom", "ours")
+    assert sorted(path.name for path in copy.iterdir() if path.name.startswith(".")) == []
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert git_commit(tmp_path) == "unknown (not a checkout)"
+    git("init"), (tmp_path / "a").write_text("1"), git("add", "a"), git("commit", "-m", "one")
+    assert git_commit(tmp_path) == f"`{git('rev-parse', 'HEAD')}`"
+    (tmp_path / "a").write_text("2")
+    assert git_commit(tmp_path) == f"`{git('rev-parse', 'HEAD')}`, with uncommitted changes"
+    (tmp_path / "inside").mkdir()
+    assert git_commit(tmp_path / "inside") == "unknown (not a checkout)"

@@ -1,0 +1,72 @@
+"""The FLOPs of a step against torch's own counter, and against figures known of DINOv2."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dataset_scripts.corpus.reader import Corpus
+from modeling_mammodino import MammoDinoConfig, MammoDinoModel
+from training.pretrain import compute_losses, weighted_sum
+from training.pretraining.compute import forward_flops, matmul_peak, step_flops
+from training.pretraining.losses.targets import TeacherTargets
+from training.pretraining.networks import Network, make_teacher
+from training.pretraining.recipe import ModelRecipe, load_recipe
+from training.pretraining.views.sample import PretrainingViews, collate
+
+SMALL = {"hidden_size": 384, "num_attention_heads": 6, "num_channels": 3, "num_register_tokens": 0}
+
+
+def counted(call) -> float:
+    """Attention as plain products: the counter misses parts of the CPU's flash attention."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_dinov2_small_costs_what_is_known_of_it():
+    config = MammoDinoConfig(**SMALL)
+    assert forward_flops(config, 256) == pytest.approx(12.25e9, rel=1e-3)  # 224 px
+    assert forward_flops(config, 49) == pytest.approx(2.19e9, rel=1e-3)  # 98 px
+    masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+    masks[0].view(-1)[:77] = True  # half of the crops are masked, 10 to 50 % of each
+    batch = {"global_tissue": torch.ones(2, 16, 16), "local_tissue": torch.ones(8, 7, 7), "masks": masks,
+             "slice_tissue": torch.ones(0, 16, 16)}  # fmt: skip
+    recipe = ModelRecipe(hidden_size=384, num_prototypes=65536)
+    assert step_flops(batch, config, recipe) == pytest.approx(166e9, rel=0.01)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_forward_is_what_the_counter_counts(swiglu):
+    config = MammoDinoConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=112,
+                             use_swiglu_ffn=swiglu)  # fmt: skip
+    model, pixels, tissue = MammoDinoModel(config).eval(), torch.randn(1, 1, 112, 112), torch.zeros(1, 8, 8)
+    tissue[:, :3] = 1
+    with torch.no_grad():
+        assert forward_flops(config, 64) == counted(lambda: model(pixels))
+        assert forward_flops(config, 64, num_kept=24) == counted(lambda: model(pixels, tissue_mask=tissue))
+
+
+@pytest.mark.parametrize("switches", [[], ["--drop_path_rate", "0.3"], ["--tissue_tokens", "true"],
+                                      ["--adjacent_slice_weight", "0", "--num_local_crops", "0"]])  # fmt: skip
+def test_a_step_is_what_the_counter_counts(phantom_corpus, switches):
+    """All of it: teacher, student, backward; what is left out (the losses, the norms) is next to nothing."""
+    recipe = load_recipe(["demo", "--corpus", str(phantom_corpus), "--output_dir", "-", "--adjacent_patch_weight",
+                          "0.5", "--num_prototypes", "4096", *switches])  # fmt: skip
+    corpus = Corpus(phantom_corpus)
+    pairs = recipe.loss.adjacent_slice_weight > 0
+    views = PretrainingViews(corpus, recipe.views, recipe.model.patch_size, 0, 4, pairs)
+    batch = collate([views[index] for index in range(4)])
+    student = Network(recipe).train()
+    teacher, targets = make_teacher(student), TeacherTargets(recipe)
+
+    def step() -> None:
+        losses, _ = compute_losses(batch, student, teacher, targets, 0.07, recipe)
+        weighted_sum(losses, recipe).backward()
+
+    expected = step_flops(batch, student.backbone.config, recipe.model, recipe.views.tissue_tokens)
+    assert counted(step) == pytest.approx(expected, rel=2e-3)
+
+
+def test_the_peak_is_that_of_this_machine():
+    assert 1e9 < matmul_peak("cpu", torch.float32, side=512) < 1e14

@@ -1,0 +1,143 @@
+"""Each loss against a slow oracle written from its formula, and what its docstring promises."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
+from training.pretraining.losses.dino import dino_loss
+from training.pretraining.losses.gram import gram_loss
+from training.pretraining.losses.ibot import ibot_loss
+from training.pretraining.losses.koleo import koleo_loss
+from training.pretraining.losses.targets import Centering, sinkhorn_knopp
+
+
+def cross_entropy(student, teacher, temperature=0.1):
+    """-sum_k p_t log softmax(z_s / tau), in plain Python numbers."""
+    scaled = [float(value) / temperature for value in student]
+    log_sum = math.log(sum(math.exp(value - max(scaled)) for value in scaled)) + max(scaled)
+    return -sum(float(p) * (value - log_sum) for p, value in zip(teacher, scaled, strict=True))
+
+
+def random_inputs(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator), torch.rand(*shape, generator=generator).softmax(-1)
+
+
+@pytest.mark.parametrize("num_student,ignore_diagonal", [(5, False), (2, True)])
+def test_dino_is_the_double_loop(num_student, ignore_diagonal):
+    student, _ = random_inputs(num_student, 3, 7)
+    _, teacher = random_inputs(2, 3, 7, seed=1)
+    expected = sum(
+        np.mean([cross_entropy(student[s, b], teacher[t, b]) for b in range(3)])
+        for s in range(num_student)
+        for t in range(2)
+        if not (ignore_diagonal and s == t)
+    )
+    assert dino_loss(student, teacher, ignore_diagonal=ignore_diagonal).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_ibot_is_the_mean_over_crops_of_the_mean_over_masked_patches():
+    masks = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]], dtype=torch.bool)  # the second crop is unmasked
+    student, teacher = random_inputs(5, 6)
+    per_patch = [cross_entropy(student[m], teacher[m]) for m in range(5)]
+    expected = (np.mean(per_patch[:2]) + 0 + np.mean(per_patch[2:])) / 3
+    assert ibot_loss(student, teacher, masks).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_ibot_without_any_mask_is_zero_and_differentiable():
+    student = torch.zeros(0, 6, requires_grad=True)
+    loss = ibot_loss(student, torch.zeros(0, 6), torch.zeros(4, 9, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_koleo_has_its_closed_form():
+    # nearest neighbours on the unit circle at chords 1 (60 degrees), 1 and 2 * sin(45 degrees)
+    angles = torch.deg2rad(torch.tensor([0.0, 60.0, 150.0]))
+    features = torch.stack((angles.cos(), angles.sin()), dim=1) * torch.tensor([[1.0], [3.0], [0.2]])
+    assert koleo_loss(features).item() == pytest.approx(-math.log(math.sqrt(2)) / 3, abs=1e-5)
+
+
+def test_koleo_leaves_out_near_duplicates_of_one_volume():
+    features = torch.tensor([[1.0, 0.0], [1.0, 1e-4], [0.0, 1.0]])
+    groups = torch.tensor([7, 7, 8])
+    assert koleo_loss(features).item() > 2  # two slices of one volume dominate
+    assert koleo_loss(features, groups).item() == pytest.approx(-math.log(math.sqrt(2)), abs=1e-3)
+    alone = features.clone().requires_grad_(True)
+    koleo_loss(alone, torch.zeros(3)).backward()  # nobody has a neighbour: no loss, and no NaN
+    assert koleo_loss(alone, torch.zeros(3)).item() == 0 and torch.isfinite(alone.grad).all()
+
+
+def test_adjacent_slice_is_a_weighted_mean():
+    student, teacher = random_inputs(4, 5)
+    weights = torch.tensor([1.0, 0.0, 0.5, 0.25])
+    each = np.array([cross_entropy(student[n], teacher[n]) for n in range(4)])
+    assert adjacent_slice_loss(student, teacher).item() == pytest.approx(each.mean(), rel=1e-5)
+    expected = (each * weights.numpy()).sum() / weights.sum().item()
+    assert adjacent_slice_loss(student, teacher, weights).item() == pytest.approx(expected, rel=1e-5)
+    assert adjacent_slice_loss(student[:0], teacher[:0]).item() == 0
+
+
+def test_gram_compares_every_pair_of_kept_patches():
+    student, _ = random_inputs(3, 4, 6)
+    teacher, _ = random_inputs(3, 4, 6, seed=1)
+    keep = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+
+    def cosine(a, b):
+        return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+    def expected(keep):
+        images = []
+        for x, y, kept in zip(student, teacher, keep, strict=True):
+            places = kept.nonzero().flatten().tolist()
+            pairs = [(cosine(x[i], x[j]) - cosine(y[i], y[j])) ** 2 for i in places for j in places]
+            images.append(np.mean(pairs) if pairs else 0.0)  # an image without any kept patch counts as zero
+        return np.mean(images)
+
+    assert gram_loss(student, teacher, keep).item() == pytest.approx(expected(keep), rel=1e-5)
+    assert gram_loss(student, teacher).item() == pytest.approx(expected(torch.ones(3, 4, dtype=bool)), rel=1e-5)
+    assert gram_loss(student * 3, student).item() == pytest.approx(0, abs=1e-10)  # lengths do not matter
+    dropped = (student * keep.unsqueeze(-1)).requires_grad_()  # background tokens are zero
+    gram_loss(dropped, teacher, keep).backward()
+    assert torch.isfinite(dropped.grad).all() and (dropped.grad[~keep] == 0).all()
+
+
+def sinkhorn_oracle(logits, temperature, iterations):
+    """Sinkhorn-Knopp as facebookresearch/dinov2 orders it: rows, then columns, with the totals written out."""
+    q = np.exp(logits.T.astype(np.float64) / temperature)  # (K, n)
+    num_prototypes, num_samples = q.shape
+    q /= q.sum()
+    for _ in range(iterations):
+        q /= q.sum(axis=1, keepdims=True)
+        q /= num_prototypes
+        q /= q.sum(axis=0, keepdims=True)
+        q /= num_samples
+    return (q * num_samples).T
+
+
+@pytest.mark.parametrize("temperature", [0.04, 0.07, 1.0])
+def test_sinkhorn_matches_the_reference_order(temperature):
+    logits = torch.rand(12, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    result = sinkhorn_knopp(logits, temperature)
+    np.testing.assert_allclose(result.numpy(), sinkhorn_oracle(logits.numpy(), temperature, 3), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(result.sum(dim=1), torch.ones(12))
+
+
+def test_sinkhorn_uses_every_prototype_equally_and_survives_large_logits():
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    result = sinkhorn_knopp(logits, 1.0, num_iterations=200)
+    torch.testing.assert_close(result.sum(dim=0), torch.full((8,), 8.0), rtol=1e-3, atol=1e-3)
+    assert torch.isfinite(sinkhorn_knopp(logits * 1e4, 0.04)).all()
+    assert sinkhorn_knopp(logits[:0], 0.04).shape == (0, 8)
+
+
+def test_centering_applies_the_centre_of_the_step_before():
+    centering = Centering(num_prototypes=3, momentum=0.9)
+    first, second = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]), torch.tensor([[0.5, 0.0, 0.0]])
+    torch.testing.assert_close(centering(first, 0.5), torch.softmax(first / 0.5, dim=-1))  # centre 0 at the first step
+    center = 0.1 * first.mean(dim=0)
+    torch.testing.assert_close(centering(second, 0.5), torch.softmax((second - center) / 0.5, dim=-1))
+    torch.testing.assert_close(centering.center[0], 0.9 * center + 0.1 * second[0])

@@ -1,0 +1,275 @@
+"""A pretraining run: it learns, resumes exactly, survives bad ends, and its export opens anywhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import draw_breast
+from pretrain_runs import ROOT, TINY, log, recipe, weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from training.pretrain import StepSampler, main, train
+from training.pretraining import checkpoints
+from training.pretraining.checkpoints import list_checkpoints
+from training.pretraining.recipe import RECIPES, load_recipe
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def run(phantom_corpus, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    train(recipe(phantom_corpus, output, "--max_steps", "20", "--save_steps", "10"))
+    return output
+
+
+def test_the_losses_fall_in_twenty_steps(run):
+    lines = log(run)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    first, last = (np.mean([line["loss"] for line in part]) for part in (lines[:3], lines[-3:]))
+    assert last < 0.97 * first
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert all(line["slice_pairs"] > 0 for line in lines[:3]) and all(line["tissue_in_masks"] > 0 for line in lines)
+
+
+def test_the_first_loss_is_the_closed_form_of_copied_heads(phantom_corpus, tmp_path):
+    """At the start logits are cosines of variance 1/d, and the teacher's soft targets are almost uniform: each
+    cross-entropy is ln K + 1 / (2 d tau_s^2) - 1 / (d tau_s tau_t), the last term only where the heads are copies."""
+    arguments = ["--max_steps", "1", "--head_bottleneck_size", "256", "--num_prototypes", "512"]
+    train(
+        recipe(
+            phantom_corpus, tmp_path, *arguments, "--teacher_temperature_start", "1", "--freeze_last_layer_steps", "0"
+        )
+    )
+    first, expected = log(tmp_path)[0], np.log(512) + 1 / (2 * 256 * 0.1**2) - 1 / (256 * 0.1)
+    pairs = 2 * (2 + 1)
+    assert first["loss_dino_global"] == pytest.approx(2 / pairs * expected, rel=0.02)
+    assert first["loss_dino_local"] == pytest.approx(4 / pairs * expected, rel=0.02)
+    assert first["loss_adjacent_slice"] == pytest.approx(expected, rel=0.02)
+    # half of the crops carry masks, and one whose mask came out empty counts as unmasked
+    assert first["loss_ibot"] <= expected / 2 * 1.02 and first["loss_ibot"] / expected * 16 == pytest.approx(
+        round(first["loss_ibot"] / expected * 16), abs=0.2
+    )
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(run, phantom_corpus, tmp_path):
+    whole = weights(run / "checkpoint-20")
+    half = recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10")
+    train(half)
+    for path in (tmp_path / "checkpoint-20", tmp_path / "encoder"):
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    half.run.dataloader_num_workers = 1  # may change: it changes nothing
+    train(half)
+    resumed = weights(tmp_path / "checkpoint-20")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(run, phantom_corpus, tmp_path):
+    """SIGKILL right after a checkpoint: the process dies without a word, and the same command finishes the run."""
+    command = [sys.executable, "-m", "training.pretrain", "demo", "--corpus", str(phantom_corpus), "--output_dir",
+               str(tmp_path), *TINY, "--max_steps", "20", "--save_steps", "10"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "checkpoint-10").is_dir() and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+    (tmp_path / ".checkpoint-15.tmp").mkdir()  # what a death while writing leaves
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-20"]
+    whole, resumed = weights(run / "checkpoint-20"), weights(tmp_path / "checkpoint-20")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_another_recipe_does_not_go_on_silently(run, phantom_corpus):
+    with pytest.raises(ValueError, match="ibot_weight"):
+        train(recipe(phantom_corpus, run, "--max_steps", "20", "--save_steps", "10", "--ibot_weight", "0.5"))
+
+
+def test_a_damaged_checkpoint_is_named(run, phantom_corpus, tmp_path):
+    damaged = tmp_path / "checkpoint-10"
+    subprocess.run(["cp", "-r", str(run / "checkpoint-10"), str(damaged)], check=True)
+    (damaged / "student.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="checkpoint-10"):
+        train(recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10"))
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stands(run, phantom_corpus, tmp_path, monkeypatch):
+    save, files = checkpoints.save_file, []
+
+    def save_until_full(tensors, path):
+        files.append(path)
+        if len(files) == 6:  # in the middle of the second checkpoint
+            raise SafetensorError("No space left on device (os error 28)")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", save_until_full)
+    arguments = ["demo", "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), *TINY]
+    arguments += ["--max_steps", "20", "--save_steps", "10"]
+    with pytest.raises(SystemExit, match="checkpoint-20: cannot be written .*No space left.*Make room"):
+        main(arguments)
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-10"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(arguments)
+    whole, resumed = weights(run / "checkpoint-20"), weights(tmp_path / "checkpoint-20")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(phantom_corpus, tmp_path, monkeypatch):
+    import training.pretrain as pretrain
+
+    real, calls = pretrain.weighted_sum, []
+
+    def break_at_step_12(losses, recipe):
+        calls.append(1)
+        return real(losses, recipe) * (float("nan") if len(calls) == 12 else 1)
+
+    monkeypatch.setattr(pretrain, "weighted_sum", break_at_step_12)
+    with pytest.raises(RuntimeError, match=r"step 12: the loss is not finite; samples 88 to 95, corpus rows \[\d+"):
+        train(recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10"))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10"]
+
+
+def test_processes_share_out_the_same_samples():
+    one = load_recipe(
+        ["demo", "--corpus", "c", "--output_dir", "o", "--max_steps", "3", "--per_device_train_batch_size", "8"]
+    )
+    two = load_recipe(
+        ["demo", "--corpus", "c", "--output_dir", "o", "--max_steps", "3", "--per_device_train_batch_size", "4"]
+    )
+    alone = list(StepSampler(one, 1, 0, 1))
+    shared = [a + b for a, b in zip(StepSampler(two, 1, 0, 2), StepSampler(two, 1, 1, 2), strict=True)]
+    assert alone == shared and alone[0] == list(range(8, 16))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state a process; each run here is meant as a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("switch", [["--tissue_aware_crops", "false", "--tissue_aware_masks", "false"],
+                                    ["--adjacent_slice_weight", "0", "--adjacent_patch_weight", "0"],
+                                    ["--tissue_tokens", "true"], ["--teacher_targets", "centering"],
+                                    ["--num_local_crops", "0"], ["--mask_probability", "0"],
+                                    ["--gradient_accumulation_steps", "2"], ["--bf16", "true"],
+                                    ["--gradient_checkpointing", "true"], ["--torch_compile", "true"]])  # fmt: skip
+def test_every_part_can_be_switched(phantom_corpus, tmp_path, switch):
+    train(recipe(phantom_corpus, tmp_path, "--max_steps", "2", *switch))
+    assert np.isfinite(log(tmp_path)[-1]["loss"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_starts(run, phantom_corpus, tmp_path, name):
+    """Two steps of each, all its own but the sizes."""
+    beginnings = {
+        "continue_from_dinov2": ["--init_from", str(run / "encoder")],
+        "high_resolution": ["--init_from_checkpoint", str(run / "checkpoint-20"), "--gram_crop_size", "96"],
+    }
+    sizes = ["--patch_size", "16", "--num_register_tokens", "2", "--per_device_train_batch_size", "2"]
+    arguments = [name, "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), *TINY, *sizes]
+    arguments += ["--torch_compile", "false", "--max_steps", "2", *beginnings.get(name, [])]
+    train(load_recipe(arguments))
+    assert [line["step"] for line in log(tmp_path)] == [1, 2] and np.isfinite(log(tmp_path)[-1]["loss"])
+
+
+def test_the_export_opens_where_the_package_is_not_installed(run, tmp_path):
+    """A fresh process, far from the checkout, with nothing of the package on its path."""
+    cv2.imwrite(str(tmp_path / "breast.png"), draw_breast())
+    program = f"""
+import importlib.util, json, torch
+assert importlib.util.find_spec("training") is None
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained({str(run / "encoder")!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({str(run / "encoder")!r}, trust_remote_code=True)
+assert "transformers_modules" in type(model).__module__, type(model).__module__
+assert "transformers_modules" in type(processor).__module__, type(processor).__module__
+output = model(**processor({str(tmp_path / "breast.png")!r}, return_tensors="pt"))
+print(json.dumps(output.pooler_output[0].tolist()))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    environment.pop("PYTHONPATH", None)
+    # an editable install would make the package importable: block it, as on a machine that lacks it
+    blocker = "import sys; sys.modules['modeling_mammodino'] = None; sys.meta_path = " \
+              "[f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", blocker + program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    here = MammoDinoModel.from_pretrained(run / "encoder")
+    inputs = MammoDinoImageProcessor.from_pretrained(run / "encoder")(tmp_path / "breast.png", return_tensors="pt")
+    expected = here(**inputs).pooler_output[0]
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_export_is_the_teacher_with_card_recipe_and_figure(run):
+    names = {path.name for path in (run / "encoder").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml",
+            "pretraining.png"} <= names  # fmt: skip
+    card = (run / "encoder" / "README.md").read_text()
+    assert "Research use only" in card and "84 images of 24 volumes" in card and "license: apache-2.0" in card
+    teacher, exported = (
+        load_file(run / "checkpoint-20" / "teacher.safetensors"),
+        load_file(run / "encoder" / "model.safetensors"),
+    )
+    assert all(torch.equal(teacher[f"backbone.{key}"], value) for key, value in exported.items())
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
+    for arguments, message in (
+        (["demo", "--corpus", str(tmp_path), "--output_dir", str(tmp_path)], "no manifest.json, so no corpus"),
+        (["nowhere", "--corpus", "c", "--output_dir", "o"], "shipped recipes"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+
+
+def two_processes(corpus: Path, output: Path, *arguments: str) -> str:
+    """Runs the command under torchrun on the CPU; what it prints."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "training.pretrain", "demo", "--corpus", str(corpus), "--output_dir", str(output),
+               *TINY, "--per_device_train_batch_size", "4", *arguments]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_are_one_run(phantom_corpus, tmp_path):
+    """torchrun on the CPU: one log, one checkpoint, and both halves of each batch trained on."""
+    said = two_processes(phantom_corpus, tmp_path, "--max_steps", "2")
+    assert [line["step"] for line in log(tmp_path)] == [1, 2]
+    assert said.count("encoder:") == 1 and [each.name for each in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_sharded_is_the_same_run(phantom_corpus, tmp_path):
+    """FSDP2 over two processes against DDP over two, and a checkpoint of one goes on as the other."""
+    steps = ["--max_steps", "4", "--save_steps", "2", "--gradient_accumulation_steps", "2"]
+    two_processes(phantom_corpus, tmp_path / "ddp", *steps)
+    two_processes(phantom_corpus, tmp_path / "fsdp", *steps, "--fsdp", "true")
+    shutil.copytree(tmp_path / "fsdp" / "checkpoint-2", tmp_path / "changed" / "checkpoint-2")
+    two_processes(phantom_corpus, tmp_path / "changed", *steps)
+    whole = weights(tmp_path / "ddp" / "checkpoint-4")
+    for name in ("fsdp", "changed"):
+        found = weights(tmp_path / name / "checkpoint-4")
+        assert found.keys() == whole.keys()
+        for key, value in whole.items():
+            if "key.bias" not in key:  # attention does not depend on it: its gradient is rounding, which Adam scales up
+                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
+    exported = load_file(tmp_path / "fsdp" / "encoder" / "model.safetensors")
+    teacher = load_file(tmp_path / "fsdp" / "checkpoint-4" / "teacher.safetensors")
+    assert all(torch.equal(teacher[f"backbone.{key}"], value) for key, value in exported.items())
+
+
+def test_sharding_one_process_is_refused(phantom_corpus, tmp_path):
+    with pytest.raises(ValueError, match="fsdp=True: there is one process"):
+        train(recipe(phantom_corpus, tmp_path, "--max_steps", "2", "--fsdp", "true"))

@@ -1,0 +1,178 @@
+"""The study: what is switched off, equal compute, neighbours by hand, and a small one from phantom to page."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas
+import pytest
+from conftest import draw_breast, random_encoder
+
+from modeling_mammodino import MammoDinoImageProcessor
+from training.pretraining.recipe import load_recipe
+from training.studies.design import (
+    FACTORS,
+    FULL,
+    FULL_EQUAL_IMAGES,
+    HAND_MADE,
+    PLAIN,
+    PLAIN_LARGER_CROPS,
+    UNTRAINED,
+    Configuration,
+    Size,
+    configurations,
+    equal_compute_steps,
+    mean_step_flops,
+)
+from training.studies.readout import RealSlices
+from training.study import SIZES, call, main
+
+RECIPE = ["study_small", "--output_dir", "unused"]
+SMALL = ["--per_device_train_batch_size", "4", "--max_steps", "20"]
+
+
+def test_each_idea_is_there_alone_and_left_out():
+    found = {each.name: each for each in configurations()}
+    assert len(found) == 6 + 2 * len(FACTORS)
+    assert found[PLAIN].on == frozenset() and found[FULL].on == frozenset(FACTORS) == found[FULL_EQUAL_IMAGES].on
+    for factor in FACTORS:
+        assert found[f"only {factor}"].on == {factor}
+        assert found[f"without {factor}"].on == frozenset(FACTORS) - {factor}
+
+
+def test_what_is_off_is_off_in_the_recipe_and_all_else_is_equal():
+    arguments = [*RECIPE, "--corpus", "unused"]
+    full = load_recipe(arguments).flat()
+    assert full["tissue_aware_crops"] and full["tissue_aware_masks"] and full["tissue_tokens"]
+    assert full["adjacent_slice_weight"] > 0
+    off = {
+        "tissue-aware crops": {"tissue_aware_crops"},
+        "tissue-aware masks": {"tissue_aware_masks"},
+        "adjacent slices": {"adjacent_slice_weight", "adjacent_patch_weight"},
+        "tissue tokens": {"tissue_tokens"},
+    }
+    for each in configurations():
+        if each.name == PLAIN_LARGER_CROPS:
+            continue
+        recipe = load_recipe(arguments + each.overrides()).flat()
+        changed = {name for name in recipe if recipe[name] != full[name]}
+        allowed = set().union(*(off[factor] for factor in FACTORS if factor not in each.on))
+        assert changed <= allowed and all(not recipe[name] for name in allowed)
+
+
+def test_plain_with_larger_crops_differs_from_plain_in_their_scale_alone():
+    found = {each.name: load_recipe([*RECIPE, "--corpus", "unused", *each.overrides()]).flat()
+             for each in configurations() if each.name in (PLAIN, PLAIN_LARGER_CROPS)}  # fmt: skip
+    plain, larger = found[PLAIN], found[PLAIN_LARGER_CROPS]
+    assert {name for name in plain if plain[name] != larger[name]} == {"global_crop_scale", "local_crop_scale"}
+    for name in ("global_crop_scale", "local_crop_scale"):
+        assert all(large > small for small, large in zip(plain[name], larger[name], strict=True))
+
+
+def test_equal_compute_is_equal(phantom_corpus):
+    arguments = [*RECIPE, "--corpus", str(phantom_corpus), *SMALL]
+    size = Size("study_small", 0, 0, plain_steps=1000)
+    everything = frozenset(FACTORS)
+    spent = {}
+    for each in (Configuration(PLAIN, frozenset()), Configuration("slices", frozenset({"adjacent slices"})),
+                 Configuration("tokens", frozenset({"tissue tokens"}))):  # fmt: skip
+        steps = equal_compute_steps(size, each, arguments)
+        spent[each.name] = steps * mean_step_flops(load_recipe(arguments + each.overrides()))
+        if each.name == "slices":
+            assert steps < 1000  # pairs of slices cost
+        if each.name == "tokens":
+            assert steps > 1000  # background costs nothing
+    np.testing.assert_allclose(list(spent.values()), spent[PLAIN], rtol=2e-3)
+    assert equal_compute_steps(size, Configuration("", everything, equal_images=True), arguments) == 1000
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory) -> RealSlices:
+    """Made-up slices: two patients with two slices of one volume, five with one."""
+    folder = tmp_path_factory.mktemp("slices")
+    rows = []
+    for patient in range(7):
+        picture = draw_breast(seed=patient)
+        for number in (10, 13) if patient < 2 else (5,):
+            name = f"{patient}-{number}.png"
+            noise = np.random.default_rng(number).normal(0, 60, picture.shape)
+            cv2.imwrite(
+                str(folder / name), np.where(picture > 500, picture + noise, picture).clip(0, 4095).astype(np.uint16)
+            )
+            rows.append((name, f"P{patient}", f"S{patient}", "lcc", number if patient != 6 else None, 4.0))
+    columns = ["file", "PatientID", "StudyUID", "View", "Slice", "X"]
+    pandas.DataFrame(rows, columns=columns).to_csv(folder / "slices.csv", index=False)
+    processor = MammoDinoImageProcessor(size={"height": 112, "width": 112}, patch_size=14)
+    return RealSlices(folder / "slices.csv", folder, processor)
+
+
+def test_pairs_are_of_one_volume(slices):
+    assert [(slices.table["PatientID"][a], slices.table["PatientID"][b], d) for a, b, d in slices.pairs] == [
+        ("P0", "P0", 3),
+        ("P1", "P1", 3),
+    ]
+
+
+def test_the_others_are_of_other_patients_and_of_the_nearest_density(slices):
+    others = slices.others(0)
+    assert "P0" not in set(slices.table["PatientID"][others]) and len(others) == round(0.5 * 7)
+    away = np.abs(slices.density - slices.density[0])
+    left = [row for row in range(len(slices.table)) if row not in others and slices.table["PatientID"][row] != "P0"]
+    assert away[others].max() <= away[left].min()
+
+
+def test_orderings_by_hand(slices):
+    features = np.random.default_rng(0).normal(size=(len(slices.table), 6)).astype(np.float32)
+    found = slices.orderings(features)
+    a, b, _ = slices.pairs[0]
+    centred = features - features.mean(axis=0)
+    cosine = [
+        [centred[i] @ centred[j] / np.linalg.norm(centred[i]) / np.linalg.norm(centred[j]) for j in range(len(centred))]
+        for i in range(len(centred))
+    ]
+    wins = [cosine[a][b] > cosine[end][other] for end in (a, b) for other in slices.others(end)]
+    assert found["ordering_auc"][0] == pytest.approx(np.mean(wins))
+    # features that know the volume and nothing else order all pairs right
+    volumes = pandas.get_dummies(slices.table["PatientID"]).to_numpy(float)
+    assert (slices.orderings(volumes)["ordering_auc"] == 1).all()
+
+
+def test_features_of_a_real_encoder(slices):
+    encoder = random_encoder(image_size=112)
+    assert slices.features(encoder, True).shape == (len(slices.table), 2 * encoder.config.hidden_size)
+
+
+def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
+    tiny = dataclasses.replace(
+        SIZES["minutes"], pretraining_patients=20, test_patients=16, plain_steps=2,
+        phantom=SIZES["minutes"].phantom | {"num_slices": 4, "height_px": 96, "width_px": 64, "pixel_spacing_mm": 1.9,
+                                             "slice_spacing_mm": 9.0},
+    )  # fmt: skip
+    monkeypatch.setitem(SIZES, "minutes", tiny)
+    arguments = ["--size", "minutes", "--output", str(tmp_path), "--only", PLAIN, FULL, UNTRAINED, HAND_MADE]
+    main(arguments)
+    page = (tmp_path / "report.md").read_text()
+    assert f"{FULL} - {PLAIN}" in page and "Research use only" in page and (tmp_path / "report.png").is_file()
+    results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert len(results) == 4
+    steps = {}
+    for path in results:
+        result = json.loads(path.read_text())
+        steps[result["configuration"]] = result["steps"]
+        assert ("python -m training.pretrain" in result["command"]) == (result["steps"] > 0)
+    assert steps[PLAIN] == 2 and steps[FULL] >= 1 and steps[UNTRAINED] == steps[HAND_MADE] == 0
+    main(arguments)  # nothing is run again, and the page is the same
+    assert results == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert (tmp_path / "report.md").read_text() == page
+    assert not list(Path(tmp_path).rglob("*.tmp"))
+
+
+def test_what_a_run_warns_of_is_passed_on(caplog):
+    said = "sys.stderr.write('\\rstep 3\\rstep 4 of 9]WARNING step 4: entropy wall: uniform\\nINFO fine\\n')"
+    call([sys.executable, "-c", f"import sys; {said}"], "plain DINOv2, seed 0")
+    assert caplog.messages == ["plain DINOv2, seed 0: step 4: entropy wall: uniform"]
+    with pytest.raises(ValueError, match="out of luck$"):
+        call([sys.executable, "-c", "raise SystemExit('out of luck')"], "corpus")

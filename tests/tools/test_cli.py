@@ -1,0 +1,52 @@
+"""The command line: what every subcommand shares."""
+
+import subprocess
+import sys
+
+import pytest
+
+from modeling_mammodino import __version__
+from modeling_mammodino.tools.cli import main as mammodino
+
+COMMANDS = ("inspect", "embed", "convert", "push")
+
+
+def test_it_has_the_packages_version(capsys):
+    with pytest.raises(SystemExit):
+        mammodino(["--version"])
+    assert capsys.readouterr().out == f"mammodino {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=str)
+def test_help_says_research_use_only_once(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mammodino([*command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and text.lower().count("research use only") == 1
+
+
+def test_the_commands_are_these(capsys):
+    with pytest.raises(SystemExit):
+        mammodino(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n    {command} " in text for command in COMMANDS)
+
+
+def test_an_error_is_one_line_and_status_1(tmp_path, capsys):
+    missing = str(tmp_path / "gone.dcm")
+    arguments = [
+        sys.executable,
+        "-m",
+        "modeling_mammodino.tools.cli",
+        "inspect",
+        missing,
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
+    ended = subprocess.run(arguments, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr.startswith("mammodino inspect: ") and missing in ended.stderr and ended.stderr.count("\n") == 1
+    for output in ("picture.jpg", "picture"):
+        with pytest.raises(SystemExit, match="mammodino inspect: .*png"):
+            mammodino(["inspect", missing, "--output", str(tmp_path / output)])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,377 @@
+"""Features of files: what a row holds, against model and processor called by hand; order, refusals, the table."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import datasets
+import numpy as np
+import pandas
+import pyarrow.parquet
+import pydicom
+import pytest
+import torch
+from conftest import draw_breast
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import RLELossless, generate_uid
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from modeling_mammodino import (
+    MammoDinoConfig,
+    MammoDinoForImageClassification,
+    MammoDinoImageProcessor,
+    MammoDinoModel,
+    pool_tokens,
+)
+from modeling_mammodino.dicom import count_slices, frame_order
+from modeling_mammodino.tools import embed as table_module
+from modeling_mammodino.tools.cli import main as mammodino
+from modeling_mammodino.tools.embed import open_encoder
+from modeling_mammodino.tools.features import (
+    FileEmbeddings,
+    FileEnd,
+    Picture,
+    PictureStream,
+    embed_files,
+    find_files,
+    pool_volumes,
+    share,
+)
+
+TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
+NUM_SLICES = 6  # of the phantom's volumes
+
+
+@pytest.fixture(scope="module")
+def processor() -> MammoDinoImageProcessor:
+    return MammoDinoImageProcessor(size={"height": 128, "width": 96}, patch_size=16)
+
+
+@pytest.fixture(scope="module")
+def model() -> MammoDinoModel:
+    torch.manual_seed(0)
+    return MammoDinoModel(MammoDinoConfig(**TINY)).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, processor, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def volume(phantom_archive) -> Path:
+    return sorted(phantom_archive.rglob("*_dbt.dcm"))[0]
+
+
+@pytest.fixture(scope="module")
+def archive(phantom_archive, volume, tmp_path_factory) -> Path:
+    """Two volumes, a mammogram without suffix, an 8-bit JPEG, a 16-bit TIFF; three bad files, and one that is none."""
+    folder = tmp_path_factory.mktemp("archive")
+    (folder / "study").mkdir()
+    shutil.copy(volume, folder / "b.dcm")
+    shutil.copy(sorted(phantom_archive.rglob("*_dbt.dcm"))[1], folder / "study" / "IM0002")
+    shutil.copy(sorted(phantom_archive.rglob("*_2d.dcm"))[0], folder / "study" / "IM0001")
+    cv2.imwrite(str(folder / "a.jpg"), (draw_breast(seed=1) // 16).astype(np.uint8))
+    cv2.imwrite(str(folder / "z.tiff"), draw_breast(seed=2))
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.dcm").write_text("no image")
+    (folder / "cut.dcm").write_bytes(volume.read_bytes()[:-5000])
+    (folder / "labels.csv").write_text("file,patient\n")
+    return folder
+
+
+GOOD = ("a.jpg", "b.dcm", "study/IM0001", "study/IM0002", "z.tiff")
+BAD = ("cut.dcm", "empty.png", "text.dcm")
+
+
+def by_hand(path: Path, model, processor, **options) -> tuple[np.ndarray, np.ndarray]:
+    """(S, 2 * D) and the tissue fractions (S,), a file at a time."""
+    inputs = processor(path, return_tensors="pt", **options)
+    with torch.inference_mode():
+        sequence = model(**inputs).last_hidden_state
+    pooled = pool_tokens(sequence, model.config.num_register_tokens, inputs["tissue_mask"])
+    return pooled.numpy(), inputs["tissue_mask"].mean(dim=(1, 2)).numpy()
+
+
+def run(archive: Path, checkpoint: Path, output: Path, *options: str) -> pandas.DataFrame:
+    mammodino(["embed", str(archive), "--model", str(checkpoint), "--output", str(output), *options])
+    return pandas.read_parquet(output)
+
+
+def test_a_row_is_what_processor_and_model_give_by_hand(archive, checkpoint, model, processor, tmp_path):
+    frame = run(archive, checkpoint, tmp_path / "features.parquet", "--pool", "both", "--num_workers", "0")
+    assert list(frame) == ["path", "volume", "slice", "num_slices", "embedding", "tissue_fraction"]
+    assert frame["path"].drop_duplicates().tolist() == [str(archive / name) for name in GOOD]
+    assert frame["volume"].tolist() == frame["path"].tolist()
+    for name in GOOD:
+        rows = frame[frame["path"] == str(archive / name)]
+        expected, tissue = by_hand(archive / name, model, processor)
+        assert rows["slice"].tolist() == list(range(len(expected))) and set(rows["num_slices"]) == {len(expected)}
+        np.testing.assert_allclose(np.stack(rows["embedding"]), expected, atol=1e-6)
+        np.testing.assert_allclose(rows["tissue_fraction"], tissue, atol=1e-6)
+
+
+def test_workers_and_batches_change_nothing_but_speed(archive, model, processor):
+    """Two processes, a batch that straddles files: the same rows in the same order, refusals in their places."""
+    files, _ = find_files([archive])
+    alone = list(embed_files(files, model, processor, batch_size=8))
+    shared = list(embed_files(files, model, processor, batch_size=3, num_workers=2))
+    assert [(a.path, a.refused, a.volume, a.slices) for a in alone] == [
+        (b.path, b.refused, b.volume, b.slices) for b in shared
+    ]
+    assert [Path(each.path).name for each in alone if each.refused] == list(BAD)
+    for a, b in zip(alone, shared, strict=True):
+        np.testing.assert_allclose(a.embeddings, b.embeddings, atol=1e-6)
+        np.testing.assert_array_equal(a.tissue_fraction, b.tissue_fraction)
+
+
+@pytest.mark.parametrize("num_files, num_workers", [(1, 1), (7, 3), (12, 4), (3, 8)])
+def test_workers_share_every_file_once(num_files, num_workers):
+    shares = [list(share(num_files, worker, num_workers)) for worker in range(num_workers)]
+    assert sorted(sum(shares, [])) == list(range(num_files))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alternating_files_are_shared_evenly():
+    volumes = [sum(file % 2 for file in share(100, worker, 2)) for worker in range(2)]
+    assert volumes == [25, 25]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_normalize": False, "chest_wall_side": "right"}, {"bit_depth": 16, "image_mean": [0.4]}]
+)
+def test_the_stream_is_the_image_processor_bit_for_bit(archive, settings):
+    processor = MammoDinoImageProcessor(size={"height": 96, "width": 128}, patch_size=16, **settings)
+    for name in GOOD:
+        for count in (0, 1, 4):
+            stream = PictureStream([archive / name], processor, count)
+            *pictures, end = stream
+            expected = processor(archive / name, slices_per_volume=count, return_tensors="np")
+            assert end == FileEnd(0)
+            np.testing.assert_array_equal([each.pixel_values for each in pictures], expected["pixel_values"])
+            np.testing.assert_array_equal([each.tissue_mask for each in pictures], expected["tissue_mask"])
+
+
+def test_a_slice_has_its_number_also_where_few_are_taken(volume, model, processor):
+    (everything,) = embed_files([volume], model, processor)
+    (some,) = embed_files([volume], model, processor, slices_per_volume=2)
+    assert some.num_slices == NUM_SLICES and len(some.slices) == 2
+    np.testing.assert_allclose(some.embeddings, everything.embeddings[some.slices], atol=1e-6)
+
+
+def test_pool_picks_its_part_and_models_stand_side_by_side(archive, model, processor):
+    torch.manual_seed(1)
+    other = MammoDinoModel(MammoDinoConfig(**TINY)).eval()
+    files = [archive / "a.jpg", archive / "study" / "IM0001"]
+    pools = {pool: list(embed_files(files, model, processor, pool=pool)) for pool in ("class", "patches", "both")}
+    pair = list(embed_files(files, [model, other], processor, pool="both"))
+    for n, file in enumerate(files):
+        expected, _ = by_hand(file, model, processor)
+        np.testing.assert_allclose(pools["class"][n].embeddings, expected[:, :24], atol=1e-6)
+        np.testing.assert_allclose(pools["patches"][n].embeddings, expected[:, 24:], atol=1e-6)
+        np.testing.assert_array_equal(pools["both"][n].embeddings, pair[n].embeddings[:, :48])
+        np.testing.assert_allclose(pair[n].embeddings[:, 48:], by_hand(file, other, processor)[0], atol=1e-6)
+
+
+def test_pooled_volumes_are_means_and_have_no_slice(archive, checkpoint, model, processor, tmp_path):
+    frame = run(archive, checkpoint, tmp_path / "features.parquet", "--pool_volumes", "--num_workers", "0")
+    assert frame["path"].tolist() == [str(archive / name) for name in GOOD]
+    assert frame["num_slices"].tolist() == [1, NUM_SLICES, 1, NUM_SLICES, 1]
+    assert frame["slice"].isna().tolist() == [False, True, False, True, False]
+    for name, row in zip(GOOD, frame.itertuples(), strict=True):
+        expected, tissue = by_hand(archive / name, model, processor)
+        np.testing.assert_allclose(row.embedding, expected[:, :24].mean(axis=0), atol=1e-6)
+        assert row.tissue_fraction == pytest.approx(tissue.mean(), abs=1e-6)
+
+
+def split_into_files(volume: Path, folder: Path) -> list[Path]:
+    """A volume as CT-like files of one slice each, of one series, as older systems store it."""
+    source = pydicom.dcmread(volume)
+    paths = []
+    for number, plane in enumerate(source.pixel_array):
+        image = pydicom.dcmread(volume)
+        for name in ("NumberOfFrames", "PerFrameFunctionalGroupsSequence"):
+            delattr(image, name)
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(number)])
+        image.PixelData = plane.tobytes()
+        image.ImagePositionPatient = [0.0, 0.0, float(number)]
+        paths.append(folder / f"{number}_{folder.name}.dcm")
+        image.save_as(paths[-1])
+    return paths
+
+
+def test_slices_that_are_files_of_their_own_share_a_volume(phantom_archive, model, processor, tmp_path):
+    """Two such series, their files interleaved by name, with a picture between them."""
+    for name, volume in zip(("l", "r"), sorted(phantom_archive.rglob("*_dbt.dcm"))[:2], strict=True):
+        (tmp_path / name).mkdir()
+        for path in split_into_files(volume, tmp_path / name):
+            path.rename(tmp_path / path.name)
+    cv2.imwrite(str(tmp_path / "2_between.png"), draw_breast())
+    files, _ = find_files([tmp_path])
+    results = list(embed_files(files, model, processor))
+    assert not [each.refused for each in results if each.refused]
+    for each in results:
+        side = Path(each.path).stem[-1]
+        assert each.volume == (each.path if side == "n" else str(tmp_path / f"0_{side}.dcm"))
+    pooled = list(pool_volumes(results))
+    assert [Path(each.path).name for each in pooled] == ["0_l.dcm", "0_r.dcm", "2_between.png"]
+    assert [(each.num_slices, each.slices) for each in pooled] == [(6, [None]), (6, [None]), (1, [0])]
+    left = np.concatenate([each.embeddings for each in results if each.path.endswith("_l.dcm")])
+    np.testing.assert_allclose(pooled[0].embeddings[0], left.mean(axis=0), atol=1e-6)
+
+
+def test_bad_files_are_named_and_the_rest_goes_on(archive, checkpoint, tmp_path, capsys):
+    output = tmp_path / "deep" / "features.parquet"
+    run(archive, checkpoint, output, "--num_workers", "0")
+    with (output.parent / "features.refused.csv").open() as stream:
+        refused = {row["file"]: row["reason"] for row in csv.DictReader(stream)}
+    assert list(refused) == [str(archive / name) for name in BAD]
+    assert "truncated" in refused[str(archive / BAD[0])] and "empty" in refused[str(archive / BAD[1])]
+    assert "3 refused" in capsys.readouterr().out
+    run(archive / "study", checkpoint, output, "--overwrite", "--num_workers", "0")
+    assert [path.name for path in output.parent.iterdir()] == ["features.parquet"]  # the old list goes
+
+
+def test_names_that_are_not_utf8_are_kept_readable(checkpoint, tmp_path):
+    folder = tmp_path / "old archive"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "a.png"), draw_breast())
+    (folder / "a.png").rename(os.fsdecode(os.fsencode(folder) + b"/K\xf6ln.png"))
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xfc.png")).write_bytes(b"")
+    os.mkfifo(folder / "pipe")  # would block whoever opens it
+    frame = run(folder, checkpoint, tmp_path / "features.parquet")
+    assert frame["path"].tolist() == [f"{folder}/K\\udcf6ln.png"]
+    assert f"{folder}/\\udcfc.png" in (tmp_path / "features.refused.csv").read_text()
+
+
+def test_a_volume_streams_and_counts_whole_or_not_at_all(volume, archive, model, processor, tmp_path):
+    """A slice is damaged that the plan of the volume does not see: those before it are out before it is reached."""
+    image, broken = pydicom.dcmread(volume), 2
+    image.compress(RLELossless)
+    frames = list(generate_frames(image.PixelData, number_of_frames=NUM_SLICES))
+    frames[frame_order(volume)[broken]] = b"\xff" * 64
+    image.PixelData = encapsulate(frames)
+    image.save_as(tmp_path / "damaged.dcm")
+    items = list(PictureStream([tmp_path / "damaged.dcm"], processor, 0))
+    assert [type(each) for each in items] == [Picture] * broken + [FileEnd]
+    damaged, good = embed_files([tmp_path / "damaged.dcm", archive / "a.jpg"], model, processor, batch_size=1)
+    assert "damaged.dcm" in damaged.refused and damaged.slices == [] and len(damaged.embeddings) == 0
+    assert good.refused is None and good.slices == [0]
+
+
+def test_without_a_good_file_the_command_fails_and_says_where(archive, checkpoint, tmp_path):
+    for name in ("text.dcm", "labels.csv"):  # a file that is named is tried, whatever its suffix
+        with pytest.raises(SystemExit, match="none of 1 files .*features.refused.csv") as stop:
+            run(archive / name, checkpoint, tmp_path / "features.parquet", "--num_workers", "0")
+        assert isinstance(stop.value.code, str)  # printed, and exit status 1
+        assert [path.name for path in tmp_path.iterdir()] == ["features.refused.csv"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit, match="no DICOM file or picture"):
+        run(tmp_path / "folder", checkpoint, tmp_path / "features.parquet")
+    with pytest.raises(SystemExit, match="gone"):
+        run(tmp_path / "gone", checkpoint, tmp_path / "features.parquet")
+
+
+def made_up(path: str, rows: int = 3, features: int = 5) -> FileEmbeddings:
+    values = np.random.default_rng(rows).normal(size=(rows, features)).astype(np.float32)
+    return FileEmbeddings(path, None, path, list(range(rows)), rows, values, values[:, 0])
+
+
+def test_the_table_is_whole_or_absent(tmp_path, monkeypatch):
+    """Row groups of one file each; the work is interrupted after two, where a table stands and where none does."""
+    monkeypatch.setattr(table_module, "ROW_GROUP_BYTES", 1)
+    output = tmp_path / "features.parquet"
+
+    def interrupted():
+        yield made_up("a")
+        yield made_up("b")
+        assert (tmp_path / ".features.parquet.tmp").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table_module.write_table(interrupted(), output, {})
+    assert not list(tmp_path.iterdir())
+    assert table_module.write_table([made_up("old"), made_up("other", 2)], output, {}) == 5
+    assert pyarrow.parquet.ParquetFile(output).num_row_groups == 2
+    before = output.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        table_module.write_table(interrupted(), output, {})
+    assert output.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_output_is_not_replaced_unasked(archive, checkpoint, tmp_path):
+    output = tmp_path / "features.parquet"
+    output.write_text("precious")
+    with pytest.raises(SystemExit, match="--overwrite"):
+        run(archive, checkpoint, output)
+    assert output.read_text() == "precious"
+    with pytest.raises(SystemExit, match="another --output"):
+        run(archive, checkpoint, tmp_path, "--overwrite")
+
+
+def test_the_table_opens_everywhere_and_says_where_it_comes_from(archive, checkpoint, processor, tmp_path):
+    output = tmp_path / "features.parquet"
+    frame = run(archive, checkpoint, output, "--dtype", "bfloat16", "--slices_per_volume", "2", "--num_workers", "0")
+    assert np.stack(frame["embedding"]).shape == (len(frame), 24) == (7, 24)
+    assert frame.dtypes[["slice", "num_slices", "tissue_fraction"]].tolist() == ["int32", "int32", "float32"]
+    loaded = datasets.load_dataset("parquet", data_files=str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    features = np.asarray(loaded.with_format("numpy")["embedding"])
+    assert features.dtype == np.float32
+    np.testing.assert_array_equal(features, np.stack(frame["embedding"]))
+    schema = pyarrow.parquet.read_schema(output)
+    assert schema.field("embedding").type == pyarrow.list_(pyarrow.float32(), 24)
+    metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+    assert "Research use only" in metadata["notice"] and metadata["model"] == str(checkpoint)
+    assert (metadata["pool"], metadata["dtype"], metadata["slices_per_volume"]) == ("class", "bfloat16", "2")
+    assert metadata["image_processor"] == json.dumps(processor.to_dict(), sort_keys=True)
+    patient = pydicom.dcmread(archive / "b.dcm", stop_before_pixels=True)
+    assert patient.PatientID.encode() not in output.read_bytes() and patient.SOPInstanceUID.encode() not in (
+        output.read_bytes()
+    )
+
+
+def test_encoders_of_every_kind_of_folder(archive, model, processor, tmp_path):
+    """A classification checkpoint, transformers' own class with our image processor, and what is neither."""
+    torch.manual_seed(0)
+    classifier = MammoDinoForImageClassification(MammoDinoConfig(**TINY, num_labels=3)).eval()
+    native = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY, num_channels=1)).eval()
+    inputs = processor(archive / "a.jpg", return_tensors="pt")
+    for name, source in (("head", classifier), ("native", native)):
+        source.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match="preprocessor_config.json"):
+            open_encoder(str(tmp_path / name))
+        processor.save_pretrained(tmp_path / name)
+        encoder, found = open_encoder(str(tmp_path / name))
+        assert isinstance(encoder, MammoDinoModel) and found.to_json_string() == processor.to_json_string()
+        with torch.inference_mode():
+            expected = getattr(source, "dinov2_with_registers", source)(inputs["pixel_values"]).pooler_output
+            assert torch.allclose(encoder(inputs["pixel_values"]).pooler_output, expected, atol=1e-5)
+    opened, _ = open_encoder(str(tmp_path / "head"), trust_remote_code=True)
+    assert torch.equal(opened.layernorm.weight, classifier.dinov2_with_registers.layernorm.weight)
+
+
+def test_what_does_not_fit_is_refused_before_any_work(archive, checkpoint, model, processor, tmp_path):
+    other = MammoDinoImageProcessor(size={"height": 98, "width": 98}, patch_size=14)
+    with pytest.raises(ValueError, match="patch_size: 16 in the encoder, 14"):
+        embed_files([archive / "a.jpg"], model, other)
+    for options, message in (
+        ({"pool": "mean"}, "pool='mean'"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"slices_per_volume": -1}, "slices_per_volume=-1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embed_files([archive / "a.jpg"], model, processor, **options)
+    with pytest.raises(ValueError, match="training mode"):
+        embed_files([archive / "a.jpg"], MammoDinoModel(model.config).train(), processor)
+    with pytest.raises(SystemExit, match="gone: no such folder"):
+        run(archive, tmp_path / "gone", tmp_path / "x.parquet")
+    with pytest.raises(SystemExit, match="--device nowhere"):
+        run(archive, checkpoint, tmp_path / "x.parquet", "--device", "nowhere")
+    assert count_slices(archive / "b.dcm") == NUM_SLICES and not list(tmp_path.iterdir())

@@ -1,1 +1,0 @@
-"""The parts of a pretraining run around the losses."""

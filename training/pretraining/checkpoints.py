@@ -1,0 +1,160 @@
+"""The first loss that is no number, found without asking the device in every step."""
+# MERGED: Checkpoints: whole or absent, safetensors only; the last good one is found by itself.
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from training.pretraining.views.sample import PretrainingViews
+
+from .recipe import MAY_CHANGE_ON_RESUME, Recipe, RunRecipe
+
+STATE_FILE, RECIPE_FILE, CONFIG_FILE = "trainer_state.json", "recipe.yaml", "config.json"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, however it is spread
+
+
+def save_checkpoint(
+    directory: Path, step: int, modules: dict[str, nn.Module], optimizer: Optimizer, recipe: Recipe, is_main: bool
+) -> Path:
+    """Writes `directory/checkpoint-{step}`: one safetensors file a module, the optimizer, the recipe, the step,
+    and the encoder's configuration, by which another run can go on from it.
+
+    All is written into a folder of a temporary name, which is renamed when everything is on disk. Every process calls
+    it, and the main one writes: tensors that are sharded are gathered. Raises OSError where it cannot be written.
+    """
+    final, temporary = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}.tmp"
+    files = {name: get_model_state_dict(module, options=WHOLE) for name, module in modules.items()}
+    files["optimizer"] = _flatten(get_optimizer_state_dict(modules["student"], optimizer, options=WHOLE))
+    if not is_main:
+        return final
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
+        recipe.save(temporary / RECIPE_FILE)
+        modules["student"].backbone.config.to_json_file(temporary / CONFIG_FILE)
+        (temporary / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
+        for path in temporary.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"{final}: cannot be written ({error}); what was saved before stands. Make room, and give the same command"
+        ) from error
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in list_checkpoints(directory)[: -recipe.run.save_total_limit]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> int:
+    """Loads into modules and optimizer in place, sharded or not; returns the number of finished steps."""
+    try:
+        for name, module in modules.items():
+            set_model_state_dict(module, load_file(path / f"{name}.safetensors"), options=WHOLE)
+        state: dict[str, Any] = get_optimizer_state_dict(modules["student"], optimizer)  # for its groups
+        state["state"] = _unflatten(load_file(path / "optimizer.safetensors"))
+        set_optimizer_state_dict(modules["student"], optimizer, state, options=WHOLE)
+        return json.loads((path / STATE_FILE).read_text())["global_step"]
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {path}: cannot be resumed ({error}); remove it to go on from the one before"
+        ) from error
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints in a run's folder, oldest first."""
+    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(
+        (path for path in found if (path / STATE_FILE).is_file()), key=lambda path: int(path.name.rpartition("-")[2])
+    )
+
+
+def find_checkpoint(recipe: Recipe) -> Path | None:
+    """The checkpoint to go on from: the one that the recipe names, else the last whole one in output_dir."""
+    if recipe.run.resume_from_checkpoint:
+        path = Path(recipe.run.resume_from_checkpoint)
+        if not (path / STATE_FILE).is_file():
+            raise ValueError(f"resume_from_checkpoint={path}: holds no {STATE_FILE}; give a checkpoint-N folder")
+        return path
+    checkpoints = list_checkpoints(Path(recipe.run.output_dir))
+    return checkpoints[-1] if checkpoints else None
+
+
+def check_same_recipe(recipe: Recipe, saved: dict[str, Any], path: Path) -> None:
+    """A run that is resumed is the run that was started: refuses fields that would change what is computed."""
+    wanted = recipe.flat()
+    changed = [
+        f"{name} ({saved[name]!r} -> {wanted[name]!r})"
+        for name in wanted
+        if name not in MAY_CHANGE_ON_RESUME and name in saved and saved[name] != wanted[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{path}: was made with another recipe: {', '.join(changed)}; give the same values to go on, or another "
+            "--output_dir to start afresh"
+        )
+
+
+def _flatten(optimizer_state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """`{parameter}.{name}`, such as exp_avg, of all parameters."""
+    states = optimizer_state.get("state", {})
+    return {f"{parameter}.{name}": value for parameter, state in states.items() for name, value in state.items()}
+
+
+def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        parameter, _, name = key.rpartition(".")
+        state.setdefault(parameter, {})[name] = tensor
+    return state
+
+
+class FiniteWatch:
+    """Notes on the device, and is asked where the run waits for the device anyway: at log lines and checkpoints.
+
+    What the loss was made of is then known by number alone, for a sample is a function of its index.
+    """
+
+    def __init__(self, views: PretrainingViews, run: RunRecipe, accelerator: Accelerator):
+        self.views, self.run, self.accelerator = views, run, accelerator
+        self.first = torch.full((), math.inf, dtype=torch.float64, device=accelerator.device)  # forward, by number
+
+    def note(self, loss: torch.Tensor, forward: int) -> None:
+        self.first = torch.where(torch.isfinite(loss.detach()), self.first, self.first.clamp(max=forward))
+
+    def check(self) -> None:
+        """Raises RuntimeError with the step and the samples at fault. Every process calls it."""
+        firsts = self.accelerator.gather(self.first.reshape(1)).tolist()
+        forward = min(firsts)
+        if math.isinf(forward):
+            return
+        batch, process = self.run.per_device_train_batch_size, firsts.index(forward)
+        start = (int(forward) * len(firsts) + process) * batch
+        rows = [self.views.row_of(index) for index in range(start, start + batch)]
+        raise RuntimeError(
+            f"step {int(forward) // self.run.gradient_accumulation_steps + 1}: the loss is not finite; samples {start} "
+            f"to {start + batch - 1}, corpus rows {rows}. The last good checkpoint in {self.run.output_dir} stands; "
+            "lower learning_rate or max_grad_norm, or look at these rows"
+        )

@@ -1,0 +1,120 @@
+"""glibc's allocator on a CPU: freed memory is kept for the next step."""
+# MERGED: What a step costs and what the machine could do: for the share of peak (MFU) in the log.
+#
+# Counted are matrix products, a multiplication and an addition as two operations: patch embedding, linear layers,
+# attention, projection heads; not norms, losses, optimizer and moving average, nor what gradient checkpointing repeats.
+#
+
+import ctypes
+import sys
+import time
+
+import torch
+
+from modeling_mammodino import MammoDinoConfig
+from modeling_mammodino.modeling_mammodino import as_pair
+
+from .networks import Batch
+from .recipe import ModelRecipe
+
+STUDENT = 3  # a backward costs two forwards: the gradients of inputs and of weights
+
+
+def block_flops(config: MammoDinoConfig, num_tokens: int) -> float:
+    """Forward of all blocks for one image of so many tokens: linear layers, and attention's two products."""
+    width = config.hidden_size
+    hidden = width * config.mlp_ratio
+    mlp = 3 * ((int(hidden * 2 / 3) + 7) // 8 * 8) if config.use_swiglu_ffn else 2 * hidden
+    linear = 2 * num_tokens * width * (4 * width + mlp)
+    return config.num_hidden_layers * (linear + 4 * num_tokens**2 * width)
+
+
+def patch_embedding_flops(config: MammoDinoConfig, num_patches: int) -> float:
+    patch_height, patch_width = as_pair(config.patch_size)
+    return 2.0 * num_patches * config.num_channels * patch_height * patch_width * config.hidden_size
+
+
+def forward_flops(config: MammoDinoConfig, num_patches: int, num_kept: int | None = None) -> float:
+    """Forward of the encoder for one image of N patches, of which the blocks see `num_kept` (default: all)."""
+    num_tokens = 1 + config.num_register_tokens + (num_patches if num_kept is None else num_kept)
+    return patch_embedding_flops(config, num_patches) + block_flops(config, num_tokens)
+
+
+def head_flops(recipe: ModelRecipe, num_tokens: int) -> float:
+    """Forward of the projection head for so many tokens."""
+    hidden, bottleneck = recipe.head_hidden_size, recipe.head_bottleneck_size
+    return 2.0 * num_tokens * (
+        hidden * (recipe.hidden_size + hidden + bottleneck) + bottleneck * recipe.num_prototypes
+    )  # fmt: skip
+
+
+def step_flops(batch: Batch, config: MammoDinoConfig, recipe: ModelRecipe, tissue_tokens: bool = False) -> float:
+    """Student's forward and backward and teacher's forward on this batch, with its masks, pairs and background.
+
+    Counted from the batch, so that what depends on chance (masked patches, slice pairs, background patches that are
+    dropped, stochastic depth) is counted as it was. tissue_tokens: whether both drop background patches.
+    """
+    seen_by_both = (batch["global_tissue"], batch["slice_tissue"])
+    teacher = sum(encode_flops(tissue, config, tissue_tokens, is_student=False) for tissue in seen_by_both)
+    seen_by_student = (*seen_by_both, batch["local_tissue"])
+    student = sum(encode_flops(tissue, config, tissue_tokens, is_student=True) for tissue in seen_by_student)
+    tokens = len(batch["global_tissue"]) + len(batch["slice_tissue"])  # class tokens of both
+    tokens += int(batch["masks"].sum()) + int((batch["slice_tissue"] > 0).sum())  # patches of both
+    student += STUDENT * head_flops(recipe, tokens + len(batch["local_tissue"]))
+    return student + teacher + head_flops(recipe, tokens)
+
+
+def encode_flops(tissue: torch.Tensor, config: MammoDinoConfig, tissue_tokens: bool, is_student: bool) -> float:
+    """One pass over crops of which `tissue` (n, h, w) is the breast fraction of each patch."""
+    if len(tissue) == 0:
+        return 0.0
+    num_patches = tissue[0].numel()
+    is_kept = tissue.flatten(1) > config.tissue_threshold if tissue_tokens else tissue.flatten(1) >= 0
+    blocks = sum(block_flops(config, 1 + config.num_register_tokens + kept) for kept in is_kept.sum(dim=1).tolist())
+    embedding = len(tissue) * patch_embedding_flops(config, num_patches)
+    if not is_student:
+        return embedding + blocks
+    drawn = max(int(len(tissue) * (1 - config.drop_path_rate)), 1) / len(tissue)  # images that a branch is run on
+    return (STUDENT - 1) * embedding + STUDENT * drawn * blocks  # pixels need no gradient
+
+
+def matmul_peak(device: torch.device | str, dtype: torch.dtype, side: int | None = None) -> float:
+    """FLOP/s of the best of a few square matmuls on this process's device: what the machine gives, not its data sheet.
+
+    side: rows and columns (default 8192, on a CPU 2048). Takes well under a second.
+    """
+    device = torch.device(device)
+    side = side or (2048 if device.type == "cpu" else 8192)
+    generator = torch.Generator(device).manual_seed(0)  # torch's own stays as the run seeded it
+    left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < 0.4 and len(seconds) < 50:
+        synchronize(device)
+        started = time.perf_counter()
+        torch.matmul(left, right)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+# malloc.h; the values are ints
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, INT_MAX = -1, -2, -3, 2**31 - 1
+TOP_PAD_BYTES = 1 << 28
+
+
+def keep_freed_memory() -> bool:
+    """Has the process' heap serve large tensors too, and grow in large steps; whether the C library knows how.
+
+    By default glibc maps each tensor of over 32 MiB anew and gives it back, page by page, in every step: at batch 8
+    that makes a step of ViT-S/14 take 1.5 times as long. The heap stays at its peak size until the process ends.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    settings = ((M_MMAP_THRESHOLD, INT_MAX), (M_TRIM_THRESHOLD, INT_MAX), (M_TOP_PAD, TOP_PAD_BYTES))
+    return mallopt is not None and all(mallopt(*each) for each in settings)

@@ -1,0 +1,67 @@
+"""k-NN on a labelled set while pretraining runs: whether features become useful, long before the losses say so."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino.tools.features import FileEnd, Picture, PictureStream, encode
+from training.evaluation.classifiers import nearest_neighbours
+from training.evaluation.labels import read_labels
+from training.evaluation.metrics import auc
+
+MAX_CACHE_BYTES = 2 * 2**30  # pictures kept in memory; of a larger set they are read and rendered each time
+MAX_FOLDS = 5
+BATCH_SIZE = 8
+
+
+class KnnProbe:
+    """The labelled files of one task; a volume is its middle slice.
+
+    labels: CSV with the columns `file` (relative to it), `patient` and the task; rows without a label are left out.
+    Raises ValueError for what cannot be used, a file included: a curve of other files is another curve.
+    """
+
+    def __init__(self, labels: Path, task: str, image_processor: MammoDinoImageProcessor):
+        if not labels.is_file():
+            raise ValueError(f"knn_labels={labels}: no such file; give a CSV with the columns file, patient, {task}")
+        table = read_labels(labels, [task])
+        table = table[table[task].notna()]
+        paths = [labels.parent / file for file in table["file"]]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise ValueError(f"knn_labels={labels}: {len(missing)} of its files do not exist, {missing[0]} first")
+        self.labels, self.patients = labels, table["patient"].to_numpy()
+        classes, self.y = np.unique(table[task].astype(str), return_inverse=True)
+        num_patients = [len(set(self.patients[self.y == number])) for number in range(len(classes))]
+        if len(classes) < 2 or min(num_patients) < 2:
+            raise ValueError(
+                f"knn_task={task}: {labels} has {dict(zip(classes.tolist(), num_patients, strict=True))} patients of "
+                "each class; at least two classes are needed, with two patients each"
+            )
+        folds = StratifiedGroupKFold(min(MAX_FOLDS, *num_patients), shuffle=True, random_state=0)
+        self.folds = list(folds.split(self.y, self.y, self.patients))
+        stream = PictureStream(paths, image_processor, slices_per_volume=1)
+        fits = 4 * len(paths) * image_processor.size["height"] * image_processor.size["width"] <= MAX_CACHE_BYTES
+        self.pictures: Iterable[Picture | FileEnd] = list(self._usable(stream)) if fits else stream
+        if not fits:  # all are read once, so that a bad file is refused now
+            deque(self._usable(stream), maxlen=0)
+
+    def auc(self, encoder: MammoDinoModel) -> float:
+        """AUC over all files, each predicted from other patients' files (of several classes the macro average)."""
+        pictures, features = self._usable(self.pictures), []
+        while batch := list(islice(pictures, BATCH_SIZE)):
+            features.append(encode([encoder], batch, pool="both"))
+        classifier = nearest_neighbours(min(len(learn) for learn, _ in self.folds))
+        return auc(self.y, cross_val_predict(classifier, np.concatenate(features), self.y, cv=self.folds,
+                                             method="predict_proba"))  # fmt: skip
+
+    def _usable(self, items: Iterable[Picture | FileEnd]) -> Iterator[Picture]:
+        for item in items:
+            if isinstance(item, Picture):
+                yield item
+            elif item.refused is not None:
+                raise ValueError(f"knn_labels={self.labels}: {item.refused}; take that row out")

@@ -1,0 +1,91 @@
+"""Teacher logits to targets, by Sinkhorn-Knopp or by centering."""
+# MERGED: Teacher targets by centering (Caron et al. 2021, DINO): the short recipe's alternative to Sinkhorn-Knopp.
+# MERGED: Teacher targets by Sinkhorn-Knopp (Caron et al. 2020, SwAV; used by DINOv2's long recipe).
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from training.pretraining.networks import Outputs, num_patch_prototypes
+from training.pretraining.recipe import Recipe
+
+from .distributed import max_over_processes, sum_over_processes
+
+
+class Centering(nn.Module):
+    """softmax((z - c) / temperature), c an exponential moving average of the batch mean of z.
+
+    The centre applied at a step is the one known after the step before (dinov2/loss/dino_clstoken_loss.py).
+    """
+
+    center: torch.Tensor
+
+    def __init__(self, num_prototypes: int, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, num_prototypes))
+
+    @torch.no_grad()
+    def forward(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """logits (n, K) -> probabilities (n, K) float32. Updates the centre for the next step by the mean over all
+        processes; each must call it, also with n = 0."""
+        probabilities = torch.softmax((logits.float() - self.center) / temperature, dim=-1)
+        total = torch.cat((logits.float().sum(dim=0), logits.new_tensor([float(logits.shape[0])]).float()))
+        total = sum_over_processes(total)
+        mean, any_sample = total[:-1] / total[-1].clamp_min(1), total[-1:] > 0  # an `if` would wait for the device
+        self.center.add_((mean - self.center) * any_sample, alpha=1 - self.momentum)
+        return probabilities
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: torch.Tensor, temperature: float, num_iterations: int = 3) -> torch.Tensor:
+    """Soft assignments of n samples to K prototypes, every prototype used equally over all processes.
+
+    logits (n, K) -> probabilities (n, K) float32, rows summing to 1. Every process must call it, also with n = 0.
+    Row sums and totals are global, so the result does not depend on how samples are spread over processes.
+    """
+    scores = logits.float() / temperature
+    largest = scores.max() if scores.numel() else scores.new_tensor(-torch.inf)
+    largest = max_over_processes(largest)  # one shift for all: exact, and exp() cannot overflow
+    assignment = torch.exp(scores - largest)  # (n, K)
+    num_samples = sum_over_processes(torch.tensor(float(assignment.shape[0]), device=assignment.device))
+    num_prototypes = assignment.shape[1]
+    for _ in range(num_iterations):
+        prototype_mass = sum_over_processes(assignment.sum(dim=0, keepdim=True))  # (1, K)
+        assignment /= prototype_mass.clamp_min(torch.finfo(torch.float32).tiny) * num_prototypes
+        assignment /= assignment.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * num_samples
+    return assignment * num_samples
+
+
+class Targets(NamedTuple):
+    """Probabilities over prototypes, each of the shape of its logits in `Outputs`."""
+
+    global_cls: torch.Tensor  # (G, B, K)
+    masked_patches: torch.Tensor  # (M, K)
+    slice_cls: torch.Tensor  # (P, K)
+    slice_patches: torch.Tensor  # (T, K)
+
+
+class TeacherTargets(nn.Module):
+    """Class tokens are balanced together, patches together; each kind has a centre of its own."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        self.use_centering = recipe.loss.teacher_targets == "centering"
+        if self.use_centering:
+            self.cls_center = Centering(recipe.model.num_prototypes)
+            self.patch_center = Centering(num_patch_prototypes(recipe.model))
+
+    @torch.no_grad()
+    def forward(self, teacher: Outputs, temperature: float) -> Targets:
+        cls = torch.cat((teacher.global_cls.flatten(0, 1), teacher.slice_cls))
+        patches = torch.cat((teacher.masked_patches, teacher.slice_patches))
+        if self.use_centering:
+            cls, patches = self.cls_center(cls, temperature), self.patch_center(patches, temperature)
+        else:
+            cls, patches = sinkhorn_knopp(cls, temperature), sinkhorn_knopp(patches, temperature)
+        num_global, num_masked = teacher.global_cls.shape[:2].numel(), len(teacher.masked_patches)
+        return Targets(
+            cls[:num_global].view_as(teacher.global_cls), patches[:num_masked], cls[num_global:], patches[num_masked:]
+        )

@@ -1,0 +1,325 @@
+"""Seeing a run: a JSON line a log step, progress bar and tracker; speed, signs of collapse, k-NN and pictures."""
+# MERGED: Signs of collapse: what teacher and student say of images, in numbers, and in words once they are bad.
+#
+# A self-distilled network can fail at two ends. At the entropy wall the teacher's targets are uniform and say nothing; in
+# collapse every image gets the same target. `target_information` is 0 at both ends.
+#
+# MERGED: Where a run is followed beside its own log: TensorBoard, trackio or Weights & Biases, through Accelerate.
+
+import importlib.util
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from dataset_scripts.corpus.reader import Corpus
+from modeling_mammodino.tools.visualize import write_png
+
+from .compute import matmul_peak, step_flops
+from .export import image_processor
+from .feature_images import corpus_pictures, draw_features
+from .knn_probe import KnnProbe
+from .model_card import published_recipe
+from .networks import Batch, Network
+from .recipe import Recipe
+
+NUM_RANKED = 1024  # rows of which the rank is taken: singular values of more take seconds
+
+
+@torch.no_grad()
+def target_statistics(
+    probabilities: torch.Tensor, mean_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda mean: mean
+) -> dict[str, float]:
+    """Entropies of teacher targets (n, K), as fractions of ln K.
+
+    `target_entropy`: of each sample's target, averaged; 1 means that the teacher says nothing (the entropy wall).
+    `prototype_entropy`: of the mean target; 0 means that every sample has the same, sharp target (collapse).
+    `target_information`: their difference, what a target tells of its image (mutual information); 0 at both ends, at
+    most ln n / ln K.
+    """
+    probabilities = probabilities.float().flatten(0, -2)
+    entropy = -torch.xlogy(probabilities, probabilities).sum(-1).mean()
+    together = mean_over_processes(torch.cat((probabilities.mean(0), entropy[None])))  # (K + 1,)
+    mean, scale = together[:-1], math.log(len(together) - 1)
+    target, prototype = float(together[-1]) / scale, float(-torch.xlogy(mean, mean).sum()) / scale
+    return {"target_entropy": target, "prototype_entropy": prototype, "target_information": prototype - target}
+
+
+@torch.no_grad()
+def feature_rank(features: torch.Tensor) -> float:
+    """RankMe (Garrido et al. 2023): exp of the entropy of the singular values of features (n, D), at most min(n, D)."""
+    values = torch.linalg.svdvals(features[:NUM_RANKED].float())
+    shares = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+class Sign(NamedTuple):
+    name: str
+    is_normal_at_first: bool  # a fresh network shows it, too: bad where it lasts
+    holds: Callable[[dict[str, float]], bool]
+    words: str  # what it means, and the remedy
+
+
+SIGNS = (
+    Sign(
+        "collapse",
+        False,
+        lambda values: values["prototype_entropy"] < 0.1,
+        "every image gets the same few prototypes; stop, and start again with a lower learning_rate, a longer "
+        "warmup_steps, or teacher_targets sinkhorn_knopp",
+    ),
+    Sign(
+        "entropy wall",
+        True,
+        lambda values: values["target_entropy"] > 0.98,
+        "the teacher's targets are uniform and teach nothing; lower teacher_temperature and teacher_temperature_start, "
+        "take fewer num_prototypes or a larger batch",
+    ),
+    Sign(
+        "collapse of information",
+        True,
+        lambda values: values["target_information"] < 0.01 and values["target_entropy"] <= 0.98,
+        "every image gets the same broad target; lower learning_rate, take teacher_targets sinkhorn_knopp, or a higher "
+        "teacher_momentum",
+    ),
+    Sign(
+        "collapse of features",
+        True,
+        lambda values: values["feature_rank"] < 2,
+        "class tokens lie along one direction; raise koleo_weight, or lower learning_rate or weight_decay_end",
+    ),
+)
+
+
+class CollapseWatch:
+    """Names each sign when it comes, once, and again only after it went.
+
+    patience_steps: how long a sign that is normal in a fresh network must last before it is called bad.
+    """
+
+    def __init__(self, patience_steps: int):
+        self.patience_steps = patience_steps
+        self.since: dict[str, int] = {}  # step at which a sign was first seen
+        self.told: set[str] = set()
+
+    def check(self, step: int, values: dict[str, float]) -> list[str]:
+        """What is to be said of this log line's values."""
+        messages = []
+        for sign in SIGNS:
+            if not sign.holds(values):
+                self.since.pop(sign.name, None)
+                if sign.name in self.told:
+                    self.told.remove(sign.name)
+                    messages.append(f"step {step}: {sign.name}: over")
+                continue
+            lasted = step - self.since.setdefault(sign.name, step)
+            if sign.name not in self.told and lasted >= self.patience_steps * sign.is_normal_at_first:
+                self.told.add(sign.name)
+                messages.append(f"step {step}: {sign.name}, since step {self.since[sign.name]}: {sign.words}")
+        return messages
+
+
+PROJECT = "mammodino"
+
+
+def find_tracker(report_to: str) -> str | None:
+    """What `Accelerator(log_with=)` takes. Raises ValueError where the tracker is not installed, which Accelerate would
+    pass over in silence."""
+    if report_to == "none":
+        return None
+    if importlib.util.find_spec(report_to) is None:
+        raise ValueError(
+            f"report_to={report_to!r}: not installed; pip install {report_to}, or give tensorboard or none (the JSON "
+            "lines are written in any case)"
+        )
+    return report_to
+
+
+def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
+    """One run a start of the command, named as output_dir is; it is told the recipe without this machine's paths."""
+    name, logs = Path(recipe.run.output_dir).resolve().name, str(Path(recipe.run.output_dir) / "logs")
+    settings = {key: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for key, value in published_recipe(recipe).items()}  # fmt: skip
+    # W&B's own record of the machine holds the command line with its paths, and what is printed
+    quiet = {"x_disable_meta": True, "console": "off", "disable_git": True, "disable_code": True}
+    of_each: dict[str, dict[str, Any]] = {
+        "trackio": {"name": name, "resume": "allow"},
+        "wandb": {"name": name, "group": name, "dir": logs, "settings": quiet},
+    }
+    accelerator.init_trackers(PROJECT, config=settings, init_kwargs=of_each)
+
+
+def log_picture(accelerator: Accelerator, name: str, picture: np.ndarray, step: int) -> None:
+    """A picture (H, W, 3) uint8 RGB to TensorBoard, whose files stay here: breasts are not sent to a hosted tracker."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
+
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_FRACTION = 0.05  # of a run, for signs of collapse that a fresh network shows, too
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products, by Accelerate's name
+
+
+class Monitor:
+    """Meters of one process. All processes measure, the main one writes, and alone draws and judges the teacher.
+
+    Raises ValueError, before the first step, where the labelled set of the recipe cannot be used.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        corpus: Corpus,
+        teacher: Network,
+        first_step: int,
+        global_batch_size: int,
+    ):
+        run = recipe.run
+        self.recipe, self.run, self.accelerator, self.encoder = recipe, run, accelerator, teacher.backbone
+        self.first_step, self.global_batch_size, self.is_main = (
+            first_step,
+            global_batch_size,
+            accelerator.is_main_process,
+        )
+        self.watch = CollapseWatch(round(PATIENCE_FRACTION * run.max_steps))
+        self.knn = self.pictures = self.lines = None
+        if self.is_main:
+            if run.knn_steps:
+                self.knn = KnnProbe(Path(run.knn_labels), run.knn_task, image_processor(corpus, recipe))
+            if run.picture_steps and run.fsdp:
+                logger.warning("picture_steps: no pictures with fsdp, where no process holds the whole teacher")
+            elif run.picture_steps:
+                self.pictures = corpus_pictures(corpus, image_processor(corpus, recipe))
+            logs = Path(run.output_dir) / "logs"
+            logs.mkdir(parents=True, exist_ok=True)
+            self.lines = (logs / "log.jsonl").open("a")
+        start_tracker(accelerator, recipe)
+        dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+        peak = torch.tensor([matmul_peak(accelerator.device, dtype) / 1e12], device=accelerator.device)
+        self.peak_teraflops = float(accelerator.gather(peak).sum())  # of all devices
+        if self.is_main and first_step == 0 and (first_look := self.look(0)):
+            self.write(0, first_look)
+        self.progress = tqdm(
+            total=run.max_steps, initial=first_step, unit="step", disable=not self.is_main, desc="pretrain"
+        )
+        self.data_seconds, self.steps_since_log = 0.0, 0
+        self.started = self.last_log = time.monotonic()
+
+    def wait(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
+        """The iterator, with the time spent waiting for it counted."""
+        while True:
+            started = time.monotonic()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.data_seconds += time.monotonic() - started
+            yield item
+
+    def step(self, step: int) -> bool:
+        """Counts a finished step (1-based); True where a log line is due. Nothing here waits for the device."""
+        self.steps_since_log += 1
+        self.progress.update()
+        every = (self.run.logging_steps, self.run.knn_steps, self.run.picture_steps)
+        return any(self.is_due(step, steps) for steps in every)
+
+    def is_due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.run.max_steps)
+
+    def gather(self, losses: dict[str, torch.Tensor], total: torch.Tensor, batch: Batch) -> dict[str, float]:
+        """What the processes saw at this step, averaged over them; all of them call this."""
+        flops = step_flops(batch, self.encoder.config, self.recipe.model, self.recipe.views.tissue_tokens)
+        own = {f"loss_{name}": float(value.detach()) for name, value in losses.items()}
+        own |= {"loss": float(total.detach()), **tissue_shares(batch), "forward_teraflops": flops / 1e12}
+        own["data_wait_seconds"] = self.data_seconds
+        table = self.accelerator.gather(torch.tensor([list(own.values())], device=self.accelerator.device))
+        values = dict(zip(own, table.mean(dim=0).tolist(), strict=True))
+        return values | {"data_wait_seconds": float(table[:, -1].max())}  # the slowest holds the others up
+
+    def log(self, step: int, values: dict[str, float], targets: torch.Tensor, features: torch.Tensor) -> None:
+        """Writes a line. All processes call this. values: what `gather` gave, and what else is to be written;
+        targets (G, B, K) of the teacher, features (B, D) of the student: this process's."""
+        accelerator = self.accelerator
+        values = {**values, **target_statistics(targets, lambda mean: accelerator.reduce(mean, reduction="mean"))}
+        values["feature_rank"] = feature_rank(accelerator.gather(features.detach().float()))
+        now = time.monotonic()
+        seconds, steps = max(now - self.last_log, 1e-9), self.steps_since_log
+        forwards = steps * self.run.gradient_accumulation_steps * accelerator.num_processes
+        values |= {
+            "images_per_second": steps * self.global_batch_size / seconds,
+            "mfu": values.pop("forward_teraflops") * forwards / seconds / self.peak_teraflops,
+            "data_wait_fraction": values["data_wait_seconds"] / seconds,
+            "seconds_left": (now - self.started) / (step - self.first_step) * (self.run.max_steps - step),
+            "peak_memory_gib": peak_memory_gib(accelerator.device),
+        }
+        if self.is_main:
+            for message in self.watch.check(step, values):
+                logger.warning(message)
+            self.write(step, values | self.look(step))
+            shown = {key: f"{values[key]:.3g}" for key in ("loss", "images_per_second", "mfu")}
+            self.progress.set_postfix(shown)
+        self.data_seconds, self.steps_since_log = 0.0, 0
+        looked = time.monotonic() - now  # a look is no part of the speed
+        self.started, self.last_log = self.started + looked, now + looked
+
+    def look(self, step: int) -> dict[str, float]:
+        """k-NN and picture of the teacher where they are due. On the main process, without the others."""
+        found = {}
+        if self.knn and self.is_due(step, self.run.knn_steps):
+            with torch.compiler.set_stance("force_eager"):  # whole pictures are no shapes to compile for
+                found["knn_auc"] = self.knn.auc(self.encoder)
+        if self.pictures and self.is_due(step, self.run.picture_steps):
+            with torch.compiler.set_stance("force_eager"):
+                picture = draw_features(self.encoder, **self.pictures, title=f"step {step}")
+            folder = Path(self.run.output_dir) / "pictures"
+            folder.mkdir(exist_ok=True)
+            write_png(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), folder / f"step-{step:06d}.png")
+            log_picture(self.accelerator, "features", picture, step)
+        return found
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.lines.write(json.dumps({"step": step, **values}) + "\n")
+        self.lines.flush()
+        self.accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.lines:
+            self.lines.close()
+
+
+def tissue_shares(batch: Batch) -> dict[str, float]:
+    """How much breast the views hold, and how much of the masked crops, and of the breast in them, is masked."""
+    masks, tissue = batch["masks"], batch["global_tissue"]  # (G*B, h, w) each
+    is_masked = masks.flatten(1).any(dim=1)
+    masked_tissue = (tissue * masks).sum()
+    return {
+        "tissue_in_crops": float(batch["crop_tissue"].mean()),
+        "tissue_in_masks": float(masked_tissue / masks.sum().clamp_min(1)),
+        "masked_fraction": float(masks.sum() / masks[is_masked].numel()) if is_masked.any() else 0.0,
+        "masked_tissue_fraction": float(masked_tissue / tissue[is_masked].sum().clamp_min(1)),
+        "crops_below_minimum": float(batch["crops_below_minimum"].sum()),
+        "slice_pairs": float(len(batch["slice_pairs"])),
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory so far: of the device's allocator, on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,341 @@
+"""FSDP2: parameters, gradients and optimizer state spread over processes, for encoders that one device does not hold.
+
+By torch's `fully_shard` on Accelerate's processes: Accelerate's own plugin turns into DDP on a CPU, where it could not
+be tested. Student and teacher are sharded alike, so that the moving average stays local.
+"""
+# MERGED: Projection head of DINO and iBOT (dinov2/layers/dino_head.py).
+# MERGED: Going on from a former run's checkpoint under another recipe, such as at a higher resolution: networks, heads and
+# centres are its own; optimizer, schedules, order and views are the new run's.
+# MERGED: Student and teacher: one network each, seen side by side by the losses.
+# MERGED: The teacher of Gram anchoring: an earlier state of the teacher's encoder, which may look at larger crops.
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.parametrizations import weight_norm
+
+from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino.modeling_mammodino import as_pair
+from modeling_mammodino.tools.convert import load_encoder, rebuild
+from training.pretraining.views.sample import NUM_GLOBAL_CROPS
+
+from .checkpoints import CONFIG_FILE, RECIPE_FILE, WHOLE
+from .recipe import ModelRecipe, Recipe
+
+
+class ProjectionHead(nn.Module):
+    """MLP D -> hidden -> hidden -> bottleneck, L2-normalised, then weight-normed prototypes: (..., D) -> (..., K)."""
+
+    def __init__(self, hidden_size: int, head_hidden_size: int, bottleneck_size: int, num_prototypes: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, head_hidden_size),
+            nn.GELU(),
+            nn.Linear(head_hidden_size, head_hidden_size),
+            nn.GELU(),
+            nn.Linear(head_hidden_size, bottleneck_size),
+        )
+        prototypes = nn.Linear(bottleneck_size, num_prototypes, bias=False)
+        for module in [*self.mlp, prototypes]:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.last_layer = weight_norm(prototypes)
+        self.last_layer.parametrizations.weight.original0.data.fill_(1.0)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        bottleneck = self.mlp(features)
+        epsilon = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12
+        return self.last_layer(nn.functional.normalize(bottleneck, dim=-1, eps=epsilon))
+
+
+# what fixes the shapes of the networks, and of the centres
+SHAPES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_register_tokens", "head_hidden_size",
+    "head_bottleneck_size", "num_prototypes", "separate_ibot_head", "ibot_num_prototypes", "ibot_head_hidden_size",
+    "ibot_head_bottleneck_size", "teacher_targets",
+)  # fmt: skip
+
+
+def former_config(recipe: Recipe) -> MammoDinoConfig:
+    """The configuration of the encoder in `init_from_checkpoint`, with this run's stochastic depth. Its position
+    embeddings keep their stored size, from which they are interpolated to any crop.
+
+    Raises ValueError where the folder is no checkpoint, or the recipe's networks are others, naming field and remedy.
+    """
+    folder = Path(recipe.model.init_from_checkpoint)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"init_from_checkpoint={folder}: holds no {CONFIG_FILE}; give a run's checkpoint-N folder")
+    wanted = recipe.flat()
+    former = Recipe().flat() | yaml.safe_load((folder / RECIPE_FILE).read_text())
+    for name in SHAPES:
+        if wanted[name] != former[name]:
+            raise ValueError(
+                f"{name}={wanted[name]}: init_from_checkpoint={folder} has {name}={former[name]}; give --{name} "
+                f"{former[name]}, or another checkpoint"
+            )
+    config = MammoDinoConfig.from_json_file(folder / CONFIG_FILE)
+    config.drop_path_rate = recipe.model.drop_path_rate
+    return config
+
+
+def load_former_run(recipe: Recipe, modules: dict[str, nn.Module]) -> None:
+    """Loads student, teacher and centres of `init_from_checkpoint` in place; raises ValueError where one is damaged."""
+    folder = Path(recipe.model.init_from_checkpoint)
+    try:
+        for name in ("student", "teacher", "targets"):
+            set_model_state_dict(modules[name], load_file(folder / f"{name}.safetensors"), options=WHOLE)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"init_from_checkpoint={folder}: cannot be read ({error}); give another checkpoint") from error
+
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+
+
+class Outputs(NamedTuple):
+    """Prototype logits of one network for one batch. Letters: see training.pretraining.losses; P slice pairs, N patches. Patches
+    have as many prototypes K as class tokens, unless they have a head of their own."""
+
+    global_cls: torch.Tensor  # (G, B, K)
+    local_cls: torch.Tensor  # (L, B, K), student only
+    masked_patches: torch.Tensor  # (M, K)
+    slice_cls: torch.Tensor  # (P, K): student's slice, teacher's neighbour
+    slice_patches: torch.Tensor  # (T, K), the T tissue patches of the pairs
+    features: torch.Tensor  # (G, B, D), class tokens before the head
+    patches: torch.Tensor  # (G*B, N, D), patch tokens of the global crops; (0, N, D) without Gram anchoring
+
+
+class Network(nn.Module):
+    """Encoder and projection heads: one head for class tokens and patches (DINOv2's short recipe), or an `ibot_head`
+    for patches beside it (its long recipe). Heads start from random weights; image_processor: what standardises the
+    views, for weights that were made with another."""
+
+    def __init__(self, recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None):
+        super().__init__()
+        model = recipe.model
+        self.is_sharded = recipe.run.fsdp
+        self.tissue_tokens, self.shows_patches = recipe.views.tissue_tokens, recipe.loss.gram_weight > 0
+        self.backbone = start_backbone(recipe, image_processor)
+        self.head = ProjectionHead(
+            model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
+        )
+        self.ibot_head = None
+        if model.separate_ibot_head:
+            self.ibot_head = ProjectionHead(
+                model.hidden_size,
+                model.ibot_head_hidden_size or model.head_hidden_size,
+                model.ibot_head_bottleneck_size or model.head_bottleneck_size,
+                num_patch_prototypes(model),
+            )
+
+    def forward(self, batch: Batch, is_student: bool) -> Outputs:
+        """The student sees masked global crops, local crops and the slices; the teacher unmasked global crops and
+        the neighbours. Heads see class tokens and the patches that a loss needs, never all patches."""
+        masks = batch["masks"].flatten(1)  # (G*B, N)
+        global_cls, global_patches = self.encode(
+            batch["global_crops"], batch["global_tissue"], masks if is_student else None
+        )
+        local_cls = global_cls[:0]
+        if is_student and len(batch["local_crops"]):
+            local_cls, _ = self.encode(batch["local_crops"], batch["local_tissue"])
+        slice_cls, slice_patches = global_cls[:0], global_patches[:0, 0]
+        num_pairs, slice_tissue = len(batch["slice_pairs"]), batch["slice_tissue"]
+        if num_pairs or self.is_sharded:
+            pixels = batch["slice_pairs"][:, 0 if is_student else 1]  # (P, 1, S, S)
+            if not num_pairs:  # shards are gathered by all processes together, so all must encode: here a blank
+                pixels = pixels.new_zeros(1, *pixels.shape[1:])
+                slice_tissue = slice_tissue.new_zeros(1, *slice_tissue.shape[1:])
+            slice_cls, patches = self.encode(pixels, slice_tissue)
+            slice_cls, slice_patches = slice_cls[:num_pairs], patches[slice_tissue.flatten(1) > 0]
+
+        logits = self.project([global_cls, local_cls, slice_cls], [global_patches[masks], slice_patches])
+        batch_size = len(global_cls) // NUM_GLOBAL_CROPS
+        return Outputs(
+            global_cls=logits[0].unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
+            local_cls=logits[1].unflatten(0, (len(local_cls) // batch_size, batch_size)),
+            slice_cls=logits[2],
+            masked_patches=logits[3],
+            slice_patches=logits[4],
+            features=global_cls.unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
+            patches=global_patches if self.shows_patches else global_patches[:0],
+        )
+
+    def project(self, cls_tokens: list[torch.Tensor], patches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Logits of each tensor of tokens (n, D), in one call of a head: its prototypes are normalised once."""
+        if self.ibot_head is None:
+            return project_together(self.head, cls_tokens + patches)
+        return project_together(self.head, cls_tokens) + project_together(self.ibot_head, patches)
+
+    def encode(
+        self, pixels: torch.Tensor, tissue: torch.Tensor, masks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return encode(self.backbone, pixels, tissue if self.tissue_tokens else None, masks)
+
+
+def encode(
+    backbone: MammoDinoModel,
+    pixels: torch.Tensor,
+    tissue_mask: torch.Tensor | None,
+    masks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class tokens (n, D) and patch tokens (n, N, D) of crops (n, 1, S, S)."""
+    sequence = backbone(pixels, bool_masked_pos=masks, tissue_mask=tissue_mask).last_hidden_state
+    return sequence[:, 0], sequence[:, 1 + backbone.config.num_register_tokens :]
+
+
+def project_together(head: nn.Module, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(head(torch.cat(tokens)).split([len(each) for each in tokens]))
+
+
+def num_patch_prototypes(model: ModelRecipe) -> int:
+    return (model.separate_ibot_head and model.ibot_num_prototypes) or model.num_prototypes
+
+
+def start_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | None) -> MammoDinoModel:
+    """The encoder of `init_from`, one of the shape of `init_from_checkpoint`, or a random one."""
+    if recipe.model.init_from:
+        return load_backbone(recipe, image_processor)
+    return MammoDinoModel(former_config(recipe)) if recipe.model.init_from_checkpoint else random_backbone(recipe)
+
+
+def random_backbone(recipe: Recipe) -> MammoDinoModel:
+    model = recipe.model
+    return MammoDinoModel(
+        MammoDinoConfig(
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            image_size=recipe.views.global_crop_size,
+            patch_size=model.patch_size,
+            num_register_tokens=model.num_register_tokens,
+            layerscale_value=model.layerscale_value,
+            drop_path_rate=model.drop_path_rate,
+        )
+    )
+
+
+def load_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None) -> MammoDinoModel:
+    """The encoder of `init_from`, for pixels as `image_processor` standardises them. Its position embeddings stay at
+    their stored size, and reach the crops' by its own rule: so nothing is lost, and the export takes any size as well
+    as the source did. Raises ValueError where the recipe's architecture is another."""
+    model = recipe.model
+    encoder = load_encoder(model.init_from, image_processor=image_processor)
+    config = encoder.config
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+        wanted, found = getattr(model, name), getattr(config, name)
+        if as_pair(found) != as_pair(wanted):
+            raise ValueError(
+                f"{name}={wanted}: init_from={model.init_from} has {name}={found}; give --{name} {found}, or other "
+                "weights"
+            )
+    fresh = model.num_register_tokens - config.num_register_tokens
+    if fresh < 0:
+        raise ValueError(
+            f"num_register_tokens={model.num_register_tokens}: init_from={model.init_from} has "
+            f"{config.num_register_tokens}, none of which can be left out; give at least as many"
+        )
+    if fresh:
+        logger.info("init_from=%s has %d register tokens: %d fresh", model.init_from, config.num_register_tokens, fresh)
+    registers = [encoder.embeddings.register_tokens, 1e-6 * torch.randn(1, fresh, config.hidden_size)]  # DINOv2's start
+    return rebuild(
+        encoder,
+        {"embeddings.register_tokens": torch.cat(registers, dim=1).detach()},
+        num_register_tokens=model.num_register_tokens,
+        drop_path_rate=model.drop_path_rate,
+    )
+
+
+def make_teacher(student: Network) -> Network:
+    """An exact copy, backbone and head, without gradients and without stochastic depth."""
+    teacher = copy.deepcopy(student).eval()
+    return teacher.requires_grad_(False)
+
+
+def compile_blocks(network: Network) -> None:
+    """Compiles the transformer blocks in place: one graph serves all of one size, and what surrounds them, where crops
+    of several sizes meet, stays as it is."""
+    for block in network.backbone.encoder.layer:
+        block.compile()
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only."""
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    targets, sources = zip(*pairs, strict=True)
+    torch._foreach_lerp_(list(targets), [source.detach() for source in sources], 1 - momentum)
+
+
+class GramTeacher(nn.Module):
+    """A frozen copy of the teacher's encoder, taken at `gram_start_step` and anew every `gram_update_steps`, at most
+    `gram_max_updates` times (Siméoni et al. 2025, DINOv3). When it is taken follows from the recipe and the step alone,
+    so a resumed run needs its weights and no counter."""
+
+    def __init__(self, teacher: Network, recipe: Recipe):
+        super().__init__()
+        self.loss, self.tissue_tokens = recipe.loss, recipe.views.tissue_tokens
+        self.keeps_to_tissue = recipe.views.tissue_aware_masks or recipe.views.tissue_tokens
+        self.backbone = copy.deepcopy(teacher.backbone)
+
+    def is_taken_at(self, step: int) -> bool:
+        since, every = step - self.loss.gram_start_step, self.loss.gram_update_steps
+        is_update = every > 0 and since > 0 and since % every == 0 and since // every <= self.loss.gram_max_updates
+        return since == 0 or is_update
+
+    def at(self, step: int, teacher: Network) -> "GramTeacher | None":
+        """Itself, after taking the teacher's weights where that is due before `step`; None where it has not begun."""
+        if self.is_taken_at(step):
+            self.backbone.load_state_dict(teacher.backbone.state_dict())
+        return self if step >= self.loss.gram_start_step else None
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Patch features (G*B, N, D) of the whole global crops, on the student's grid."""
+        crops, tissue = batch.get("gram_crops", batch["global_crops"]), batch.get("gram_tissue", batch["global_tissue"])
+        _, patches = encode(self.backbone, crops, tissue if self.tissue_tokens else None)
+        return resize_patches(patches, tuple(tissue.shape[1:]), tuple(batch["global_tissue"].shape[1:]))
+
+    def counted_patches(self, batch: Batch) -> torch.Tensor | None:
+        """(G*B, N) bool: those with breast, where masks or tokens keep to it (our choice: air resembles air in any
+        teacher); else None, all."""
+        return batch["global_tissue"].flatten(1) > 0 if self.keeps_to_tissue else None
+
+
+def resize_patches(patches: torch.Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> torch.Tensor:
+    """Features (n, h*w, D) of a patch grid (h, w) on another, (n, h'*w', D): bicubic, float32. Dropped patches are
+    zero, which changes the length of what they are mixed into, not its direction."""
+    if grid == wanted:
+        return patches
+    maps = patches.float().transpose(1, 2).unflatten(2, grid)  # (n, D, h, w)
+    return nn.functional.interpolate(maps, size=wanted, mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def shard(networks: list[Network], device: torch.device) -> None:
+    """Shards in place over all processes, block by block. Before the optimizer is made.
+
+    Raises ValueError where there is one process only.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        raise ValueError("fsdp=True: there is one process; start several with torchrun or accelerate launch")
+    # its networks return views of their logits; nothing here writes into them
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for network in networks:
+        heads = [part for part in network.children() if part is not network.backbone]
+        for part in (*network.backbone.encoder.layer, *heads):
+            fully_shard(part, mesh=mesh)
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)  # a root keeps its own whole until a backward

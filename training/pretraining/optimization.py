@@ -1,0 +1,83 @@
+"""Schedules as arrays over steps: `schedule[step]`, pure and inspectable."""
+# MERGED: Parameter groups: layer-wise learning-rate decay, weight-decay exemptions, and the learning-rate schedule of a group,
+# by which backbone and last layer are frozen for a while (dinov2/utils/param_groups.py).
+
+import re
+from collections import defaultdict
+
+import numpy as np
+from torch import nn
+
+from .recipe import OptimizerRecipe, Recipe
+
+
+def multipliers(name: str, num_layers: int, recipe: OptimizerRecipe) -> dict:
+    """Learning-rate schedule, and multipliers of it and of the weight decay, of a parameter of
+    `student_teacher.Network`, by its name.
+
+    Layer 0 are embeddings and tokens, layer i + 1 block i; the final norm and the head get 1. Biases, norms and
+    LayerScale are not decayed; position embeddings, tokens and the prototypes' magnitude are, as in DINOv2.
+    """
+    depth = num_layers + 1
+    if "embeddings." in name:
+        depth = 0
+    elif block := re.search(r"encoder\.layer\.(\d+)\.", name):
+        depth = int(block.group(1)) + 1
+    is_backbone = name.startswith("backbone.")
+    learning_rate = recipe.layerwise_decay ** (num_layers + 1 - depth) if is_backbone else 1.0
+    if "patch_embeddings" in name:
+        learning_rate *= recipe.patch_embed_lr_multiplier
+    exempt = name.endswith(".bias") or "norm" in name or "layer_scale" in name
+    part = "backbone_" if is_backbone else "last_layer_" if "last_layer" in name else ""
+    return {
+        "lr_schedule": f"{part}learning_rate",
+        "lr_multiplier": learning_rate,
+        "wd_multiplier": 0.0 if exempt else 1.0,
+    }
+
+
+def param_groups(network: nn.Module, num_layers: int, recipe: OptimizerRecipe) -> list[dict]:
+    """Groups for AdamW; parameters of equal multipliers share one."""
+    groups = defaultdict(list)
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[tuple(multipliers(name, num_layers, recipe).items())].append(parameter)
+    return [{"params": parameters, **dict(key)} for key, parameters in groups.items()]
+
+
+def linear_warmup_cosine(start: float, peak: float, end: float, warmup_steps: int, total_steps: int) -> np.ndarray:
+    """(total_steps,) float64: linear from `start` to `peak` over the warm-up, inclusive, then a cosine that would
+    reach `end` one step after the last: v(i) = end + (peak - end) / 2 * (1 + cos(pi * i / n))
+    (dinov2/utils/utils.py, CosineScheduler)."""
+    warmup_steps = min(warmup_steps, total_steps)
+    steps = np.arange(total_steps - warmup_steps)
+    cosine = end + 0.5 * (peak - end) * (1 + np.cos(np.pi * steps / max(len(steps), 1)))
+    return np.concatenate((np.linspace(start, peak, warmup_steps), cosine))
+
+
+def make_schedules(recipe: Recipe, global_batch_size: int) -> dict[str, np.ndarray]:
+    """learning_rate, backbone_learning_rate, last_layer_learning_rate, weight_decay, teacher_momentum,
+    teacher_temperature. The backbone's and the last layer's are the first, but zero while they are frozen:
+    gradients flow all the same, so that Adam's moments have settled when they thaw."""
+    optimizer, loss, steps = recipe.optimizer, recipe.loss, recipe.run.max_steps
+    reference = optimizer.learning_rate_reference_batch
+    peak = optimizer.learning_rate * ((global_batch_size / reference) ** 0.5 if reference else 1.0)
+    learning_rate = linear_warmup_cosine(0.0, peak, optimizer.min_learning_rate, optimizer.warmup_steps, steps)
+    backbone, last_layer = learning_rate.copy(), learning_rate.copy()
+    backbone[: optimizer.freeze_backbone_steps] = 0.0
+    last_layer[: optimizer.freeze_last_layer_steps] = 0.0
+    temperature_warmup = min(loss.teacher_temperature_warmup_steps, steps)
+    temperature = np.full(steps, loss.teacher_temperature)
+    temperature[:temperature_warmup] = np.linspace(
+        loss.teacher_temperature_start, loss.teacher_temperature, temperature_warmup
+    )
+    return {
+        "learning_rate": learning_rate,
+        "backbone_learning_rate": backbone,
+        "last_layer_learning_rate": last_layer,
+        "weight_decay": linear_warmup_cosine(0, optimizer.weight_decay, optimizer.weight_decay_end, 0, steps),
+        "teacher_momentum": linear_warmup_cosine(
+            0, optimizer.teacher_momentum, optimizer.teacher_momentum_end, 0, steps
+        ),
+        "teacher_temperature": temperature,
+    }

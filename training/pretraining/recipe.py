@@ -1,0 +1,274 @@
+"""The recipe of a pretraining run: typed, from YAML, overridden on the command line, checked before any work.
+
+Where a value is unpublished for MammoDINO the default is DINOv2's; what differs is said at the field. Fields carry the
+names of `transformers.TrainingArguments` where it has one.
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from training.pretraining.views.order import parse_kind_weights
+from training.pretraining.views.slices import SLICE_PAIRINGS
+from training.settings import check_values, setting
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass
+class ModelRecipe:
+    init_from: str = setting(
+        "", "Weights that student and teacher start from: a Hub id, a folder or DINOv2's .pth; empty: random."
+    )
+    init_from_checkpoint: str = setting(
+        "",
+        "A former run's checkpoint-N folder: its networks and heads go on, optimizer and schedules start afresh.",
+    )
+    hidden_size: int = setting(768, "Width D of the encoder.", low=1)
+    num_hidden_layers: int = setting(12, "Transformer blocks.", low=1)
+    num_attention_heads: int = setting(12, "Attention heads.", low=1)
+    patch_size: int = setting(14, "Patch side in pixels.", low=1)
+    num_register_tokens: int = setting(4, "Register tokens; what init_from lacks starts fresh.", low=0)
+    layerscale_value: float = setting(1e-5, "Initial LayerScale; with init_from, its own.", low=0)
+    drop_path_rate: float = setting(0.3, "Stochastic depth of the student.", low=0, high=0.99)
+    head_hidden_size: int = setting(2048, "Hidden size of the projection head.", low=1)
+    head_bottleneck_size: int = setting(256, "Bottleneck of the projection head.", low=1)
+    num_prototypes: int = setting(65536, "Prototypes K.", low=2)
+    separate_ibot_head: bool = setting(False, "Patches go through a head of their own (DINOv2's long recipe).")
+    ibot_num_prototypes: int = setting(0, "Prototypes of that head; 0: num_prototypes.", low=0)
+    ibot_head_hidden_size: int = setting(0, "Hidden size of that head; 0: head_hidden_size.", low=0)
+    ibot_head_bottleneck_size: int = setting(0, "Bottleneck of that head; 0: head_bottleneck_size.", low=0)
+    image_height: int = setting(518, "Canvas height of the exported image processor, in pixels.", low=1)
+    image_width: int = setting(518, "Canvas width of the exported image processor, in pixels.", low=1)
+
+
+@dataclass
+class ViewsRecipe:
+    kind_weights: list[str] = setting(
+        [], "Shares of the samples by kind of image, such as dbt=2 ffdm=1, other kinds left out; empty: volumes as is."
+    )
+    global_crop_size: int = setting(224, "Side of the global crops in pixels.", low=1)
+    gram_crop_size: int = setting(
+        0, "Side of the global crops that the gram teacher sees, in pixels; 0: the student's own crops.", low=0
+    )
+    local_crop_size: int = setting(98, "Side of the local crops in pixels.", low=1)
+    num_local_crops: int = setting(8, "Local crops an image.", low=0)
+    global_crop_scale: list[float] = setting([0.32, 1.0], "Area of global crops over the picture.", low=0, high=1)
+    local_crop_scale: list[float] = setting([0.05, 0.32], "Area of local crops over the picture.", low=0, high=1)
+    crop_ratio: list[float] = setting([0.75, 4 / 3], "Aspect of all crops, width over height.", low=0.01)
+    tissue_aware_crops: bool = setting(True, "Crops hold a minimum of breast; off: plain random crops.")
+    global_min_tissue: float = setting(0.5, "Least breast fraction of a global crop.", low=0, high=1)
+    local_min_tissue: float = setting(0.7, "Least breast fraction of a local crop.", low=0, high=1)
+    tissue_aware_masks: bool = setting(True, "Only breast patches are masked; off: any patch.")
+    tissue_tokens: bool = setting(False, "Student and teacher drop background patches (DESIGN: signature idea).")
+    mask_probability: float = setting(0.5, "Share of global crops that are masked.", low=0, high=1)
+    mask_ratio: list[float] = setting([0.1, 0.5], "Masked share of the patches that may be masked.", low=0, high=1)
+    horizontal_flip_probability: float = setting(0.5, "Left-right flips.", low=0, high=1)
+    vertical_flip_probability: float = setting(0.0, "Upside-down flips.", low=0, high=1)
+    jitter_probability: float = setting(0.8, "Share of crops with brightness and contrast jitter.", low=0, high=1)
+    brightness: float = setting(0.4, "Brightness factor drawn in 1 +- this.", low=0, high=1)
+    contrast: float = setting(0.4, "Contrast factor drawn in 1 +- this.", low=0, high=1)
+    blur_probability: list[float] = setting([1.0, 0.1, 0.5], "Blur of global 1, global 2, local crops.", low=0, high=1)
+    blur_sigma_px: list[float] = setting([0.1, 2.0], "Standard deviation of the blur.", low=0.01)
+    solarize_probability: float = setting(0.0, "Solarisation of global crop 2 (DINOv2: 0.2).", low=0, high=1)
+    slice_crop_scale: list[float] = setting([0.5, 1.0], "Area of the crop shared by two slices.", low=0, high=1)
+    slice_pairing: str = setting(
+        "within_reach",
+        "Neighbour of a slice: any within reach (DBT), or the one above or below (axial: CT, MR).",
+        choices=tuple(SLICE_PAIRINGS),
+    )
+    slice_max_distance_mm: float = setting(3.0, "Farthest neighbour where the slice spacing is known.", low=0)
+    slice_max_distance_slices: int = setting(2, "Farthest neighbour where it is not.", low=1)
+
+
+@dataclass
+class LossRecipe:
+    dino_weight: float = setting(1.0, "Weight of the DINO loss.", low=0)
+    ibot_weight: float = setting(1.0, "Weight of the iBOT loss.", low=0)
+    koleo_weight: float = setting(0.1, "Weight of KoLeo, summed over the global crops.", low=0)
+    adjacent_slice_weight: float = setting(1.0, "Weight of the adjacent-slice loss on the class token.", low=0)
+    adjacent_patch_weight: float = setting(0.5, "Weight of the same on co-located tissue patches.", low=0)
+    gram_weight: float = setting(0.0, "Weight of Gram anchoring (DINOv3: 2.0); 0: off.", low=0)
+    gram_start_step: int = setting(
+        0, "Step at which the gram teacher is taken from the teacher, and the loss begins.", low=0
+    )
+    gram_update_steps: int = setting(10000, "Steps after which it is taken anew; 0: never.", low=0)
+    gram_max_updates: int = setting(3, "How often it is taken anew at most.", low=0)
+    student_temperature: float = setting(0.1, "Temperature of the student.", low=1e-3)
+    teacher_temperature: float = setting(0.07, "Temperature of the teacher after warm-up.", low=1e-3)
+    teacher_temperature_start: float = setting(0.04, "Temperature of the teacher at step 0.", low=1e-3)
+    teacher_temperature_warmup_steps: int = setting(37500, "Steps of its linear warm-up.", low=0)
+    teacher_targets: str = setting(
+        "sinkhorn_knopp", "How the teacher is kept from collapse.", choices=("sinkhorn_knopp", "centering")
+    )
+
+
+@dataclass
+class OptimizerRecipe:
+    learning_rate: float = setting(4e-3, "Peak learning rate at a batch of 1024.", low=0)
+    learning_rate_reference_batch: int = setting(
+        1024, "The peak is scaled by sqrt(batch / this); 0 takes learning_rate as it is.", low=0
+    )
+    min_learning_rate: float = setting(1e-6, "Learning rate at the end of the cosine.", low=0)
+    warmup_steps: int = setting(12500, "Linear warm-up of the learning rate.", low=0)
+    weight_decay: float = setting(0.04, "Weight decay at step 0.", low=0)
+    weight_decay_end: float = setting(0.4, "Weight decay at the end of its cosine.", low=0)
+    adam_beta1: float = setting(0.9, "AdamW beta1.", low=0, high=1)
+    adam_beta2: float = setting(0.999, "AdamW beta2.", low=0, high=1)
+    max_grad_norm: float = setting(3.0, "Clipping, separately for backbone and each head.", low=0)
+    layerwise_decay: float = setting(0.9, "Learning-rate factor from a block to the one below.", low=0, high=1)
+    patch_embed_lr_multiplier: float = setting(0.2, "Learning-rate factor of the patch embedding.", low=0)
+    freeze_backbone_steps: int = setting(0, "First steps in which only the head learns (with init_from).", low=0)
+    freeze_last_layer_steps: int = setting(1250, "Steps in which the prototypes do not move.", low=0)
+    teacher_momentum: float = setting(0.992, "EMA momentum at step 0.", low=0, high=1)
+    teacher_momentum_end: float = setting(1.0, "EMA momentum at the end of its cosine.", low=0, high=1)
+
+
+@dataclass
+class RunRecipe:
+    corpus: str = setting("", "Folder written by dataset_scripts.corpus, or its fsspec address, then copied once.")
+    output_dir: str = setting("", "Where checkpoints, logs and the exported encoder go.")
+    max_steps: int = setting(125000, "Optimizer steps; every schedule is in steps.", low=1)
+    per_device_train_batch_size: int = setting(64, "Images a process and forward.", low=1)
+    gradient_accumulation_steps: int = setting(
+        1, "Forwards a step. Targets and KoLeo balance within one: two are not one twice as large.", low=1
+    )
+    dataloader_num_workers: int = setting(4, "Worker processes that prepare views.", low=0)
+    seed: int = setting(0, "Seed of order, views, initial weights and stochastic depth.", low=0)
+    save_steps: int = setting(1250, "Steps between checkpoints.", low=1)
+    save_total_limit: int = setting(2, "Checkpoints kept.", low=1)
+    logging_steps: int = setting(10, "Steps between log lines.", low=1)
+    bf16: bool = setting(False, "bfloat16 autocast.")
+    fsdp: bool = setting(False, "Shard weights, gradients and optimizer over the processes (FSDP2); else DDP.")
+    torch_compile: bool = setting(False, "Compile the transformer blocks of student and teacher.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the student's backward.")
+    report_to: str = setting(
+        "tensorboard",
+        "Where the log goes beside logs/log.jsonl.",
+        choices=("tensorboard", "trackio", "wandb", "none"),
+    )
+    picture_steps: int = setting(1250, "Steps between pictures of the teacher's features; 0: none.", low=0)
+    knn_steps: int = setting(0, "Steps between k-NN scores of the teacher on knn_labels; 0: none.", low=0)
+    knn_labels: str = setting("", "CSV with the columns file (relative to it), patient and knn_task.")
+    knn_task: str = setting("", "Column of knn_labels that is predicted.")
+    resume_from_checkpoint: str = setting("", "A checkpoint folder; empty: the last good one in output_dir.")
+
+
+@dataclass
+class Recipe:
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    views: ViewsRecipe = field(default_factory=ViewsRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its name, as in the YAML file and on the command line."""
+        return {name: value for section in asdict(self).values() for name, value in section.items()}
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.flat(), sort_keys=False))
+
+
+SECTIONS = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerRecipe, RunRecipe)
+# what may change between the parts of one run: it alters where and how fast, never what is computed
+MAY_CHANGE_ON_RESUME = {
+    "corpus", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
+    "save_steps", "save_total_limit", "logging_steps", "report_to", "picture_steps", "knn_steps", "knn_labels",
+    "knn_task", "resume_from_checkpoint", "torch_compile", "gradient_checkpointing", "fsdp",
+}  # fmt: skip
+
+
+def load_recipe(arguments: list[str]) -> Recipe:
+    """`RECIPE [--name value ...]`: a YAML file, or the name of one in training/recipes, with overrides.
+
+    Raises ValueError naming the field and what it may be.
+    """
+    parser = HfArgumentParser(SECTIONS, prog="pretrain", usage="python -m training.pretrain RECIPE [--name value ...]")
+    parser.add_argument("recipe", help="a YAML file, or the name of one in training/recipes")
+    known = [each.name for section in SECTIONS for each in fields(section)]
+    if arguments and not arguments[0].startswith("-"):
+        parser.set_defaults(**_read_yaml(arguments[0], known))
+    *sections, _ = parser.parse_args_into_dataclasses(args=arguments)
+    recipe = Recipe(*sections)
+    for section in sections:
+        check_values(section)
+    _check_together(recipe)
+    return recipe
+
+
+def _read_yaml(name: str, known: list[str]) -> dict[str, Any]:
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(each.stem for each in RECIPES.glob("*.yaml")))
+        raise ValueError(f"recipe {name!r}: no file {path}; shipped recipes: {shipped}")
+    values = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path}: must be lines of `name: value`")
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(
+                f"recipe {path}: unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+    return values
+
+
+def _check_together(recipe: Recipe) -> None:
+    model, views, loss, run = recipe.model, recipe.views, recipe.loss, recipe.run
+    if model.hidden_size % model.num_attention_heads:
+        raise ValueError(f"hidden_size={model.hidden_size}: must be a multiple of num_attention_heads")
+    for name in ("ibot_num_prototypes", "ibot_head_hidden_size", "ibot_head_bottleneck_size"):
+        if getattr(model, name) and not model.separate_ibot_head:
+            raise ValueError(f"{name}={getattr(model, name)}: needs --separate_ibot_head true")
+    if model.ibot_num_prototypes == 1:
+        raise ValueError("ibot_num_prototypes=1: must be 2 or more, or 0 for num_prototypes")
+    sizes = {"global_crop_size": views.global_crop_size, "local_crop_size": views.local_crop_size}
+    sizes |= {
+        "gram_crop_size": views.gram_crop_size,
+        "image_height": model.image_height,
+        "image_width": model.image_width,
+    }
+    for name, size in sizes.items():
+        if size % model.patch_size:
+            raise ValueError(f"{name}={size}: must be a multiple of patch_size={model.patch_size}")
+    if views.gram_crop_size and not loss.gram_weight:
+        raise ValueError(f"gram_crop_size={views.gram_crop_size}: needs a gram_weight above 0")
+    if 0 < views.gram_crop_size < views.global_crop_size:
+        raise ValueError(f"gram_crop_size={views.gram_crop_size}: must be at least global_crop_size, or 0")
+    if loss.gram_weight and loss.gram_start_step >= run.max_steps:
+        raise ValueError(f"gram_start_step={loss.gram_start_step}: must be below max_steps={run.max_steps}")
+    if loss.gram_weight and run.fsdp:
+        raise ValueError("gram_weight: the Gram teacher is not sharded yet; give --fsdp false, or --gram_weight 0")
+    if model.init_from and model.init_from_checkpoint:
+        raise ValueError("init_from_checkpoint: cannot be combined with init_from; give one of them")
+    for name in (
+        "global_crop_scale",
+        "local_crop_scale",
+        "crop_ratio",
+        "mask_ratio",
+        "blur_sigma_px",
+        "slice_crop_scale",
+    ):
+        pair = getattr(views, name)
+        if len(pair) != 2 or pair[0] > pair[1]:
+            raise ValueError(f"{name}={pair}: must be two numbers, the smaller first")
+        if name.endswith("scale") and pair[0] <= 0:
+            raise ValueError(f"{name}={pair}: must be above 0")
+    if len(views.blur_probability) != 3:
+        raise ValueError(f"blur_probability={views.blur_probability}: must be three numbers: global 1, global 2, local")
+    parse_kind_weights(views.kind_weights)
+    if not (run.corpus and run.output_dir):
+        raise ValueError("corpus and output_dir must be given: --corpus DIR --output_dir RUN")
+    if run.knn_steps and run.fsdp:
+        raise ValueError(
+            f"knn_steps={run.knn_steps}: no k-NN with fsdp, where no process holds the whole teacher; give 0"
+        )
+    if run.knn_steps and not (run.knn_labels and run.knn_task):
+        raise ValueError(
+            f"knn_steps={run.knn_steps}: needs knn_labels, a CSV, and knn_task, a column of it; give both, or 0"
+        )

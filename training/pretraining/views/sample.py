@@ -1,0 +1,271 @@
+"""One training sample: everything that student and teacher see of one image, a pure function of (seed, index)."""
+# MERGED: Changes of brightness and sharpness of one crop.
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+from training.pretraining.recipe import ViewsRecipe
+from training.settings import MASK_STREAM, VIEWS_STREAM, generator
+
+from .crops import Crops, TissueTable, cut, halved, tissue_aware_crops
+from .masks import block_mask, maskable_patches, stratified_mask_ratios
+from .order import VolumeOrder, parse_kind_weights
+from .slices import SLICE_PAIRINGS
+
+BLUR_KERNEL_PX = 9
+
+
+def photometric(rng: np.random.Generator, pixels: np.ndarray, recipe: ViewsRecipe, number: int) -> np.ndarray:
+    """Crop `number` (0, 1: global; 2: local), (S, S) uint8 or uint16, as float32 in 0..1, with the jitter, blur and
+    solarisation of the recipe (dinov2/data/augmentations.py, less what needs colour).
+
+    As many numbers are drawn whatever is switched on, so that a switch changes nothing but what it names.
+    """
+    jitters, brightness, contrast, blurs, sigma, solarizes = rng.random(6).tolist()
+    unit = to_unit(pixels)
+    if jitters < recipe.jitter_probability:
+        jitter(unit, 1 + recipe.brightness * (2 * brightness - 1), 1 + recipe.contrast * (2 * contrast - 1))
+    if blurs < recipe.blur_probability[number]:
+        low, high = recipe.blur_sigma_px
+        unit = cv2.GaussianBlur(unit, (BLUR_KERNEL_PX, BLUR_KERNEL_PX), low + (high - low) * sigma)
+    if number == 1 and solarizes < recipe.solarize_probability:
+        unit = np.where(unit >= 0.5, 1 - unit, unit)
+    return unit
+
+
+def to_unit(pixels: np.ndarray) -> np.ndarray:
+    unit = pixels.astype(np.float32)
+    unit *= np.float32(1 / np.iinfo(pixels.dtype).max)
+    return unit
+
+
+def jitter(unit: np.ndarray, brightness: float, contrast: float) -> None:
+    """Factors for brightness, then for contrast about the mean, each clipped to 0..1 (torchvision's ColorJitter); in
+    place."""
+    unit *= np.float32(brightness)
+    np.minimum(unit, 1, out=unit)
+    mean = cv2.mean(unit)[0]
+    unit *= np.float32(contrast)
+    unit += np.float32(mean * (1 - contrast))
+    np.clip(unit, 0, 1, out=unit)
+
+
+NUM_GLOBAL_CROPS = 2
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One row of a corpus, decoded: picture (H, W) uint8 or uint16, the same at half its size, and the table of its
+    breast mask."""
+
+    pixels: np.ndarray
+    half: np.ndarray
+    tissue: TissueTable
+
+    def cut(self, box: np.ndarray, size: int) -> np.ndarray:
+        return cut(self.pixels, box, size, self.half)
+
+
+class Views(NamedTuple):
+    """Crops of one kind of one picture, n of them."""
+
+    pixels: np.ndarray  # (n, S, S) float32, standardised
+    tissue: np.ndarray  # (n, h, w) float32, the breast fraction of each patch
+    crops: Crops
+    flips: list[tuple[slice, slice]]
+
+
+class PretrainingViews(torch.utils.data.Dataset):
+    """Views by global sample index. `index // global_batch_size` is the step; an epoch is a permutation of the
+    volumes (a 2D image is a volume of one slice), or of those of each kind where the recipe weighs kinds, and each
+    visit draws one slice, so that near-duplicates do not fill a batch.
+
+    corpus: a `dataset_scripts.corpus.reader.Corpus`. global_batch_size: images a step over all processes; it fixes how
+    mask ratios are stratified, so the number of processes does not matter. slice_pairs: whether to draw neighbours.
+    Raises ValueError where the recipe weighs a kind that the corpus lacks.
+    """
+
+    def __init__(
+        self,
+        corpus,
+        recipe: ViewsRecipe,
+        patch_size: int,
+        seed: int,
+        global_batch_size: int,
+        slice_pairs: bool = True,
+    ):
+        self.corpus, self.recipe, self.patch_size, self.with_slice_pairs = corpus, recipe, patch_size, slice_pairs
+        self.seed, self.global_batch_size = seed, global_batch_size
+        processor = corpus.image_processor
+        self.mean, self.std = map(np.float32, processor.mean_and_std)
+        self.order = VolumeOrder(seed, corpus.kinds, parse_kind_weights(recipe.kind_weights))
+        self._mask_ratios: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the last step asked for
+
+    def picture(self, row: int) -> Picture:
+        pixels, tissue = self.corpus.picture(row)
+        return Picture(pixels, halved(pixels), TissueTable(tissue, pixels.shape))
+
+    def mask_ratios(self, index: int) -> np.ndarray:
+        """Mask ratio of each global crop of this sample, stratified over the whole step."""
+        step, place = divmod(index, self.global_batch_size)
+        if self._mask_ratios[0] != step:
+            low, high = self.recipe.mask_ratio
+            ratios = stratified_mask_ratios(
+                generator(self.seed, MASK_STREAM, step),
+                NUM_GLOBAL_CROPS * self.global_batch_size,
+                self.recipe.mask_probability,
+                (low, high),
+            )
+            self._mask_ratios = (step, ratios.reshape(self.global_batch_size, NUM_GLOBAL_CROPS))
+        return self._mask_ratios[1][place]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng, volume, rows, position = self.place(index)
+        picture = self.picture(rows[position])
+        origin = {"index": index, "row": rows[position], "volume": volume}
+        return origin | self.draw(rng, picture, index) | {"slice_pair": self.slice_pair(rng, rows, position, picture)}
+
+    def place(self, index: int) -> tuple[np.random.Generator, int, range, int]:
+        """The sample's generator, its volume, the volume's rows, and which of them was drawn."""
+        rng, volume = generator(self.seed, VIEWS_STREAM, index), self.order[index]
+        rows = self.corpus.rows_of(volume)
+        return rng, volume, rows, int(rng.integers(len(rows)))
+
+    def row_of(self, index: int) -> int:
+        """The corpus row of a sample, without reading it."""
+        _, _, rows, position = self.place(index)
+        return rows[position]
+
+    def draw(self, rng: np.random.Generator, picture: Picture, index: int) -> dict[str, Any]:
+        """Crops and masks of a picture, as sample `index`."""
+        recipe = self.recipe
+        globals_, locals_ = self.views(rng, picture, is_global=True), self.views(rng, picture, is_global=False)
+        masks = [
+            block_mask(rng, ratio, maskable_patches(tissue, recipe.tissue_aware_masks))
+            for tissue, ratio in zip(globals_.tissue, self.mask_ratios(index), strict=True)
+        ]
+        boxes, fractions, fit = map(np.concatenate, zip(globals_.crops, locals_.crops, strict=True))
+        return {
+            "global_crops": globals_.pixels[:, None],  # (G, 1, H, W)
+            "global_tissue": globals_.tissue,  # (G, h, w)
+            **self.gram_views(picture, globals_),
+            "local_crops": locals_.pixels[:, None],
+            "local_tissue": locals_.tissue,
+            "masks": np.stack(masks),  # (G, h, w)
+            "crop_tissue": fractions.astype(np.float32),  # (G + L,)
+            "crops_below_minimum": int(np.count_nonzero(~fit)),
+            "boxes": boxes,  # (G + L, 4)
+        }
+
+    def views(self, rng: np.random.Generator, picture: Picture, is_global: bool) -> Views:
+        """All global or all local crops with their photometric changes."""
+        recipe = self.recipe
+        if is_global:
+            count, size = NUM_GLOBAL_CROPS, recipe.global_crop_size
+            crops = self.crops(rng, picture, recipe.global_crop_scale, recipe.global_min_tissue, count)
+        else:
+            count, size = recipe.num_local_crops, recipe.local_crop_size
+            crops = self.crops(rng, picture, recipe.local_crop_scale, recipe.local_min_tissue, count)
+        pixels, flips = np.empty((count, size, size), np.float32), []
+        tissue = picture.tissue.grids(crops.boxes, (size // self.patch_size, size // self.patch_size))
+        for number, box in enumerate(crops.boxes):
+            unit = photometric(rng, picture.cut(box, size), recipe, number if is_global else NUM_GLOBAL_CROPS)
+            flips.append(self.flips(rng))
+            pixels[number], tissue[number] = unit[flips[-1]], tissue[number][flips[-1]].copy()
+        return Views(self.standardize(pixels), tissue, crops, flips)
+
+    def gram_views(self, picture: Picture, globals_: Views) -> dict[str, Any]:
+        """The global crops' boxes and flips at the size of the gram teacher, without photometric changes; nothing
+        where it sees the global crops themselves."""
+        size = self.recipe.gram_crop_size
+        if not size:
+            return {}
+        tissue = picture.tissue.grids(globals_.crops.boxes, (size // self.patch_size, size // self.patch_size))
+        pixels = [
+            picture.cut(box, size)[flips] for box, flips in zip(globals_.crops.boxes, globals_.flips, strict=True)
+        ]
+        return {
+            "gram_crops": self.standardize(to_unit(np.stack(pixels)))[:, None],  # (G, 1, S, S)
+            "gram_tissue": np.stack([each[flips] for each, flips in zip(tissue, globals_.flips, strict=True)]),
+        }
+
+    def standardize(self, unit: np.ndarray) -> np.ndarray:
+        """Pixels of 0..1, in place."""
+        unit -= self.mean
+        unit *= 1 / self.std
+        return unit
+
+    def crops(
+        self, rng: np.random.Generator, picture: Picture, scale: list[float], minimum: float, count: int = 1
+    ) -> Crops:
+        least = minimum if self.recipe.tissue_aware_crops else 0.0
+        low, high = self.recipe.crop_ratio
+        return tissue_aware_crops(rng, picture.tissue, (scale[0], scale[1]), (low, high), least, count)
+
+    def flips(self, rng: np.random.Generator) -> tuple[slice, slice]:
+        left_right, up_down = rng.random(2).tolist()
+        return (
+            slice(None, None, -1 if up_down < self.recipe.vertical_flip_probability else 1),
+            slice(None, None, -1 if left_right < self.recipe.horizontal_flip_probability else 1),
+        )
+
+    def slice_pair(
+        self, rng: np.random.Generator, rows: range, position: int, picture: Picture
+    ) -> dict[str, Any] | None:
+        """A slice and a neighbour under one conservative transform: one crop with enough breast, one flip, one mild
+        jitter. pixels (2, 1, S, S): the student's slice, the teacher's neighbour; tissue (h, w) of both. None where
+        the image has no neighbour (2D)."""
+        recipe, corpus = self.recipe, self.corpus
+        if len(rows) < 2 or not self.with_slice_pairs:
+            return None
+        neighbour = SLICE_PAIRINGS[recipe.slice_pairing](
+            rng,
+            corpus.slice_indices(rows),
+            position,
+            corpus.slice_spacing_mm(rows[0]),
+            recipe.slice_max_distance_mm,
+            recipe.slice_max_distance_slices,
+        )
+        if neighbour is None:
+            return None
+        other = self.picture(rows[neighbour])
+        boxes = self.crops(rng, picture, recipe.slice_crop_scale, recipe.global_min_tissue).boxes  # (1, 4)
+        flips = self.flips(rng)
+        factor = rng.uniform(1 - recipe.brightness / 2, 1 + recipe.brightness / 2)
+        size = recipe.global_crop_size
+        grid = (size // self.patch_size, size // self.patch_size)
+        units = [np.minimum(to_unit(each.cut(boxes[0], size)) * np.float32(factor), 1) for each in (picture, other)]
+        tissue = np.minimum(picture.tissue.grids(boxes, grid)[0], other.tissue.grids(boxes, grid)[0])[flips]
+        return {
+            "pixels": self.standardize(np.stack([unit[flips] for unit in units]))[:, None],
+            "tissue": tissue,
+            "rows": (rows[position], rows[neighbour]),
+        }
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Samples to a batch. Crops come crop-major: (G * B, 1, H, W), all first crops before all second ones, as the
+    losses reshape them to (G, B, ...). Slice pairs (P, 2, 1, S, S) of those P <= B samples that have one."""
+
+    def crop_major(key: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([sample[key] for sample in samples], axis=1)).flatten(0, 1)
+
+    of_crops = ["global_crops", "global_tissue", "local_crops", "local_tissue", "masks", "gram_crops", "gram_tissue"]
+    batch = {key: crop_major(key) for key in of_crops if key in samples[0]}
+    for key in ("index", "row", "volume", "crops_below_minimum"):
+        batch[key] = torch.tensor([sample[key] for sample in samples])
+    for key in ("crop_tissue", "boxes"):
+        batch[key] = torch.from_numpy(np.stack([sample[key] for sample in samples]))
+    pairs = [sample["slice_pair"] for sample in samples if sample["slice_pair"]]
+    size, grid = samples[0]["global_crops"].shape[-1], samples[0]["masks"].shape[-1]
+    batch["slice_pairs"] = torch.from_numpy(
+        np.stack([pair["pixels"] for pair in pairs]) if pairs else np.zeros((0, 2, 1, size, size), np.float32)
+    )
+    batch["slice_tissue"] = torch.from_numpy(
+        np.stack([pair["tissue"] for pair in pairs]) if pairs else np.zeros((0, grid, grid), np.float32)
+    )
+    return batch
