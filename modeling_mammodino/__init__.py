@@ -7,7 +7,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageC
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_mammodino import MammoDinoConfig
-from .image_io import ImageRefused
+from .image_io import InvalidImageError
 from .image_processing_mammodino import MammoDinoImageProcessor
 from .modeling_mammodino import MammoDinoBackbone, MammoDinoForImageClassification, MammoDinoModel, pool_tokens
 
@@ -30,7 +30,7 @@ MammoDinoForImageClassification.register_for_auto_class("AutoModelForImageClassi
 MammoDinoImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
-    "ImageRefused",
+    "InvalidImageError",
     "MammoDinoBackbone",
     "MammoDinoConfig",
     "MammoDinoForImageClassification",

@@ -203,7 +203,7 @@ def _labels(values: np.ndarray, field: np.ndarray) -> np.ndarray:
 
 
 def _rectangle_fill(contour: np.ndarray) -> float:
-    """Share of the smallest rectangle around a contour that it fills; the contour runs through pixels' centres."""
+    """Share of the smallest rectangle around a contour that it fills; the contour runs through pixels' centers."""
     _, (height, width), _ = cv2.minAreaRect(contour)
     return cv2.contourArea(contour) / max(1.0, height * width)
 
@@ -235,14 +235,14 @@ def _circle_fill(contour: np.ndarray, mask: np.ndarray) -> float:
 
 
 def _is_white_noise(values: np.ndarray) -> bool:
-    """Whether neighbours two pixels apart are uncorrelated, as in empty air; tissue is smooth over many pixels."""
+    """Whether neighbors two pixels apart are uncorrelated, as in empty air; tissue is smooth over many pixels."""
     step = 2
     if min(values.shape) <= 4 * step:
         return False
-    centred = values - values.mean()
-    variance = float((centred**2).mean())
-    across = float((centred[:, step:] * centred[:, :-step]).mean())
-    down = float((centred[step:] * centred[:-step]).mean())
+    centerd = values - values.mean()
+    variance = float((centerd**2).mean())
+    across = float((centerd[:, step:] * centerd[:, :-step]).mean())
+    down = float((centerd[step:] * centerd[:-step]).mean())
     return max(across, down) <= 0.1 * variance
 
 
@@ -301,7 +301,7 @@ def doubts(look: Look) -> dict[str, float]:
         "a rectangle or a circle, as a film or a collimated field is": _ramp(fill, 0.92, 0.88),
         "along two opposite sides": _ramp(max(min(top, bottom), min(left, right)), 0.9, 0.5),
         "small": _ramp(area / mask.size, 0.01, 0.05),
-        "the whole picture": _ramp(area / mask.size, 1.0, 0.92),
+        "the whole image": _ramp(area / mask.size, 1.0, 0.92),
         "much besides it is as bright": _ramp(beside / (beside + area), 0.9, 0.5),
     }
 
@@ -329,7 +329,7 @@ class TissueMask(NamedTuple):
 
 
 def find_breast(image: np.ndarray) -> TissueMask:
-    """The breast in a grey image (H, W), 8 to 16 bits or float, in which tissue is brighter than air.
+    """The breast in a gray image (H, W), 8 to 16 bits or float, in which tissue is brighter than air.
 
     On a thumbnail: scanner borders (uniform strips along the sides, straight or slanted, black or white) and bright
     rectangles (labels, stickers) are set aside. Air is the lowest significant mode of the histogram, whatever its
@@ -345,11 +345,11 @@ def find_breast(image: np.ndarray) -> TissueMask:
 
     `confidence` is the weakest of the pieces of evidence in `breast_mask.doubts`: contrast of the outline, what is left
     at twice the threshold, a compact shape that is not a rectangle or a circle, plausible size and sides, little else
-    as bright, and air to compare with. It is our choice and no probability; below LOW_CONFIDENCE, look at the picture.
+    as bright, and air to compare with. It is our choice and no probability; below LOW_CONFIDENCE, look at the image.
     Research use only.
     """
     if image.ndim != 2:
-        raise ValueError(f"find_breast takes a 2-D grey image, got shape {image.shape}; pass one plane (H, W).")
+        raise ValueError(f"find_breast takes a 2-D gray image, got shape {image.shape}; pass one plane (H, W).")
     H, W = image.shape
     values = unit_thumbnail(image)
     look = None if values is None else segment_unit(values)
@@ -454,7 +454,7 @@ TABLE_FRACTION = 0.012  # radius of the opening, of the longer side: the table, 
 
 
 class FindTissue(Protocol):
-    """A rule for the tissue in a grey image (H, W), 8 to 16 bits or float, in which tissue is brighter than air; by
+    """A rule for the tissue in a gray image (H, W), 8 to 16 bits or float, in which tissue is brighter than air; by
     name in TISSUE_FINDERS. An image without tissue gives an empty mask with confidence 0."""
 
     def __call__(self, image: np.ndarray) -> TissueMask: ...
@@ -468,15 +468,15 @@ def find_body(image: np.ndarray) -> TissueMask:
     only.
     """
     if image.ndim != 2:
-        raise ValueError(f"find_body takes a 2-D grey image, got shape {image.shape}; pass one plane (H, W).")
+        raise ValueError(f"find_body takes a 2-D gray image, got shape {image.shape}; pass one plane (H, W).")
     H, W = image.shape
     values = unit_thumbnail(image)
     nothing = TissueMask(np.zeros((H, W), bool), 0.0, 0.0, "no body found")
     if values is None:
         return nothing
-    grey = np.rint(values * 255).astype(np.uint8)
-    _, above = cv2.threshold(cv2.GaussianBlur(grey, (5, 5), 0), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    radius = max(1, round(TABLE_FRACTION * max(grey.shape)))
+    gray = np.rint(values * 255).astype(np.uint8)
+    _, above = cv2.threshold(cv2.GaussianBlur(gray, (5, 5), 0), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    radius = max(1, round(TABLE_FRACTION * max(gray.shape)))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     count, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.morphologyEx(above, cv2.MORPH_OPEN, disc))
     if count == 1:

@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 class MammoDinoConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`MammoDinoModel`]. The fields are those of `Dinov2WithRegistersConfig`, so that one checkpoint
-    serves both, with the defaults of a ViT-B/14 for one grey channel.
+    serves both, with the defaults of a ViT-B/14 for one gray channel.
 
     Args:
         hidden_size (`int`, defaults to 768): Width D of the encoder.
@@ -19,7 +19,7 @@ class MammoDinoConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP.
         hidden_dropout_prob (`float`, defaults to 0.0): Dropout on the embeddings.
         attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout on the attention weights.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialization.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every LayerNorm.
         image_size (`int` or pair, defaults to 518): Side in pixels for which position embeddings are stored. Other
             sizes, also not square, are interpolated.

@@ -1,6 +1,6 @@
 """Volumes stored as one file a slice: DBT of older vendors, in CT or mammography objects, and CT and MR themselves."""
 # MERGED: One DICOM file or data set: opened, refused with a reason where it cannot be used, decoded frame by frame.
-# MERGED: DICOM in, grey pictures out: single mammograms and the slices of digital breast tomosynthesis (DBT) volumes.
+# MERGED: DICOM in, gray images out: single mammograms and the slices of digital breast tomosynthesis (DBT) volumes.
 #
 # Order of the pixel steps (DICOM PS3.4 N.2): modality LUT -> padding set to air -> VOI LUT or window -> MONOCHROME1
 # inversion. Nothing of a header leaves this file but the fields of `Mammogram`; identifiers leave as keyed hashes.
@@ -42,8 +42,8 @@ from .dicom_header import (
     text,
     view,
 )
-from .dicom_pixels import HEAD_BYTES, MAX_TILES, frame_header, to_grey
-from .image_io import DICOM_SUFFIXES, MAX_PIXELS, ImageFile, ImageRefused, suffix
+from .dicom_pixels import HEAD_BYTES, MAX_TILES, frame_header, to_gray
+from .image_io import DICOM_SUFFIXES, MAX_PIXELS, ImageFile, InvalidImageError, suffix
 
 try:
     import pydicom
@@ -81,8 +81,8 @@ class Source(NamedTuple):
             raise self.refuse(f"NumberOfFrames is over {MAX_FRAMES}", "check the header")
         return frames
 
-    def refuse(self, problem: str, remedy: str) -> ImageRefused:
-        return ImageRefused(self.name, f"{problem}; {remedy}")
+    def refuse(self, problem: str, remedy: str) -> InvalidImageError:
+        return InvalidImageError(self.name, f"{problem}; {remedy}")
 
     def warn_once(self, about: str, message: str) -> None:
         if about not in self.warned:
@@ -92,12 +92,12 @@ class Source(NamedTuple):
 
 @contextmanager
 def boundary(opened: Source, problem: str, remedy: str = "check or export the file again") -> Iterator[None]:
-    """Whatever pydicom and its plugins raise becomes ImageRefused; their messages may quote the header and stay out."""
+    """Whatever pydicom and its plugins raise becomes InvalidImageError; their messages may quote the header and stay out."""
     with warnings.catch_warnings(), pydicom.config.disable_value_validation():  # both would quote it too
         warnings.simplefilter("ignore")
         try:
             yield
-        except ImageRefused:
+        except InvalidImageError:
             raise
         except Exception as error:
             raise opened.refuse(f"{problem} ({type(error).__name__})", remedy) from error
@@ -116,7 +116,7 @@ def open_header(source: Any) -> Source:
         if not opened.pixels.is_file():
             raise opened.refuse("no such file", "check the path")
     else:
-        raise ImageRefused("source", f"a {type(source).__name__}; give a path, an ImageFile or a pydicom Dataset")
+        raise InvalidImageError("source", f"a {type(source).__name__}; give a path, an ImageFile or a pydicom Dataset")
     with boundary(opened, "not a readable DICOM file", "give a DICOM file, or an image by its own extension"):
         _check_inflated_size(opened)
         header = _read(opened.pixels, stop_before_pixels=True)
@@ -196,9 +196,9 @@ def _check_geometry(opened: Source) -> float:
     if "Rows" not in header or "PhotometricInterpretation" not in header:
         raise opened.refuse(f"{_object_name(header)} without Rows or PhotometricInterpretation", "give an image object")
     photometric, samples = text(header, "PhotometricInterpretation"), number(header, "SamplesPerPixel")
-    is_grey, is_colour = photometric in ("MONOCHROME1", "MONOCHROME2"), photometric in COLOURS
-    if not (is_grey and samples in (None, 1) or is_colour and samples == 3):
-        known = photometric if is_grey or is_colour or photometric == "PALETTE COLOR" else "unknown"
+    is_gray, is_color = photometric in ("MONOCHROME1", "MONOCHROME2"), photometric in COLOURS
+    if not (is_gray and samples in (None, 1) or is_color and samples == 3):
+        known = photometric if is_gray or is_color or photometric == "PALETTE COLOR" else "unknown"
         raise opened.refuse(
             f"PhotometricInterpretation is {known}, SamplesPerPixel {'absent' if samples is None else f'{samples:g}'}",
             "give MONOCHROME1 or MONOCHROME2 with one sample, or RGB or YBR with three",
@@ -306,16 +306,16 @@ def _check_codestream(opened: Source, head: bytes) -> None:
 
 
 def decode(opened: Source, frames: list[int]) -> Iterator[np.ndarray]:
-    """Stored values (H, W), of colour (H, W, 3) in RGB, of the given frames of the file, one at a time."""
+    """Stored values (H, W), of color (H, W, 3) in RGB, of the given frames of the file, one at a time."""
     if not frames:  # pydicom would take an empty list for all
         return
     header = opened.header
-    is_grey = number(header, "SamplesPerPixel") in (None, 1)
+    is_gray = number(header, "SamplesPerPixel") in (None, 1)
     syntax = header.file_meta.TransferSyntaxUID
     # Bits above BitsStored are cleared where they may be an embedded overlay, else kept: BitsStored lies.
     clear = bool((0x6000, 0x0102) in header and header[0x6000, 0x0102].value)
-    options: dict[str, Any] = {"raw": is_grey, "correct_unused_bits": clear}
-    if is_grey and (number(header, "BitsStored") or 16) <= 8 and syntax in LOSSLESS_JPEG:
+    options: dict[str, Any] = {"raw": is_gray, "correct_unused_bits": clear}
+    if is_gray and (number(header, "BitsStored") or 16) <= 8 and syntax in LOSSLESS_JPEG:
         options["bits_allocated"] = 8  # a stream of one byte a value, also where BitsAllocated is 16
     if hasattr(opened.pixels, "seek"):
         opened.pixels.seek(0)
@@ -332,7 +332,7 @@ PROCESS_KEY = secrets.token_bytes(32)  # made at import, so that forked workers 
 
 @dataclass(frozen=True, eq=False)
 class Mammogram:
-    """One picture: a 2-D mammogram or one slice of a volume.
+    """One image: a 2-D mammogram or one slice of a volume.
 
     Attributes:
         pixels: (H, W), larger is denser. float32 in 0..1 where `apply_voi` found a VOI LUT or a window; otherwise the
@@ -363,8 +363,8 @@ class Mammogram:
     has_burned_in_annotation: bool = False
 
     @classmethod
-    def from_picture(cls, source: Any, pixels: np.ndarray, hash_key: bytes | None = None) -> "Mammogram":
-        """A picture without a header, such as a PNG: only its pixels and the keyed hash of its path are known."""
+    def from_image(cls, source: Any, pixels: np.ndarray, hash_key: bytes | None = None) -> "Mammogram":
+        """An image without a header, such as a PNG: only its pixels and the keyed hash of its path are known."""
         identity = source.identity or source.name if isinstance(source, ImageFile) else str(source)
         volume_id = keyed_hash(identity, hash_key or PROCESS_KEY)
         return cls(pixels, "unknown", None, None, None, 0, 1, None, volume_id, None, None)
@@ -372,7 +372,7 @@ class Mammogram:
 
 class _Options(NamedTuple):
     key: bytes
-    steps: dict[str, bool]  # of to_grey
+    steps: dict[str, bool]  # of to_gray
 
 
 def keyed_hash(value: str, key: bytes) -> str:
@@ -390,7 +390,7 @@ def is_dicom(source: str | os.PathLike[str] | ImageFile) -> bool:
             with open(source, "rb") as stream:
                 start = stream.read(132)
         return start[128:] == b"DICM" or suffix(source) in DICOM_SUFFIXES and bool(open_header(source))
-    except (OSError, ImageRefused):
+    except (OSError, InvalidImageError):
         return False
 
 
@@ -415,7 +415,7 @@ def read_mammogram(
     invert_monochrome1: bool = True,
     allow_for_processing: bool = False,
 ) -> Mammogram:
-    """The one picture of a single-frame file.
+    """The one image of a single-frame file.
 
     Args:
         source: a path, an ImageFile or a pydicom Dataset.
@@ -427,7 +427,7 @@ def read_mammogram(
         allow_for_processing: accept raw (FOR PROCESSING) images.
 
     Raises:
-        ImageRefused: the file cannot be read as one grey picture.
+        InvalidImageError: the file cannot be read as one gray image.
     """
     steps = {"modality": apply_modality_lut, "voi": apply_voi, "invert": invert_monochrome1}
     options = _Options(hash_key or PROCESS_KEY, steps)
@@ -471,9 +471,9 @@ def _slices(opened: Source, wanted: Sequence[int], options: _Options) -> Iterato
     decoded = decode(opened, [order[index] for index in wanted])
     for index, frame in zip(wanted, decoded, strict=True):
         place = order[index]
-        with boundary(opened, "the grey values cannot be interpreted"):
+        with boundary(opened, "the gray values cannot be interpreted"):
             mammogram = Mammogram(
-                pixels=to_grey(frame, header, place, **options.steps, warn=opened.warn_once),
+                pixels=to_gray(frame, header, place, **options.steps, warn=opened.warn_once),
                 laterality=laterality(header, place),
                 view=view(header, place),
                 slice_index=index,
@@ -523,7 +523,7 @@ class Instance(NamedTuple):
 
 
 def read_instance(source: Any, hash_key: bytes, allow_for_processing: bool = False) -> Instance:
-    """From the header alone. Raises ImageRefused for all that the header is enough to refuse."""
+    """From the header alone. Raises InvalidImageError for all that the header is enough to refuse."""
     opened = open_header(source)
     check_header(opened, allow_for_processing)
     frames = opened.num_frames

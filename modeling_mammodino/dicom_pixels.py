@@ -1,4 +1,4 @@
-"""From stored values to grey (PS3.3 C.7.5.1.1.2, C.11.1, C.11.2): padding, modality LUT, VOI, inversion."""
+"""From stored values to gray (PS3.3 C.7.5.1.1.2, C.11.1, C.11.2): padding, modality LUT, VOI, inversion."""
 # MERGED: What a compressed frame says of itself, read before a decoder takes memory by its word.
 #
 # JPEG: ITU-T T.81 B.2.2, also lossless and JPEG-LS (T.87 C.2.2). JPEG 2000 and HTJ2K: T.800 A.5.1.
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .dicom_header import number, scopes, text
-from .image_io import GREY_TOLERANCE
+from .image_io import GRAY_TOLERANCE
 
 HEAD_BYTES = 1 << 16  # in which the frame header stands: behind tables, comments and application segments
 MAX_TILES = 4096  # of JPEG 2000; a decoder keeps some kilobytes for each
@@ -67,13 +67,13 @@ def _jpeg_2000(head: bytes) -> FrameHeader:
     return FrameHeader(bottom - top, right - left, samples, tiles)
 
 
-FLAT_FRACTION = 1 / 64  # a window that leaves less contrast than this on a picture is of another bit depth
+FLAT_FRACTION = 1 / 64  # a window that leaves less contrast than this on an image is of another bit depth
 MOSTLY_WHITE_FRACTION = 0.5  # of what is not black; such a window is followed, with a warning
 OVERSHOOT_FRACTION = 1 / 64  # of the range of BitsStored; a lossy codec stays within it, beyond it BitsStored lies
 MALFORMED = (AttributeError, ValueError, TypeError, LookupError, NotImplementedError)  # of a LUT
 
 
-def to_grey(
+def to_gray(
     frame: np.ndarray,
     header: Any,
     index: int,
@@ -83,7 +83,7 @@ def to_grey(
     invert: bool,
     warn: Callable[[str, str], None],
 ) -> np.ndarray:
-    """Grey values of frame `index` of the file: (H, W) uint8, uint16 or float32; `frame` may be overwritten.
+    """Gray values of frame `index` of the file: (H, W) uint8, uint16 or float32; `frame` may be overwritten.
 
     frame: stored values (H, W), or RGB (H, W, 3).
     `warn(about, message)` is told of a header that does not fit its pixels.
@@ -111,13 +111,13 @@ def to_grey(
     return values
 
 
-def _one_channel(colours: np.ndarray, warn: Callable[[str, str], None]) -> np.ndarray:
+def _one_channel(colors: np.ndarray, warn: Callable[[str, str], None]) -> np.ndarray:
     """Green, where the channels of (H, W, 3) agree as far as a lossy codec lets them; else the luminance (BT.601)."""
-    spread = colours.max(axis=2) - colours.min(axis=2)
-    if spread.max() <= GREY_TOLERANCE * np.iinfo(colours.dtype).max:
-        return np.ascontiguousarray(colours[..., 1])
-    warn("PhotometricInterpretation", "the picture is coloured; its luminance is taken")
-    return np.rint(colours @ np.array([0.299, 0.587, 0.114], np.float32)).astype(colours.dtype)
+    spread = colors.max(axis=2) - colors.min(axis=2)
+    if spread.max() <= GRAY_TOLERANCE * np.iinfo(colors.dtype).max:
+        return np.ascontiguousarray(colors[..., 1])
+    warn("PhotometricInterpretation", "the image is colored; its luminance is taken")
+    return np.rint(colors @ np.array([0.299, 0.587, 0.114], np.float32)).astype(colors.dtype)
 
 
 def _extend_sign(values: np.ndarray, header: Any) -> np.ndarray:
@@ -168,7 +168,7 @@ def _apply_modality(
         slope, intercept = number(scope, "RescaleSlope"), number(scope, "RescaleIntercept")
         if slope is not None or intercept is not None:
             if slope == 0:
-                warn("RescaleSlope", "0 would erase the picture; taken as 1")
+                warn("RescaleSlope", "0 would erase the image; taken as 1")
             slope, intercept = slope or 1.0, intercept or 0.0
             if (slope, intercept) == (1, 0):
                 return values, limits

@@ -1,4 +1,4 @@
-"""Pictures and arrays that are not DICOM, as one grey plane (H, W) at the bit depth that they came in.
+"""Images and arrays that are not DICOM, as one gray plane (H, W) at the bit depth that they came in.
 
 EXIF orientation is ignored on purpose: mammography viewers and converters write pixels upright, and a tag left behind
 by an editor would turn the chest wall away from its side.
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 
-class ImageRefused(ValueError):
+class InvalidImageError(ValueError):
     """An image that cannot be read as a mammogram.
 
     Attributes:
@@ -35,7 +35,7 @@ class ImageRefused(ValueError):
 
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".bmp")
 MAX_PIXELS = 2**26  # of one plane: twice the largest film scan that we know of; more is a damaged header
 
 
@@ -59,64 +59,66 @@ except ImportError:  # transformers imports remote code before its packages are 
     cv2 = None  # type: ignore[assignment]
 
 MIN_SIDE_PX = 32
-GREY_TOLERANCE = 4 / 255  # largest difference between channels, of the full scale: what a JPEG's chroma leaves
+GRAY_TOLERANCE = 4 / 255  # largest difference between channels, of the full scale: what a JPEG's chroma leaves
 CLIPPED_REMEDY = (
-    "a picture of more bits was clipped on the way, as transformers' pipelines do with a path: "
+    "an image of more bits was clipped on the way, as transformers' pipelines do with a path: "
     "give the path to the image processor, or image_processor.fetch_images(path) to the pipeline"
 )
 
 
-class GreyPicture(Image.Image):
-    """A grey plane as the PIL image that a transformers pipeline takes, at its own depth: mode L, I;16 or F.
+class GrayImage(Image.Image):
+    """A gray plane as the PIL image that a transformers pipeline takes, at its own depth: mode L, I;16 or F.
 
-    A pipeline calls `convert("RGB")` on every picture (transformers.image_utils.load_image), and Pillow then cuts what
-    is above 255. Here a picture of more than 8 bits answers with a grey copy of itself; all else is Pillow's, and
+    A pipeline calls `convert("RGB")` on every image (transformers.image_utils.load_image), and Pillow then cuts what
+    is above 255. Here an image of more than 8 bits answers with a gray copy of itself; all else is Pillow's, and
     `numpy.asarray` gives the plane (H, W).
     """
 
     @classmethod
-    def of(cls, plane: np.ndarray) -> "GreyPicture":
+    def of(cls, plane: np.ndarray) -> "GrayImage":
         """Of a plane (H, W) uint8, uint16 or float32."""
         return cls._from(Image.fromarray(plane))
 
     @classmethod
-    def _from(cls, picture: Image.Image) -> "GreyPicture":
-        picture.__class__ = cls  # Pillow offers no constructor that keeps the pixels
-        return picture  # type: ignore[return-value]
+    def _from(cls, image: Image.Image) -> "GrayImage":
+        image.__class__ = cls  # Pillow offers no constructor that keeps the pixels
+        return image  # type: ignore[return-value]
 
-    def copy(self) -> "GreyPicture":
+    def copy(self) -> "GrayImage":
         return self._from(super().copy())
 
     def convert(self, mode: str | None = None, *args: Any, **kwargs: Any) -> Image.Image:
         return self.copy() if mode == "RGB" and self.mode != "L" else super().convert(mode, *args, **kwargs)
 
 
-def read_picture(source: str | Path | ImageFile) -> np.ndarray:
-    """The grey plane (H, W) of a PNG, JPEG, PGM, TIFF or BMP file, as uint8, uint16 or (TIFF) float32."""
+def read_image(source: str | Path | ImageFile) -> np.ndarray:
+    """The gray plane (H, W) of a PNG, JPEG, PGM, TIFF or BMP file, as uint8, uint16 or (TIFF) float32."""
     name, data = _read(source)
     if not data:
-        raise ImageRefused(name, "the file is empty; copy it again from its source.")
+        raise InvalidImageError(name, "the file is empty; copy it again from its source.")
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if (pixels := picture.width * picture.height) > MAX_PIXELS:
-                raise ImageRefused(name, f"{pixels / 1e6:.0f} million pixels; give at most {MAX_PIXELS / 1e6:.0f}.")
-            pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
-            picture.load()  # raises where the file ends early; cv2 would fill the rest with grey and say nothing
-    except ImageRefused:
+        with Image.open(io.BytesIO(data)) as image:
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                raise InvalidImageError(
+                    name, f"{pixels / 1e6:.0f} million pixels; give at most {MAX_PIXELS / 1e6:.0f}."
+                )
+            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            image.load()  # raises where the file ends early; cv2 would fill the rest with gray and say nothing
+    except InvalidImageError:
         raise
     except Image.UnidentifiedImageError:
-        known = ", ".join(PICTURE_SUFFIXES)
-        raise ImageRefused(name, f"not a readable picture; give one of {known}, or a DICOM file.") from None
+        known = ", ".join(IMAGE_SUFFIXES)
+        raise InvalidImageError(name, f"not a readable image; give one of {known}, or a DICOM file.") from None
     except Exception as error:  # Pillow's plugins raise whatever they meet in a damaged file
-        raise ImageRefused(name, f"broken or cut short ({type(error).__name__}); copy it again.") from error
+        raise InvalidImageError(name, f"broken or cut short ({type(error).__name__}); copy it again.") from error
     if pages > 1:
-        raise ImageRefused(name, f"{pages} pages in one file; save each page as a file of its own.")
-    if _pillow_changes_depth(picture, data):
+        raise InvalidImageError(name, f"{pages} pages in one file; save each page as a file of its own.")
+    if _pillow_changes_depth(image, data):
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if decoded is None:
-            raise ImageRefused(name, "cannot be decoded; save it as an 8- or 16-bit grey PNG.")
-        return to_grey_plane(decoded, name)
-    return to_grey_plane(picture, name)
+            raise InvalidImageError(name, "cannot be decoded; save it as an 8- or 16-bit gray PNG.")
+        return to_gray_plane(decoded, name)
+    return to_gray_plane(image, name)
 
 
 def _read(source: str | Path | ImageFile) -> tuple[str, bytes]:
@@ -125,14 +127,14 @@ def _read(source: str | Path | ImageFile) -> tuple[str, bytes]:
         source.stream.seek(0)
         return source.name, source.stream.read()
     if str(source).startswith(("http://", "https://", "data:")):
-        raise ImageRefused(str(source)[:80], "not a file; download the image and give its path.")
+        raise InvalidImageError(str(source)[:80], "not a file; download the image and give its path.")
     return str(source), Path(source).read_bytes()
 
 
-def to_grey_plane(image: Any, name: str = "image") -> np.ndarray:
-    """The grey plane (H, W) of an array, torch tensor or PIL image; `name` stands in the message of a refusal.
+def to_gray_plane(image: Any, name: str = "image") -> np.ndarray:
+    """The gray plane (H, W) of an array, torch tensor or PIL image; `name` stands in the message of a refusal.
 
-    Shapes: (H, W), (1, H, W), (H, W, 1), and 3 or 4 channels first or last, where the colours are equal and the fourth
+    Shapes: (H, W), (1, H, W), (H, W, 1), and 3 or 4 channels first or last, where the colors are equal and the fourth
     is opaque. uint8 and uint16 stay; other integers become uint16 where they fit, else float32; floats become float32.
     """
     if isinstance(image, Image.Image):
@@ -145,7 +147,7 @@ def to_grey_plane(image: Any, name: str = "image") -> np.ndarray:
             image = image.float().numpy()
     values = np.asarray(image)
     if values.dtype.kind not in "buif":
-        raise ImageRefused(
+        raise InvalidImageError(
             name,
             f"{type(image).__name__} with values of type {values.dtype}; give a path, a PIL image, or an array "
             "or tensor of integers or floats (the bytes of a file: save them, and give the path).",
@@ -155,36 +157,38 @@ def to_grey_plane(image: Any, name: str = "image") -> np.ndarray:
     plane = _one_channel(values, name)
     H, W = plane.shape
     if min(H, W) < MIN_SIDE_PX:
-        raise ImageRefused(name, f"{H} x {W} pixels, fewer than {MIN_SIDE_PX} on a side; give the full-size image.")
+        raise InvalidImageError(
+            name, f"{H} x {W} pixels, fewer than {MIN_SIDE_PX} on a side; give the full-size image."
+        )
     plane = _plain_dtype(plane)
     if not (_varies(plane[:: 1 + H // 64]) or _varies(plane)):  # some rows mostly spare the whole scan
         clipped = plane.dtype == np.uint8 and plane.flat[0] == 255
         remedy = CLIPPED_REMEDY if clipped else "leave it out or export it again."
-        raise ImageRefused(name, f"every pixel has the same value; {remedy}")
+        raise InvalidImageError(name, f"every pixel has the same value; {remedy}")
     return np.ascontiguousarray(plane)
 
 
-def _pillow_changes_depth(picture: Image.Image, data: bytes) -> bool:
-    """Pillow stretches 10- to 16-bit PGM to its own range and cuts 16-bit colour PNG down to 8 bits."""
-    if picture.format == "PNG":
-        depth, colour_type = data[24], data[25]  # in IHDR, which the PNG standard puts first
-        return depth == 16 and colour_type != 0
-    return picture.format == "PPM" and data[:2] in (b"P2", b"P5")
+def _pillow_changes_depth(image: Image.Image, data: bytes) -> bool:
+    """Pillow stretches 10- to 16-bit PGM to its own range and cuts 16-bit color PNG down to 8 bits."""
+    if image.format == "PNG":
+        depth, color_type = data[24], data[25]  # in IHDR, which the PNG standard puts first
+        return depth == 16 and color_type != 0
+    return image.format == "PPM" and data[:2] in (b"P2", b"P5")
 
 
-def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
-    if "transparency" in picture.info and picture.mode in ("P", "L", "RGB"):
-        picture = picture.convert("RGBA")
-    if picture.mode in ("LA", "PA", "RGBA"):
-        _check_opaque(np.asarray(picture.getchannel("A")), name)
-        picture = picture.convert("L" if picture.mode == "LA" else "RGB")
-    elif picture.mode == "P":
-        picture = picture.convert("RGB")
-    elif picture.mode == "1":
-        picture = picture.convert("L")
-    elif picture.mode not in ("L", "I", "F", "RGB") and not picture.mode.startswith("I;16"):
-        raise ImageRefused(name, f"colour mode {picture.mode}; save it as an 8- or 16-bit grey PNG.")
-    return np.asarray(picture)
+def _from_pil(image: Image.Image, name: str) -> np.ndarray:
+    if "transparency" in image.info and image.mode in ("P", "L", "RGB"):
+        image = image.convert("RGBA")
+    if image.mode in ("LA", "PA", "RGBA"):
+        _check_opaque(np.asarray(image.getchannel("A")), name)
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "I", "F", "RGB") and not image.mode.startswith("I;16"):
+        raise InvalidImageError(name, f"color mode {image.mode}; save it as an 8- or 16-bit gray PNG.")
+    return np.asarray(image)
 
 
 def _one_channel(image: np.ndarray, name: str) -> np.ndarray:
@@ -193,22 +197,22 @@ def _one_channel(image: np.ndarray, name: str) -> np.ndarray:
     if image.ndim == 3 and image.shape[-1] in (1, 3, 4):
         image = np.moveaxis(image, -1, 0)
     if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
-        raise ImageRefused(name, f"shape {image.shape}; give one plane (H, W), (1, H, W) or (H, W, 1) at a time.")
+        raise InvalidImageError(name, f"shape {image.shape}; give one plane (H, W), (1, H, W) or (H, W, 1) at a time.")
     if len(image) == 4:
         _check_opaque(image[3], name)
     # plane by plane: passes over channels that lie interleaved are several times slower than one copy of each
     channels = [np.ascontiguousarray(channel) for channel in image[:3]]
     if len(channels) > 1 and not all(np.array_equal(channels[0], channel) for channel in channels[1:]):
-        _check_grey(channels, name)
+        _check_gray(channels, name)
     return channels[len(channels) // 2]  # green, or the one plane
 
 
 def _check_opaque(alpha: np.ndarray, name: str) -> None:
     if alpha.min() != alpha.max() or alpha.max() == 0:
-        raise ImageRefused(name, "partly transparent; flatten it and save it as a grey PNG.")
+        raise InvalidImageError(name, "partly transparent; flatten it and save it as a gray PNG.")
 
 
-def _check_grey(channels: list[np.ndarray], name: str) -> None:
+def _check_gray(channels: list[np.ndarray], name: str) -> None:
     spread = reduce(np.maximum, channels) - reduce(np.minimum, channels)  # (H, W), same dtype
     if spread.dtype in (np.uint8, np.uint16):
         scale = float(np.iinfo(spread.dtype).max)
@@ -216,12 +220,12 @@ def _check_grey(channels: list[np.ndarray], name: str) -> None:
         values = np.stack(channels)
         finite = values[np.isfinite(values)]
         scale = float(np.ptp(finite)) if finite.size else 0.0
-    coloured = float(np.mean(spread > GREY_TOLERANCE * scale))
-    if coloured > 0:
-        raise ImageRefused(
+    colored = float(np.mean(spread > GRAY_TOLERANCE * scale))
+    if colored > 0:
+        raise InvalidImageError(
             name,
-            f"{coloured:.1%} of the pixels are coloured (or the planes are separate slices), and a mammogram "
-            "is grey; give the original without marks, one plane at a time.",
+            f"{colored:.1%} of the pixels are colored (or the planes are separate slices), and a mammogram "
+            "is gray; give the original without marks, one plane at a time.",
         )
 
 

@@ -13,7 +13,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .breast_segmentation import patch_tissue
 from .dicom import Mammogram, count_slices, is_dicom, iter_series, iter_slices
-from .image_io import GreyPicture, ImageFile, ImageRefused, read_picture, to_grey_plane
+from .image_io import GrayImage, ImageFile, InvalidImageError, read_image, to_gray_plane
 from .rendering import (
     Rendered,
     RenderPlan,
@@ -35,10 +35,10 @@ FIXED_SETTINGS: dict[str, tuple[Any, str]] = {
     "resample": (None, "area average to shrink, bilinear to enlarge"),
     "do_rescale": (True, "pixels are always scaled to 0..1 before image_mean and image_std"),
     "rescale_factor": (1 / 255, "pixels are scaled to 0..1, whatever their `bit_depth`"),
-    "do_convert_rgb": (False, "there is one grey channel"),
+    "do_convert_rgb": (False, "there is one gray channel"),
     "do_center_crop": (False, "see do_crop_to_breast"),
     "crop_size": (None, "see do_crop_to_breast"),
-    "do_pad": (True, "the picture always stands on a canvas of `size`"),
+    "do_pad": (True, "the image always stands on a canvas of `size`"),
     "pad_size": (None, "the canvas is `size`"),
     "data_format": ("channels_first", "pixel_values are (B, 1, H, W)"),
     "input_data_format": (None, "channels are found by the shape"),
@@ -81,7 +81,7 @@ class MammoDinoImageProcessor(PilBackend):
     Takes a DICOM path or data set, a PNG / JPEG / PGM / TIFF / BMP path, an array or tensor (2-D, or 3-D with one or
     three equal channels; 8-bit, 10-16-bit or float), a PIL image, or a list or 4-D batch of these. A multi-frame DICOM
     given alone yields its slices in order. Returns `pixel_values` (B, 1, H, W) float32 and `tissue_mask` (B, h, w)
-    float32, the breast fraction of each patch. Raises `ImageRefused`, naming the image, for what is not a mammogram.
+    float32, the breast fraction of each patch. Raises `InvalidImageError`, naming the image, for what is not a mammogram.
 
     Every setting may be given for one call, too; None leaves it as it is. A setting of transformers that has no meaning
     here (`FIXED_SETTINGS`) is refused by name, with the reason.
@@ -92,7 +92,7 @@ class MammoDinoImageProcessor(PilBackend):
         size (`dict`): The canvas, `{"height": H, "width": W}` in pixels; the breast is fitted into it at its aspect.
         patch_size (`int`): Side of a patch in pixels, for `tissue_mask`; must divide the canvas.
         slices_per_volume (`int`): Evenly spaced slices taken of a volume; 0 takes all.
-        do_normalize, image_mean, image_std: Standardisation of pixels scaled to 0..1.
+        do_normalize, image_mean, image_std: Standardization of pixels scaled to 0..1.
         do_modality_lut, do_voi_lut, do_invert_monochrome1 (`bool`): Steps of reading a DICOM.
         All others: see `RenderSettings`.
     """
@@ -149,7 +149,7 @@ class MammoDinoImageProcessor(PilBackend):
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Opens paths and DICOM data sets at their full depth, as this processor would: for transformers' pipelines.
 
-        A path, or a list of them, gives a `GreyPicture`, or a list; of a multi-frame DICOM, the list of its slices,
+        A path, or a list of them, gives a `GrayImage`, or a list; of a multi-frame DICOM, the list of its slices,
         which then are images of their own: only the processor itself gives the slices of a volume one common crop and
         window. Images pass unchanged, as in transformers. The argument has the name that transformers gave it.
         """
@@ -160,9 +160,9 @@ class MammoDinoImageProcessor(PilBackend):
             num_slices = count_slices(source)
             wanted = _spread(num_slices, self.slices_per_volume or num_slices)
             slices = iter_slices(source, indices=wanted, **_read_options(vars(self)))
-            pictures = [GreyPicture.of(each.pixels) for each in slices]
-            return pictures if num_slices > 1 else pictures[0]
-        return GreyPicture.of(read_picture(source)) if _is_file(source) else source
+            images = [GrayImage.of(each.pixels) for each in slices]
+            return images if num_slices > 1 else images[0]
+        return GrayImage.of(read_image(source)) if _is_file(source) else source
 
     @property
     def render_settings(self) -> RenderSettings:
@@ -170,7 +170,7 @@ class MammoDinoImageProcessor(PilBackend):
 
     @property
     def mean_and_std(self) -> tuple[float, float]:
-        """What standardises pixels of 0..1; 0 and 1 where nothing does."""
+        """What standardizes pixels of 0..1; 0 and 1 where nothing does."""
         return _mean_and_std(vars(self))
 
     def render_source(
@@ -183,7 +183,7 @@ class MammoDinoImageProcessor(PilBackend):
         correct: Callable[[Mammogram], Mammogram] | None = None,
         slices: Sequence[int] | None = None,
     ) -> Iterator[tuple[Mammogram, Rendered]]:
-        """Slices of a file, all or some, with picture and breast mask, before canvas and standardisation.
+        """Slices of a file, all or some, with image and breast mask, before canvas and standardization.
 
         One plan serves the whole volume, so that its slices stay aligned. `fit` is (height, width) in pixels. A list of
         DICOM files is one volume, a file a slice, in order. `correct` sees each slice as it was read. `slices` names
@@ -221,7 +221,7 @@ class MammoDinoImageProcessor(PilBackend):
         for plane, small, plan in _planes(images, settings, options, kwargs["slices_per_volume"]):
             rendered = render(plane, small, plan, settings, canvas)
             rendered = place_on_canvas(rendered, canvas, settings.chest_wall_side)
-            pixel_values.append(standardize(rendered.picture, mean, std)[None])
+            pixel_values.append(standardize(rendered.image, mean, std)[None])
             tissue_mask.append(patch_tissue(rendered.tissue, grid))
         data = {"pixel_values": np.stack(pixel_values), "tissue_mask": np.stack(tissue_mask)}
         return BatchFeature(data, tensor_type=kwargs["return_tensors"])
@@ -249,7 +249,7 @@ def _mean_and_std(values: Mapping[str, Any]) -> tuple[float, float]:
     mean, std = values["image_mean"], values["image_std"]
     if len(mean) != 1 or len(std) != 1 or not np.isfinite(mean[0]) or not 0 < std[0] < np.inf:
         raise ValueError(
-            f"image_mean={mean}, image_std={std}: give one number each, for the one grey channel, image_std above 0"
+            f"image_mean={mean}, image_std={std}: give one number each, for the one gray channel, image_std above 0"
         )
     return float(mean[0]), float(std[0])
 
@@ -257,19 +257,19 @@ def _mean_and_std(values: Mapping[str, Any]) -> tuple[float, float]:
 def _planes(
     images: Any, settings: RenderSettings, options: dict, slices_per_volume: int
 ) -> Iterator[tuple[np.ndarray, Thumbnail, RenderPlan]]:
-    """Each image of a call as a grey plane (H, W) with its thumbnail and plan."""
+    """Each image of a call as a gray plane (H, W) with its thumbnail and plan."""
     items = list(_flat(images))
     if not items:
-        raise ImageRefused("images", "an empty list; give at least one image")
+        raise InvalidImageError("images", "an empty list; give at least one image")
     for position, item in enumerate(items):
         name = _name(item, position)
         if _is_dicom_source(item):
             if len(items) > 1 and count_slices(item) > 1:
-                raise ImageRefused(name, "a volume among other images; give volumes one at a time")
+                raise InvalidImageError(name, "a volume among other images; give volumes one at a time")
             for mammogram, small, plan in _planned_slices(item, settings, options, slices_per_volume):
                 yield mammogram.pixels, small, plan
         else:
-            plane = read_picture(item) if _is_file(item) else to_grey_plane(item, name)
+            plane = read_image(item) if _is_file(item) else to_gray_plane(item, name)
             small = make_thumbnail(plane, settings.tissue_finder)
             yield plane, small, plan_rendering([small], settings, name)
 
@@ -287,11 +287,11 @@ def _planned_slices(
     name = _name(source[0] if is_series else source, 0)
     if not is_series and not _is_dicom_source(source):
         if chosen is not None and any(chosen):
-            raise ImageRefused(name, f"slice {max(chosen)} of a picture was asked for; it has slice 0 alone")
-        plane = read_picture(source)
+            raise InvalidImageError(name, f"slice {max(chosen)} of an image was asked for; it has slice 0 alone")
+        plane = read_image(source)
         small = make_thumbnail(plane, settings.tissue_finder)
-        picture = Mammogram.from_picture(source, plane, options["hash_key"])
-        yield picture, small, plan_rendering([small], settings, name)
+        image = Mammogram.from_image(source, plane, options["hash_key"])
+        yield image, small, plan_rendering([small], settings, name)
         return
 
     def read(indices: list[int]) -> Iterator[tuple[Mammogram, Thumbnail]]:

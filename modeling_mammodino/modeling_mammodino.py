@@ -48,7 +48,7 @@ class MammoDinoPatchEmbeddings(nn.Module):
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"pixel_values must have shape (B, {self.num_channels}, H, W); got {tuple(pixel_values.shape)}. "
-                "MammoDinoImageProcessor makes them from any picture."
+                "MammoDinoImageProcessor makes them from any image."
             )
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
@@ -264,7 +264,7 @@ class MammoDinoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """DINOv2's initialisation (facebookresearch/dinov2, dinov2/models/vision_transformer.py)."""
+        """DINOv2's initialization (facebookresearch/dinov2, dinov2/models/vision_transformer.py)."""
         super()._init_weights(module)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, mean=0.0, std=self.config.initializer_range)
@@ -317,7 +317,7 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """
         Args:
-            pixel_values (B, C, H, W): pictures as `MammoDinoImageProcessor` returns them.
+            pixel_values (B, C, H, W): images as `MammoDinoImageProcessor` returns them.
             bool_masked_pos (B, N) or (B, h, w), bool: patches replaced by the mask token (pretraining).
             tissue_mask (B, h, w) or (B, N): breast fraction of each patch. Patches at or below
                 `config.tissue_threshold` are not encoded.

@@ -1,8 +1,8 @@
-"""From a grey plane to the picture that the encoder sees: the one path of pretraining, fine-tuning and inference.
+"""From a gray plane to the image that the encoder sees: the one path of pretraining, fine-tuning and inference.
 
 Order: segment the breast on a thumbnail -> intensity range inside it -> flip -> crop to the breast -> resize ->
-normalise -> contrast-limited adaptive histogram equalisation (CLAHE; Zuiderveld 1994, Reza 2004) -> background to zero.
-The article names intensity normalisation and CLAHE without parameters; every value here is our choice.
+normalize -> contrast-limited adaptive histogram equalization (CLAHE; Zuiderveld 1994, Reza 2004) -> background to zero.
+The paper names intensity normalization and CLAHE without parameters; every value here is our choice.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .breast_segmentation import LOW_CONFIDENCE, THUMBNAIL_PX, TISSUE_FINDERS, breast_box, chest_wall_side
-from .image_io import CLIPPED_REMEDY, ImageRefused
+from .image_io import CLIPPED_REMEDY, InvalidImageError
 
 try:
     import cv2
@@ -22,7 +22,7 @@ except ImportError:  # a checkpoint runs on ready tensors without OpenCV
 
 logger = logging.getLogger(__name__)
 
-# An 8-bit picture with more of its breast at 255 was clipped, not exposed: see CLIPPED_REMEDY. Over 128 real pictures
+# An 8-bit image with more of its breast at 255 was clipped, not exposed: see CLIPPED_REMEDY. Over 128 real images
 # the share is at most 5 %. Of 75 real slices at full range, clipped, it is at least 84 % at 12 bits and 65 % at 11; at
 # 10 bits 18 to 50 %, which cannot be told from an implant or a hard window, and passes.
 MAX_SATURATED_FRACTION = 0.6
@@ -30,7 +30,7 @@ MAX_SATURATED_FRACTION = 0.6
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """The settings of the picture, saved with every checkpoint and every corpus.
+    """The settings of the image, saved with every checkpoint and every corpus.
 
     Attributes:
         tissue_finder: what is segmented: "breast", or "body" in axial slices of CT and MR, which are never flipped.
@@ -40,9 +40,9 @@ class RenderSettings:
         chest_wall_side: "left" or "right" flips so that the chest wall is there; "as_is" never flips.
         do_crop_to_breast: crop to the bounding box of the breast.
         crop_margin_fraction: margin around that box, as a fraction of its sides.
-        do_clahe, clahe_clip_limit, clahe_grid: equalisation on clahe_grid x clahe_grid tiles (OpenCV's units).
+        do_clahe, clahe_clip_limit, clahe_grid: equalization on clahe_grid x clahe_grid tiles (OpenCV's units).
         do_zero_background: everything outside the breast (labels, markers, tape, scanner border) becomes 0.
-        bit_depth: 8 or 16 bits a pixel of the picture.
+        bit_depth: 8 or 16 bits a pixel of the image.
     """
 
     tissue_finder: str = "breast"
@@ -72,7 +72,7 @@ class RenderSettings:
         if self.clahe_clip_limit <= 0 or self.clahe_grid < 1:
             raise ValueError(
                 f"clahe_clip_limit={self.clahe_clip_limit}, clahe_grid={self.clahe_grid}: must be above 0; "
-                "do_clahe=False leaves the equalisation out"
+                "do_clahe=False leaves the equalization out"
             )
 
 
@@ -101,9 +101,9 @@ class RenderPlan(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where the source lies in the picture: picture = scale * source + shift on each axis, in pixels.
+    """Where the source lies in the image: image = scale * source + shift on each axis, in pixels.
 
-    Whole numbers are edges of pixels, not centres, as in half-open boxes. A scale is negative where the source was
+    Whole numbers are edges of pixels, not centers, as in half-open boxes. A scale is negative where the source was
     mirrored.
     """
 
@@ -113,22 +113,22 @@ class Placement(NamedTuple):
     shift_y: float = 0.0
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes (n, 4) float, x0, y0, x1, y1, of the source as boxes of the picture; they may reach beyond it."""
+        """Boxes (n, 4) float, x0, y0, x1, y1, of the source as boxes of the image; they may reach beyond it."""
         x0, y0, x1, y1 = np.reshape(boxes, (-1, 4)).astype(np.float64).T
         x = np.sort((self.scale_x * x0 + self.shift_x, self.scale_x * x1 + self.shift_x), axis=0)
         y = np.sort((self.scale_y * y0 + self.shift_y, self.scale_y * y1 + self.shift_y), axis=0)
         return np.stack((x[0], y[0], x[1], y[1]), axis=1)
 
     def inverse(self) -> "Placement":
-        """From the picture back to the source."""
+        """From the image back to the source."""
         return Placement(1 / self.scale_x, -self.shift_x / self.scale_x, 1 / self.scale_y, -self.shift_y / self.scale_y)
 
 
 class Rendered(NamedTuple):
-    picture: np.ndarray  # (H, W) uint8 or uint16
+    image: np.ndarray  # (H, W) uint8 or uint16
     tissue: np.ndarray  # (H, W) bool
     small: Thumbnail  # of the plane, before crop and flip
-    placement: Placement = Placement()  # of the plane in the picture
+    placement: Placement = Placement()  # of the plane in the image
 
 
 def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue_finder) -> Thumbnail:
@@ -150,25 +150,27 @@ def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue
 def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, name: str = "image") -> RenderPlan:
     """Plan for one image, or for a volume from a few of its slices.
 
-    Raises ImageRefused, naming `name`, where no breast is found, or where it was clipped to 8 bits before it came here.
+    Raises InvalidImageError, naming `name`, where no breast is found, or where it was clipped to 8 bits before it came here.
     Logs a warning where the mask is doubtful.
     """
     first = thumbnails[0]
     breast = np.logical_or.reduce([each.breast for each in thumbnails])  # (h, w)
     if not breast.any():
-        raise ImageRefused(
-            name, f"no {settings.tissue_finder} found (the picture is constant or empty); check the window and the file"
+        raise InvalidImageError(
+            name, f"no {settings.tissue_finder} found (the image is constant or empty); check the window and the file"
         )
     inside = np.concatenate([each.pixels[each.breast] for each in thumbnails])
     if first.source_max == 255 and (saturated := float(np.mean(inside == 255))) > MAX_SATURATED_FRACTION:
-        raise ImageRefused(
+        raise InvalidImageError(
             name, f"{saturated:.0%} of the breast has the largest value of 8 bits, 255; {CLIPPED_REMEDY}"
         )
     black, white = 0.0, first.source_max
     if settings.do_intensity_normalize:
         black, white = (float(value) for value in np.percentile(inside, settings.intensity_percentiles))
     if white <= black:
-        raise ImageRefused(name, f"every pixel of the breast has the value {black:g}; check the window and the file")
+        raise InvalidImageError(
+            name, f"every pixel of the breast has the value {black:g}; check the window and the file"
+        )
 
     height, width = first.source_shape
     box = (0, 0, height, width)
@@ -206,12 +208,14 @@ def render(
     fit: tuple[int, int],
     upscale: bool = True,
 ) -> Rendered:
-    """The picture of one plane (H, W) and its breast mask, as large as `fit` = (height, width) allows at its aspect.
+    """The image of one plane (H, W) and its breast mask, as large as `fit` = (height, width) allows at its aspect.
 
     small: the plane's thumbnail.
     """
     if plane.shape != plan.shape:
-        raise ImageRefused("slice", f"{plane.shape} pixels in a volume of {plan.shape}; the slices must share a size")
+        raise InvalidImageError(
+            "slice", f"{plane.shape} pixels in a volume of {plan.shape}; the slices must share a size"
+        )
     breast = small.breast
     y0, x0, y1, x1 = plan.box
     crop: np.ndarray = _cv2_ready(plane[y0:y1, x0:x1])
@@ -219,7 +223,7 @@ def render(
         y0 * breast.shape[0] // plane.shape[0] : -(-y1 * breast.shape[0] // plane.shape[0]),
         x0 * breast.shape[1] // plane.shape[1] : -(-x1 * breast.shape[1] // plane.shape[1]),
     ].astype(np.float32)
-    if plan.flip:  # before resizing, so that a picture and its mirror image give the same to the last bit
+    if plan.flip:  # before resizing, so that an image and its mirror image give the same to the last bit
         crop, crop_breast = cv2.flip(crop, 1), cv2.flip(crop_breast, 1)
 
     scale = min(fit[0] / crop.shape[0], fit[1] / crop.shape[1])
@@ -231,32 +235,30 @@ def render(
 
     full_scale = 2**settings.bit_depth - 1
     levels = np.clip((resized - plan.black) * (full_scale / (plan.white - plan.black)), 0, full_scale)
-    picture: np.ndarray = np.rint(levels).astype(np.uint8 if settings.bit_depth == 8 else np.uint16)
+    image: np.ndarray = np.rint(levels).astype(np.uint8 if settings.bit_depth == 8 else np.uint16)
     if settings.do_clahe:
         grid = (settings.clahe_grid, settings.clahe_grid)
-        picture = cv2.createCLAHE(settings.clahe_clip_limit, grid).apply(picture)
+        image = cv2.createCLAHE(settings.clahe_clip_limit, grid).apply(image)
     if settings.do_zero_background:
-        picture[~tissue] = 0
+        image[~tissue] = 0
     scale_x, scale_y = width / crop.shape[1], height / crop.shape[0]
     across = (-scale_x, scale_x * x1) if plan.flip else (scale_x, -scale_x * x0)
-    return Rendered(picture, tissue, small, Placement(*across, scale_y, -scale_y * y0))
+    return Rendered(image, tissue, small, Placement(*across, scale_y, -scale_y * y0))
 
 
 def place_on_canvas(rendered: Rendered, canvas: tuple[int, int], chest_wall: str) -> Rendered:
-    """The picture on a black canvas (height, width): against the chest-wall side, centred from top to bottom."""
-    height, width = rendered.picture.shape
+    """The image on a black canvas (height, width): against the chest-wall side, centerd from top to bottom."""
+    height, width = rendered.image.shape
     top, left = (canvas[0] - height) // 2, canvas[1] - width if chest_wall == "right" else 0
     margins = ((top, canvas[0] - height - top), (left, canvas[1] - width - left))
     scale_x, shift_x, scale_y, shift_y = rendered.placement
     placement = Placement(scale_x, shift_x + left, scale_y, shift_y + top)
-    return Rendered(np.pad(rendered.picture, margins), np.pad(rendered.tissue, margins), rendered.small, placement)
+    return Rendered(np.pad(rendered.image, margins), np.pad(rendered.tissue, margins), rendered.small, placement)
 
 
-def standardize(picture: np.ndarray, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
-    """A picture, uint8 or uint16, scaled to 0..1 and standardised, float32."""
-    return (picture.astype(np.float32) * np.float32(1 / np.iinfo(picture.dtype).max) - np.float32(mean)) / np.float32(
-        std
-    )
+def standardize(image: np.ndarray, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
+    """An image, uint8 or uint16, scaled to 0..1 and standardized, float32."""
+    return (image.astype(np.float32) * np.float32(1 / np.iinfo(image.dtype).max) - np.float32(mean)) / np.float32(std)
 
 
 def _cv2_ready(plane: np.ndarray) -> np.ndarray:
@@ -272,7 +274,7 @@ def _cv2_ready(plane: np.ndarray) -> np.ndarray:
 
 def _require_cv2() -> None:
     if cv2 is None:
-        raise ImportError("preparing pictures needs OpenCV: pip install opencv-python-headless")
+        raise ImportError("preparing images needs OpenCV: pip install opencv-python-headless")
 
 
 __all__ = [

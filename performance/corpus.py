@@ -31,12 +31,12 @@ from dataset_scripts.corpus.shards import render_shard
 from dataset_scripts.phantom.dicom import BreastInfo, mammogram_dataset, save, tomosynthesis_dataset
 
 from .encoder import resident_bytes
-from .pictures import example_pictures
+from .images import example_images
 
 SLICE_PX, MAMMOGRAM_PX = (2048, 1664), (4096, 3328)
 SYNTAXES = {"JPEG2000Lossless": 1.5, "JPEGLosslessSV1": 3.0}  # and the bar of each
 MEMORY_SLICES, MEMORY_BAR_MIB = 60, 250
-NOISE = 8  # standard deviation, in grey levels of 12 bits
+NOISE = 8  # standard deviation, in gray levels of 12 bits
 
 
 def main() -> None:
@@ -64,15 +64,15 @@ def main() -> None:
 
 
 def compare(folder: Path, volumes: int, slices: int, repeats: int) -> None:
-    source, pictures = example_pictures(max(volumes, 2))
-    print(f"pictures: {source}\n")
+    source, images = example_images(max(volumes, 2))
+    print(f"images: {source}\n")
     print("| files | images | decoding, CPU ms an image | corpus | images/s and core | CPU ratio | wall ratio |")
     print("|---" * 7 + "|")
     for syntax, bar in SYNTAXES.items():
         for kind, size, frames in (("DBT", SLICE_PX, slices), ("2D", MAMMOGRAM_PX, 1)):
             paths = [folder / f"{syntax}_{kind}_{number}.dcm" for number in range(volumes)]
             for number, path in enumerate(paths):
-                write(path, pictures[number % len(pictures)], size, frames, syntax, number)
+                write(path, images[number % len(images)], size, frames, syntax, number)
             job = make_job(folder / f"{syntax}_{kind}", paths, frames)
             images = frames * volumes
 
@@ -105,10 +105,10 @@ def compare(folder: Path, volumes: int, slices: int, repeats: int) -> None:
                 path.unlink()
 
 
-def write(path: Path, picture: np.ndarray, size: tuple[int, int], frames: int, syntax: str, number: int) -> None:
+def write(path: Path, image: np.ndarray, size: tuple[int, int], frames: int, syntax: str, number: int) -> None:
     """A volume or a mammogram of 12 bits in 16, with noise of its own in each slice."""
-    grey = picture if picture.dtype == np.uint8 else (picture >> 4).astype(np.uint8)
-    large = cv2.resize(grey.astype(np.float32), size[::-1], interpolation=cv2.INTER_CUBIC) * 16
+    gray = image if image.dtype == np.uint8 else (image >> 4).astype(np.uint8)
+    large = cv2.resize(gray.astype(np.float32), size[::-1], interpolation=cv2.INTER_CUBIC) * 16
     rng = np.random.default_rng(number)
     values = [np.clip(large + rng.normal(0, NOISE, size), 0, 4095).astype(np.uint16) for _ in range(frames)]
     info = BreastInfo(f"PHANTOM-{number:06d}", "L", "CC", 0.1, 1.0)
@@ -137,10 +137,10 @@ def stopwatch(step: Callable[[], None]) -> tuple[float, float]:
 
 def measure_memory(folder: Path) -> None:
     """In fresh processes: one that makes a shard of a large volume, one that makes nothing."""
-    _, pictures = example_pictures(1)
+    _, images = example_images(1)
     for syntax in SYNTAXES:
         path = folder / "volume.dcm"
-        write(path, pictures[0], SLICE_PX, MEMORY_SLICES, syntax, 0)
+        write(path, images[0], SLICE_PX, MEMORY_SLICES, syntax, 0)
         peaks = []
         for job_path in (path, folder / "nothing"):
             command = [sys.executable, "-m", "performance.corpus", "--peak", str(job_path)]
@@ -163,9 +163,9 @@ def build_small(folder: Path, count: int, turn: str = "") -> float:
     """Seconds of the command, on small mammograms that differ in their SOP instance and patient only."""
     archive, output = folder / f"small_{count}{turn}", folder / f"corpus_{count}{turn}"
     archive.mkdir()
-    _, pictures = example_pictures(1)
+    _, images = example_images(1)
     template = folder / "template.dcm"
-    write(template, pictures[0], (512, 416), 1, "ExplicitVRLittleEndian", 0)
+    write(template, images[0], (512, 416), 1, "ExplicitVRLittleEndian", 0)
     dataset = pydicom.dcmread(template)
     for number in range(count):
         dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{number}"

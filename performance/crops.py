@@ -33,7 +33,7 @@ from training.pretraining.views.crops import sample_boxes
 from training.pretraining.views.sample import NUM_GLOBAL_CROPS, PretrainingViews
 from training.settings import VIEWS_STREAM, generator
 
-from .pictures import example_pictures
+from .images import example_images
 
 FIT_PX = (1024, 1024)  # of the corpus builder
 BARS_MS = {"views": 5.0, "views and decode": 12.0}
@@ -41,7 +41,7 @@ BARS_MS = {"views": 5.0, "views and decode": 12.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m performance.crops", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=16, help="pictures (default 16)")
+    parser.add_argument("--images", type=int, default=16, help="images (default 16)")
     parser.add_argument("--repeats", type=int, default=7, help="timings of each (default 7)")
     parser.add_argument("--recipe", default="mammodino", help="whose views (default: mammodino)")
     options = parser.parse_args()
@@ -56,16 +56,16 @@ def main() -> None:
             PretrainingViews(corpus, recipe.views, recipe.model.patch_size, 0, options.images, pairs)
             for pairs in (False, True)
         )
-        print(f"{len(corpus.rows) // 2} pictures ({what}), {options.repeats} repeats, one thread, {platform.machine()}")
+        print(f"{len(corpus.rows) // 2} images ({what}), {options.repeats} repeats, one thread, {platform.machine()}")
         versions = {"OpenCV": cv2, "numpy": np, "Pillow": PIL, "datasets": datasets}
         print(", ".join(f"{name} {module.__version__}" for name, module in versions.items()))
         rows = [int(views[index]["row"]) for index in range(options.images)]
-        decoded = [views.picture(row) for row in rows]
-        opened = [Image.fromarray(corpus.picture(row)[0]) for row in rows]
-        sizes = np.array([picture.pixels.shape for picture in decoded])
+        decoded = [views.image(row) for row in rows]
+        opened = [Image.fromarray(corpus.image(row)[0]) for row in rows]
+        sizes = np.array([image.pixels.shape for image in decoded])
         print(f"height x width: median {' x '.join(f'{side:.0f}' for side in np.median(sizes, axis=0))} px")
         steps: dict[str, Callable[[int], object]] = {
-            "decode": lambda index: views.picture(rows[index]),
+            "decode": lambda index: views.image(rows[index]),
             "views": lambda index: views.draw(generator(0, VIEWS_STREAM, index), decoded[index], index),
             "views and decode": lambda index: views[index],
             "views and decode, with slice pairs": lambda index: paired[index],
@@ -86,15 +86,15 @@ def main() -> None:
 
 
 def write_corpus(folder: Path, count: int) -> str:
-    """A corpus of `count` volumes: each picture, as a corpus has it, stands for two slices. Returns what they are."""
+    """A corpus of `count` volumes: each image, as a corpus has it, stands for two slices. Returns what they are."""
     processor = MammoDinoImageProcessor()
-    what, planes = example_pictures(count)
+    what, planes = example_images(count)
     rows = []
     for number, plane in enumerate(planes):
         small = make_thumbnail(plane)
         settings = processor.render_settings
         rendered = render(plane, small, plan_rendering([small], settings), settings, FIT_PX)
-        row = make_row(Mammogram.from_picture(str(number), plane, b"benchmark"), rendered, "benchmark")
+        row = make_row(Mammogram.from_image(str(number), plane, b"benchmark"), rendered, "benchmark")
         rows += [{**row, "kind": "dbt", "slice_index": index, "num_slices": 2} for index in range(2)]
     datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(folder)
     (folder / MANIFEST).write_text(json.dumps({"image_processor": corpus_settings(processor)}))
@@ -120,7 +120,7 @@ def pil_decode(corpus: Corpus, row: int) -> Image.Image:
 
 
 def pil_crops(index: int, image: Image.Image, recipe: ViewsRecipe) -> list[np.ndarray]:
-    """Crops (S, S) float32, as DINOv2's DataAugmentationDINO makes them of a grey image."""
+    """Crops (S, S) float32, as DINOv2's DataAugmentationDINO makes them of a gray image."""
     rng, crops = generator(0, 0, index), []
     kinds = [(recipe.global_crop_size, recipe.global_crop_scale)] * NUM_GLOBAL_CROPS
     kinds += [(recipe.local_crop_size, recipe.local_crop_scale)] * recipe.num_local_crops

@@ -1,6 +1,6 @@
 """What does background cost? Our encoder with tissue tokens beside `Dinov2WithRegistersModel` on the same weights.
 
-python -m performance.encoder [PICTURE...] [--model vits14] [--sizes 518 1036] [--batches 1 8] [--device cpu]
+python -m performance.encoder [IMAGE...] [--model vits14] [--sizes 518 1036] [--batches 1 8] [--device cpu]
     [--dtype float32] [--repeats 5]
 
 Both encode the same canvases, in turn, in one process; a ratio is taken of each pair of turns. Memory is the peak that
@@ -26,7 +26,7 @@ from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDi
 from modeling_mammodino.tissue_tokens import select_tokens
 from training.pretraining.compute import block_flops, matmul_peak, synchronize
 
-from .pictures import example_pictures
+from .images import example_images
 
 MODELS = {  # width, blocks, heads
     "vits14": (384, 12, 6),
@@ -34,7 +34,7 @@ MODELS = {  # width, blocks, heads
     "vitl14": (1024, 24, 16),
 }
 FRAMINGS = {"whole slice": False, "cropped to breast": True}
-NUM_PICTURES = 8
+NUM_IMAGES = 8
 COLUMNS = (
     *("framing", "px", "batch", "tissue patches", "theirs img/s", "ours img/s"),
     *("faster", "padded instead of packed", "memory over theirs", "share of peak"),
@@ -43,7 +43,7 @@ COLUMNS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m performance.encoder", description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", nargs="*", type=Path, help="slices (default: real ones where present, or phantoms)")
+    parser.add_argument("images", nargs="*", type=Path, help="slices (default: real ones where present, or phantoms)")
     parser.add_argument("--model", choices=MODELS, default="vits14")
     parser.add_argument("--sizes", type=int, nargs="+", default=[518, 1036], help="side of the canvas in pixels")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images a forward")
@@ -51,12 +51,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    source, planes = example_pictures(NUM_PICTURES, options.pictures)
+    source, planes = example_images(NUM_IMAGES, options.images)
     dtype = getattr(torch, options.dtype)
     peak = matmul_peak(options.device, dtype)
     threads = f"{torch.get_num_threads()} threads, {platform.machine()}"
     print(f"{options.model}, {options.dtype} on {options.device} ({threads})")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}; {len(planes)} pictures: {source}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}; {len(planes)} images: {source}")
     print(f"matmul peak {peak / 1e12:.3g} TFLOP/s; {options.repeats} repeats; ratios: median (min, max)")
     print("| " + " | ".join(COLUMNS) + " |")
     print("|---" * len(COLUMNS) + "|")

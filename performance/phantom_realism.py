@@ -1,11 +1,11 @@
-"""Does the phantom look like real slices? Both in one picture, and four statistics of both in a table.
+"""Does the phantom look like real slices? Both in one image, and four statistics of both in a table.
 
 python -m performance.phantom_realism --output DIR [--slices ../shared/data/bcs_dbt/slices] [--breasts 60] [--seed 0]
 
 Real slices (BCS-DBT, Hologic, 8 bits) are brought to the phantom's 0.4 mm, laid with the chest wall on the left and cut
 to its field of 205 x 128 mm; phantoms are 50 slices of 1 mm, brought to 8 bits. Statistics: the histogram inside the
 breast (Wasserstein distance to the median of the real slices of other patients, 5th percentile 0 and 95th 1), the
-exponent of the power spectrum, the share of the picture that is tissue, and the correlation of slices of a volume by
+exponent of the power spectrum, the share of the image that is tissue, and the correlation of slices of a volume by
 their distance. DIR gets `phantom_realism.png`, both kinds in random order, its key, and the table.
 """
 
@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 
 from dataset_scripts.phantom.archive import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
-from modeling_mammodino.image_io import read_picture
+from modeling_mammodino.image_io import read_image
 
-from .picture_statistics import (
+from .image_statistics import (
     BAND,
     EDGE_MM,
     breast_mask,
@@ -30,7 +30,7 @@ from .picture_statistics import (
     power_law_exponent,
     wasserstein,
 )
-from .pictures import REAL_DATA
+from .images import REAL_DATA
 
 PIXEL_MM = 0.4
 FIELD_PX = (512, 320)
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--slices", type=Path, default=REAL_DATA / "bcs_dbt" / "slices", help="folder of real slices")
     parser.add_argument("--breasts", type=int, default=60, help="phantoms (default 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of the phantoms and of the picture's order (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the phantoms and of the image's order (default 0)")
     options = parser.parse_args()
     try:
         real = read_real_slices(options.slices)
@@ -61,11 +61,11 @@ def main() -> None:
     print(table)
     (options.output / f"{NAME}.md").write_text(table + "\n")
     show(real, phantoms, options.output, np.random.default_rng(options.seed))
-    print(f"picture: {options.output / NAME}.png; key: {options.output / NAME}_key.csv")
+    print(f"image: {options.output / NAME}.png; key: {options.output / NAME}_key.csv")
 
 
 def read_real_slices(folder: Path) -> list[dict]:
-    """Each: picture (H, W) float32 in 0..1 on the phantom's grid, patient, volume (or None) and slice."""
+    """Each: image (H, W) float32 in 0..1 on the phantom's grid, patient, volume (or None) and slice."""
     table = folder.parent / "slices.csv"
     if not table.is_file():
         raise ValueError(f"{table} is missing: give the folder of the BCS-DBT slices with --slices")
@@ -74,9 +74,9 @@ def read_real_slices(folder: Path) -> list[dict]:
     found = []
     for row in rows:
         volume = (row["PatientID"], row["View"]) if row["View"] else None
-        picture = on_the_phantoms_grid(read_picture(folder / row["file"]))
+        image = on_the_phantoms_grid(read_image(folder / row["file"]))
         position = int(row["Slice"]) if volume else None
-        found.append({"picture": picture, "patient": row["PatientID"], "volume": volume, "slice": position})
+        found.append({"image": image, "patient": row["PatientID"], "volume": volume, "slice": position})
     return found
 
 
@@ -88,11 +88,11 @@ def on_the_phantoms_grid(plane: np.ndarray) -> np.ndarray:
     if plane[:, :200].mean() < plane[:, -200:].mean():
         plane = np.ascontiguousarray(plane[:, ::-1])
     size = round(plane.shape[1] * scale), round(plane.shape[0] * scale)
-    picture = cv2.resize(plane, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    rows = np.flatnonzero(breast_mask(picture).any(axis=1))
-    top = int(np.clip((rows[0] + rows[-1] - height) // 2, 0, max(len(picture) - height, 0)))
-    picture = picture[top : top + height, :width]
-    return np.pad(picture, [(0, n - m) for n, m in zip(FIELD_PX, picture.shape, strict=True)])
+    image = cv2.resize(plane, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    rows = np.flatnonzero(breast_mask(image).any(axis=1))
+    top = int(np.clip((rows[0] + rows[-1] - height) // 2, 0, max(len(image) - height, 0)))
+    image = image[top : top + height, :width]
+    return np.pad(image, [(0, n - m) for n, m in zip(FIELD_PX, image.shape, strict=True)])
 
 
 def simulate(count: int, seed: int) -> tuple[list[dict], dict[int, list[float]]]:
@@ -104,11 +104,11 @@ def simulate(count: int, seed: int) -> tuple[list[dict], dict[int, list[float]]]
         slices = slices[..., ::-1] if breast.laterality == "R" else slices
         slices = np.rint(slices * np.float32(255 / 4095)) / np.float32(255)
         middle = PARAMETERS.num_slices // 2
-        picture = np.ascontiguousarray(slices[middle + rng.integers(-10, 11)])
+        image = np.ascontiguousarray(slices[middle + rng.integers(-10, 11)])
         mammogram = acquire_2d(breast) / np.float32(4095)
         inside = erode(breast.body.max(axis=0) > 0, EDGE_MM, PIXEL_MM)
         exponent_2d = power_law_exponent(mammogram, inside, PIXEL_MM)
-        phantoms.append({"picture": picture, "patient": index, "volume": None, "exponent_2d": exponent_2d})
+        phantoms.append({"image": image, "patient": index, "volume": None, "exponent_2d": exponent_2d})
         for distance in DISTANCES_MM:
             first = middle - distance // 2
             found[distance].append(slice_correlation(slices[first], slices[first + distance]))
@@ -122,23 +122,23 @@ def slice_correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 def compare(real: list[dict], phantoms: list[dict], correlations: dict[int, list[float]]) -> str:
     for each in (*real, *phantoms):
-        picture = each["picture"]
-        mask = breast_mask(picture)
+        image = each["image"]
+        mask = breast_mask(image)
         inside = erode(mask, EDGE_MM, PIXEL_MM)
-        each |= {"tissue": mask.mean(), "quantiles": normalised_quantiles(picture, inside)}
-        each |= {"exponent": power_law_exponent(picture, inside, PIXEL_MM)}
-        each |= dict(zip(("5th", "median", "95th"), np.percentile(picture[inside], (5, 50, 95)), strict=True))
+        each |= {"tissue": mask.mean(), "quantiles": normalised_quantiles(image, inside)}
+        each |= {"exponent": power_law_exponent(image, inside, PIXEL_MM)}
+        each |= dict(zip(("5th", "median", "95th"), np.percentile(image[inside], (5, 50, 95)), strict=True))
     for each in (*real, *phantoms):
         others = [one["quantiles"] for one in real if one["patient"] != each["patient"]]
         each["histogram"] = wasserstein(each["quantiles"], np.median(others, axis=0))
     names = {
         "histogram": "histogram inside the breast: distance to real slices",
         **{
-            key: f"grey inside the breast, {key}{' percentile' * (key != 'median')}, of 1"
+            key: f"gray inside the breast, {key}{' percentile' * (key != 'median')}, of 1"
             for key in ("5th", "median", "95th")
         },
         "exponent": f"exponent of the power spectrum, {BAND[0]} to {BAND[1]} cycles/mm",
-        "tissue": "tissue, share of the picture",
+        "tissue": "tissue, share of the image",
     }
     lines = [f"| median (5th, 95th percentile) | {len(real)} real slices | {len(phantoms)} phantoms |", "|---|---|---|"]
     for key, name in names.items():
@@ -150,7 +150,7 @@ def compare(real: list[dict], phantoms: list[dict], correlations: dict[int, list
     pairs: dict[int, list[float]] = {}
     for one, other in itertools.combinations(real, 2):
         if one["volume"] and one["volume"] == other["volume"]:
-            found = slice_correlation(one["picture"], other["picture"])
+            found = slice_correlation(one["image"], other["image"])
             pairs.setdefault(abs(one["slice"] - other["slice"]), []).append(found)
     for distance in sorted(pairs):
         values = ", ".join(f"{value:.3f}" for value in pairs[distance])
@@ -175,9 +175,9 @@ def show(real: list[dict], phantoms: list[dict], output: Path, rng: np.random.Ge
     for number, index in enumerate(order):
         kind, each = chosen[index]
         row, column = divmod(number, COLUMNS)
-        picture = np.rint(np.clip(each["picture"] * 1.5, 0, 1) * 255).astype(np.uint8)  # as one would window it
-        cv2.putText(picture, str(number + 1), (width - 48, 30), cv2.FONT_HERSHEY_SIMPLEX, 0.8, 160)
-        canvas[row * height : (row + 1) * height, column * width : (column + 1) * width] = picture
+        image = np.rint(np.clip(each["image"] * 1.5, 0, 1) * 255).astype(np.uint8)  # as one would window it
+        cv2.putText(image, str(number + 1), (width - 48, 30), cv2.FONT_HERSHEY_SIMPLEX, 0.8, 160)
+        canvas[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
         key.append(f"{number + 1},{kind},{each['patient']}")
     cv2.imwrite(str(output / f"{NAME}.png"), canvas)
     (output / f"{NAME}_key.csv").write_text("\n".join(key) + "\n")

@@ -1,6 +1,6 @@
-"""What does the image processor cost? Beside one area resize and one CLAHE, which any preparation of a picture needs.
+"""What does the image processor cost? Beside one area resize and one CLAHE, which any preparation of an image needs.
 
-python -m performance.preprocess [PICTURE] [--repeats 40] [--threads N]
+python -m performance.preprocess [IMAGE] [--repeats 40] [--threads N]
 
 The reference is `cv2.resize(..., INTER_AREA)` of the whole plane to the canvas, then `cv2.createCLAHE(...).apply` on
 that, in the plane's own bits. Both run in turn in one process, so that whatever else the machine does meets both; on a
@@ -22,27 +22,27 @@ import transformers
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.rendering import RenderSettings
 
-from .pictures import example_pictures
+from .images import example_images
 
 MAMMOGRAM_PX, SLICE_PX = (4096, 3328), (2457, 1996)  # a full-field detector; a slice of BCS-DBT
-NOISE = 8  # standard deviation, in grey levels of 12 bits
+NOISE = 8  # standard deviation, in gray levels of 12 bits
 CANVASES_PX = (518, 1036)
 BAR = 3.0  # for 16 bits on the default canvas
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m performance.preprocess", description=__doc__.splitlines()[0])
-    parser.add_argument("picture", nargs="*", type=Path, help="8-bit slice (default: a real one, else a phantom)")
+    parser.add_argument("image", nargs="*", type=Path, help="8-bit slice (default: a real one, else a phantom)")
     parser.add_argument("--repeats", type=int, default=40, help="timings of each (default 40)")
     parser.add_argument("--threads", type=int, help="threads of OpenCV and torch (default: theirs)")
     options = parser.parse_args()
     if options.threads:
         cv2.setNumThreads(options.threads)
         torch.set_num_threads(options.threads)
-    source, (small,) = example_pictures(1, options.picture[:1])
+    source, (small,) = example_images(1, options.image[:1])
     small = small if small.dtype == np.uint8 else (small >> 4).astype(np.uint8)  # (H, W); phantoms have 12 bits
 
-    print(f"picture: {source}; {options.repeats} repeats, {platform.machine()}")
+    print(f"image: {source}; {options.repeats} repeats, {platform.machine()}")
     print(f"threads: {cv2.getNumThreads()} OpenCV, {torch.get_num_threads()} torch, {os.cpu_count()} CPUs")
     versions = {"OpenCV": cv2, "numpy": np, "torch": torch, "transformers": transformers}
     print(", ".join(f"{name} {module.__version__}" for name, module in versions.items()))
@@ -89,7 +89,7 @@ def stopwatch(step: Callable) -> tuple[float, float]:
 
 
 def enlarge(small: np.ndarray) -> np.ndarray:
-    """A mammogram's size and depth from an 8-bit picture (H, W): 12 bits with noise, in uint16."""
+    """A mammogram's size and depth from an 8-bit image (H, W): 12 bits with noise, in uint16."""
     large = cv2.resize(small.astype(np.float32), MAMMOGRAM_PX[::-1], interpolation=cv2.INTER_CUBIC) * 16
     noise = np.random.default_rng(0).normal(0, NOISE, large.shape)
     return np.clip(large + noise, 0, 4095).astype(np.uint16)

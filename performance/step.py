@@ -3,7 +3,7 @@
     python -m performance.step [--model vits14] [--batches 4 8] [--ways plain compiled bf16 tissue] [--steps 6]
 
 `training.pretrain.train` itself, on a batch that stands in memory: 2 crops of 224 px and 8 of 98, half of the global
-ones masked, 65,536 prototypes, one head, no registers, no stochastic depth, centred targets: the peers' arithmetic.
+ones masked, 65,536 prototypes, one head, no registers, no stochastic depth, centerd targets: the peers' arithmetic.
 Each line in a fresh process, beside the matmul peak measured there. The ways: plain (float32), compiled (blocks
 compiled), bf16 (autocast, compiled), sinkhorn (Sinkhorn-Knopp instead of centring), dense and tissue (crops of real
 slices where they are at hand, without and with tissue tokens).
@@ -33,7 +33,7 @@ from training.pretraining.recipe import Recipe, load_recipe
 from training.pretraining.views.sample import collate
 
 from .encoder import MODELS, resident_bytes
-from .pictures import example_pictures
+from .images import example_images
 
 WAYS = {
     "plain": [],
@@ -101,7 +101,7 @@ def measure(model: str, way: str, batch_size: int, steps: int) -> dict:
     times: list[float] = []
     batch: dict = {}
     with tempfile.TemporaryDirectory() as folder:
-        _, planes = example_pictures(batch_size)
+        _, planes = example_images(batch_size)
         archive = write_archive(Path(folder, "archive"), planes)
         build_corpus([archive], Path(folder, "corpus"), (1024, 1024), MammoDinoImageProcessor(), "benchmark")
         recipe = make_recipe(model, way, batch_size, steps + 3, Path(folder))
@@ -130,7 +130,7 @@ def make_recipe(model: str, way: str, batch_size: int, steps: int, folder: Path)
         **{"num_register_tokens": 0, "drop_path_rate": 0, "adjacent_slice_weight": 0, "adjacent_patch_weight": 0},
         **{"teacher_targets": "centering", "bf16": "false", "per_device_train_batch_size": batch_size},
         **{"max_steps": steps, "save_steps": steps, "logging_steps": steps, "report_to": "none"},
-        "picture_steps": 0,
+        "visualization_steps": 0,
         **{"corpus": folder / "corpus", "output_dir": folder / "run"},
     }
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]

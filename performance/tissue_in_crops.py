@@ -1,4 +1,4 @@
-"""How much breast do crops hold? Tissue-aware crops beside plain random ones, on the pictures of a corpus.
+"""How much breast do crops hold? Tissue-aware crops beside plain random ones, on the images of a corpus.
 
 python -m performance.tissue_in_crops CORPUS [--recipe NAME] [--draws 10000]
 """
@@ -25,10 +25,10 @@ def main() -> None:
     corpus, rng = Corpus(options.corpus), np.random.default_rng(0)
     tables = []
     for row in range(len(corpus.rows)):
-        pixels, tissue = corpus.picture(row)
+        pixels, tissue = corpus.image(row)
         tables.append(TissueTable(tissue, pixels.shape))
 
-    print(f"{options.draws} draws of each kind over {len(tables)} pictures; breast fraction of the crop")
+    print(f"{options.draws} draws of each kind over {len(tables)} images; breast fraction of the crop")
     print("| crop | minimum | below it | none fitted | " + " | ".join(f"p{each}" for each in PERCENTILES) + " |")
     print("|---" * (4 + len(PERCENTILES)) + "|")
     kinds = {

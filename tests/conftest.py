@@ -1,4 +1,4 @@
-"""Shared fixtures: pictures of made-up breasts, a small phantom corpus, and where real files lie, if they do."""
+"""Shared fixtures: images of made-up breasts, a small phantom corpus, and where real files lie, if they do."""
 
 import os
 from pathlib import Path
@@ -43,9 +43,9 @@ def draw_breast(height: int = 300, width: int = 200, seed: int = 0, side: str = 
     y, x = np.mgrid[:height, :width]
     breast = ((y - height / 2) / (0.42 * height)) ** 2 + (x / (0.7 * width)) ** 2 < 1
     texture = cv2.GaussianBlur(rng.normal(size=(height, width)).astype(np.float32), (0, 0), 4)
-    picture = np.where(breast, 1800 + 4000 * texture, 20 + 5 * rng.normal(size=(height, width)))
-    picture = np.clip(picture, 0, 4095).astype(np.uint16)
-    return picture if side == "left" else np.ascontiguousarray(picture[:, ::-1])
+    image = np.where(breast, 1800 + 4000 * texture, 20 + 5 * rng.normal(size=(height, width)))
+    image = np.clip(image, 0, 4095).astype(np.uint16)
+    return image if side == "left" else np.ascontiguousarray(image[:, ::-1])
 
 
 TINY_ENCODER = {

@@ -10,7 +10,7 @@ from pydicom.pixels import get_decoder, set_pixel_data
 from dataset_scripts.phantom.archive import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
 from dataset_scripts.phantom.dicom import BreastInfo, check_encoder, encode, mammogram_dataset, tomosynthesis_dataset
 from modeling_mammodino.dicom import read_mammogram
-from modeling_mammodino.image_io import ImageRefused
+from modeling_mammodino.image_io import InvalidImageError
 
 SOP = "1.2.840.10008.5.1.4.1.1."
 MAMMOGRAPHY, PROCESSING, TOMOSYNTHESIS, PROJECTION, CT, CAPTURE = (
@@ -74,7 +74,7 @@ def volume(levels=(0, 1, 2, 3), positions=None, shape=(8, 8), syntax=uid.Explici
 
 
 def refused(source, *words, read=read_mammogram, **options):
-    with pytest.raises(ImageRefused) as caught:
+    with pytest.raises(InvalidImageError) as caught:
         read(source, **options)
     for word in (*words, ";"):
         assert word in str(caught.value)

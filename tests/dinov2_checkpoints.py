@@ -32,7 +32,7 @@ def save_source(folder: Path, kind, config, mean=MEAN, std=STD, **settings):
 
 
 def inputs(height: int, width: int, mean=MEAN, std=STD, full: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """One grey plane as an RGB model gets it and as ours does."""
+    """One gray plane as an RGB model gets it and as ours does."""
     plane = torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(1))
     mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (mean, std))
     ours = MammoDinoImageProcessor()

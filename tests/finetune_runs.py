@@ -15,17 +15,17 @@ NUM_PATIENTS = 24
 
 
 def draw_table(folder: Path, num_patients: int = NUM_PATIENTS) -> Path:
-    """Two views of the left breast of each patient; every third patient has bright spots, and is labelled so."""
+    """Two views of the left breast of each patient; every third patient has bright spots, and is labeled so."""
     rows = []
     for number in range(num_patients):
         cancer = int(number % 3 == 0)
         for view in ("CC", "MLO"):
-            picture = np.pad(draw_breast(100, 60, seed=2 * number + (view == "MLO")), ((10, 10), (0, 40)), mode="edge")
+            image = np.pad(draw_breast(100, 60, seed=2 * number + (view == "MLO")), ((10, 10), (0, 40)), mode="edge")
             if cancer:
                 for x, y in np.random.default_rng(number).integers((10, 35), (40, 85), (6, 2)):
-                    cv2.circle(picture, (int(x), int(y)), 4, 4095, -1)
+                    cv2.circle(image, (int(x), int(y)), 4, 4095, -1)
             path = folder / f"p{number:02d}_{view}.png"
-            cv2.imwrite(str(path), picture)
+            cv2.imwrite(str(path), image)
             rows.append(
                 {
                     "patient_id": f"p{number:02d}",

@@ -3,7 +3,7 @@
     python -m tests.fuzz_images --count 10000 --seed 0
 
 A mutant is a pure function of (seed, index). Each is read as a user would, in a process that is watched: a signal, more
-than 10 seconds, more than 1 GiB asked for (VmPeak, so Linux only), or another exception than ImageRefused is a
+than 10 seconds, more than 1 GiB asked for (VmPeak, so Linux only), or another exception than InvalidImageError is a
 finding, and its file is kept.
 """
 
@@ -37,8 +37,8 @@ from dataset_scripts.phantom.dicom import (
     tomosynthesis_dataset,
 )
 from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.image_io import ImageFile, ImageRefused
-from performance.pictures import REAL_DATA
+from modeling_mammodino.image_io import ImageFile, InvalidImageError
+from performance.images import REAL_DATA
 
 LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2**30
 ATTRIBUTES = (
@@ -77,10 +77,10 @@ def seeds() -> list[tuple[str, bytes]]:
             found.append((f"{name} {'volume' if multi_frame else 'mammogram'}", _bytes_of(dataset)))
     for form in ("SIGMOID", "LUT"):
         found.append((form, _bytes_of(set_voi(phantom(True), form, "per_frame"))))
-    picture = acquire_2d(breast) << 4
+    image = acquire_2d(breast) << 4
     for suffix in (".png", ".tif", ".pgm"):
-        found.append((suffix, cv2.imencode(suffix, picture)[1].tobytes()))
-    found.append((".jpg", cv2.imencode(".jpg", (picture >> 8).astype(np.uint8))[1].tobytes()))
+        found.append((suffix, cv2.imencode(suffix, image)[1].tobytes()))
+    found.append((".jpg", cv2.imencode(".jpg", (image >> 8).astype(np.uint8))[1].tobytes()))
     real = sorted((REAL_DATA / "dicom_codecs").glob("*.dcm"))
     return found + [(path.name, path.read_bytes()) for path in real]
 
@@ -186,9 +186,9 @@ def read(name: str, content: bytes, processor: MammoDinoImageProcessor) -> str:
         for mammogram, rendered in processor.render_source(ImageFile(io.BytesIO(content), name), (64, 64)):
             if not np.isfinite(mammogram.pixels).all() and mammogram.pixels.dtype.kind != "f":
                 raise AssertionError("pixels that are no numbers")
-            if rendered.picture.dtype != np.uint8 or not rendered.tissue.any() and rendered.picture.any():
-                raise AssertionError("a picture without a breast")
-    except ImageRefused as refusal:
+            if rendered.image.dtype != np.uint8 or not rendered.tissue.any() and rendered.image.any():
+                raise AssertionError("an image without a breast")
+    except InvalidImageError as refusal:
         if "MemoryError" in refusal.reason or isinstance(refusal.__cause__, MemoryError):
             raise MemoryError(refusal.reason) from refusal
         return refusal.reason

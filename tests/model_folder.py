@@ -47,7 +47,7 @@ def figure(height: int = 40, width: int = 60) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def encode(picture: Image.Image, kind: str = "PNG", **settings) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **settings) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind, **settings)
+    image.save(stream, kind, **settings)
     return stream.getvalue()

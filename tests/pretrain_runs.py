@@ -14,7 +14,7 @@ TINY = [
     "--head_hidden_size", "32", "--head_bottleneck_size", "16", "--global_crop_size", "64", "--local_crop_size", "32",
     "--num_local_crops", "2", "--per_device_train_batch_size", "8", "--dataloader_num_workers", "0",
     "--image_height", "128", "--image_width", "96", "--logging_steps", "1", "--warmup_steps", "2",
-    "--report_to", "none", "--drop_path_rate", "0.2", "--picture_steps", "0",
+    "--report_to", "none", "--drop_path_rate", "0.2", "--visualization_steps", "0",
 ]  # fmt: skip
 
 

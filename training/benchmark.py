@@ -1,10 +1,10 @@
-"""Every backbone on every task of every data set, under one head: the article's evaluation in one command.
+"""Every backbone on every task of every data set, under one head: the paper's evaluation in one command.
 
-    python -m training.benchmark --config training/suites/article.yaml
+    python -m training.benchmark --config training/suites/paper.yaml
 
 Runs data set x task x backbone x seed as one queue: what is done is skipped, several processes may be started on the
 same suite, and a killed one is started again with the same command. Then writes into the suite's folder: scores.csv
-(everything), report.md (tables, significance, the article's figures beside ours) and radar.png. Research use only.
+(everything), report.md (tables, significance, the paper's figures beside ours) and radar.png. Research use only.
 """
 
 import argparse

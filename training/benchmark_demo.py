@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         )  # fmt: skip
     corpus = [python, "-m", "dataset_scripts.corpus", phantom / "train", "--collection", "phantom"]
     chain.run(*corpus, "--output", output / "corpus")
-    pretrain = [python, "-m", "training.pretrain", "demo", "--corpus", output / "corpus", "--picture_steps", 0]
+    pretrain = [python, "-m", "training.pretrain", "demo", "--corpus", output / "corpus", "--visualization_steps", 0]
     chain.run(*pretrain, "--output_dir", output / "mammodino", "--max_steps", PRETRAINING_STEPS)
     suite = output / "suite.yaml"
     suite.write_text(yaml.safe_dump(make_suite(output, phantom, encoder), sort_keys=False))

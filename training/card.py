@@ -1,8 +1,8 @@
-"""The model card of an exported encoder, and its results: refreshed as often as it is judged anew.
+"""The model card of an exported encoder, and its results: refreshed as often as it is evaluated anew.
 
     python -m training.card ENCODER_FOLDER --results PROBE.json --dataset NAME
 
-PROBE.json is what training.probe wrote. NAME says in public what the labelled data were; results on simulated breasts
+PROBE.json is what training.probe wrote. NAME says in public what the labeled data were; results on simulated breasts
 are called that, by the name `phantom`.
 """
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.card", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="an exported encoder")
     parser.add_argument("--results", type=Path, required=True, help="JSON file of training.probe")
-    parser.add_argument("--dataset", required=True, help="public name of the labelled data, `phantom` if simulated")
+    parser.add_argument("--dataset", required=True, help="public name of the labeled data, `phantom` if simulated")
     parser.add_argument("--model", help="the encoder's name in the results (default: found by its folder)")
     options = parser.parse_args(arguments)
     try:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 def add_results(folder: Path, results_file: Path, dataset: str, model: str | None = None) -> None:
     """Writes the results of one probe into the card of `folder`, in place of earlier ones; whole or not at all.
 
-    model: the encoder's name in the results; where None, the one that was judged from this folder.
+    model: the encoder's name in the results; where None, the one that was evaluated from this folder.
     Raises ValueError or OSError naming the file and the remedy.
     """
     card_file = folder / "README.md"
@@ -68,11 +68,13 @@ def add_results(folder: Path, results_file: Path, dataset: str, model: str | Non
 
 
 def name_of(folder: Path, results: dict[str, Any]) -> str:
-    """Under which name the encoder in `folder` was judged."""
-    found = [name for name, judged in results["models"].items() if Path(judged).resolve() == folder.resolve()]
+    """Under which name the encoder in `folder` was evaluated."""
+    found = [name for name, evaluated in results["models"].items() if Path(evaluated).resolve() == folder.resolve()]
     if len(found) != 1:
-        judged = ", ".join(f"{name} ({path})" for name, path in results["models"].items())
-        raise ValueError(f"does not judge {folder}, but {judged}; give --model NAME if it is the same encoder moved")
+        evaluated = ", ".join(f"{name} ({path})" for name, path in results["models"].items())
+        raise ValueError(
+            f"does not evaluate {folder}, but {evaluated}; give --model NAME if it is the same encoder moved"
+        )
     return found[0]
 
 

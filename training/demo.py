@@ -98,7 +98,7 @@ def report(results: dict[str, Any], commands: list[tuple[str, float]], seed: int
         "**These are results on simulated breasts. They say whether the chain works and what moves at this size, "
         "nothing about patients. Research use only.**",
         "",
-        f"Frozen features of a small encoder, judged on {any_task['test_patients']} held-out phantom patients "
+        f"Frozen features of a small encoder, evaluated on {any_task['test_patients']} held-out phantom patients "
         f"({any_task['test_images']} files: a DBT volume and a mammogram each); probes learned on "
         f"{any_task['learning_images']} files of the pretraining patients. One seed ({seed}). AUC (macro over classes, "
         f"one against the rest) with 95 % intervals from {results['num_resamples']} bootstrap resamples of patients.",
@@ -123,7 +123,7 @@ def report(results: dict[str, Any], commands: list[tuple[str, float]], seed: int
             lines.append(f"| {task} | {head} | {cells[0]} | {cells[1]} |")
     lines += ["", verdict(tasks), "", "## What student and teacher see", "", "![views](preview.png)", ""]
     lines += ["## What the encoder sees", "", "![input](inspect.png)", ""]
-    lines += ["## What the teacher's features see", "", f"![features](mammodino/pictures/step-{STEPS:06d}.png)", ""]
+    lines += ["## What the teacher's features see", "", f"![features](mammodino/images/step-{STEPS:06d}.png)", ""]
     lines += ["## The run", "", "![pretraining](mammodino/encoder/pretraining.png)", "", "## Commands", "", "```"]
     lines += [f"{command}    # {seconds:.0f} s" for command, seconds in commands] + ["```", ""]
     return "\n".join(lines)

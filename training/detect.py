@@ -1,4 +1,4 @@
-"""Trains a lesion detector on an encoder and judges it on held-out patients. Research use only.
+"""Trains a lesion detector on an encoder and evaluates it on held-out patients. Research use only.
 
     python -m training.detect --dataset NAME --data_dir DIR --encoder MODEL --output_dir DIR [--name value ...]
 
@@ -23,11 +23,11 @@ from transformers import RTDetrForObjectDetection
 import modeling_mammodino
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools.embed import find_device
-from training.evaluation.detection.data import DetectionPictures, PictureMaker, render_training_pictures
+from training.evaluation.detection.data import DetectionImages, LesionImageRenderer, render_training_images
 from training.evaluation.detection.detector import build_detector, open_start
 from training.evaluation.detection.drawings import draw_detections, draw_froc
 from training.evaluation.detection.find_lesions import find_lesions, lesion_table, prediction_table
-from training.evaluation.detection.metrics import Found, froc_marks, judge
+from training.evaluation.detection.metrics import Found, evaluate, froc_marks
 from training.evaluation.detection.settings import DetectionSettings, parse_settings
 from training.evaluation.detection.table import DetectionTable, load_boxes
 from training.evaluation.detection.train import train_detector
@@ -37,7 +37,7 @@ from training.pretraining.compute import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, PICTURES = "checkpoints", "pictures"  # gone when the result stands
+CHECKPOINTS, IMAGES = "checkpoints", "images"  # gone when the result stands
 
 
 def run_detection(settings: DetectionSettings) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run_detection(settings: DetectionSettings) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a run is one process: start it without torchrun, and other runs beside it")
     output = Path(settings.output_dir)
-    return run_once(output, settings.what_is_computed(), lambda: run(settings, output), (CHECKPOINTS, PICTURES))
+    return run_once(output, settings.what_is_computed(), lambda: run(settings, output), (CHECKPOINTS, IMAGES))
 
 
 def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
         allow_missing=settings.allow_missing,
     )
     encoder, processor = open_start(settings.encoder, settings.init == "random", settings.seed)
-    maker = PictureMaker(on_canvas(processor, settings), table.views)
+    maker = LesionImageRenderer(on_canvas(processor, settings), table.views)
     detector = build_detector(
         encoder,
         settings.map_width,
@@ -83,7 +83,7 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
 
     rule = (settings.hit, settings.hit_iou)
     kinds = by_kind(found)
-    metrics = {name: judge(each, *rule, settings.num_resamples, settings.seed) for name, each in kinds.items()}
+    metrics = {name: evaluate(each, *rule, settings.num_resamples, settings.seed) for name, each in kinds.items()}
     write_parquet(output / PREDICTIONS_FILE, prediction_table(found, *rule))
     write_parquet(output / "lesions.parquet", lesion_table(found, *rule))
     title = f"{table.benchmark.title}: {len(found)} images of {table.counts['test']['patients']} patients"
@@ -98,7 +98,7 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
             "parameters": sum(each.numel() for each in detector.parameters()),
         },
         "counts": table.counts | {"refused": len(refused)},
-        "judged": {name: counted(each) for name, each in kinds.items()},
+        "evaluated": {name: counted(each) for name, each in kinds.items()},
         "learned": learned,
         "metrics": {name: {metric: list(value) for metric, value in of.items()} for name, of in metrics.items()},
         "settings": asdict(settings),
@@ -125,31 +125,31 @@ def on_canvas(processor: MammoDinoImageProcessor, settings: DetectionSettings) -
 def train(
     detector: RTDetrForObjectDetection,
     table: DetectionTable,
-    maker: PictureMaker,
+    maker: LesionImageRenderer,
     settings: DetectionSettings,
     output: Path,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What was learned, and the images that were refused. Raises ValueError where no picture with a lesion is left."""
+    """What was learned, and the images that were refused. Raises ValueError where no image with a lesion is left."""
     if find_device("auto").type == "cpu":
         keep_freed_memory()
     parts, refused = {}, {}
     for split in ("train", "validation"):
-        rows, of_split = render_training_pictures(
+        rows, of_split = render_training_images(
             table.images[split],
             maker,
             settings.slices_per_volume,
             settings.lesion_slice_reach,
-            output / PICTURES,
+            output / IMAGES,
             settings.dataloader_num_workers,
         )
         refused |= of_split
-        parts[split] = DetectionPictures(rows, maker, settings.seed)
+        parts[split] = DetectionImages(rows, maker, settings.seed)
         if not parts[split].has_lesion.any():
             raise ValueError(
-                f"{split}: no picture with a lesion is left; {len(of_split)} images were refused, the first: "
+                f"{split}: no image with a lesion is left; {len(of_split)} images were refused, the first: "
                 f"{next(iter(of_split.values()), '')}"
             )
-        logger.info("%s: %d pictures, %d with lesions", split, len(rows), parts[split].has_lesion.sum())
+        logger.info("%s: %d images, %d with lesions", split, len(rows), parts[split].has_lesion.sum())
     return train_detector(detector, *parts.values(), settings, output / CHECKPOINTS), refused
 
 
@@ -175,13 +175,13 @@ def format_result(result: dict[str, Any]) -> str:
     metrics = list(result["metrics"]["images"])
     lines = ["| test | lesions | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
     for name, scores in result["metrics"].items():
-        judged = result["judged"][name]
+        evaluated = result["evaluated"][name]
         cells = [
             " ".join(f"{number:.3f}" if number is not None else "-" for number in scores[each]) for each in metrics
         ]
         cells = ["{} [{}, {}]".format(*cell.split()) for cell in cells]
-        about = f"{judged['images']} {name}, {judged['patients']} patients"
-        lines.append(f"| {about} | {judged['lesions']} | " + " | ".join(cells) + " |")
+        about = f"{evaluated['images']} {name}, {evaluated['patients']} patients"
+        lines.append(f"| {about} | {evaluated['lesions']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

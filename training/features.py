@@ -1,4 +1,4 @@
-"""What a checkpoint's patch features see of files, as colours. Research use only.
+"""What a checkpoint's patch features see of files, as colors. Research use only.
 
 python -m training.features FILE... --model MODEL --output PNG [--slices_per_volume N]
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from modeling_mammodino import ImageRefused
+from modeling_mammodino import InvalidImageError
 from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.visualize import write_png
 from training.pretraining.feature_images import draw_features
@@ -18,7 +18,7 @@ from training.pretraining.feature_images import draw_features
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.features", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="DICOM or picture files, coloured together")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="DICOM or image files, colored together")
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--slices_per_volume", type=int, default=1, help="evenly spaced slices (default 1, the middle)")
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         inputs = {name: torch.cat([one[name] for one in each]) for name in ("pixel_values", "tissue_mask")}
         drawing = draw_features(model, **inputs, title=Path(options.model).name)
         write_png(cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR), options.output)
-    except (ValueError, OSError, ImageRefused) as error:
+    except (ValueError, OSError, InvalidImageError) as error:
         raise SystemExit(f"features: {error}") from error
     print(options.output)
 

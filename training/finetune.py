@@ -1,4 +1,4 @@
-"""Fine-tunes a backbone for one task of one data set and judges it on held-out patients. Research use only.
+"""Fine-tunes a backbone for one task of one data set and evaluates it on held-out patients. Research use only.
 
     python -m training.finetune --dataset NAME --data_dir DIR --task TASK --backbone KIND --source MODEL
         --mode frozen|full|lora --output_dir DIR [--name value ...]
@@ -25,8 +25,8 @@ from training.evaluation.evaluate_metrics import MammographyScores
 from training.evaluation.finetuning.aggregation import is_ordered
 from training.evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
 from training.evaluation.finetuning.image_classifier import ImageClassifier, add_adapters, save_classifier
+from training.evaluation.finetuning.images import LabeledImages
 from training.evaluation.finetuning.linear_probe import LinearHead, balanced_weights, fit_linear_probe
-from training.evaluation.finetuning.pictures import LabelledImages
 from training.evaluation.finetuning.settings import FinetuneSettings, parse_settings
 from training.evaluation.finetuning.train import train_classifier
 from training.evaluation.metrics import metric_names
@@ -146,8 +146,8 @@ def train(
     parts = {}
     for split in ("train", "validation"):
         rows = features.table[features.table["split"] == split]
-        parts[split] = LabelledImages(
-            backbone.picture_maker, rows["file"].tolist(), rows["label"].to_numpy(), settings.slices_per_volume,
+        parts[split] = LabeledImages(
+            backbone.lesion_image_renderer, rows["file"].tolist(), rows["label"].to_numpy(), settings.slices_per_volume,
             settings.seed,
         )  # fmt: skip
     balanced = balanced_weights(parts["train"].labels, len(task.classes))

@@ -18,9 +18,9 @@ from matplotlib import pyplot  # noqa: E402 (the backend is chosen first)
 from torch import nn
 from transformers import AutoConfig
 
-from modeling_mammodino import ImageRefused, MammoDinoForImageClassification
+from modeling_mammodino import InvalidImageError, MammoDinoForImageClassification
 from modeling_mammodino.tools.embed import open_encoder
-from training.evaluation.detection.data import LesionPicture, PictureMaker
+from training.evaluation.detection.data import LesionImage, LesionImageRenderer
 from training.evaluation.finetuning.image_classifier import open_classifier
 from training.evaluation.heat_maps import HeatMap, encode, heat_maps
 from training.evaluation.run_files import write_whole
@@ -33,14 +33,14 @@ NOTICE = "For a look: not validated to show lesions. Research use only: not a me
 def draw_heat_maps(
     file: str, model_name: str, output: Path, frame: int | None = None, head: Path | None = None
 ) -> list[HeatMap]:
-    """Raises ImageRefused, ValueError or OSError for what cannot be used."""
+    """Raises InvalidImageError, ValueError or OSError for what cannot be used."""
     model, processor = open_encoder(model_name)
     classifier, classes = find_classifier(model_name, head)
-    maker = PictureMaker(processor)
-    (picture,) = maker(file, None if frame is None else [frame], slices_per_volume=1)
-    pixel_values = torch.from_numpy(maker.inputs(picture.picture, picture.tissue)[None, :1])
-    maps = heat_maps(encode(model, pixel_values, torch.from_numpy(picture.tissue[None])), classifier, classes)
-    figure = draw(picture, maps, f"{Path(file).name}, {Path(model_name).name}")
+    maker = LesionImageRenderer(processor)
+    (image,) = maker(file, None if frame is None else [frame], slices_per_volume=1)
+    pixel_values = torch.from_numpy(maker.inputs(image.image, image.tissue)[None, :1])
+    maps = heat_maps(encode(model, pixel_values, torch.from_numpy(image.tissue[None])), classifier, classes)
+    figure = draw(image, maps, f"{Path(file).name}, {Path(model_name).name}")
     write_whole(output, lambda temporary: figure.savefig(temporary, format="png", dpi=90, metadata={"Software": None}))
     pyplot.close(figure)
     return maps
@@ -62,16 +62,16 @@ def find_classifier(model_name: str, head: Path | None) -> tuple[nn.Linear | Non
     return whole.classifier, tuple(whole.config.id2label[number] for number in range(whole.num_labels))
 
 
-def draw(picture: LesionPicture, maps: list[HeatMap], title: str) -> pyplot.Figure:
-    height, width = picture.picture.shape
+def draw(image: LesionImage, maps: list[HeatMap], title: str) -> pyplot.Figure:
+    height, width = image.image.shape
     count = len(maps) + 1
     figure, axes = pyplot.subplots(
         1, count, figsize=(3.2 * count, 3.2 * height / width + 1.2), layout="constrained", squeeze=False
     )
-    place = f", slice {picture.frame} of {picture.num_frames}" if picture.num_frames > 1 else ""
+    place = f", slice {image.frame} of {image.num_frames}" if image.num_frames > 1 else ""
     axes[0, 0].set_title(f"as the encoder sees it{place}", fontsize=9)
     for axis in axes.flat:
-        axis.imshow(picture.picture, cmap="gray", vmin=0)
+        axis.imshow(image.image, cmap="gray", vmin=0)
         axis.set_axis_off()
     for axis, each in zip(axes[0, 1:], maps, strict=True):
         low, high = np.nanpercentile(each.values, (1, 99))
@@ -94,7 +94,7 @@ def draw(picture: LesionPicture, maps: list[HeatMap], title: str) -> pyplot.Figu
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.heat_map", description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="DICOM or picture")
+    parser.add_argument("file", help="DICOM or image")
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--slice", type=int, help="of a volume, a frame of the file from 0 (default: the middle one)")
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         draw_heat_maps(options.file, options.model, options.output, options.slice, options.head)
-    except (ImageRefused, ValueError, OSError) as error:
+    except (InvalidImageError, ValueError, OSError) as error:
         raise SystemExit(f"heat_map: {' '.join(str(error).split())}") from error
     print(options.output)
 

@@ -1,4 +1,4 @@
-"""What student and teacher see of a user's own file, beside plain random views (the article's figures 1a to 1c).
+"""What student and teacher see of a user's own file, beside plain random views (the paper's figures 1a to 1c).
 
 python -m training.preview FILE --output PNG [--recipe RECIPE] [--seed N]
 """
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen first)
 
 from dataset_scripts.corpus.reader import TISSUE_CELL_PX
-from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import patch_tissue
 from training.pretraining.recipe import Recipe, load_recipe
 from training.pretraining.views.crops import TissueTable, cut, tissue_aware_crops
@@ -27,11 +27,11 @@ COLORS = {"global": "#ffb000", "local": "#4fc3f7", "mask": (220, 60, 60)}
 
 
 class Sheet:
-    """One file's picture with tissue-aware views on the upper row and plain ones below."""
+    """One file's image with tissue-aware views on the upper row and plain ones below."""
 
-    def __init__(self, picture: np.ndarray, tissue: np.ndarray, recipe: Recipe, seed: int):
-        self.picture, self.tissue, self.recipe = picture, tissue, recipe
-        height, width = picture.shape
+    def __init__(self, image: np.ndarray, tissue: np.ndarray, recipe: Recipe, seed: int):
+        self.image, self.tissue, self.recipe = image, tissue, recipe
+        height, width = image.shape
         self.table = TissueTable(
             patch_tissue(tissue, (-(-height // TISSUE_CELL_PX), -(-width // TISSUE_CELL_PX))), (height, width)
         )
@@ -51,7 +51,7 @@ class Sheet:
         return list(zip(found.boxes, found.tissue_fractions.tolist(), strict=True))
 
     def draw_boxes(self, axis, aware: bool) -> list[tuple[np.ndarray, float]]:
-        axis.imshow(self.picture, cmap="gray", vmin=0)
+        axis.imshow(self.image, cmap="gray", vmin=0)
         drawn = []
         for kind, count in (("local", NUM_LOCAL), ("global", NUM_GLOBAL)):
             crops = self.crops(count, kind, aware)
@@ -71,8 +71,8 @@ class Sheet:
         grid = (size // self.recipe.model.patch_size,) * 2
         tissue = self.table.grids(box[None], grid)[0]
         mask = block_mask(self.rng, self.recipe.views.mask_ratio[1], maskable_patches(tissue, aware))
-        shown = np.repeat(cut(self.picture, box, size)[..., None], 3, axis=2).astype(float)
-        shown = shown * (255 / max(1, np.iinfo(self.picture.dtype).max))
+        shown = np.repeat(cut(self.image, box, size)[..., None], 3, axis=2).astype(float)
+        shown = shown * (255 / max(1, np.iinfo(self.image.dtype).max))
         large = cv2.resize(mask.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST).astype(bool)
         shown[large] = 0.45 * shown[large] + 0.55 * np.array(COLORS["mask"])
         axis.imshow(shown.astype(np.uint8))
@@ -86,21 +86,21 @@ def draw_preview(source: str, recipe: Recipe, seed: int) -> pyplot.Figure:
     slices = list(processor.render_source(source, (1024, 1024), upscale=False))
     position = len(slices) // 2
     mammogram, rendered = slices[position]
-    picture, tissue = rendered.picture, rendered.tissue
-    sheet = Sheet(picture, tissue, recipe, seed)
+    image, tissue = rendered.image, rendered.tissue
+    sheet = Sheet(image, tissue, recipe, seed)
 
     figure, axes = pyplot.subplots(2, 5, figsize=(17, 8.6), layout="constrained")
-    axes[0, 0].imshow(picture, cmap="gray", vmin=0)
+    axes[0, 0].imshow(image, cmap="gray", vmin=0)
     axes[0, 0].set_title("as the encoder sees it")
     axes[1, 0].imshow(tissue, cmap="gray")
-    axes[1, 0].set_title(f"breast tissue: {tissue.mean():.0%} of the picture")
+    axes[1, 0].set_title(f"breast tissue: {tissue.mean():.0%} of the image")
     for row, (aware, word) in enumerate(((True, "tissue-aware"), (False, "plain random"))):
         boxes = sheet.draw_boxes(axes[row, 1], aware)
         axes[row, 1].set_title(f"{word} crops")
         for column, (box, fraction) in enumerate(boxes, start=2):
             sheet.draw_masked(axes[row, column], box, aware)
             axes[row, column].set_title(f"{word} mask on a global crop, {fraction:.0%} breast", fontsize=9)
-    draw_neighbours(axes[:, 4], slices, position, recipe, sheet)
+    draw_neighbors(axes[:, 4], slices, position, recipe, sheet)
     for axis in axes.flat:
         axis.set_xticks([]), axis.set_yticks([])
     figure.suptitle(
@@ -110,8 +110,8 @@ def draw_preview(source: str, recipe: Recipe, seed: int) -> pyplot.Figure:
     return figure
 
 
-def draw_neighbours(axes, slices: list, position: int, recipe: Recipe, sheet: Sheet) -> None:
-    """The student's slice and the teacher's neighbour under one crop; for a 2D image, a word on why there is none."""
+def draw_neighbors(axes, slices: list, position: int, recipe: Recipe, sheet: Sheet) -> None:
+    """The student's slice and the teacher's neighbor under one crop; for a 2D image, a word on why there is none."""
     mammogram = slices[position][0]
     views = recipe.views
     other = SLICE_PAIRINGS[views.slice_pairing](
@@ -124,14 +124,14 @@ def draw_neighbours(axes, slices: list, position: int, recipe: Recipe, sheet: Sh
     )
     if other is None:
         for axis in axes:
-            axis.text(0.5, 0.5, "one slice: no neighbour,\nno adjacent-slice loss", ha="center", va="center")
+            axis.text(0.5, 0.5, "one slice: no neighbor,\nno adjacent-slice loss", ha="center", va="center")
             axis.set_axis_off()
         return
     crops = tissue_aware_crops(
         sheet.rng, sheet.table, tuple(views.slice_crop_scale), tuple(views.crop_ratio), views.global_min_tissue
     )
     for axis, place, word in zip(axes, (position, other), ("student", "teacher"), strict=True):
-        axis.imshow(cut(slices[place][1].picture, crops.boxes[0], views.global_crop_size), cmap="gray", vmin=0)
+        axis.imshow(cut(slices[place][1].image, crops.boxes[0], views.global_crop_size), cmap="gray", vmin=0)
         axis.set_title(f"{word}: slice {slices[place][0].slice_index} of {mammogram.num_slices}")
 
 
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         recipe = load_recipe([options.recipe, "--corpus", "none", "--output_dir", "none"])
         draw_preview(options.file, recipe, options.seed).savefig(options.output, dpi=90)
-    except (ImageRefused, OSError, ValueError) as error:
+    except (InvalidImageError, OSError, ValueError) as error:
         raise SystemExit(f"preview: {error}") from error
     print(options.output)
 

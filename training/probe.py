@@ -1,9 +1,9 @@
-"""A first judgement of encoders by their frozen features: k-NN and logistic regression on held-out patients.
+"""A first evaluation of encoders by their frozen features: k-NN and logistic regression on held-out patients.
 
     python -m training.probe --models NAME=FOLDER... --labels LABELS.csv --tasks density lesion --output PROBE.json
 
 LABELS.csv has the columns `file` (relative to it), `patient` and one per task; empty cells are left out. Without
---test_labels its patients are split. An untrained encoder of the first model's architecture is always judged beside.
+--test_labels its patients are split. An untrained encoder of the first model's architecture is always evaluated beside.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from training.evaluation.classifiers import logistic_regression, nearest_neighbours
+from training.evaluation.classifiers import logistic_regression, nearest_neighbors
 from training.evaluation.features import mean_features
 from training.evaluation.labels import read_labels
 from training.evaluation.metrics import bootstrap_auc
@@ -37,7 +37,7 @@ class Features(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.probe", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="encoders to judge")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="encoders to evaluate")
     parser.add_argument("--labels", type=Path, required=True, help="CSV of the patients that the probes learn from")
     parser.add_argument("--test_labels", type=Path, help="CSV of held-out patients (default: a part of --labels)")
     parser.add_argument("--tasks", nargs="+", required=True, help="columns to predict")
@@ -66,7 +66,7 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     image_processor = next(iter(processors.values()))
     for name, other in processors.items():
         if other.to_dict() != image_processor.to_dict():
-            raise ValueError(f"{name}: its image processor has other settings; judge it in a run of its own")
+            raise ValueError(f"{name}: its image processor has other settings; evaluate it in a run of its own")
 
     learn = read_features(options.labels, options.tasks, models, image_processor, options.slices_per_volume)
     if options.test_labels:
@@ -79,7 +79,7 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "num_resamples": options.num_resamples,
         "models": folders,
-        "tasks": {task: judge(learn, test, task, options.num_resamples, options.seed) for task in options.tasks},
+        "tasks": {task: evaluate(learn, test, task, options.num_resamples, options.seed) for task in options.tasks},
     }
 
 
@@ -110,7 +110,7 @@ def split_patients(features: Features, task: str, test_fraction: float, seed: in
     )
 
 
-def judge(learn: Features, test: Features, task: str, num_resamples: int, seed: int) -> dict[str, Any]:
+def evaluate(learn: Features, test: Features, task: str, num_resamples: int, seed: int) -> dict[str, Any]:
     """AUC on held-out patients of each model under k-NN and logistic regression, with differences between models."""
     learn_rows = learn.table[task].notna().to_numpy()
     test_rows = test.table[task].notna().to_numpy()
@@ -123,7 +123,7 @@ def judge(learn: Features, test: Features, task: str, num_resamples: int, seed: 
         )
     test_y = np.searchsorted(classes, test_labels)
     patients, test_patients = learn.table["patient"][learn_rows], test.table["patient"][test_rows].to_numpy()
-    heads = {"knn": lambda: nearest_neighbours(len(y)), "logistic": lambda: logistic_regression(y, patients)}
+    heads = {"knn": lambda: nearest_neighbors(len(y)), "logistic": lambda: logistic_regression(y, patients)}
     result: dict[str, Any] = {
         "classes": classes.tolist(),
         "learning_images": int(learn_rows.sum()),

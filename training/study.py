@@ -3,7 +3,7 @@
     python -m training.study --size hour --output runs/study --num_proc 2
 
 Plain DINOv2 (all ideas off), all on, each alone, each left out, at equal compute over several seeds; frozen features
-are judged on held-out simulated patients and, with --real_slices, on real ones. Resumable: what is done is skipped, and
+are evaluated on held-out simulated patients and, with --real_slices, on real ones. Resumable: what is done is skipped, and
 several processes share the work. `--only "MammoDINO" --output ANOTHER` remakes one row. Research use only.
 """
 
@@ -33,7 +33,7 @@ from training.pretraining.export import image_processor
 from training.pretraining.networks import random_backbone
 from training.pretraining.recipe import Recipe, load_recipe
 from training.studies.design import HAND_MADE, SIZES, Configuration, Size, configurations, equal_compute_steps
-from training.studies.readout import Judge, features_of, hand_made_features
+from training.studies.readout import Evaluator, features_of, hand_crafted_features
 from training.studies.report import write_study
 
 from .chain import shown
@@ -78,16 +78,16 @@ class Study:
             call([*command, "--output", str(self.corpus), "--collection", "phantom"], "corpus")
 
     @cached_property
-    def judge(self) -> Judge:
-        """With the pictures of both archives, read and rendered once in this process."""
+    def evaluate(self) -> Evaluator:
+        """With the images of both archives, read and rendered once in this process."""
         processor = image_processor(Corpus(self.corpus), self.recipe)
         learn, test = self.labels("train"), self.labels("test")
-        return Judge(learn, test, processor, self.size.slices_per_volume, self.real_slices)
+        return Evaluator(learn, test, processor, self.size.slices_per_volume, self.real_slices)
 
 
 @dataclass
 class Run:
-    """One configuration with one seed: pretrains and judges."""
+    """One configuration with one seed: pretrains and evaluates."""
 
     study: Study
     configuration: Configuration
@@ -123,13 +123,13 @@ class Run:
         command, steps = self.pretrain_command()
         if steps:
             call(command, self.name)
-        judge, real = self.study.judge, {}
+        evaluate, real = self.study.evaluate, {}
         if self.configuration.name == HAND_MADE:
-            predictions = judge.predictions(hand_made_features)
+            predictions = evaluate.predictions(hand_crafted_features)
         else:
             encoder, drops_background = self.trained_or_random(), "tissue tokens" in self.configuration.on
-            predictions = judge.predictions(lambda examples: features_of(encoder, examples, drops_background))
-            real = judge.on_real_slices(encoder, drops_background)
+            predictions = evaluate.predictions(lambda examples: features_of(encoder, examples, drops_background))
+            real = evaluate.on_real_slices(encoder, drops_background)
         result = {
             "configuration": self.configuration.name,
             "on": sorted(self.configuration.on),

@@ -1,4 +1,4 @@
-"""Every data set that can be learned and judged on, by name; `datasets.load_dataset` knows the names, too."""
+"""Every data set that can be learned and evaluated on, by name; `datasets.load_dataset` knows the names, too."""
 # MERGED: Makes `datasets.load_dataset("vindr_mammo", "density", data_dir=...)` find the builder.
 #
 # `datasets` 4 and newer load no scripts, and offer no public way to add a builder. Its table of packaged builders is
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import modeling_mammodino
 from dataset_scripts.benchmarks import bcs_dbt as bcs_dbt_index
 from dataset_scripts.benchmarks import cbis_ddsm, cdd_cesm, cmmd, rsna, vindr_mammo
-from dataset_scripts.benchmarks import custom_csv as own_table
+from dataset_scripts.benchmarks import custom_csv as custom_csv
 from dataset_scripts.benchmarks import phantom as phantom_index
 
 from .index import Benchmark
@@ -42,11 +42,11 @@ BENCHMARKS: dict[str, Benchmark] = {module.BENCHMARK.name: module.BENCHMARK for 
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """The data set of a name; `table` is a table of one's own (`own_table`). Raises ValueError listing the names."""
-    known = BENCHMARKS | {own_table.BENCHMARK.name: own_table.BENCHMARK}
+    """The data set of a name; `table` is a custom CSV data set (`custom_csv`). Raises ValueError listing the names."""
+    known = BENCHMARKS | {custom_csv.BENCHMARK.name: custom_csv.BENCHMARK}
     if name not in known:
         raise ValueError(f"data set {name!r}: must be one of {', '.join(known)}")
     return known[name]
 
 
-register([*BENCHMARKS, own_table.BENCHMARK.name])
+register([*BENCHMARKS, custom_csv.BENCHMARK.name])

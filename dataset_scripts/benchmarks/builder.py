@@ -1,4 +1,4 @@
-"""A labelled data set for `datasets`, its pictures embedded as lossless PNG; see `benchmark_pictures`.
+"""A labeled data set for `datasets`, its images embedded as lossless PNG; see `benchmark_images`.
 
     builder = BenchmarkBuilder(dataset_name="vindr_mammo", config_name="density", data_dir="vindr-mammo")
     builder.download_and_prepare(num_proc=8)
@@ -9,11 +9,11 @@ or, after `import dataset_scripts.benchmarks`, `load_dataset("vindr_mammo", "den
 The configuration `default` has every image with a label column for each definition, in its official split, or all in
 train where there is none. A task's configuration has the images with a label of it, in the splits of `load_task`.
 """
-# MERGED: The pictures of a labelled data set as lossless PNG: what the reader makes of a file, before crop, contrast and size.
+# MERGED: The images of a labeled data set as lossless PNG: what the reader makes of a file, before crop, contrast and size.
 #
-# DICOM: modality LUT, padding, VOI, MONOCHROME1 inversion, as `modeling_mammodino.dicom` does them. A picture after a
+# DICOM: modality LUT, padding, VOI, MONOCHROME1 inversion, as `modeling_mammodino.dicom` does them. An image after a
 # window is a fraction of full scale and goes into 16 bits; stored values of 8 to 16 bits stay as they are. Of other
-# pictures the one grey plane is kept, at its depth. Nothing else of a file travels.
+# images the one gray plane is kept, at its depth. Nothing else of a file travels.
 #
 
 import hashlib
@@ -37,7 +37,7 @@ from dataset_scripts.benchmarks import bcs_dbt as bcs_dbt_index
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews
 from dataset_scripts.corpus.reader import encode_png
 from modeling_mammodino.dicom import frame_order, is_dicom, iter_slices
-from modeling_mammodino.image_io import ImageRefused, read_picture
+from modeling_mammodino.image_io import InvalidImageError, read_image
 
 from .index import SPLITS, TASKS, Benchmark, Box
 from .task import (
@@ -55,16 +55,16 @@ from .task import (
 FULL_SCALE = 65535
 
 
-class SlicePicture(NamedTuple):
-    png: bytes  # grey, 8 or 16 bits
-    slice_index: int  # as boxes count: frames of the file from 0; -1 in a file of one picture
+class SliceImage(NamedTuple):
+    png: bytes  # gray, 8 or 16 bits
+    slice_index: int  # as boxes count: frames of the file from 0; -1 in a file of one image
     num_slices: int
     boxes: list[Box] | None  # of this slice; None where nobody looked
 
 
 @dataclass(frozen=True)
-class PictureReader:
-    """Pictures of files.
+class BenchmarkImageReader:
+    """Images of files.
 
     Attributes:
         slices_per_volume: evenly spaced through a volume; 0 takes all.
@@ -76,44 +76,44 @@ class PictureReader:
     boxed_slices: bool = False
     views: BcsDbtViews | None = field(default=None, repr=False)
 
-    def read(self, file: str | Path, boxes: list[Box] | None = None) -> list[SlicePicture]:
-        """All pictures of a file, or none. Raises ImageRefused or OSError where one cannot be read."""
+    def read(self, file: str | Path, boxes: list[Box] | None = None) -> list[SliceImage]:
+        """All images of a file, or none. Raises InvalidImageError or OSError where one cannot be read."""
         if not is_dicom(file):
-            return [SlicePicture(as_png(read_picture(file), str(file)), -1, 1, boxes)]
+            return [SliceImage(as_png(read_image(file), str(file)), -1, 1, boxes)]
         order = frame_order(file)
         wanted = self._positions(str(file), order, boxes or ())
         slices = iter_slices(file, indices=wanted)
         if self.views is not None:
             slices = self.views.correct(file, slices)
-        return list(_pictures(str(file), slices, order, boxes))
+        return list(_images(str(file), slices, order, boxes))
 
     def _positions(self, file: str, order: tuple[int, ...], boxes: Iterable[Box]) -> list[int]:
         """Which slices, counted in order of position."""
         boxed = sorted({box["slice"] for box in boxes})
         if len(order) > 1 and (outside := [place for place in boxed if not 0 <= place < len(order)]):
-            raise ImageRefused(file, f"a box is on slice {outside[0]} of {len(order)}; correct the boxes")
+            raise InvalidImageError(file, f"a box is on slice {outside[0]} of {len(order)}; correct the boxes")
         if self.boxed_slices and boxed and len(order) > 1:
             return sorted(order.index(place) for place in boxed)
         count = min(self.slices_per_volume or len(order), len(order))
         return ((np.arange(count) + 0.5) * len(order) / count).astype(int).tolist()
 
 
-def _pictures(file: str, slices: Iterable, order: tuple[int, ...], boxes: list[Box] | None) -> Iterator[SlicePicture]:
+def _images(file: str, slices: Iterable, order: tuple[int, ...], boxes: list[Box] | None) -> Iterator[SliceImage]:
     for mammogram in slices:
         place = order[mammogram.slice_index] if len(order) > 1 else -1
         of_slice = boxes if boxes is None or place == -1 else [box for box in boxes if box["slice"] == place]
-        yield SlicePicture(as_png(mammogram.pixels, file), place, len(order), of_slice)
+        yield SliceImage(as_png(mammogram.pixels, file), place, len(order), of_slice)
 
 
 def as_png(pixels: np.ndarray, name: str = "image") -> bytes:
-    """A grey plane (H, W): uint8 and uint16 as they are, float32 in 0..1 in 16 bits, to the nearest 1/65535.
+    """A gray plane (H, W): uint8 and uint16 as they are, float32 in 0..1 in 16 bits, to the nearest 1/65535.
 
-    Raises ImageRefused for other values: without a window they have no full scale.
+    Raises InvalidImageError for other values: without a window they have no full scale.
     """
     if pixels.dtype not in (np.uint8, np.uint16):
         low, high = float(pixels.min()), float(pixels.max())
         if not 0 <= low <= high <= 1:
-            raise ImageRefused(
+            raise InvalidImageError(
                 name, f"values from {low:g} to {high:g} without a window or VOI LUT; give it one, or stored values"
             )
         pixels = np.rint(pixels.astype(np.float64) * FULL_SCALE).astype(np.uint16)
@@ -165,7 +165,7 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIG_CLASS = BenchmarkConfig
     BUILDER_CONFIGS = [BenchmarkConfig(name=name) for name in (DEFAULT, *TASKS)]
     DEFAULT_CONFIG_NAME = DEFAULT
-    DEFAULT_WRITER_BATCH_SIZE = 16  # pictures are large
+    DEFAULT_WRITER_BATCH_SIZE = 16  # images are large
 
     _log: str | None = None  # where refusals are noted while building
     _place: str | None = None  # of the finished build
@@ -236,8 +236,8 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
         reader = self._reader()
         for row in rows:
             try:
-                pictures = reader.read(row["file"], row["boxes"])  # a volume enters whole or not at all
-            except (ImageRefused, OSError) as error:
+                images = reader.read(row["file"], row["boxes"])  # a volume enters whole or not at all
+            except (InvalidImageError, OSError) as error:
                 reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
                 logger.warning("%s is left out: %s", row["image_id"], reason)
                 if self._log:  # not while streaming
@@ -245,19 +245,19 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
                     with open(self._log, "a") as log:  # one write a line: processes do not mix theirs
                         log.write(json.dumps(note) + "\n")
                 continue
-            for picture in pictures:
-                image = {"bytes": picture.png, "path": None}
-                about = {"slice_index": picture.slice_index, "num_slices": picture.num_slices, "boxes": picture.boxes}
+            for each in images:
+                image = {"bytes": each.png, "path": None}
+                about = {"slice_index": each.slice_index, "num_slices": each.num_slices, "boxes": each.boxes}
                 cells = row | about | {"image": image}
-                yield f"{row['image_id']} {picture.slice_index}", {name: cells[name] for name in self.info.features}
+                yield f"{row['image_id']} {each.slice_index}", {name: cells[name] for name in self.info.features}
 
-    def _reader(self) -> PictureReader:
+    def _reader(self) -> BenchmarkImageReader:
         views = None
         if self.dataset_name == bcs_dbt_index.BENCHMARK.name:
             views = BcsDbtViews.from_csv(
                 sorted(Path(self.config.data_dir).expanduser().glob("BCS-DBT?file-paths-*.csv"))
             )
-        return PictureReader(self.config.slices_per_volume, self.config.boxed_slices, views)
+        return BenchmarkImageReader(self.config.slices_per_volume, self.config.boxed_slices, views)
 
     def download_and_prepare(self, output_dir: str | None = None, **options: Any) -> None:
         """As `datasets` does it; says how many images were left out. Raises ValueError where none can be read."""

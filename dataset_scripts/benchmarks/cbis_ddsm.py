@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from modeling_mammodino.dicom import iter_slices
 from modeling_mammodino.dicom_header import number, text
-from modeling_mammodino.image_io import ImageRefused
+from modeling_mammodino.image_io import InvalidImageError
 
 from .index import Benchmark, Box, by_value, dense, four_densities, make_index, single_type
 from .tables import dicom_files, find_file, read_csv, read_headers, relative, subject_folders
@@ -60,7 +60,7 @@ def read_cases(data_dir: Path) -> pandas.DataFrame:
     """A row an abnormality, in the order of FILES: COLUMNS as stated, and
 
     kind (mass or calc), split (train or test), letter (density A to D or None), level (assessment, int), and
-    image_id, patient_side_view, the same for a picture that is filed with masses and with calcifications.
+    image_id, patient_side_view, the same for an image that is filed with masses and with calcifications.
 
     Newlines and blanks around paths are taken off. Raises FileNotFoundError, ValueError naming file, row and column.
     """
@@ -95,7 +95,7 @@ def locate(index: pandas.DataFrame, data_dir: Path) -> pandas.DataFrame:
     """
     data_dir = Path(data_dir)
     cases, folders = read_cases(data_dir), subject_folders(data_dir, COLLECTION)
-    # a picture that is filed with masses and with calcifications is there twice: the copy will do
+    # an image that is filed with masses and with calcifications is there twice: the copy will do
     named = {image: list(dict.fromkeys(of["image_path"])) for image, of in cases.groupby("image_id", sort=False)}
     paths = []
     for image, stated in zip(index["image_id"], index["path"], strict=True):
@@ -188,7 +188,7 @@ def _read_mask(files: list[Path], image: Path) -> tuple[list[float] | None, str]
         return None, "of another size than the mammogram" if not fitting else "not told from its crop"
     try:
         pixels = next(iter_slices(fitting[0], **AS_STORED)).pixels  # (H, W)
-    except ImageRefused:
+    except InvalidImageError:
         return None, "not readable"
     inside = pixels > 0
     if not inside.any():
@@ -223,7 +223,7 @@ def read_index(data_dir: Path) -> pandas.DataFrame:
         patient, split = of["patient_id"].iloc[0], "test" if image in test_images else "train"
         if split == "train" and patient in in_test:
             continue
-        of = of.sort_values("split", kind="stable")  # test first: its copy of a picture that is there twice
+        of = of.sort_values("split", kind="stable")  # test first: its copy of an image that is there twice
         side = of["laterality"].iloc[0]
         rows.append(
             {
@@ -246,7 +246,7 @@ def read_index(data_dir: Path) -> pandas.DataFrame:
 
 
 def count(data_dir: Path) -> dict[str, int]:
-    """Abnormalities, patients, pictures and labels by case file; then what the four have in common."""
+    """Abnormalities, patients, images and labels by case file; then what the four have in common."""
     cases = read_cases(data_dir)
     counts: dict[str, int] = {}
     for kind, split in FILES:
@@ -255,8 +255,8 @@ def count(data_dir: Path) -> dict[str, int]:
         counts |= {f"{kind} {split}: assessment {level}": (of["level"] == level).sum() for level in range(6)}
         counts |= {f"{kind} {split}: density {level}": (of["density"] == str(level)).sum() for level in range(5)}
     counts |= _count("all", cases)
-    masks, crops, pictures = (set(cases[name]) for name in ("mask_path", "crop_path", "image_path"))
-    files = masks | crops | pictures
+    masks, crops, images = (set(cases[name]) for name in ("mask_path", "crop_path", "image_path"))
+    files = masks | crops | images
     splits_of = {name: cases.groupby(name)["split"].nunique() for name in ("patient_id", "image_id")}
     in_test = cases["patient_id"].isin(cases["patient_id"][cases["split"] == "test"])
     first = cases.drop_duplicates("image_id").set_index("image_id")["split"]
@@ -352,7 +352,7 @@ BENCHMARK = Benchmark(
         "Leak in the published splits: masses and calcifications were split one without the other; 31 patients and 29 "
         "images are in both. Test stays whole (641 images); the 64 train images of these patients leave train, of "
         "which 29 are in test and 35 are left out. So 2,356 + 641 images of 3,032.",
-        "Labels are of the image, from all its abnormalities. A list of the pictures of masses, then of "
+        "Labels are of the image, from all its abnormalities. A list of the images of masses, then of "
         "calcifications, has 3,103, as 71 are filed twice; one copy elsewhere states 3,120.",
         "Boxes come from ROI masks on disk, read once and kept in data_dir/cbis_ddsm_boxes.json; images whose mask is "
         "missing or of another size have none and are counted.",

@@ -1,8 +1,8 @@
 """CMMD, the Chinese Mammography Database (TCIA, doi 10.7937/tcia.eqde4b16).
 
-data_dir holds CMMD_clinicaldata_revision.xlsx (a row a labelled breast), the metadata.csv of NBIA's download (images a
+data_dir holds CMMD_clinicaldata_revision.xlsx (a row a labeled breast), the metadata.csv of NBIA's download (images a
 patient) and the images, CMMD/<ID1>/<study>/<series>/1-1.dcm. Each breast has a CC and an MLO; which file is which only
-the headers say, so that paths come from `locate`. Without metadata.csv the unlabelled breasts are not known and left
+the headers say, so that paths come from `locate`. Without metadata.csv the unlabeled breasts are not known and left
 out.
 """
 
@@ -49,7 +49,7 @@ def read_index(data_dir: Path) -> pandas.DataFrame:
         sides[patient] = (*sides.get(patient, ()), side)
     if images is None:
         logger.warning(
-            "%s: no %s, so unlabelled breasts are not known; the index has the %d labelled images only",
+            "%s: no %s, so unlabeled breasts are not known; the index has the %d labeled images only",
             data_dir, MANIFEST, len(VIEWS) * len(labels),
         )  # fmt: skip
     else:
@@ -75,17 +75,17 @@ def read_index(data_dir: Path) -> pandas.DataFrame:
     return make_index(rows, "cmmd")
 
 
-def _sides(table: MetadataTable, patient: str, labelled: tuple[str, ...], images: int) -> tuple[str, ...]:
-    """The breasts of a patient: the labelled one where there are two images, both where there are four."""
-    if images == 2 and len(labelled) == 1:
-        return labelled
-    if images == 4 and labelled:
+def _sides(table: MetadataTable, patient: str, labeled: tuple[str, ...], images: int) -> tuple[str, ...]:
+    """The breasts of a patient: the labeled one where there are two images, both where there are four."""
+    if images == 2 and len(labeled) == 1:
+        return labeled
+    if images == 4 and labeled:
         return SIDES
-    raise ValueError(f"{table.path}: {patient} has {len(labelled)} rows, but {images} images in {MANIFEST}; {REMEDY}")
+    raise ValueError(f"{table.path}: {patient} has {len(labeled)} rows, but {images} images in {MANIFEST}; {REMEDY}")
 
 
 def _read_clinical(data_dir: Path) -> tuple[MetadataTable, dict[tuple[str, str], dict]]:
-    """The clinical table, and what the index has of each labelled breast."""
+    """The clinical table, and what the index has of each labeled breast."""
     path = find_file(data_dir, [CLINICAL], REMEDY)
     (table,) = read_sheets(path, {"Sheet1": COLUMNS}, REMEDY).values()
     sides, cancer = (
@@ -161,36 +161,36 @@ def count(data_dir: Path) -> dict[str, int]:
     group, number = rows["ID1"].str[:2], table.whole("number", required=True)
     by_patient = rows.groupby("ID1")["classification"]
     counts = {
-        "labelled breasts": len(rows),
+        "labeled breasts": len(rows),
         "patients": rows["ID1"].nunique(),
         **{f"patients of {each}": rows["ID1"][group == each].nunique() for each in ("D1", "D2")},
-        "patients of two labelled breasts": (by_patient.size() == 2).sum(),
-        "patients of two labelled breasts that differ": (by_patient.nunique() == 2).sum(),
+        "patients of two labeled breasts": (by_patient.size() == 2).sum(),
+        "patients of two labeled breasts that differ": (by_patient.nunique() == 2).sum(),
         **tally("number " + number.astype("string")),
         **tally(rows["classification"]),
         **tally(rows["classification"] + " of " + group),
         **tally(rows["abnormality"], "abnormality {}"),
         **tally(table.text("subtype"), "subtype {}"),
-        **tally(rows["LeftRight"], "labelled breasts {}"),
+        **tally(rows["LeftRight"], "labeled breasts {}"),
         "lowest age": age.min(),
         "highest age": age.max(),
     }
     images = _read_manifest(data_dir)
     if images is not None:
         index = read_index(data_dir)
-        is_labelled, is_d1 = index["cancer"].notna(), index["patient_id"].str.startswith("D1")
+        is_labeled, is_d1 = index["cancer"].notna(), index["patient_id"].str.startswith("D1")
         counts |= {
             "images": sum(images.values()),
             "images of D1": sum(number for patient, number in images.items() if patient.startswith("D1")),
             "images of D2": sum(number for patient, number in images.items() if patient.startswith("D2")),
             **tally(pandas.Series(images), "patients of {} images"),
-            "images with a label": is_labelled.sum(),
-            "images with a label of D1": (is_labelled & is_d1).sum(),
-            "images with a label of D2": (is_labelled & ~is_d1).sum(),
+            "images with a label": is_labeled.sum(),
+            "images with a label of D1": (is_labeled & is_d1).sum(),
+            "images with a label of D2": (is_labeled & ~is_d1).sum(),
             "images Malignant": (index["cancer"] == 1).sum(),
             "images Benign": (index["cancer"] == 0).sum(),
-            "images without a label": (~is_labelled).sum(),
-            "breasts without a label": index["breast_id"][~is_labelled].nunique(),
+            "images without a label": (~is_labeled).sum(),
+            "breasts without a label": index["breast_id"][~is_labeled].nunique(),
             **tally(index["laterality"], "images {}"),
             **tally(index["view"], "images {}"),
         }
@@ -199,13 +199,13 @@ def count(data_dir: Path) -> dict[str, int]:
 
 
 PUBLISHED = {
-    "labelled breasts": 1872, "patients": 1775, "patients of D1": 1026, "patients of D2": 749,
-    "patients of two labelled breasts": 97, "patients of two labelled breasts that differ": 30, "number 2": 1872,
+    "labeled breasts": 1872, "patients": 1775, "patients of D1": 1026, "patients of D2": 749,
+    "patients of two labeled breasts": 97, "patients of two labeled breasts that differ": 30, "number 2": 1872,
     "Malignant": 1316, "Benign": 556,
     "Malignant of D1": 563, "Benign of D1": 544, "Malignant of D2": 753, "Benign of D2": 12,
     "abnormality mass": 1149, "abnormality both": 461, "abnormality calcification": 262,
     "subtype missing": 1123, "subtype Luminal B": 376, "subtype Luminal A": 152, "subtype HER2-enriched": 135,
-    "subtype triple negative": 86, "labelled breasts L": 988, "labelled breasts R": 884,
+    "subtype triple negative": 86, "labeled breasts L": 988, "labeled breasts R": 884,
     "lowest age": 17, "highest age": 87,
     "images": 5202, "images of D1": 2214, "images of D2": 2988, "patients of 2 images": 949,
     "patients of 4 images": 826,
@@ -214,7 +214,7 @@ PUBLISHED = {
     "images L": 2682, "images R": 2520, "images CC": 2601, "images MLO": 2601,
 }  # fmt: skip
 
-_UNLABELLED = "breasts without a row in the clinical file (1,458 images, the other side in D2)"
+_UNlabeled = "breasts without a row in the clinical file (1,458 images, the other side in D2)"
 
 
 def _with_contralateral(positive: str, negative: str, column: str, index: pandas.DataFrame) -> pandas.Series:
@@ -238,7 +238,7 @@ BENCHMARK = Benchmark(
         by_value(
             "cancer",
             "malignant",
-            f"positive: the breast is Malignant by biopsy; negative: Benign; left out: {_UNLABELLED}",
+            f"positive: the breast is Malignant by biopsy; negative: Benign; left out: {_UNlabeled}",
             "cancer",
             {0: "benign", 1: "malignant"},
         ),
@@ -247,14 +247,14 @@ BENCHMARK = Benchmark(
             "cancer",
             "malignant",
             "not malignant",
-            f"positive: the breast is Malignant; negative: Benign, and {_UNLABELLED}, which nobody has confirmed",
+            f"positive: the breast is Malignant; negative: Benign, and {_UNlabeled}, which nobody has confirmed",
         ),
         _contralateral(
             "lesion",
             "lesion",
             "lesion",
-            "unlabelled",
-            f"positive: the breast has a row, so a mass or calcification; negative: {_UNLABELLED}, which nobody has "
+            "unlabeled",
+            f"positive: the breast has a row, so a mass or calcification; negative: {_UNlabeled}, which nobody has "
             "confirmed to be without a lesion; all negatives are of D2, so that telling D1 from D2 pays",
         ),
         single_type(
@@ -270,7 +270,7 @@ BENCHMARK = Benchmark(
         "No BI-RADS and no density in the public labels, so neither task; a BI-RADS score on CMMD is of others.",
         "No official split: patients are held out.",
         "One row a breast: its CC and its MLO have the same label. 1,458 images of D2 have no row: they are "
-        "unlabelled, not normal, and left out unless the definition says otherwise.",
+        "unlabeled, not normal, and left out unless the definition says otherwise.",
         "The collection's text counts 3,728 mammograms and 1,498 of the 749 patients with a subtype; the revised "
         "clinical file gives 3,744 and 1,530, of 5,202 images.",
     ),

@@ -1,4 +1,4 @@
-"""A table of one's own as a data set: any hospital's images and labels, by the columns of the schema.
+"""A custom CSV data set as a data set: any hospital's images and labels, by the columns of the schema.
 
 data_dir is a CSV or Parquet file, or a folder with index.csv or index.parquet. It needs the columns `patient_id` and
 `path` (relative to the table, or absolute) and one label or more; whatever else of benchmark_index.SCHEMA it has is
@@ -172,7 +172,7 @@ def _benchmark(has: list[str], levels: list[int], densities: list[str], types: l
     }
     return Benchmark(
         name="table",
-        title="A table of one's own",
+        title="A custom CSV data set",
         homepage="",
         license="that of the images",
         citation="",

@@ -1,10 +1,10 @@
-"""A labelled data set as Parquet with its pictures and a card: `datasets.load_dataset` opens it without code.
+"""A labeled data set as Parquet with its images and a card: `datasets.load_dataset` opens it without code.
 
     python -m dataset_scripts.benchmarks.export cmmd --data-dir DIR --output FOLDER
     python -m dataset_scripts.benchmarks.export cmmd --data-dir DIR --push-to-hub OWNER/NAME
 
 Without --task every image is exported, with a label column for each definition and the official splits; with it the
-images that have a label of the task, in its splits. Refused where a licence forbids passing the data on. A folder is
+images that have a label of the task, in its splits. Refused where a license forbids passing the data on. A folder is
 written whole or not at all. Research use only.
 """
 # MERGED: The card of an exported data set: what it is, what its labels mean, what it holds, what was left out.
@@ -63,7 +63,7 @@ def make_card(builder: BenchmarkBuilder, data: Path, left_out: dict[str, int], p
 
 
 def license_id(license: str) -> str:
-    """The Hub's identifier of a Creative Commons licence, such as cc-by-nc-4.0 of CC BY-NC 4.0; else "other"."""
+    """The Hub's identifier of a Creative Commons license, such as cc-by-nc-4.0 of CC BY-NC 4.0; else "other"."""
     return license.lower().replace(" ", "-") if CREATIVE_COMMONS.fullmatch(license) else "other"
 
 

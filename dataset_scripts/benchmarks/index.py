@@ -1,5 +1,5 @@
 """Labels that data sets define alike: by the value of a column, by density, by the one type of lesion."""
-# MERGED: One schema for every labelled data set, and what a data set must say to be a benchmark.
+# MERGED: One schema for every labeled data set, and what a data set must say to be a benchmark.
 #
 # A data set is one file here with a `BENCHMARK`: where it comes from, how its metadata become an index, what counts as
 # positive, and what was published about its size. `dataset_scripts.benchmarks` lists them.
@@ -71,7 +71,7 @@ class Benchmark:
     count: Callable[[Path], dict[str, int]]  # what verification compares with `published`; metadata files only
     published: dict[str, int]  # same keys
     locate: Callable[[pandas.DataFrame, Path], pandas.DataFrame] | None = None  # fills `path` from the files on disk
-    no_sharing: str = ""  # why an export is refused; empty where the licence allows sharing
+    no_sharing: str = ""  # why an export is refused; empty where the license allows sharing
     notes: tuple[str, ...] = field(default=())  # what a user must know: unclear labels, leaks removed
 
     def definition(self, task: str, name: str | None = None) -> Definition:

@@ -1,6 +1,6 @@
 """RSNA Screening Mammography Breast Cancer Detection (Kaggle, 2022): the train part, whose labels are public.
 
-data_dir holds the competition's train.csv and train_images/<patient_id>/<image_id>.dcm. Pictures: MONOCHROME1 occurs,
+data_dir holds the competition's train.csv and train_images/<patient_id>/<image_id>.dcm. Images: MONOCHROME1 occurs,
 and the header says where; it must not be guessed from the site.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas
 
 from modeling_mammodino.dicom import open_header
-from modeling_mammodino.image_io import ImageRefused
+from modeling_mammodino.image_io import InvalidImageError
 
 Columns = Sequence[str] | Mapping[str, Sequence[str]]  # names; or our name for a column, and how files spell it
 
@@ -162,7 +162,7 @@ def read_headers(paths: list[Path]) -> dict[Path, Any]:
     for path in paths:
         try:
             headers[path] = open_header(path).header
-        except ImageRefused:  # whoever reads its pixels says why
+        except InvalidImageError:  # whoever reads its pixels says why
             continue
     return headers
 

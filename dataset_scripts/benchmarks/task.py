@@ -1,4 +1,4 @@
-"""A data set for one task: its labelled images with their files, classes and splits.
+"""A data set for one task: its labeled images with their files, classes and splits.
 
 task = load_task("phantom", "runs/demo/phantom", "cancer")
 task.table[task.table["split"] == "train"][["file", "label"]]
@@ -105,7 +105,7 @@ MISSING = "image file missing"
 
 @dataclass(frozen=True, eq=False)
 class TaskTable:
-    """The labelled images of a task.
+    """The labeled images of a task.
 
     Attributes:
         table: SCHEMA's columns, `file` (absolute path, str) and `label` (int, place in `classes`), a row an image, in
@@ -139,7 +139,7 @@ def load_task(
     patients and their labels.
 
     Args:
-        name: one of `BENCHMARKS`, or "table" for a table of one's own (`own_table`).
+        name: one of `BENCHMARKS`, or "table" for a custom CSV data set (`custom_csv`).
         data_dir: its folder as downloaded, or the table.
         task: one of TASKS. definition: what its classes mean; the data set's default where None.
         allow_missing: leave images out whose file is not there, after the split, so that it stays the same.
@@ -180,7 +180,7 @@ def load_benchmark(
     name: str, data_dir: str | Path, task: str, definition: str | None = None, **options: Any
 ) -> datasets.DatasetDict:
     """The same for code that takes `datasets`: train, validation and test, each with `file`, `label` (ClassLabel) and
-    SCHEMA's columns. Options and errors are those of `load_task`. For the pictures themselves: `benchmark_builder`."""
+    SCHEMA's columns. Options and errors are those of `load_task`. For the images themselves: `benchmark_builder`."""
     loaded = load_task(name, data_dir, task, definition, **options)
     features = datasets.Features(
         {"file": datasets.Value("string"), "label": datasets.ClassLabel(names=list(loaded.classes)), **INDEX_FEATURES}
@@ -194,7 +194,7 @@ def load_benchmark(
 
 
 def open_benchmark(name: str, data_dir: Path) -> Benchmark:
-    """The data set of a name; for a table of one's own, with the definitions that its columns allow."""
+    """The data set of a name; for a custom CSV data set, with the definitions that its columns allow."""
     return table_benchmark(data_dir) if name == OWN_TABLE.name else get_benchmark(name)
 
 

@@ -1,4 +1,4 @@
-"""Is a labelled data set whole? What is on disk against what was published, and against its own metadata."""
+"""Is a labeled data set whole? What is on disk against what was published, and against its own metadata."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_mammodino.image_io import DICOM_SUFFIXES, PICTURE_SUFFIXES
+from modeling_mammodino.image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES
 
 from .index import Benchmark
 
@@ -99,7 +99,7 @@ def verify_benchmark(benchmark: str | Benchmark, data_dir: str | Path) -> Benchm
 def _image_files(data_dir: Path) -> Iterator[Path]:
     for folder, _, names in os.walk(data_dir):
         for name in names:
-            if Path(name).suffix.lower().strip() in (*DICOM_SUFFIXES, *PICTURE_SUFFIXES):
+            if Path(name).suffix.lower().strip() in (*DICOM_SUFFIXES, *IMAGE_SUFFIXES):
                 yield Path(folder, name)
 
 

@@ -37,7 +37,7 @@ DENSITY = {f"DENSITY {letter}": letter for letter in DENSITIES}
 def read_index(data_dir: Path) -> pandas.DataFrame:
     """SCHEMA rows of the 20,000 images. Raises FileNotFoundError, ValueError naming file, row, column.
 
-    Boxes are cut to the picture, as 42 reach beyond it; how many were is logged.
+    Boxes are cut to the image, as 42 reach beyond it; how many were is logged.
     """
     images, findings = _read(data_dir)
     study, image = images.text("study_id", required=True), images.text("image_id", required=True)
@@ -87,7 +87,7 @@ def _categories(findings: MetadataTable) -> list[list[str]]:
 
 
 def _corners(images: MetadataTable, findings: MetadataTable) -> tuple[pandas.DataFrame, int]:
-    """Corners of each row's box, Float64, cut to the picture, and how many reached beyond it."""
+    """Corners of each row's box, Float64, cut to the image, and how many reached beyond it."""
     size = images.rows.set_index("image_id").index
     width, height = (
         findings.rows["image_id"].map(pandas.Series(images.number(side, required=True).array, index=size))
@@ -108,7 +108,7 @@ def _findings(images: MetadataTable, findings: MetadataTable) -> tuple[dict[str,
             raise findings.fault(row, "split", f"but {BREASTS} has {split.get(image)!r} for image {image}")
     corners, beyond = _corners(images, findings)
     if beyond:
-        logger.info("vindr_mammo: %d boxes reached beyond the picture and were cut to it", beyond)
+        logger.info("vindr_mammo: %d boxes reached beyond the image and were cut to it", beyond)
     types: dict[str, set[str]] = {image: set() for image in findings.rows["image_id"]}
     boxes: dict[str, list[Box]] = {image: [] for image in types}
     for row, names in enumerate(_categories(findings)):
@@ -119,7 +119,7 @@ def _findings(images: MetadataTable, findings: MetadataTable) -> tuple[dict[str,
             raise findings.fault(row, str(box.isna().idxmax()), "but a finding has a box")
         x0, y0, x1, y1 = map(float, box)
         if x0 >= x1 or y0 >= y1:
-            raise findings.fault(row, "xmin", "and the box holds nothing of the picture")
+            raise findings.fault(row, "xmin", "and the box holds nothing of the image")
         types[image].update(names)
         boxes[image].append(Box(x0=x0, y0=y0, x1=x1, y1=y1, slice=-1, label=", ".join(names)))
     return types, boxes
@@ -143,7 +143,7 @@ def count(data_dir: Path) -> dict[str, int]:
         "images with a finding and No Finding": len(
             {*rows["image_id"][has_finding]} & {*rows["image_id"][~has_finding]}
         ),
-        "boxes beyond the picture": _corners(images, findings)[1],
+        "boxes beyond the image": _corners(images, findings)[1],
         "view CC": (table["view_position"] == "CC").sum(),
         "view MLO": (table["view_position"] == "MLO").sum(),
         "breasts of two CC and no MLO": (views == "CC+CC").sum(),
@@ -189,7 +189,7 @@ _BY_SPLIT = {  # training, test, all
 PUBLISHED = {
     **{f"{split}: {name}": n for name, of in _BY_SPLIT.items() for split, n in zip((*SPLIT, "all"), of, strict=True)},
     "finding rows": 20486, "finding rows of several names": 174, "finding rows without finding_birads": 18357,
-    "images with a finding and No Finding": 0, "boxes beyond the picture": 42,
+    "images with a finding and No Finding": 0, "boxes beyond the image": 42,
     "view CC": 10001, "view MLO": 9999, "breasts of two CC and no MLO": 1, "studies of 2 or 4 series": 28,
     "images of 3518 x 2800": 15244, "images of 2812 x 2012": 3796,
 }  # fmt: skip
@@ -259,6 +259,6 @@ BENCHMARK = Benchmark(
         "No pathology: cancer is defined by BI-RADS, and the cut is a choice (--definition).",
         "Official split: 4,000 examinations to train on, 1,000 to test on; validation is held out of the former.",
         "One left breast of the training part has two CC views and no MLO; both are kept as stated.",
-        "42 boxes reach beyond the picture and are cut to it.",
+        "42 boxes reach beyond the image and are cut to it.",
     ),
 )

@@ -17,7 +17,7 @@ from filelock import FileLock
 from fsspec.core import url_to_fs
 from huggingface_hub.constants import HF_HOME
 
-from modeling_mammodino.image_io import DICOM_SUFFIXES, PICTURE_SUFFIXES, ImageFile
+from modeling_mammodino.image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES, ImageFile
 
 from .reader import MANIFEST
 
@@ -34,7 +34,7 @@ class ArchiveFile(NamedTuple):
     def name(self) -> str:
         """What may be logged."""
         suffix = PurePosixPath(self.path).suffix.lower()
-        return f"file {self.number}{suffix if suffix in (*DICOM_SUFFIXES, *PICTURE_SUFFIXES) else ''}"
+        return f"file {self.number}{suffix if suffix in (*DICOM_SUFFIXES, *IMAGE_SUFFIXES) else ''}"
 
     @contextmanager
     def open(self) -> Iterator[ImageFile]:

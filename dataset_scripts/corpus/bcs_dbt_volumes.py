@@ -2,13 +2,13 @@
 
 For some volumes of the collection the header's laterality, or the orientation of the pixels, is wrong; the View of its
 file lists is right. As in the collection's own reading code, the breast lies on the side whose edge column is brighter,
-and where that is not the view's side the picture is turned by half a turn. That code asks each slice; here the first
+and where that is not the view's side the image is turned by half a turn. That code asks each slice; here the first
 frame speaks for its volume, so that all slices agree. The collection's boxes are in the coordinates of the turned
 pixels; their Slice counts frames in the order of the file.
 
     views = BcsDbtViews.from_csv(["BCS-DBT-file-paths-train-v2.csv"])
     slices = map(views.correction(path), iter_slices(path))
-    pictures = image_processor.render_source(path, (518, 518), correct=views.correction(path))
+    images = image_processor.render_source(path, (518, 518), correct=views.correction(path))
 """
 
 import csv
@@ -25,7 +25,7 @@ import numpy as np
 
 from modeling_mammodino.dicom import Mammogram, frame_order, iter_slices, open_header
 from modeling_mammodino.dicom_header import identifier
-from modeling_mammodino.image_io import ImageFile, ImageRefused
+from modeling_mammodino.image_io import ImageFile, InvalidImageError
 
 COLUMNS = ("PatientID", "StudyUID", "View", "descriptive_path", "classic_path")
 PATH_PARTS = 4  # patient, study, series, file; what stands before depends on the download
@@ -83,7 +83,7 @@ class BcsDbtViews:
         """Of a path, ImageFile or pydicom Dataset: by its SeriesInstanceUID, else by its path; None if not listed."""
         try:
             series = identifier(open_header(source).header, "SeriesInstanceUID")
-        except ImageRefused:  # no DICOM file; who reads it says so
+        except InvalidImageError:  # no DICOM file; who reads it says so
             series = ""
         if found := self.by_series.get(series):
             return found
@@ -97,7 +97,7 @@ class BcsDbtViews:
         """What sets laterality, view and orientation of each slice of `source` right; one call a volume, counted.
 
         Reads the header and, of a listed volume, the first frame; of a list of files, those of the first. Raises
-        ImageRefused as `iter_slices` does where a listed volume cannot be read.
+        InvalidImageError as `iter_slices` does where a listed volume cannot be read.
         """
         source = source[0] if isinstance(source, (list, tuple)) else source
         view = self.view_of(source)

@@ -2,7 +2,7 @@
 
     python -m dataset_scripts.corpus SOURCE... --output DIR
 
-SOURCE is a folder, a file or any fsspec address. The pictures are made by the image processor's own steps, so that
+SOURCE is a folder, a file or any fsspec address. The images are made by the image processor's own steps, so that
 pretraining and inference see the same thing. A file that cannot be used is refused with its reason and the rest is
 built. Shards are whole or absent; the same command goes on after a stop. What names files stays in DIR.private.
 """
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dataset_scripts.corpus", description=__doc__.splitlines()[0])
     parser.add_argument("source", nargs="+", help="folders, files, or fsspec addresses such as s3://bucket/folder")
     parser.add_argument("--output", required=True, type=Path, help="folder of the corpus")
-    parser.add_argument("--height", type=int, default=1024, help="pictures are fitted into this height (default 1024)")
+    parser.add_argument("--height", type=int, default=1024, help="images are fitted into this height (default 1024)")
     parser.add_argument("--width", type=int, default=1024, help="... and this width, never enlarged (default 1024)")
     parser.add_argument(
         "--tissue_finder", default="breast", choices=tuple(TISSUE_FINDERS), help="body: axial slices of CT or MR"
@@ -195,7 +195,7 @@ def build_corpus(
 ) -> dict[str, Any] | None:
     """Build or go on with the corpus in `output`; returns its manifest, None where a cluster has yet to make it.
 
-    Pictures are as large as `fit` = (height, width) in pixels allows, never enlarged. The key of the hashes is in
+    Images are as large as `fit` = (height, width) in pixels allows, never enlarged. The key of the hashes is in
     `hash_key_file` or $MAMMODINO_HASH_KEY. Raises ValueError where `output` holds a corpus of other settings or another
     key, or where there is nothing to read; OSError where the archive cannot be listed or the corpus not be written.
     """
@@ -270,7 +270,7 @@ class Progress:
         self._show("headers", self.job.work / "headers", self.job.tasks, "task")
 
     def shards(self) -> None:
-        self._show("pictures", self.job.work / "shards", len(list((self.job.work / "plan").iterdir())), "shard")
+        self._show("images", self.job.work / "shards", len(list((self.job.work / "plan").iterdir())), "shard")
 
     def _show(self, name: str, folder: Path, total: int, unit: str) -> None:
         done = len([path for path in folder.iterdir() if path.name[0] != "."]) if folder.exists() else 0
@@ -282,12 +282,12 @@ class Progress:
 
 
 def corpus_settings(image_processor: MammoDinoImageProcessor) -> dict[str, Any]:
-    """The processor's settings that shape the pictures and how they are standardised."""
+    """The processor's settings that shape the images and how they are standardized."""
     saved = image_processor.to_dict()
-    return {key: saved[key] for key in sorted(saved) if key.startswith(_PICTURE_SETTINGS)}
+    return {key: saved[key] for key in sorted(saved) if key.startswith(_IMAGE_SETTINGS)}
 
 
-_PICTURE_SETTINGS = (
+_IMAGE_SETTINGS = (
     "tissue_", "do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std"
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ def looks_annotated(plane: np.ndarray, breast: np.ndarray) -> bool:
 
     A flag for people to look at, and no promise: handwriting, a script with joined letters, slanted, faint or very
     small text pass it, and so does a single letter. Laterality markers of three characters or more are flagged too: no
-    text is read here. Before data are shared, look at the pictures. Research use only.
+    text is read here. Before data are shared, look at the images. Research use only.
     """
     return longest_row(plane, breast) >= MIN_GLYPHS
 
@@ -45,21 +45,21 @@ def longest_row(plane: np.ndarray, breast: np.ndarray) -> int:
     low, high, _, _ = cv2.minMaxLoc(values)
     if high <= low:
         return 0
-    grey = cv2.convertScaleAbs(values, alpha=255 / (high - low), beta=-low * 255 / (high - low))
-    tissue = cv2.resize(breast.astype(np.uint8), grey.shape[::-1], interpolation=cv2.INTER_NEAREST)
-    in_air = cv2.bitwise_and(cv2.inRange(grey, round(255 * BRIGHT_IN_AIR), 255), cv2.inRange(tissue, 0, 0))
-    white = cv2.bitwise_or(in_air, cv2.inRange(grey, round(255 * BRIGHT), 255))
-    black = cv2.inRange(grey, 0, round(255 * DARK))
-    return max(_longest_row(grey, white), _longest_row(grey, black))
+    gray = cv2.convertScaleAbs(values, alpha=255 / (high - low), beta=-low * 255 / (high - low))
+    tissue = cv2.resize(breast.astype(np.uint8), gray.shape[::-1], interpolation=cv2.INTER_NEAREST)
+    in_air = cv2.bitwise_and(cv2.inRange(gray, round(255 * BRIGHT_IN_AIR), 255), cv2.inRange(tissue, 0, 0))
+    white = cv2.bitwise_or(in_air, cv2.inRange(gray, round(255 * BRIGHT), 255))
+    black = cv2.inRange(gray, 0, round(255 * DARK))
+    return max(_longest_row(gray, white), _longest_row(gray, black))
 
 
-def _longest_row(grey: np.ndarray, strokes: np.ndarray) -> int:
+def _longest_row(gray: np.ndarray, strokes: np.ndarray) -> int:
     contours, _ = cv2.findContours(strokes, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     boxes = [cv2.boundingRect(contour) for contour in contours if len(contour) >= 4]
     candidates = [box for box in boxes if _has_size_of_glyph(box)]
     if not MIN_GLYPHS <= len(candidates) <= MAX_SHAPES:
         return 0
-    glyphs = np.array([box for box in candidates if _is_set_off(grey, strokes, box)], np.float32).reshape(-1, 4)
+    glyphs = np.array([box for box in candidates if _is_set_off(gray, strokes, box)], np.float32).reshape(-1, 4)
     turned = glyphs[:, [1, 0, 3, 2]]
     return max(_in_a_row(glyphs), _in_a_row(turned))
 
@@ -69,11 +69,11 @@ def _has_size_of_glyph(box: Sequence[int]) -> bool:
     return MIN_GLYPH_PX <= max(width, height) <= MAX_GLYPH_PX and min(width, height) * 12 >= max(width, height)
 
 
-def _is_set_off(grey: np.ndarray, strokes: np.ndarray, box: Sequence[int]) -> bool:
+def _is_set_off(gray: np.ndarray, strokes: np.ndarray, box: Sequence[int]) -> bool:
     """Whether a shape is of nearly one level and what surrounds it is of another, without a slope between."""
     x, y, width, height = box
     window = np.s_[max(0, y - 2) : y + height + 2, max(0, x - 2) : x + width + 2]
-    pixels, inside = grey[window], strokes[window]
+    pixels, inside = gray[window], strokes[window]
     if not 0.05 <= cv2.countNonZero(inside) / inside.size <= 0.8:
         return False
     outside = cv2.bitwise_not(inside)

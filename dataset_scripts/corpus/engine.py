@@ -45,7 +45,7 @@ here is needed.
 class Job:
     """
     Attributes:
-        fit: (height, width) in pixels that pictures are fitted into, never enlarged.
+        fit: (height, width) in pixels that images are fitted into, never enlarged.
         image_processor: settings of the MammoDinoImageProcessor.
         hash_key_file: holds the key of the hashes; else it is in $MAMMODINO_HASH_KEY. The key itself stands nowhere.
         bcs_dbt_paths: BCS-DBT's BCS-DBT-file-paths-*.csv, which correct wrong headers.

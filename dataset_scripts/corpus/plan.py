@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from modeling_mammodino.dicom import Instance, keyed_hash, order_of_files, read_instance
-from modeling_mammodino.image_io import PICTURE_SUFFIXES, ImageRefused, suffix
+from modeling_mammodino.image_io import IMAGE_SUFFIXES, InvalidImageError, suffix
 
 from .archive import ArchiveFile
 from .engine import Job, die_with_parent, read_lines, write_json, write_lines
@@ -55,12 +55,12 @@ def read_header(file: ArchiveFile, key: bytes) -> dict[str, Any]:
         with file.open() as image:
             size = image.stream.seek(0, 2)
             image.stream.seek(0)
-            if suffix(image) in PICTURE_SUFFIXES:
+            if suffix(image) in IMAGE_SUFFIXES:
                 own = keyed_hash(image.identity, key)
                 return {**found, "size": size, "instance": Instance(own, own, 1, None, None)}
             if suffix(image) or image.stream.read(132)[128:] == b"DICM":  # by a suffix that is known
                 return {**found, "size": size, "instance": read_instance(image, key)}
-    except ImageRefused as refusal:
+    except InvalidImageError as refusal:
         return {**found, "refused": refusal.reason}
     except OSError as error:
         return {**found, "refused": unreadable(error)}

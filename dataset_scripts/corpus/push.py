@@ -47,7 +47,7 @@ def push_corpus(
     public: else the repository must be private; it is made so where it does not exist, and a public one is refused.
     revision: a branch, made from main where it does not exist.
 
-    Raises ValueError, before anything is sent, with all that `verify` finds, without a licence, or where the repository
+    Raises ValueError, before anything is sent, with all that `verify` finds, without a license, or where the repository
     is public or holds another corpus; FileNotFoundError where the corpus is not finished; ConnectionError where the Hub
     is out of reach; huggingface_hub's HfHubHTTPError where it refuses.
     """

@@ -32,7 +32,7 @@ FEATURES = datasets.Features(
         "study": datasets.Value("string"),  # keyed hash
         "source": datasets.Value("string"),  # name of the collection
         "mask_confidence": datasets.Value("float32"),  # 0 to 1, that `tissue` is the breast
-        # "header" says so, "picture" looks so: a flag for people to look at; null: neither, which proves nothing
+        # "header" says so, "image" looks so: a flag for people to look at; null: neither, which proves nothing
         "burned_in_annotation": datasets.Value("string"),
     }
 )
@@ -41,12 +41,12 @@ MANIFEST = "manifest.json"
 
 
 def make_row(mammogram: Mammogram, rendered: Rendered, collection: str) -> dict[str, Any]:
-    """A row of a picture; of the header only what FEATURES names."""
+    """A row of an image; of the header only what FEATURES names."""
     height, width = rendered.tissue.shape
     cells = (-(-height // TISSUE_CELL_PX), -(-width // TISSUE_CELL_PX))
     fractions = np.rint(patch_tissue(rendered.tissue, cells) * 255).astype(np.uint8)
     return {
-        "image": {"bytes": encode_png(rendered.picture), "path": None},
+        "image": {"bytes": encode_png(rendered.image), "path": None},
         "tissue": {"bytes": encode_png(fractions), "path": None},
         "source": collection,
         "mask_confidence": rendered.small.confidence,
@@ -60,7 +60,7 @@ def _annotation(mammogram: Mammogram, rendered: Rendered) -> str | None:
         return "header"
     # of a volume one slice is looked at: text is drawn on all
     is_looked_at = mammogram.slice_index == mammogram.num_slices // 2
-    return "picture" if is_looked_at and looks_annotated(mammogram.pixels, rendered.small.breast) else None
+    return "image" if is_looked_at and looks_annotated(mammogram.pixels, rendered.small.breast) else None
 
 
 class Corpus:
@@ -108,8 +108,8 @@ class Corpus:
         spacing = float(self._slice_spacing_mm[row])
         return spacing if np.isfinite(spacing) and spacing > 0 else None
 
-    def picture(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """The picture (H, W) uint8 or uint16 and the breast fraction (h, w) float32 of its cells."""
+    def image(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The image (H, W) uint8 or uint16 and the breast fraction (h, w) float32 of its cells."""
         record = self.rows[row]
         pixels, tissue = (decode_png(record[name]["bytes"]) for name in ("image", "tissue"))
         return pixels, tissue.astype(np.float32) / 255

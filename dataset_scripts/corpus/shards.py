@@ -1,4 +1,4 @@
-"""Second half of a build: pictures, shard by shard. A shard is whole or absent."""
+"""Second half of a build: images, shard by shard. A shard is whole or absent."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ import cv2
 from datasets.arrow_writer import ArrowWriter
 
 from modeling_mammodino.breast_segmentation import LOW_CONFIDENCE
-from modeling_mammodino.image_io import ImageRefused
+from modeling_mammodino.image_io import InvalidImageError
 
 from .bcs_dbt_volumes import BcsDbtViews
 from .engine import Job, Notes, die_with_parent, read_lines, write_json
@@ -53,7 +53,7 @@ def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
                 volume = Volume.from_json(line)
                 try:
                     rows = read.rows(volume)  # a volume enters whole or not at all
-                except ImageRefused as refusal:
+                except InvalidImageError as refusal:
                     record.refuse(volume, refusal.reason)
                 except OSError as error:
                     record.refuse(volume, unreadable(error))
@@ -112,7 +112,7 @@ class VolumeReader:
         self.views = BcsDbtViews.from_csv(job.bcs_dbt_paths) if job.bcs_dbt_paths else None
 
     def rows(self, volume: Volume) -> list[dict[str, Any]]:
-        """Raises ImageRefused or OSError where a file of the volume cannot be used."""
+        """Raises InvalidImageError or OSError where a file of the volume cannot be used."""
         with ExitStack() as opened:
             files = [opened.enter_context(file.open()) for file in volume.files]
             source = files if len(files) > 1 else files[0]

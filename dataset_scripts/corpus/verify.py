@@ -1,15 +1,15 @@
-"""Is a corpus whole, and does it hold nothing but what a corpus may hold? Is a labelled data set as published?
+"""Is a corpus whole, and does it hold nothing but what a corpus may hold? Is a labeled data set as published?
 
     python -m dataset_scripts.corpus.verify CORPUS
     python -m dataset_scripts.corpus.verify NAME --data-dir DIR
 
-Every shard is read and every picture decoded. What is wrong is said with its shard, row, field and remedy, and the exit
+Every shard is read and every image decoded. What is wrong is said with its shard, row, field and remedy, and the exit
 status is then 1. To make shard 00042 again, delete data-00042.arrow, and in CORPUS.private shards/00042.json,
 engine/shards and engine/manifest; then give the command of the build once more, with the same key.
 
 NAME is a data set, such as cbis_ddsm: its counts are compared with the published ones, its files with its metadata.
 """
-# MERGED: One shard of a corpus, row by row and picture by picture: is it what the builder writes, and nothing beside?
+# MERGED: One shard of a corpus, row by row and image by image: is it what the builder writes, and nothing beside?
 #
 # What is found wrong is said without the value, which may be what should not be there.
 #
@@ -44,7 +44,7 @@ from .reader import FEATURES, MANIFEST, TISSUE_CELL_PX, decode_png
 HASH = re.compile(r"[0-9a-f]{32}")
 KINDS = {"ffdm", "synthetic_2d", "dbt", "unknown"}
 VIEWS = {"CC", "MLO", "ML", "LM", "LMO", "XCC", "XCCL", "XCCM", "FB", "SIO", "ISO", "AT"}
-ANNOTATIONS = {"header", "picture"}
+ANNOTATIONS = {"header", "image"}
 ROUNDING = 1e-6  # of mask_confidence, which the builder compares before it becomes float32
 REMAKE = "make it again (python -m dataset_scripts.corpus.verify --help)"
 
@@ -72,7 +72,7 @@ def allows(is_allowed: Callable[[Any], Any], value: Any) -> bool:
         return False
 
 
-# What a value may be, by column; pictures have checks of their own.
+# What a value may be, by column; images have checks of their own.
 COLUMN_CHECKS: dict[str, Callable[[Any], bool]] = {
     "volume_id": is_hash,
     "slice_index": lambda value: value >= 0,
@@ -163,24 +163,24 @@ def _check_row(row: dict[str, Any], manifest: dict[str, Any]) -> Iterator[str]:
     if row["source"] != manifest["collection"]:
         yield "source: not the manifest's collection"
     height, width = manifest["fit"]
-    image, complaint = _picture(row["image"], height, width)
+    image, complaint = _image(row["image"], height, width)
     if image is None or complaint:
         yield f"image: {complaint}"
         return
     if image.dtype != (np.uint8 if manifest["image_processor"]["bit_depth"] == 8 else np.uint16) or image.ndim != 2:
         yield f"image: {image.dtype} of {image.ndim} dimensions, not as the settings say"
     cells = tuple(-(-side // TISSUE_CELL_PX) for side in image.shape[:2])
-    tissue, complaint = _picture(row["tissue"], *cells)
+    tissue, complaint = _image(row["tissue"], *cells)
     if tissue is None or complaint:
         yield f"tissue: {complaint}"
     elif tissue.shape != cells or tissue.dtype != np.uint8:
         yield f"tissue: {tissue.dtype} of shape {tissue.shape}, where the image has {cells} cells"
 
 
-def _picture(stored: Any, height: int, width: int) -> tuple[np.ndarray | None, str]:
+def _image(stored: Any, height: int, width: int) -> tuple[np.ndarray | None, str]:
     """A PNG decoded, if it is one of pixels alone and no larger than that; else the complaint."""
     if not stored or stored["path"] is not None or not stored["bytes"]:
-        return None, "a path, or no picture"
+        return None, "a path, or no image"
     data = stored["bytes"]
     try:
         (first, size), *middle, last = png_chunks(data)

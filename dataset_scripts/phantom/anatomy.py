@@ -249,9 +249,9 @@ def fall(negative):
 
 
 def deposit(canvas, points_mm, volumes_mm3, voxel_mm) -> None:
-    """Add specks of matter to shares of voxels (D, H, W), each spread over its eight neighbours: volume is kept.
+    """Add specks of matter to shares of voxels (D, H, W), each spread over its eight neighbors: volume is kept.
 
-    points_mm: (N, 3), z, y, x from the centre of the first voxel; what falls outside the canvas is left out.
+    points_mm: (N, 3), z, y, x from the center of the first voxel; what falls outside the canvas is left out.
     """
     position = np.asarray(points_mm, np.float64) / voxel_mm
     low = np.floor(position).astype(int)
@@ -340,10 +340,10 @@ def draw_anatomy(rng: np.random.Generator, patient: Patient, view: str, p: Phant
     muscle = _muscle(rng, outline, noise, z_mm) if (outline.muscle_mm > 0).any() else None
     if muscle is not None:
         parenchyma &= muscle == 0
-    favour = _behind_the_nipple(rng, outline)
-    tissue = _glandular_noise(rng, patient, outline, favour, noise, depth, inside, z_mm, half_mm, pixel)
+    favor = _behind_the_nipple(rng, outline)
+    tissue = _glandular_noise(rng, patient, outline, favor, noise, depth, inside, z_mm, half_mm, pixel)
     fibrous = _vessels(rng, outline, half_mm, patient.vessels, p)
-    _add_ligaments(rng, patient, outline, favour, tissue, fibrous, p)
+    _add_ligaments(rng, patient, outline, favor, tissue, fibrous, p)
     threshold = _threshold(tissue, fibrous, parenchyma, patient)
     for level, share in enumerate(fibrous):
         np.maximum(share, _gland(tissue[level] - threshold, patient), out=share)
@@ -363,31 +363,31 @@ def glandular_fraction(anatomy: Anatomy) -> float:
 
 
 def _behind_the_nipple(rng, outline: Outline):
-    """Where glandular tissue is favoured: 1 in the middle of the disc, 0 at its margin, negative outside, (H, W)."""
+    """Where glandular tissue is favored: 1 in the middle of the disc, 0 at its margin, negative outside, (H, W)."""
     y, x = np.indices(outline.silhouette.shape, np.float32)
     row, column = outline.nipple
-    centre = row - rng.uniform(-0.05, 0.25) * outline.half_height, column * rng.uniform(0.45, 0.65)
+    center = row - rng.uniform(-0.05, 0.25) * outline.half_height, column * rng.uniform(0.45, 0.65)
     extent = rng.uniform(0.35, 0.6) * outline.half_height, column * rng.uniform(0.35, 0.6)
-    return (1 - ((y - centre[0]) / extent[0]) ** 2 - ((x - centre[1]) / extent[1]) ** 2).astype(np.float32)
+    return (1 - ((y - center[0]) / extent[0]) ** 2 - ((x - center[1]) / extent[1]) ** 2).astype(np.float32)
 
 
-def _glandular_noise(rng, patient, outline: Outline, favour, noise, depth, inside, z_mm, half_mm: float, pixel: float):
+def _glandular_noise(rng, patient, outline: Outline, favor, noise, depth, inside, z_mm, half_mm: float, pixel: float):
     """Noise (D, H, W) float32 whose high values become gland [3]: it runs toward the nipple, and keeps off the skin."""
     apex = outline.nipple[0], outline.nipple[1] + 60 / pixel
     maps = fan(inside.shape, apex, patient.streaks, 1)
-    favour = rng.uniform(0.4, 2.0) * np.maximum(favour, -3)
-    favour -= 4 * fall(-np.maximum(inside, 0) / np.float32(rng.uniform(3, 7)))
-    favour -= 9 * (outline.muscle_mm > -2)
+    favor = rng.uniform(0.4, 2.0) * np.maximum(favor, -3)
+    favor -= 4 * fall(-np.maximum(inside, 0) / np.float32(rng.uniform(3, 7)))
+    favor -= 9 * (outline.muscle_mm > -2)
     middle, spread = rng.uniform(-0.4, 0.4) * half_mm, rng.uniform(0.5, 0.9) * half_mm
     tissue = np.empty_like(noise)
     for level, z in enumerate(z_mm):
         under_the_skin = fall(np.maximum(depth[level], 0) * np.float32(-1 / 2.5))
         away = np.float32(1.2 * ((z - middle) / spread) ** 2)
-        tissue[level] = bend(noise[level], maps) + (favour - away) - 3 * under_the_skin
+        tissue[level] = bend(noise[level], maps) + (favor - away) - 3 * under_the_skin
     return tissue
 
 
-def _add_ligaments(rng, patient, outline: Outline, favour, tissue, fibrous, p: PhantomParameters) -> None:
+def _add_ligaments(rng, patient, outline: Outline, favor, tissue, fibrous, p: PhantomParameters) -> None:
     """Cooper's ligaments into `fibrous`, and the lobules of fat between them out of `tissue`.
 
     Ligaments are the zero levels of two smooth noises: thin curved sheets that close around compartments [4]. Gland
@@ -399,7 +399,7 @@ def _add_ligaments(rng, patient, outline: Outline, favour, tissue, fibrous, p: P
     fields = [power_law_noise(rng, shape, spacing, 3.0, *span) for span in ((40.0, 4.0), (20.0, 3.0))]
     apex = outline.nipple[0], outline.nipple[1] + 60 / pixel
     maps = fan((height, width), apex, 1.5 * patient.streaks, grid * patient.coarseness)
-    strength = np.float32(patient.ligaments) * (0.3 + 0.7 * np.clip(favour + 2, 0, 1))
+    strength = np.float32(patient.ligaments) * (0.3 + 0.7 * np.clip(favor + 2, 0, 1))
     for level in range(depth):
         first, second = (bend(each[level], maps) for each in fields)
         sheets = fall(first * first * np.float32(-1 / 0.1**2)) * np.clip(second + 0.1, 0, 1)

@@ -6,7 +6,7 @@ the same breast is the same file. `dataset_scripts.phantom.dicom` writes it in o
 """
 # MERGED: The same phantom, written otherwise: transfer syntax, bit depth, photometric interpretation, form of the window.
 #
-# A reader, or a pipeline of one's own, must get the same picture from each. Every function takes a data set of
+# A reader, or a pipeline of one's own, must get the same image from each. Every function takes a data set of
 # `dataset_scripts.phantom.dicom` (12 of 16 bits, MONOCHROME2, one full-range window), changes it in place and returns it;
 # `encode` comes last. What is legal follows DICOM PS3.5 8.2 and PS3.3 C.11.2; what is not is refused.
 #
@@ -104,7 +104,7 @@ def fit_pixel_format(dataset: Dataset, transfer_syntax: str) -> Dataset:
 
 
 def stored_values(dataset: Dataset) -> np.ndarray:
-    """Of a data set that is not encoded yet: (F, H, W), or (F, H, W, 3) in colour; uint8, int8, uint16 or int16."""
+    """Of a data set that is not encoded yet: (F, H, W), or (F, H, W, 3) in color; uint8, int8, uint16 or int16."""
     kind = "i" if dataset.PixelRepresentation else "u"
     shape = (int(dataset.get("NumberOfFrames", 1)), dataset.Rows, dataset.Columns)
     shape += (3,) if dataset.SamplesPerPixel == 3 else ()
@@ -142,22 +142,22 @@ def set_pixel_format(
 
 
 def as_secondary_capture(dataset: Dataset, photometric: str) -> Dataset:
-    """The picture at 8 bits as an "RGB" or "YBR_FULL" Secondary Capture: grey written as colour, without a window."""
-    grey = np.rint(stored_values(dataset) * (255 / ((1 << PHANTOM_BITS) - 1))).astype(np.uint8)  # (F, H, W)
-    neutral = grey if photometric == "RGB" else np.full_like(grey, 128)
+    """The image at 8 bits as an "RGB" or "YBR_FULL" Secondary Capture: gray written as color, without a window."""
+    gray = np.rint(stored_values(dataset) * (255 / ((1 << PHANTOM_BITS) - 1))).astype(np.uint8)  # (F, H, W)
+    neutral = gray if photometric == "RGB" else np.full_like(gray, 128)
     _remove_voi(dataset)
     for keyword in ("PresentationLUTShape", "RescaleSlope", "RescaleIntercept", "RescaleType"):
         if keyword in dataset:
             del dataset[keyword]
     if "SharedFunctionalGroupsSequence" in dataset:
         del dataset.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
-    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SECONDARY_CAPTURE[len(grey) > 1]
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SECONDARY_CAPTURE[len(gray) > 1]
     dataset.ConversionType, dataset.PlanarConfiguration = "WSD", 0
-    return _set_pixels(dataset, np.stack([grey, neutral, neutral], axis=-1), 8, photometric)
+    return _set_pixels(dataset, np.stack([gray, neutral, neutral], axis=-1), 8, photometric)
 
 
 def set_voi(dataset: Dataset, form: str, place: str = "top", center: float = 2048.0, width: float = 4096.0) -> Dataset:
-    """One window in another form and place; all but SIGMOID and NONE give the same picture.
+    """One window in another form and place; all but SIGMOID and NONE give the same image.
 
     Args:
         form: "LINEAR"; "LINEAR_EXACT"; "SIGMOID"; "SEVERAL", the window first and others after it; "LUT", the window
@@ -240,7 +240,7 @@ def encode(
         fragments_per_frame: over how many fragments a frame is cut, where the frame is long enough.
 
     Raises:
-        ValueError: the transfer syntax cannot hold the bits, the sign or the colour; or it is encoded already.
+        ValueError: the transfer syntax cannot hold the bits, the sign or the color; or it is encoded already.
         ImportError: the encoder is not installed; the message names the extra.
     """
     check_encoder(transfer_syntax)
@@ -295,11 +295,11 @@ def _encode_with_pydicom(dataset: Dataset, transfer_syntax: str) -> Iterator[byt
 def _encode_with_imagecodecs(dataset: Dataset, transfer_syntax: str) -> Iterator[bytes]:
     import imagecodecs
 
-    bits, colour = dataset.BitsStored, dataset.SamplesPerPixel == 3
-    if colour and transfer_syntax != "JPEGBaseline8Bit":
-        raise ValueError(f"{transfer_syntax}: colour is written uncompressed, by pydicom or as JPEGBaseline8Bit")
+    bits, color = dataset.BitsStored, dataset.SamplesPerPixel == 3
+    if color and transfer_syntax != "JPEGBaseline8Bit":
+        raise ValueError(f"{transfer_syntax}: color is written uncompressed, by pydicom or as JPEGBaseline8Bit")
     for stored in stored_values(dataset):  # (H, W) or (H, W, 3)
-        if colour:
+        if color:
             space = {"RGB": "RGB", "YBR_FULL": "YCBCR"}[dataset.PhotometricInterpretation]
             yield imagecodecs.jpeg8_encode(stored, level=95, colorspace=space, outcolorspace=space, subsampling="444")
         elif transfer_syntax.startswith("HTJ2K"):
@@ -350,7 +350,7 @@ class BreastLabels:
     lesion_type: str = "none"  # or mass_round, mass_spiculated, calcification, distortion
     cancer: int = 0
     box: tuple[int, int, int, int] | None = None  # x0, y0, x1, y1 in pixels, half-open
-    lesion_slice: int | None = None  # slice of the lesion's centre
+    lesion_slice: int | None = None  # slice of the lesion's center
     lesion_slices: tuple[int, int] | None = None  # first and last + 1
 
 

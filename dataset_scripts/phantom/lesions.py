@@ -3,7 +3,7 @@
 The kinds differ in the words of the BI-RADS lexicon that speak for or against malignancy [5]. Masses: oval and
 circumscribed against irregular, microlobulated or indistinct, and denser. Spicules: fine and many about a dense core.
 Calcifications: round, punctate and alike against fine, pleomorphic, along a duct. Distortion: spicules about a lucent
-centre (a radial scar) against spicules about a small dense one, drawn in more strongly. The words overlap, as do the
+center (a radial scar) against spicules about a small dense one, drawn in more strongly. The words overlap, as do the
 sizes and contrasts, which span easy to hard: shares and ranges are our choice. Sources by number:
 `dataset_scripts.phantom.anatomy`.
 """
@@ -42,11 +42,11 @@ class Lesion(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a lesion lies in a view: its centre in mm and the window of the volume that it may touch."""
+    """Where a lesion lies in a view: its center in mm and the window of the volume that it may touch."""
 
-    centre: tuple[float, float, float]  # z, y, x from the middle of the first voxel
+    center: tuple[float, float, float]  # z, y, x from the middle of the first voxel
     window: tuple[slice, slice, slice]
-    z: np.ndarray  # distances from the centre in mm, (d, 1, 1), (h, 1) and (w,) float32
+    z: np.ndarray  # distances from the center in mm, (d, 1, 1), (h, 1) and (w,) float32
     y: np.ndarray
     x: np.ndarray
 
@@ -108,12 +108,12 @@ def _place(lesion: Lesion, radius: float, anatomy: Anatomy, view: str, p: Phanto
             (slice_, row, column), (deep, reach, reach), (p.num_slices, height, width), strict=True
         )
     )
-    centre = (middle + level, row * pixel, column * pixel)
+    center = (middle + level, row * pixel, column * pixel)
     z, y, x = (
         (np.arange(s.start, s.stop) * size - at).astype(np.float32)
-        for s, size, at in zip(window, p.voxel_mm, centre, strict=True)
+        for s, size, at in zip(window, p.voxel_mm, center, strict=True)
     )
-    return Place(centre, window, z[:, None, None], y[:, None], x), flat
+    return Place(center, window, z[:, None, None], y[:, None], x), flat
 
 
 def _blend(patch, share, relative: float) -> None:
@@ -122,12 +122,12 @@ def _blend(patch, share, relative: float) -> None:
 
 
 def _spicules(rng, place: Place, shape, count: int, start_mm: float, length_mm: float, width_mm: float, p):
-    """Shares of voxels (d, h, w) float32 of fine lines that radiate from the centre, thinner outward."""
+    """Shares of voxels (d, h, w) float32 of fine lines that radiate from the center, thinner outward."""
     canvas, step = np.zeros(shape, np.float32), 0.4 * p.pixel_spacing_mm
     origin = np.array([s.start for s in place.window]) * p.voxel_mm
     for heading in rng.uniform(0, 2 * np.pi) + (np.arange(count) + rng.uniform(-0.3, 0.3, count)) * 2 * np.pi / count:
         first = np.array([0, np.sin(heading), np.cos(heading)]) * start_mm
-        points = tube(rng, place.centre - origin + first, heading, length_mm * rng.uniform(0.6, 1.2), 0.03, 0.0, step)
+        points = tube(rng, place.center - origin + first, heading, length_mm * rng.uniform(0.6, 1.2), 0.03, 0.0, step)
         points[:, 0] += np.linspace(0, rng.normal(0, 0.2) * length_mm, len(points))
         taper = np.linspace(1, 0.3, len(points)) ** 2
         deposit(canvas, points, np.pi / 4 * width_mm**2 * step * taper, p.voxel_mm)
@@ -172,12 +172,12 @@ def _calcifications(rng, lesion: Lesion, place: Place, radius: float, flat: floa
     else:  # round and alike
         diameters = rng.uniform(0.5, 1.1) * rng.uniform(0.9, 1.1, count)
     origin = np.array([s.start for s in place.window]) * p.voxel_mm
-    deposit(canvas, np.array(place.centre) - origin + where, np.pi / 6 * diameters**3, p.voxel_mm)
+    deposit(canvas, np.array(place.center) - origin + where, np.pi / 6 * diameters**3, p.voxel_mm)
     patch += canvas.clip(0, 1) * (np.float32(CALCIFICATION) - patch)
 
 
 def _distortion(rng, lesion: Lesion, place: Place, radius: float, flat: float, patch, p: PhantomParameters) -> None:
-    """Tissue is drawn toward the centre: each voxel shows what lay farther out."""
+    """Tissue is drawn toward the center: each voxel shows what lay farther out."""
     reach, pull = 1.8 * radius, rng.uniform(1.0, 1.5) if lesion.suspicious else rng.uniform(0.6, 1.0)
     square = (place.y**2 + place.x**2) / np.float32(reach**2)  # (h, w)
     rows, columns = np.indices(patch.shape[1:], np.float32)
@@ -191,6 +191,6 @@ def _distortion(rng, lesion: Lesion, place: Place, radius: float, flat: float, p
     count = int(rng.integers(14, 24) if lesion.suspicious else rng.integers(10, 18))
     lines = _spicules(rng, place, patch.shape, count, 0.15 * radius, radius * rng.uniform(1.1, 1.6), 2.0, p)
     distance = np.sqrt(place.x**2 + place.y**2 + (place.z / flat) ** 2, dtype=np.float32)
-    centre = np.clip((0.3 * radius - distance) / 1.5 + 0.5, 0, 1)
+    center = np.clip((0.3 * radius - distance) / 1.5 + 0.5, 0, 1)
     _blend(patch, lines, lesion.contrast)
-    _blend(patch, centre, lesion.contrast if lesion.suspicious else 0.1)
+    _blend(patch, center, lesion.contrast if lesion.suspicious else 0.1)

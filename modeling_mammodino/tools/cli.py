@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger(__package__).setLevel(logging.INFO)  # of other libraries, warnings only
     try:
         options.run(options)
-    except (ImportError, OSError, ValueError) as error:  # ImageRefused is a ValueError
+    except (ImportError, OSError, ValueError) as error:  # InvalidImageError is a ValueError
         sys.exit(f"mammodino {options.command}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports it

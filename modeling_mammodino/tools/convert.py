@@ -1,7 +1,7 @@
 """`mammodino convert`: weights in from DINOv2 (Hugging Face or original), and out to plain transformers.
 
-An RGB model becomes a one-channel one that gives the same features for a grey picture: its patch embedding is summed
-over the channels with the normalisation of either side folded in (`fold_normalization`).
+An RGB model becomes a one-channel one that gives the same features for a gray image: its patch embedding is summed
+over the channels with the normalization of either side folded in (`fold_normalization`).
 """
 
 import argparse
@@ -83,8 +83,8 @@ def load_checkpoint(
     Args:
         source: Hub id or folder of a `dinov2`, `dinov2_with_registers` or `mammodino` checkpoint, with or without a
             linear classifier; or a `.pth` in the layout of facebookresearch/dinov2.
-        num_channels: 1, or as many as the source has. For 1 the result takes pixels as `image_processor` normalises
-            them and gives what the source gives for the same grey plane, repeated and normalised in its own way.
+        num_channels: 1, or as many as the source has. For 1 the result takes pixels as `image_processor` normalizes
+            them and gives what the source gives for the same gray plane, repeated and normalized in its own way.
         image_size: side, or (height, width), in pixels, at which position embeddings are stored; default: the source's.
         interpolation: how plain DINOv2's position embeddings reach other sizes, as in facebookresearch/dinov2
             ("reference") or as in transformers' `Dinov2Model` ("transformers"). Register variants know one way.
@@ -129,7 +129,7 @@ def read_hugging_face_checkpoint(source: str, interpolation: dict) -> Model:
         config = MammoDinoConfig(**fields, **interpolation["plain" if model_type == "dinov2" else "registers"])
     loader: Any = MammoDinoForImageClassification if has_head else MammoDinoModel
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what is missing is judged below
+    transformers_logging.set_verbosity_error()  # what is missing is evaluated below
     try:
         model, report = loader.from_pretrained(
             source,
@@ -204,7 +204,7 @@ def convert(
     `load_checkpoint` for the other arguments. "mammodino" folders hold the code as well.
 
     The image processor is the source's own where it is ours, else the default one for the model's size; a model that
-    keeps its colour channels keeps its own preprocessor_config.json.
+    keeps its color channels keeps its own preprocessor_config.json.
     """
     if to not in TARGETS:
         raise ValueError(f"to={to!r}: must be one of {', '.join(TARGETS)}")
@@ -212,7 +212,7 @@ def convert(
         model = load_checkpoint(source, num_channels, image_size, interpolation)
         settings, processor = processor_settings(source), None
         if model.config.num_channels == 1:
-            processor = grey_processor(model, own_processor(settings), image_size)
+            processor = gray_processor(model, own_processor(settings), image_size)
             settings = processor.to_dict()
         if settings:
             settings.pop("auto_map", None)  # plain transformers is to run no code
@@ -227,7 +227,7 @@ def convert(
     return Path(output)
 
 
-def grey_processor(
+def gray_processor(
     model: Model, own: MammoDinoImageProcessor | None, image_size: int | Sequence[int] | None
 ) -> MammoDinoImageProcessor:
     height, width = encoder_of(model).embeddings.stored_grid
@@ -287,7 +287,7 @@ def model_card(source: str | Path, model: Model) -> ModelCard:
     )
     return ModelCard(
         f"---\n{data}\n---\n\n# {name}, converted\n\nWeights of `{name}` for {model.config.num_channels}-channel "
-        "pictures, converted with `mammodino convert`. They keep the licence of their source. **Research use only: not "
+        "images, converted with `mammodino convert`. They keep the license of their source. **Research use only: not "
         "a medical device, not for diagnosis.**\n"
     )
 

@@ -115,9 +115,7 @@ def add_command(commands) -> None:
         "columns path and volume hold paths as they are given: where a folder's name is private, name files from "
         "within it. Research use only.",
     )
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="DICOM or picture files, or folders of them"
-    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="DICOM or image files, or folders of them")
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
     parser.add_argument("--output", type=Path, required=True, help="Parquet file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
@@ -126,7 +124,7 @@ def add_command(commands) -> None:
     parser.add_argument("--pool_volumes", action="store_true", help="one row a volume: the mean over its slices")
     parser.add_argument("--slices_per_volume", type=int, help="evenly spaced slices of a volume, 0 for all (default: "
                         "as the checkpoint's image processor says)")  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures encoded at a time (default 8)")
+    parser.add_argument("--batch_size", type=int, default=8, help="images encoded at a time (default 8)")
     parser.add_argument("--num_workers", type=int, help="processes that read and render; 0: none beside the encoder's "
                         f"(default: one a core up to {MAX_DEFAULT_WORKERS}, on the CPU 0)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
@@ -146,7 +144,7 @@ def run(options: Namespace) -> None:
     if ignored:
         logger.info("ignored: %s", ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common()))
     if not files:
-        raise ValueError(f"{', '.join(map(str, options.paths))}: no DICOM file or picture found")
+        raise ValueError(f"{', '.join(map(str, options.paths))}: no DICOM file or image found")
     device = find_device(options.device)
     model, image_processor = open_encoder(options.model, options.trust_remote_code)
     num_workers = options.num_workers

@@ -1,9 +1,9 @@
 """Features of files in Python: `embed_files`. Research use only.
 
-Worker processes read and render a picture at a time, the encoder takes them in batches across files, and each file's
+Worker processes read and render an image at a time, the encoder takes them in batches across files, and each file's
 features come out in its turn: a volume of any length streams through.
 """
-# MERGED: Files in, pictures out: what the encoder needs of many files, read and rendered by worker processes.
+# MERGED: Files in, images out: what the encoder needs of many files, read and rendered by worker processes.
 
 import inspect
 import os
@@ -20,19 +20,19 @@ from transformers import PreTrainedModel
 
 from ..breast_segmentation import patch_tissue
 from ..dicom import is_dicom
-from ..image_io import DICOM_SUFFIXES, PICTURE_SUFFIXES, ImageRefused
+from ..image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES, InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..modeling_mammodino import pool_tokens
 from ..rendering import place_on_canvas, standardize
 
 try:
     import cv2
-except ImportError:  # refused by name where a picture is rendered
+except ImportError:  # refused by name where an image is rendered
     cv2 = None  # type: ignore[assignment]
 
 
-class Picture(NamedTuple):
-    """One picture ready for the encoder, and its place."""
+class RenderedImage(NamedTuple):
+    """One image ready for the encoder, and its place."""
 
     file: int  # its number in the stream
     volume_id: str | None  # where the file is one slice of a volume: equal for its files, meaningless elsewhere
@@ -43,30 +43,30 @@ class Picture(NamedTuple):
 
 
 class FileEnd(NamedTuple):
-    """Follows the last picture of a file, or stands where its pictures break off."""
+    """Follows the last image of a file, or stands where its images break off."""
 
     file: int
     refused: str | None = None  # the reason
 
 
-class PictureStream(IterableDataset):
-    """The pictures of many files. In a `DataLoader` each worker takes its share of the files."""
+class ImageStream(IterableDataset):
+    """The images of many files. In a `DataLoader` each worker takes its share of the files."""
 
     def __init__(self, paths: Sequence[Path], image_processor: MammoDinoImageProcessor, slices_per_volume: int):
         self.paths, self.image_processor, self.slices_per_volume = paths, image_processor, slices_per_volume
         self.hash_key = secrets.token_bytes(32)
 
-    def __iter__(self) -> Iterator[Picture | FileEnd]:
+    def __iter__(self) -> Iterator[RenderedImage | FileEnd]:
         worker = get_worker_info()
         for file in share(len(self.paths), *((worker.id, worker.num_workers) if worker else (0, 1))):
             try:
                 yield from self.read(file)
                 yield FileEnd(file)
-            except (ImageRefused, OSError) as refusal:
+            except (InvalidImageError, OSError) as refusal:
                 yield FileEnd(file, " ".join(str(refusal).split()))
 
-    def read(self, file: int, chosen: Sequence[int] | None = None) -> Iterator[Picture]:
-        """The pictures of one file, bit for bit as `image_processor(path)` makes them; `chosen` names slices."""
+    def read(self, file: int, chosen: Sequence[int] | None = None) -> Iterator[RenderedImage]:
+        """The images of one file, bit for bit as `image_processor(path)` makes them; `chosen` names slices."""
         path, processor = self.paths[file], self.image_processor
         settings, patch_size = processor.render_settings, processor.patch_size
         canvas = (processor.size["height"], processor.size["width"])
@@ -77,12 +77,12 @@ class PictureStream(IterableDataset):
         for mammogram, rendered in slices:
             placed = place_on_canvas(rendered, canvas, settings.chest_wall_side)
             is_one_of_many = mammogram.kind == "dbt" and mammogram.num_slices == 1
-            yield Picture(
+            yield RenderedImage(
                 file,
                 mammogram.volume_id if is_one_of_many else None,
                 mammogram.slice_index,
                 mammogram.num_slices,
-                standardize(placed.picture, mean, std)[None],
+                standardize(placed.image, mean, std)[None],
                 patch_tissue(placed.tissue, (canvas[0] // patch_size, canvas[1] // patch_size)),
             )
 
@@ -96,10 +96,10 @@ def share(num_files: int, worker: int, num_workers: int) -> Iterator[int]:
             yield file
 
 
-def open_stream(stream: PictureStream, num_workers: int, num_ahead: int) -> Iterable[Picture | FileEnd]:
-    """The stream's items, from `num_workers` processes that read about `num_ahead` pictures ahead; 0: from this one.
+def open_stream(stream: ImageStream, num_workers: int, num_ahead: int) -> Iterable[RenderedImage | FileEnd]:
+    """The stream's items, from `num_workers` processes that read about `num_ahead` images ahead; 0: from this one.
 
-    Pictures of a file come in order, and its end behind them; the files of several workers alternate, one item each.
+    Images of a file come in order, and its end behind them; the files of several workers alternate, one item each.
     """
     if num_workers == 0:
         return stream
@@ -124,7 +124,7 @@ def _use_one_thread(worker: int) -> None:
 
 
 def find_files(sources: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
-    """Every file that may be an image, by a picture's or DICOM's suffix or by its content, sorted; and how many others
+    """Every file that may be an image, by an image's or DICOM's suffix or by its content, sorted; and how many others
     were ignored, by suffix. A file named as a source is always taken; linked folders are not entered.
 
     Raises OSError where a source or a folder in it cannot be read.
@@ -139,7 +139,7 @@ def find_files(sources: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
         for folder, _, names in os.walk(source, onerror=_raise):
             for path in (Path(folder, name) for name in names):
                 suffix = path.suffix.lower()
-                if suffix in (*PICTURE_SUFFIXES, *DICOM_SUFFIXES) or path.is_file() and is_dicom(path):
+                if suffix in (*IMAGE_SUFFIXES, *DICOM_SUFFIXES) or path.is_file() and is_dicom(path):
                     found.add(path)
                 else:
                     ignored[suffix or "no suffix"] += 1
@@ -184,7 +184,7 @@ def embed_files(
         model: a MammoDINO encoder, or several whose features stand side by side; each file is read once for all.
         pool: "class", the class token, F = D; "patches", the mean of the patch tokens weighted by breast tissue, F = D;
             "both", one beside the other, F = 2 * D.
-        batch_size: pictures that an encoder takes at a time, of whichever files.
+        batch_size: images that an encoder takes at a time, of whichever files.
         slices_per_volume: evenly spaced slices of a multi-frame file; 0 takes all, None what `image_processor` says.
         num_workers: processes that read and render; 0 does it in this one. They are spawned: a script that asks for
             them keeps its own work under `if __name__ == "__main__":`.
@@ -202,7 +202,7 @@ def embed_files(
     models = [model] if isinstance(model, torch.nn.Module) else list(model)
     for each in models:
         check_fit(each, image_processor)
-    stream = PictureStream([Path(path) for path in paths], image_processor, count)
+    stream = ImageStream([Path(path) for path in paths], image_processor, count)
     return _embed_stream(stream, models, pool, batch_size, min(num_workers, len(stream.paths)))
 
 
@@ -224,15 +224,15 @@ def check_fit(model: PreTrainedModel, image_processor: MammoDinoImageProcessor) 
 
 
 def _embed_stream(
-    stream: PictureStream, models: list[PreTrainedModel], pool: str, batch_size: int, num_workers: int
+    stream: ImageStream, models: list[PreTrainedModel], pool: str, batch_size: int, num_workers: int
 ) -> Iterator[FileEmbeddings]:
-    rows: dict[int, list[tuple[Picture, np.ndarray]]] = defaultdict(list)  # of files that are not out yet
+    rows: dict[int, list[tuple[RenderedImage, np.ndarray]]] = defaultdict(list)  # of files that are not out yet
     ends: dict[int, FileEnd] = {}
     first_paths: dict[str, str] = {}
     turn = 0
-    for pictures, ended in _batches(open_stream(stream, num_workers, num_ahead=batch_size), batch_size):
-        for picture, features in zip(pictures, encode(models, pictures, pool) if pictures else (), strict=True):
-            rows[picture.file].append((picture._replace(pixel_values=np.empty(0)), features))  # pixels are let go
+    for images, ended in _batches(open_stream(stream, num_workers, num_ahead=batch_size), batch_size):
+        for image, features in zip(images, encode(models, images, pool) if images else (), strict=True):
+            rows[image.file].append((image._replace(pixel_values=np.empty(0)), features))  # pixels are let go
         ends.update((end.file, end) for end in ended)
         while turn in ends:
             # a name that is not UTF-8 is escaped: no table holds it otherwise
@@ -241,26 +241,28 @@ def _embed_stream(
             turn += 1
 
 
-def _batches(items: Iterable[Picture | FileEnd], batch_size: int) -> Iterator[tuple[list[Picture], list[FileEnd]]]:
-    """Batches of `batch_size` pictures, the last of what is left, each with the ends of files that it reached."""
-    pictures: list[Picture] = []
+def _batches(
+    items: Iterable[RenderedImage | FileEnd], batch_size: int
+) -> Iterator[tuple[list[RenderedImage], list[FileEnd]]]:
+    """Batches of `batch_size` images, the last of what is left, each with the ends of files that it reached."""
+    images: list[RenderedImage] = []
     ended: list[FileEnd] = []
     for item in items:
         if isinstance(item, FileEnd):
             ended.append(item)
             continue
-        pictures.append(item)
-        if len(pictures) == batch_size:
-            yield pictures, ended
-            pictures, ended = [], []
-    yield pictures, ended
+        images.append(item)
+        if len(images) == batch_size:
+            yield images, ended
+            images, ended = [], []
+    yield images, ended
 
 
 @torch.inference_mode()
-def encode(models: Sequence[PreTrainedModel], pictures: Sequence[Picture], pool: str) -> np.ndarray:
-    """(B, F) float32: the pooled tokens of each picture, the models side by side."""
-    pixel_values = torch.from_numpy(np.stack([each.pixel_values for each in pictures]))  # (B, 1, H, W)
-    tissue_mask = torch.from_numpy(np.stack([each.tissue_mask for each in pictures]))  # (B, h, w)
+def encode(models: Sequence[PreTrainedModel], images: Sequence[RenderedImage], pool: str) -> np.ndarray:
+    """(B, F) float32: the pooled tokens of each image, the models side by side."""
+    pixel_values = torch.from_numpy(np.stack([each.pixel_values for each in images]))  # (B, 1, H, W)
+    tissue_mask = torch.from_numpy(np.stack([each.tissue_mask for each in images]))  # (B, h, w)
     features = []
     for model in models:
         tissue, width = tissue_mask.to(model.device), model.config.hidden_size
@@ -272,19 +274,19 @@ def encode(models: Sequence[PreTrainedModel], pictures: Sequence[Picture], pool:
 
 
 def _gather(
-    path: str, rows: list[tuple[Picture, np.ndarray]], refused: str | None, first_paths: dict[str, str]
+    path: str, rows: list[tuple[RenderedImage, np.ndarray]], refused: str | None, first_paths: dict[str, str]
 ) -> FileEmbeddings:
     if refused is not None:
         return FileEmbeddings(path, refused)
-    pictures = [picture for picture, _ in rows]
-    series = pictures[0].volume_id
+    images = [image for image, _ in rows]
+    series = images[0].volume_id
     return FileEmbeddings(
         path,
         volume=path if series is None else first_paths.setdefault(series, path),
-        slices=[picture.slice_index for picture in pictures],
-        num_slices=pictures[0].num_slices,
+        slices=[image.slice_index for image in images],
+        num_slices=images[0].num_slices,
         embeddings=np.stack([features for _, features in rows]),
-        tissue_fraction=np.array([picture.tissue_mask.mean() for picture in pictures], np.float32),
+        tissue_fraction=np.array([image.tissue_mask.mean() for image in images], np.float32),
     )
 
 

@@ -48,7 +48,7 @@ def own_processor(settings: dict[str, Any] | None) -> MammoDinoImageProcessor | 
 def source_normalization(
     source: str | Path, settings: dict[str, Any] | None, num_channels: int, target: Normalization
 ) -> Normalization:
-    """The normalisation that a checkpoint was made with. Where nothing says it, an RGB model is taken to be of
+    """The normalization that a checkpoint was made with. Where nothing says it, an RGB model is taken to be of
     ImageNet's, as DINOv2 is, and any other to be of `target`; a warning says so."""
     own = own_processor(settings)
     if own is not None:
@@ -66,7 +66,7 @@ def source_normalization(
     else:
         mean, std = (np.ravel(settings[name]).astype(float).tolist() for name in ("image_mean", "image_std"))
         found = Normalization(tuple(mean), tuple(std))
-    if own is None and settings is not None:  # transformers normalises what it has rescaled: 0..1 by default
+    if own is None and settings is not None:  # transformers normalizes what it has rescaled: 0..1 by default
         full = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255
         found = Normalization(tuple(each / full for each in found.mean), tuple(each / full for each in found.std))
     if len(set(found.mean)) == len(set(found.std)) == 1:
@@ -83,7 +83,7 @@ def source_normalization(
 def fold_normalization(
     projection: torch.nn.Conv2d, source: Normalization, target: Normalization
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (D, 1, p, p) and bias (D,) of a patch embedding that takes a grey plane g as (g - m) / s and gives what
+    """Weight (D, 1, p, p) and bias (D,) of a patch embedding that takes a gray plane g as (g - m) / s and gives what
     `projection` gives for it in each of its channels c as (g - m_c) / s_c:
 
         weight = sum_c W_c s / s_c,    bias = b + sum over c and the patch of W_c (m - m_c) / s_c

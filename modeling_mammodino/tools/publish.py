@@ -3,10 +3,10 @@
 A folder is sent in one commit, and only if every file of it is one of a model: weights, settings, code, card, figures
 that the card shows. Anything else is refused before the first byte is sent, because what is published stays published.
 """
-# MERGED: Figures that may be published: pictures of results and nothing else. PNG, JPEG or SVG, checked by content.
+# MERGED: Figures that may be published: images of results and nothing else. PNG, JPEG or SVG, checked by content.
 #
-# Refused are metadata of any kind, data after the picture's end, links, what is as large as a mammogram, and what is
-# grey throughout, as mammograms are. A figure that shows a patient in colour is not recognised: look before you push.
+# Refused are metadata of any kind, data after the image's end, links, what is as large as a mammogram, and what is
+# gray throughout, as mammograms are. A figure that shows a patient in color is not recognized: look before you push.
 #
 # MERGED: What a published model folder may hold, file by file: checked by content, and by allow-list.
 #
@@ -41,9 +41,9 @@ from ..modeling_mammodino import MammoDinoPreTrainedModel
 # a page is about 800 px wide; full-field mammograms start at 4 MP
 MAX_FIGURE_PX, MAX_FIGURE_BYTES = 3_000_000, 3 * 2**20
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# what a decoder needs; the others hold text, dates, EXIF, colour profiles or private data (PNG specification, 11.3)
+# what a decoder needs; the others hold text, dates, EXIF, color profiles or private data (PNG specification, 11.3)
 PNG_CHUNKS = {"IHDR", "PLTE", "IDAT", "IEND", "tRNS", "gAMA", "cHRM", "sRGB", "sBIT", "pHYs", "bKGD", "hIST"}
-JPEG_SEGMENTS = {"APP0", "APP14"}  # JFIF's density and Adobe's colour transform; EXIF, XMP, ICC, IPTC are others
+JPEG_SEGMENTS = {"APP0", "APP14"}  # JFIF's density and Adobe's color transform; EXIF, XMP, ICC, IPTC are others
 SVG = "{http://www.w3.org/2000/svg}"
 SVG_ELEMENTS = {
     "svg", "g", "defs", "style", "path", "use", "rect", "circle", "ellipse", "line", "polyline", "polygon", "text",
@@ -61,27 +61,27 @@ def check_figure(suffix: str, data: bytes) -> Iterator[str]:
     elif suffix == ".svg":
         yield from _check_svg(data)
     else:
-        yield from _check_picture("PNG" if suffix == ".png" else "JPEG", data)
+        yield from _check_image("PNG" if suffix == ".png" else "JPEG", data)
 
 
-def _check_picture(kind: str, data: bytes) -> Iterator[str]:
+def _check_image(kind: str, data: bytes) -> Iterator[str]:
     try:
-        picture = Image.open(io.BytesIO(data), formats=[kind])
-        if picture.width * picture.height > MAX_FIGURE_PX:
-            size = f"{picture.width} x {picture.height} px, as large as a mammogram"
+        image = Image.open(io.BytesIO(data), formats=[kind])
+        if image.width * image.height > MAX_FIGURE_PX:
+            size = f"{image.width} x {image.height} px, as large as a mammogram"
             yield f"{size}; a figure has at most {MAX_FIGURE_PX / 1e6:g} million: draw it smaller"
             return
-        picture.load()
+        image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         yield f"not a readable {kind}, whatever its name says; remove it"
         return
-    yield from _check_png_chunks(data) if kind == "PNG" else _check_jpeg_segments(picture, data)
-    if picture.mode not in ("RGB", "RGBA", "P"):
-        yield f"colour mode {picture.mode}, as mammograms have; a figure is drawn in 8-bit colour"
+    yield from _check_png_chunks(data) if kind == "PNG" else _check_jpeg_segments(image, data)
+    if image.mode not in ("RGB", "RGBA", "P"):
+        yield f"color mode {image.mode}, as mammograms have; a figure is drawn in 8-bit color"
     else:
-        colours = np.asarray(picture.convert("RGB"))  # (H, W, 3)
-        if (colours == colours[..., :1]).all():
-            yield "grey throughout, as mammograms are; draw the figure with a colour, or leave it out"
+        colors = np.asarray(image.convert("RGB"))  # (H, W, 3)
+        if (colors == colors[..., :1]).all():
+            yield "gray throughout, as mammograms are; draw the figure with a color, or leave it out"
 
 
 def _check_png_chunks(data: bytes) -> Iterator[str]:
@@ -100,18 +100,18 @@ def _check_png_chunks(data: bytes) -> Iterator[str]:
     if chunks[-1:] != ["IEND"]:
         yield f"cut short; {REMEDY}"
     elif position != len(data):
-        yield f"{len(data) - position} bytes after the picture's end; {REMEDY}"
+        yield f"{len(data) - position} bytes after the image's end; {REMEDY}"
 
 
-def _check_jpeg_segments(picture: Image.Image, data: bytes) -> Iterator[str]:
-    segments = getattr(picture, "applist", [])
+def _check_jpeg_segments(image: Image.Image, data: bytes) -> Iterator[str]:
+    segments = getattr(image, "applist", [])
     if hidden := sorted({name for name, _ in segments} - JPEG_SEGMENTS):
         yield f"metadata in the JPEG segments {', '.join(hidden)}; save it as PNG"
     if any(name == "APP0" and not (body.startswith(b"JFIF\0") and len(body) == 14) for name, body in segments):
         yield "a thumbnail or unknown data in its APP0 segment; save it as PNG"
-    # inside the picture's own data a byte FF is followed by 00 or a restart marker, so the first end marker ends it
+    # inside the image's own data a byte FF is followed by 00 or a restart marker, so the first end marker ends it
     if data.find(b"\xff\xd9", data.find(b"\xff\xda")) != len(data) - 2:
-        yield "data after the picture's end; save it as PNG"
+        yield "data after the image's end; save it as PNG"
 
 
 def _check_svg(data: bytes) -> Iterator[str]:
@@ -254,14 +254,14 @@ def check_recipe(data: bytes) -> Iterator[str]:
 
 
 def check_card(text: str, figures: list[str]) -> Iterator[str]:
-    """README.md: with a licence, said to be for research use, and showing each of the figures beside it."""
+    """README.md: with a license, said to be for research use, and showing each of the figures beside it."""
     try:
-        licence = ModelCard(text).data.to_dict().get("license")
+        license = ModelCard(text).data.to_dict().get("license")
     except (ValueError, TypeError, yaml.YAMLError) as error:
         yield f"its metadata cannot be read ({_one_line(error)}); correct the block between the --- lines"
         return
-    if not licence:
-        yield "states no licence; add `license: NAME` between the --- lines at its top"
+    if not license:
+        yield "states no license; add `license: NAME` between the --- lines at its top"
     if "research use" not in text.lower():
         yield "does not say `research use only`; a reader could mistake the model for a medical device"
     if local := re.findall(rf"^\s*({'|'.join(LOCAL_RECIPE_FIELDS)}):[ \t]*(?!''|\"\")\S", text, re.MULTILINE):

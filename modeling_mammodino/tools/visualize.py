@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..image_io import ImageRefused
+from ..image_io import InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..rendering import Thumbnail, make_thumbnail
 
@@ -22,24 +22,24 @@ OUTLINE, GRID = (80, 220, 120), (90, 90, 90)  # BGR
 
 
 def inspect_file(path: str, image_processor: MammoDinoImageProcessor) -> np.ndarray:
-    """What the encoder sees of a file, (H, 3 * W + gaps, 3) uint8 BGR: the picture on its canvas, the breast's outline
+    """What the encoder sees of a file, (H, 3 * W + gaps, 3) uint8 BGR: the image on its canvas, the breast's outline
     on it, and the patches that are encoded. Of a volume, the middle slice."""
     inputs = image_processor(path, slices_per_volume=1, return_tensors="np")
     (mean, std), tissue = image_processor.mean_and_std, inputs["tissue_mask"][0]  # (h, w)
     values = inputs["pixel_values"][0, 0] * std + mean  # (H, W)
-    picture = cv2.cvtColor(np.rint(values.clip(0, 1) * 255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
-    height, width = picture.shape[:2]
+    image = cv2.cvtColor(np.rint(values.clip(0, 1) * 255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
+    height, width = image.shape[:2]
     fraction = cv2.resize(tissue, (width, height), interpolation=cv2.INTER_LINEAR)
     contours, _ = cv2.findContours((fraction >= 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    outlined = cv2.drawContours(picture.copy(), contours, -1, OUTLINE, max(1, height // 300))
-    return side_by_side([picture, outlined, encoded_patches(picture, tissue > 0)])
+    outlined = cv2.drawContours(image.copy(), contours, -1, OUTLINE, max(1, height // 300))
+    return side_by_side([image, outlined, encoded_patches(image, tissue > 0)])
 
 
-def encoded_patches(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The picture (H, W, 3) with dropped patches of the grid (h, w) darkened and the kept ones ruled."""
-    height, width = picture.shape[:2]
+def encoded_patches(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3) with dropped patches of the grid (h, w) darkened and the kept ones ruled."""
+    height, width = image.shape[:2]
     mask = cv2.resize(kept.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
-    shown = np.where(mask[..., None], picture, picture // 4 + np.array([40, 0, 0], np.uint8))
+    shown = np.where(mask[..., None], image, image // 4 + np.array([40, 0, 0], np.uint8))
     patch_height, patch_width = height // kept.shape[0], width // kept.shape[1]
     ruled = np.zeros_like(mask)
     ruled[::patch_height] = ruled[:, ::patch_width] = True
@@ -65,7 +65,7 @@ def add_inspect_command(commands) -> None:
     parser = commands.add_parser(
         "inspect",
         help="draw what a checkpoint sees of a file",
-        description="Draws what a checkpoint sees of a file, of a volume the middle slice: the picture, the breast's "
+        description="Draws what a checkpoint sees of a file, of a volume the middle slice: the image, the breast's "
         "outline, the patches that are encoded. Research use only.",
     )
     parser.add_argument("file", help="DICOM, PNG, JPEG, PGM or TIFF")
@@ -89,27 +89,27 @@ try:
 except ImportError:
     cv2 = None  # type: ignore[assignment]
 
-TILE_PX, CAPTION_PX = 200, 32  # side of the square for the picture; height of the two lines below it
+TILE_PX, CAPTION_PX = 200, 32  # side of the square for the image; height of the two lines below it
 TILES_PER_PAGE = 200
 FONT_SCALE, CAPTION_CHARACTERS = 0.36, 32
 WHITE = (255, 255, 255)  # BGR
 
 
 def draw_tile(thumbnail: Thumbnail, name: str) -> np.ndarray:
-    """A picture with the outline of its mask, from red (confidence 0) to green (1), and its caption: uint8 BGR."""
+    """An image with the outline of its mask, from red (confidence 0) to green (1), and its caption: uint8 BGR."""
     low, high = np.percentile(thumbnail.pixels, (0.5, 99.8))
-    grey = np.clip((thumbnail.pixels - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
-    scale = TILE_PX / max(grey.shape)
-    height, width = (max(1, round(side * scale)) for side in grey.shape)
+    gray = np.clip((thumbnail.pixels - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
+    scale = TILE_PX / max(gray.shape)
+    height, width = (max(1, round(side * scale)) for side in gray.shape)
     size, shrink = (width, height), cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    picture = cv2.cvtColor(cv2.resize(grey, size, interpolation=shrink), cv2.COLOR_GRAY2BGR)
+    image = cv2.cvtColor(cv2.resize(gray, size, interpolation=shrink), cv2.COLOR_GRAY2BGR)
     mask = cv2.resize(thumbnail.breast.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     confidence = thumbnail.confidence
-    colour = (60, round(255 * min(1, 2 * confidence)), round(255 * min(1, 2 - 2 * confidence)))
-    cv2.drawContours(picture, contours, -1, colour, 1)
+    color = (60, round(255 * min(1, 2 * confidence)), round(255 * min(1, 2 - 2 * confidence)))
+    cv2.drawContours(image, contours, -1, color, 1)
     words = f"{confidence:.2f} {thumbnail.oddity}" if thumbnail.oddity else f"{confidence:.2f}"
-    return _captioned(picture, name, words, colour)
+    return _captioned(image, name, words, color)
 
 
 def draw_refusal(name: str, reason: str) -> np.ndarray:
@@ -124,7 +124,7 @@ def tiles(paths: Sequence[Path], image_processor: MammoDinoImageProcessor) -> It
             slices = image_processor.render_source(path, (TILE_PX, TILE_PX), slices_per_volume=1)
             mammogram, _ = next(slices)  # rendered too, so that what the model would refuse is refused here
             yield draw_tile(make_thumbnail(mammogram.pixels), path.name), None
-        except ImageRefused as refusal:
+        except InvalidImageError as refusal:
             yield draw_refusal(path.name, refusal.reason), str(refusal)
         except OSError as error:
             yield draw_refusal(path.name, error.strerror or str(error)), str(error)
@@ -138,12 +138,12 @@ def draw_sheet(page: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return np.vstack([np.hstack(every[first : first + columns]) for first in range(0, len(every), columns)])
 
 
-def _captioned(picture: np.ndarray, first: str, second: str, colour: tuple[int, int, int]) -> np.ndarray:
+def _captioned(image: np.ndarray, first: str, second: str, color: tuple[int, int, int]) -> np.ndarray:
     tile = np.zeros((TILE_PX + CAPTION_PX, TILE_PX, 3), np.uint8)
-    tile[: picture.shape[0], : picture.shape[1]] = picture
+    tile[: image.shape[0], : image.shape[1]] = image
     if len(first) > CAPTION_CHARACTERS:  # file names differ at their end
         first = "..." + first[3 - CAPTION_CHARACTERS :]
-    for line, text, ink in ((1, first, WHITE), (2, second[:CAPTION_CHARACTERS], colour)):
+    for line, text, ink in ((1, first, WHITE), (2, second[:CAPTION_CHARACTERS], color)):
         place = (2, TILE_PX + 14 * line - 2)
         cv2.putText(tile, text, place, cv2.FONT_HERSHEY_SIMPLEX, FONT_SCALE, ink, 1, cv2.LINE_AA)
     return tile

@@ -1,4 +1,4 @@
-"""Labelled data sets for `datasets`: pictures without loss, refusals counted, a cache that goes by content."""
+"""Labeled data sets for `datasets`: images without loss, refusals counted, a cache that goes by content."""
 
 import io
 import logging
@@ -18,11 +18,11 @@ from PIL import Image
 
 import dataset_scripts.benchmarks  # noqa: F401 (makes the names known to load_dataset)
 from dataset_scripts import benchmarks as benchmark_names
-from dataset_scripts.benchmarks.builder import REFUSED, BenchmarkBuilder, PictureReader, as_png
+from dataset_scripts.benchmarks.builder import REFUSED, BenchmarkBuilder, BenchmarkImageReader, as_png
 from dataset_scripts.benchmarks.task import load_task
 from dataset_scripts.corpus.reader import decode_png
 from modeling_mammodino.dicom import iter_slices
-from modeling_mammodino.image_io import ImageRefused
+from modeling_mammodino.image_io import InvalidImageError
 
 datasets.disable_progress_bars()
 
@@ -43,7 +43,7 @@ def build_rows(tmp_path):
 
 @pytest.fixture
 def own(tmp_path):
-    """A table of 30 patients with a picture each, a third of them with cancer."""
+    """A table of 30 patients with an image each, a third of them with cancer."""
     folder = tmp_path / "own"
     folder.mkdir()
     for number in range(30):
@@ -57,16 +57,16 @@ def stored(row):
     return np.asarray(row["image"])
 
 
-def test_stored_values_come_back_from_a_picture(phantom_archive, build_rows):
-    """The phantom's window maps its 12 bits onto the whole range, so that each value can be told from its picture."""
+def test_stored_values_come_back_from_a_image(phantom_archive, build_rows):
+    """The phantom's window maps its 12 bits onto the whole range, so that each value can be told from its image."""
     rows = build_rows("phantom", phantom_archive)["train"]  # no official split: all in train
     assert len(rows) == 12 * (4 + 1) and set(rows["split"]) == {"train"}
     for row in rows.select(range(0, len(rows), 7)):
         pixels = pydicom.dcmread(phantom_archive / row["path"]).pixel_array
         frame = pixels if row["slice_index"] == -1 else pixels[row["slice_index"]]
-        picture = stored(row)
-        assert picture.dtype == np.uint16
-        np.testing.assert_array_equal(np.rint(picture / 65535 * 4095), frame)
+        image = stored(row)
+        assert image.dtype == np.uint16
+        np.testing.assert_array_equal(np.rint(image / 65535 * 4095), frame)
         assert row["num_slices"] == (1 if row["slice_index"] == -1 else 6)
     assert {row["slice_index"] for row in rows if row["num_slices"] == 6} == {0, 2, 3, 5}
 
@@ -102,15 +102,15 @@ def test_slices_are_numbered_as_frames_of_the_file(tmp_path):
     """Frames that lie in reverse order of position: box and number count frames, whatever their place."""
     path = save(volume(levels=(5, 6, 7, 8), positions=(3, 2, 1, 0), shape=(40, 40)), tmp_path)
     box = {"x0": 1.0, "y0": 1.0, "x1": 2.0, "y1": 2.0, "slice": 1, "label": "mass"}
-    every = PictureReader(slices_per_volume=0).read(path, [box])
+    every = BenchmarkImageReader(slices_per_volume=0).read(path, [box])
     assert [each.slice_index for each in every] == [3, 2, 1, 0]
     assert [decode_png(each.png)[0, 0] for each in every] == [807, 707, 607, 507]
     assert [len(each.boxes) for each in every] == [0, 0, 1, 0]
-    (one,) = PictureReader(boxed_slices=True).read(path, [box])
+    (one,) = BenchmarkImageReader(boxed_slices=True).read(path, [box])
     assert one.slice_index == 1 and decode_png(one.png)[0, 0] == 607 and one.boxes == [box]
-    assert all(each.boxes is None for each in PictureReader().read(path, None))
-    with pytest.raises(ImageRefused, match="a box is on slice 4 of 4"):
-        PictureReader().read(path, [{**box, "slice": 4}])
+    assert all(each.boxes is None for each in BenchmarkImageReader().read(path, None))
+    with pytest.raises(InvalidImageError, match="a box is on slice 4 of 4"):
+        BenchmarkImageReader().read(path, [{**box, "slice": 4}])
 
 
 def test_monochrome1_window_and_modality_are_applied(tmp_path):
@@ -119,7 +119,7 @@ def test_monochrome1_window_and_modality_are_applied(tmp_path):
     scaled = save(
         build(RAMP, WindowCenter=1, WindowWidth=4, RescaleSlope=0.001, RescaleIntercept=-1), tmp_path, "s.dcm"
     )
-    read = {path: decode_png(PictureReader().read(path)[0].png) for path in (plain, inverse, scaled)}
+    read = {path: decode_png(BenchmarkImageReader().read(path)[0].png) for path in (plain, inverse, scaled)}
     np.testing.assert_array_equal(read[plain], np.rint(RAMP / 4095 * 65535))
     np.testing.assert_array_equal(np.rint(read[inverse] / 65535 * 4095), RAMP)
     seen = (RAMP * 0.001 - 1 - 0.5) / 3 + 0.5  # PS3.3 C.11.2.1.2.1
@@ -127,20 +127,20 @@ def test_monochrome1_window_and_modality_are_applied(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_pictures_without_a_window_stay_as_they_are(tmp_path, dtype):
+def test_images_without_a_window_stay_as_they_are(tmp_path, dtype):
     plane = draw_breast(80, 60, seed=1)
     plane = (plane >> 4).astype(np.uint8) if dtype == np.uint8 else plane
     Image.fromarray(plane).save(tmp_path / "a.png")
-    (read,) = PictureReader().read(tmp_path / "a.png")
+    (read,) = BenchmarkImageReader().read(tmp_path / "a.png")
     np.testing.assert_array_equal(decode_png(read.png), plane)
     assert decode_png(read.png).dtype == dtype and (read.slice_index, read.num_slices) == (-1, 1)
     path = save(build(plane, 8 if dtype == np.uint8 else 16), tmp_path)
-    np.testing.assert_array_equal(decode_png(PictureReader().read(path)[0].png), plane)
+    np.testing.assert_array_equal(decode_png(BenchmarkImageReader().read(path)[0].png), plane)
 
 
 def test_a_jpeg_is_kept_as_it_decodes(tmp_path):
     Image.fromarray((draw_breast(80, 60) >> 4).astype(np.uint8)).save(tmp_path / "a.jpg", quality=60)
-    (read,) = PictureReader().read(tmp_path / "a.jpg")
+    (read,) = BenchmarkImageReader().read(tmp_path / "a.jpg")
     np.testing.assert_array_equal(decode_png(read.png), np.asarray(Image.open(tmp_path / "a.jpg")))
 
 
@@ -148,11 +148,11 @@ def test_values_without_a_full_scale_are_refused(tmp_path):
     half = decode_png(as_png(np.array([[0.0, 0.5], [1.0, 0.25]], np.float32)))
     np.testing.assert_array_equal(half, [[0, 32768], [65535, 16384]])
     for values in ([[-0.5, 1.0]], [[0.0, 1.5]], [[0.0, np.nan]]):
-        with pytest.raises(ImageRefused, match="without a window or VOI LUT; give it one"):
+        with pytest.raises(InvalidImageError, match="without a window or VOI LUT; give it one"):
             as_png(np.array(values, np.float32))
     path = save(build(RAMP, RescaleSlope=1, RescaleIntercept=-1000), tmp_path)
-    with pytest.raises(ImageRefused, match="values from -1000 to 3095 without a window"):
-        PictureReader().read(path)
+    with pytest.raises(InvalidImageError, match="values from -1000 to 3095 without a window"):
+        BenchmarkImageReader().read(path)
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
@@ -186,8 +186,8 @@ def test_a_volume_of_which_a_slice_is_broken_is_left_out_whole(phantom_archive, 
 
 def test_a_data_set_of_which_nothing_can_be_read_is_refused(own, build_rows):
     for path in own.glob("*.png"):
-        path.write_text("no picture")
-    with pytest.raises(ValueError, match="table: none of 30 images can be read: not a readable picture"):
+        path.write_text("no image")
+    with pytest.raises(ValueError, match="table: none of 30 images can be read: not a readable image"):
         build_rows("table", own, "cancer")
 
 
@@ -275,7 +275,7 @@ def test_other_versions_of_datasets_do_without_the_names(monkeypatch, caplog):
 
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_bcs_dbt_is_turned_right(tmp_path, build_rows, num_proc):
-    """Half a turn and a wrong side in the header: the picture is that of the list's view, in which its boxes are."""
+    """Half a turn and a wrong side in the header: the image is that of the list's view, in which its boxes are."""
     folder = tmp_path / "bcs"
     write_volume(folder / DESCRIPTIVE, half_turn(RIGHT), "L")
     write_volume(folder / "second" / DESCRIPTIVE.replace("P00013", "P00014"), half_turn(RIGHT), "L", series="1.2.3")
@@ -296,15 +296,15 @@ def test_bcs_dbt_is_turned_right(tmp_path, build_rows, num_proc):
 
 
 def test_only_pixels_travel(own, build_rows):
-    """Texts, profiles and EXIF of a picture stay behind."""
+    """Texts, profiles and EXIF of an image stay behind."""
     from PIL import PngImagePlugin
 
-    picture, about = Image.open(own / "p1.png"), PngImagePlugin.PngInfo()
-    picture.load()
+    image, about = Image.open(own / "p1.png"), PngImagePlugin.PngInfo()
+    image.load()
     about.add_text("Comment", "DOE^JANE")
     exif = Image.Exif()
     exif[0x010E] = "DOE^JANE"
-    picture.save(own / "p1.png", pnginfo=about, exif=exif)
+    image.save(own / "p1.png", pnginfo=about, exif=exif)
     assert b"DOE^JANE" in (own / "p1.png").read_bytes()
     rows = build_rows("table", own)["train"].cast_column("image", datasets.Image(decode=False))
     for row in rows:
@@ -319,7 +319,7 @@ def test_a_folder_is_found_from_home(own, build_rows, monkeypatch):
 
 
 def test_real_slices_stay_as_they_are(real_slices, build_rows, tmp_path):
-    """Grey JPEGs stored as RGB: one of the three equal planes."""
+    """Gray JPEGs stored as RGB: one of the three equal planes."""
     files = real_slices[:4]
     rows = [{"patient_id": path.name[:10], "path": str(path), "density": "ABCD"[n]} for n, path in enumerate(files)]
     pandas.DataFrame(rows).to_csv(tmp_path / "slices.csv", index=False)

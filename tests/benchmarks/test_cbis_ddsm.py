@@ -84,7 +84,7 @@ def write_cases(folder, cases=CASES):
     return folder
 
 
-def test_pictures_that_are_filed_twice_are_one_and_patients_in_test_leave_train(tmp_path, caplog):
+def test_images_that_are_filed_twice_are_one_and_patients_in_test_leave_train(tmp_path, caplog):
     cases = [*CASES, ("calc", "test", "P_3", "RIGHT", "CC", 1, "calcification", 2, "BENIGN", 0)]
     with caplog.at_level("INFO"):
         index = read_index(write_cases(tmp_path, cases)).set_index("image_id")

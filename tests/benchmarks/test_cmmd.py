@@ -38,7 +38,7 @@ def test_the_real_index(real):
     labels = {(each.task, each.name): each.label(index) for each in BENCHMARK.definitions}
     assert labels["cancer", "malignant"].value_counts().to_dict() == {"malignant": 2632, "benign": 1112}
     assert labels["cancer", "contralateral_negative"].value_counts()["not malignant"] == 1112 + 1458
-    assert labels["lesion", "contralateral_negative"].value_counts().to_dict() == {"lesion": 3744, "unlabelled": 1458}
+    assert labels["lesion", "contralateral_negative"].value_counts().to_dict() == {"lesion": 3744, "unlabeled": 1458}
     assert labels["lesion_type", "mass_or_calcification"].value_counts().to_dict() == {
         "mass": 2 * 1149,
         "calcification": 2 * 262,
@@ -71,19 +71,17 @@ def test_rows(tmp_path):
     assert (both["breast_id"], both["view"], both["cancer"], both["lesion"]) == ("D1-0002_L", "MLO", 1, 1)
     assert both["lesion_types"] == ["calcification", "mass"]
     assert index.loc["D1-0002_R_CC"]["cancer"] == 0
-    unlabelled = index.loc[["D2-0001_R_CC", "D2-0001_R_MLO"], ["cancer", "lesion", "lesion_types"]]
-    assert unlabelled.isna().all(axis=None)
+    unlabeled = index.loc[["D2-0001_R_CC", "D2-0001_R_MLO"], ["cancer", "lesion", "lesion_types"]]
+    assert unlabeled.isna().all(axis=None)
     assert index[["birads", "density", "boxes", "split", "path"]].isna().all(axis=None)
 
 
-def test_without_the_manifest_only_labelled_breasts_are_known(tmp_path, caplog):
+def test_without_the_manifest_only_labeled_breasts_are_known(tmp_path, caplog):
     index = read_index(write(tmp_path, manifest=None))
     assert len(index) == 8 and index["cancer"].notna().all()
-    assert (
-        "no metadata.csv, so unlabelled breasts are not known; the index has the 8 labelled images only" in caplog.text
-    )
+    assert "no metadata.csv, so unlabeled breasts are not known; the index has the 8 labeled images only" in caplog.text
     counted = count(tmp_path)
-    assert counted["labelled breasts"] == 4 and not any("images" in name for name in counted)
+    assert counted["labeled breasts"] == 4 and not any("images" in name for name in counted)
 
 
 @pytest.mark.parametrize("place", ["CMMD", "", "manifest-1/CMMD"])

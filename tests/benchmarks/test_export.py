@@ -120,7 +120,7 @@ def test_what_may_not_be_passed_on_is_refused_before_anything_is_read(name, hub:
     assert list(tmp_path.iterdir()) == [] and not hub.requests
 
 
-def test_a_licence_that_allows_sharing_is_one_that_the_hub_knows():
+def test_a_license_that_allows_sharing_is_one_that_the_hub_knows():
     known = {"cc-by-3.0", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0"}
     assert {license_id(each.license) for each in BENCHMARKS.values() if not each.no_sharing} <= known
     assert license_id("Kaggle competition rules") == license_id("CC BY-NC-ND 9.0") == "other"

@@ -1,4 +1,4 @@
-"""What is on disk of a labelled data set, against what was published and against its own metadata."""
+"""What is on disk of a labeled data set, against what was published and against its own metadata."""
 
 from dataclasses import replace
 

@@ -30,7 +30,7 @@ IMAGES = [
 FINDINGS_OF = [
     *((image, ["No Finding"], "", None) for image in ("i1", "i2", "i5", "i6")),
     ("i3", ["Mass"], "BI-RADS 5", (10, 20, 30, 40)),
-    ("i3", ["Mass", "Skin Thickening"], "BI-RADS 4", (-27, 50.5, 141, 241)),  # beyond the picture on three sides
+    ("i3", ["Mass", "Skin Thickening"], "BI-RADS 4", (-27, 50.5, 141, 241)),  # beyond the image on three sides
     ("i4", ["Asymmetry"], "BI-RADS 3", (1, 2, 3, 4)),
     ("i4", ["Focal Asymmetry"], "BI-RADS 3", (1, 2, 3, 4)),
     ("i7", ["Suspicious Calcification"], "BI-RADS 4", (0, 0, 100, 200)),
@@ -71,7 +71,7 @@ def test_rows(tmp_path, caplog):
         {"x0": 10, "y0": 20, "x1": 30, "y1": 40, "slice": -1, "label": "Mass"},
         {"x0": 0, "y0": 50.5, "x1": 100, "y1": 200, "slice": -1, "label": "Mass, Skin Thickening"},
     ]
-    assert "1 boxes reached beyond the picture" in caplog.text
+    assert "1 boxes reached beyond the image" in caplog.text
     assert index.loc["i2"]["view"] == "CC" and list(index["split"]) == ["train"] * 4 + ["test"] * 4
 
 
@@ -92,7 +92,7 @@ def test_counts(tmp_path):
     }  # fmt: skip
     assert {name: number for name, number in counted.items() if ":" not in name} == {
         "finding rows": 10, "finding rows of several names": 1, "finding rows without finding_birads": 5,
-        "boxes beyond the picture": 1, "view CC": 5, "view MLO": 3, "breasts of two CC and no MLO": 1,
+        "boxes beyond the image": 1, "view CC": 5, "view MLO": 3, "breasts of two CC and no MLO": 1,
         "studies of 2 or 4 series": 1,
     }  # fmt: skip
     assert counted["training: Mass"] == 2 and "test: Mass" not in counted and counted["test: DENSITY A"] == 4
@@ -145,7 +145,7 @@ def test_labels(tmp_path):
         (("i1", ["Cyst"], "", (1, 2, 3, 4)), "not a list of the data set's ten findings"),
         (("i1", ["Mass", "No Finding"], "", (1, 2, 3, 4)), "not a list"),
         (("i1", ["Mass"], "", None), "row 11: xmin is '', but a finding has a box"),
-        (("i1", ["Mass"], "", (101, 2, 130, 4)), "holds nothing of the picture"),
+        (("i1", ["Mass"], "", (101, 2, 130, 4)), "holds nothing of the image"),
         (("i1", ["Mass"], "", ("a", 2, 3, 4)), "xmin is 'a', not a number"),
     ],
 )

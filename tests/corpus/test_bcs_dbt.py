@@ -25,7 +25,7 @@ from dicom_builders import item
 from dataset_scripts.corpus.bcs_dbt_volumes import COLUMNS, BcsDbtViews, View, image_side
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.dicom import iter_slices
-from modeling_mammodino.image_io import ImageFile, ImageRefused
+from modeling_mammodino.image_io import ImageFile, InvalidImageError
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_the_image_processor_sees_a_turned_file_as_the_upright_one(tmp_path, lis
     assert len(seen) == len(expected) == 4
     for (mammogram, rendered), (_, right) in zip(seen, expected, strict=True):
         assert mammogram.laterality == "L"
-        np.testing.assert_array_equal(rendered.picture, right.picture)
+        np.testing.assert_array_equal(rendered.image, right.image)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_odd_lists_are_named(tmp_path, content, words):
 def test_a_listed_volume_that_cannot_be_read_is_refused(tmp_path, listed):
     path = write_volume(tmp_path / "1-1.dcm", LEFT, "L")
     path.write_bytes(path.read_bytes()[:-100])  # DBT-P02308 is cut short
-    with pytest.raises(ImageRefused, match="truncated"):
+    with pytest.raises(InvalidImageError, match="truncated"):
         listed("lcc").correction(path)
 
 
@@ -165,5 +165,5 @@ def test_real_views_and_slices():
     boxed = [row for row in lists["slices.csv"] if row["View"]]
     assert len(boxed) == 51  # exported with the collection's own code, so turned already
     for row in boxed:
-        picture = cv2.imread(str(LISTS / "slices" / Path(row["file"]).name), cv2.IMREAD_GRAYSCALE)
-        assert image_side(picture) == View.parse(row["View"]).laterality
+        image = cv2.imread(str(LISTS / "slices" / Path(row["file"]).name), cv2.IMREAD_GRAYSCALE)
+        assert image_side(image) == View.parse(row["View"]).laterality

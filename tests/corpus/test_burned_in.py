@@ -37,11 +37,11 @@ def test_white_text_at_any_depth(plane, place, full_scale, dtype):
 
 
 def test_black_text_on_a_label(plane):
-    labelled = plane.copy()
-    labelled[60:140, 680:1150] = 0.95
+    labeled = plane.copy()
+    labeled[60:140, 680:1150] = 0.95
     breast = segment_breast(plane)
-    assert not looks_annotated(labelled, breast)
-    assert looks_annotated(written(labelled, "ID 00482913", (700, 110), level=0.0), breast)
+    assert not looks_annotated(labeled, breast)
+    assert looks_annotated(written(labeled, "ID 00482913", (700, 110), level=0.0), breast)
 
 
 def test_text_that_runs_upwards(plane):

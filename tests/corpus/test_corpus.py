@@ -35,8 +35,8 @@ def build(sources, output, collection="test", **options):
     return build_corpus(sources, output, FIT, MammoDinoImageProcessor(), collection, **options)
 
 
-def pictures(folder):
-    """Everything of the rows, the pictures as they are stored."""
+def images(folder):
+    """Everything of the rows, the images as they are stored."""
     rows = Corpus(folder).rows
     return [rows[column] for column in rows.column_names]
 
@@ -87,13 +87,13 @@ def test_rows_have_the_schema_and_volumes_stand_together(phantom_corpus):
     assert corpus.slice_spacing_mm(corpus.rows_of(0).start) in (6.0, None)
 
 
-def test_pictures_are_those_of_the_image_processor(phantom_archive, phantom_corpus):
-    """The stored picture, put on a canvas of its own size, is what inference sees."""
+def test_images_are_those_of_the_image_processor(phantom_archive, phantom_corpus):
+    """The stored image, put on a canvas of its own size, is what inference sees."""
     path = sorted(phantom_archive.rglob("*_2d.dcm"))[0]
     corpus = Corpus(phantom_corpus)
     volume_id = [mammogram.volume_id for mammogram, _ in corpus.image_processor.render_source(path, FIT, False, KEY)]
     row = corpus.rows["volume_id"].index(volume_id[0])
-    stored, tissue = corpus.picture(row)
+    stored, tissue = corpus.image(row)
     height, width = stored.shape
     processor = MammoDinoImageProcessor(size={"height": height, "width": width}, patch_size=1, do_normalize=False)
     seen = processor(path)
@@ -113,7 +113,7 @@ def test_identifiers_leave_only_as_keyed_hashes(phantom_archive, phantom_corpus)
 def test_processes_change_nothing(phantom_archive, phantom_corpus, tmp_path):
     build([phantom_archive], tmp_path / "two", "phantom", num_proc=2, rows_per_shard=16)
     assert len(list((tmp_path / "two").glob("*.arrow"))) > len(list(phantom_corpus.glob("*.arrow")))
-    assert pictures(tmp_path / "two") == pictures(phantom_corpus)
+    assert images(tmp_path / "two") == images(phantom_corpus)
 
 
 def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corpus, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corp
     monkeypatch.setattr(corpus_shards, "render_shard", lambda *given: made.append(given[1]) or render(*given))
     build([phantom_archive], tmp_path / "out", "phantom", rows_per_shard=16)
     assert len(made) == len(set(made)) > 2  # what was finished is not made again
-    assert pictures(tmp_path / "out") == pictures(phantom_corpus)
+    assert images(tmp_path / "out") == images(phantom_corpus)
     build([phantom_archive], tmp_path / "out", "phantom", rows_per_shard=16)  # nothing is left to do
     assert len(made) == len(set(made))
 
@@ -165,7 +165,7 @@ def test_a_full_disk_is_said_and_what_is_finished_stands(phantom_archive, phanto
         main(arguments)
     assert list((tmp_path / "out").glob("*.arrow")) and not list((tmp_path / "out").glob(".*"))
     main(arguments)
-    assert pictures(tmp_path / "out") == pictures(phantom_corpus)
+    assert images(tmp_path / "out") == images(phantom_corpus)
 
 
 def test_one_corpus_has_one_set_of_settings(phantom_corpus, phantom_archive, monkeypatch, tmp_path):
@@ -218,7 +218,7 @@ def test_a_volume_of_one_file_a_slice_is_one_volume_in_order(phantom_archive, tm
 def test_an_archive_in_a_zip_is_the_same(phantom_archive, phantom_corpus, tmp_path):
     archive = shutil.make_archive(str(tmp_path / "archive"), "zip", phantom_archive)
     build([f"zip://::{archive}"], tmp_path / "out", "phantom")
-    assert pictures(tmp_path / "out") == pictures(phantom_corpus)
+    assert images(tmp_path / "out") == images(phantom_corpus)
 
 
 class KillsItself:
@@ -263,7 +263,7 @@ def test_on_slurm_the_corpus_is_the_same(phantom_archive, phantom_corpus, tmp_pa
         [*command, *arguments], cwd=kill_corpus.CHECKOUT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0 and "sent off" in done.stdout, done.stderr
-    assert pictures(tmp_path / "out") == pictures(phantom_corpus)
+    assert images(tmp_path / "out") == images(phantom_corpus)
 
 
 def test_ray_is_given_each_stage(tmp_path, monkeypatch):
@@ -293,8 +293,8 @@ def test_engine_arguments_are_those_of_datatrove(given, message):
 def test_sixteen_bits_on_request(tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), draw_breast())
     main([str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), "--bit_depth", "16"])
-    picture, _ = Corpus(tmp_path / "out").picture(0)
-    assert picture.dtype == np.uint16 and len(np.unique(picture)) > 1000
+    image, _ = Corpus(tmp_path / "out").image(0)
+    assert image.dtype == np.uint16 and len(np.unique(image)) > 1000
 
 
 def test_a_missing_or_empty_source_is_said(tmp_path):

@@ -10,7 +10,7 @@ from pretrain_runs import TINY
 from dataset_scripts.corpus.build import main as build_corpus
 from dataset_scripts.corpus.reader import Corpus
 from dataset_scripts.corpus.verify import verify_corpus
-from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import find_body
 from modeling_mammodino.tools.publish import check_recipe
 from training.pretrain import train
@@ -77,7 +77,7 @@ def test_no_body_is_found_in_nothing():
         assert not find_body(image).mask.any() and find_body(image).confidence == 0
     speck = np.zeros((64, 64), np.uint8)
     speck[30:33, 30:33] = 255
-    with pytest.raises(ImageRefused, match="no body found"):
+    with pytest.raises(InvalidImageError, match="no body found"):
         MammoDinoImageProcessor(tissue_finder="body")(speck)
 
 
@@ -106,7 +106,7 @@ def test_a_body_is_never_flipped():
         assert columns[:, straight].sum() > 2 * columns[:, -1 - straight].sum()
 
 
-def test_axial_neighbours_are_the_slices_above_and_below():
+def test_axial_neighbors_are_the_slices_above_and_below():
     pair, rng, slices = SLICE_PAIRINGS["axial"], np.random.default_rng(0), np.arange(20)
     assert {pair(rng, slices, 10, 0.5, 3.0, 2) for _ in range(100)} == {9, 11}  # thin slices: still the next ones
     assert {pair(rng, slices, 0, None, 3.0, 2) for _ in range(20)} == {1}
@@ -125,7 +125,7 @@ def test_a_pretraining_run_on_ct(tmp_path):
     corpus = Corpus(tmp_path / "corpus")
     assert corpus.num_volumes == 4 and len(corpus.rows) == 24 and set(corpus.kinds) == {"unknown"}
     assert corpus.slice_indices(corpus.rows_of(2)).tolist() == list(range(6)) and corpus.slice_spacing_mm(0) == 5
-    _, tissue = corpus.picture(5)
+    _, tissue = corpus.image(5)
     _, truth = axial_slice(5 / 6, seed=105)
     rows, columns = np.flatnonzero(truth.any(axis=1)), np.flatnonzero(truth.any(axis=0))
     assert tissue.mean() == pytest.approx(truth[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean(), abs=0.1)

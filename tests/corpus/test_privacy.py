@@ -51,7 +51,7 @@ def archive(tmp_path_factory, canaries):
         write_separate_slices(folder / f"{canaries.text()}.{canaries.text()}", canaries)
         last = write(dataset, folder, canaries)  # the same object once more
         write_odd_files(folder, dataset, last, canaries)
-    write_pictures(folder, canaries)
+    write_images(folder, canaries)
     return folder
 
 
@@ -106,18 +106,18 @@ def write_odd_files(folder: Path, dataset: pydicom.Dataset, whole: Path, canarie
         stream.write(canaries.text().encode())
 
 
-def write_pictures(folder: Path, canaries: Canaries) -> None:
-    picture = Image.fromarray((draw_breast(seed=9) >> 4).astype(np.uint8))
+def write_images(folder: Path, canaries: Canaries) -> None:
+    image = Image.fromarray((draw_breast(seed=9) >> 4).astype(np.uint8))
     comment = PngImagePlugin.PngInfo()
     comment.add_text("Patient", canaries.text())
     comment.add_text("Study", canaries.text(), zip=True)
     comment.add_itxt("Name", canaries.text(), lang=canaries.text())
-    picture.save(folder / f"{canaries.text()}.png", pnginfo=comment)
+    image.save(folder / f"{canaries.text()}.png", pnginfo=comment)
     exif = Image.Exif()
     exif[0x010E], exif[0x0132], exif[0x9C9B] = canaries.text(), canaries.date(), canaries.text().encode("utf-16-le")
-    picture.save(folder / f"{canaries.text()}.jpg", exif=exif, comment=canaries.text().encode())
-    picture.save(folder / f"{canaries.text()}.tif", description=canaries.text(), artist=canaries.text())
-    pgm = cv2.imencode(".pgm", np.asarray(picture))[1].tobytes()
+    image.save(folder / f"{canaries.text()}.jpg", exif=exif, comment=canaries.text().encode())
+    image.save(folder / f"{canaries.text()}.tif", description=canaries.text(), artist=canaries.text())
+    pgm = cv2.imencode(".pgm", np.asarray(image))[1].tobytes()
     (folder / f"{canaries.text()}.pgm").write_bytes(pgm.replace(b"P5\n", f"P5\n# {canaries.text()}\n".encode(), 1))
 
 
@@ -217,8 +217,8 @@ def test_the_search_finds_what_is_kept_on_purpose(archive, user, hub_server: Hub
     own, key = Canaries(), "another key, from a file, long enough"
     name = own.text()
     (tmp_path / "key").write_text(key)
-    picture = next(archive.glob("*.png"))
-    user.run("dataset_scripts.corpus", picture, "--output", tmp_path / "out", "--collection", name,
+    image = next(archive.glob("*.png"))
+    user.run("dataset_scripts.corpus", image, "--output", tmp_path / "out", "--collection", name,
              "--hash_key_file", tmp_path / "key", MAMMODINO_HASH_KEY="")  # fmt: skip
     user.run("dataset_scripts.corpus.push", tmp_path / "out", "someone/named", "--license", "cc0-1.0")
     for file in ("data-00000.arrow", "manifest.json"):
@@ -242,7 +242,7 @@ def test_the_search_finds_every_spelling(encoding, case):
     assert own.found_in(f"0.{date}1".encode()) == set()  # digits of a number
 
 
-def test_the_search_looks_into_pictures():
+def test_the_search_looks_into_images():
     own = Canaries()
     drawn, said = own.text(), own.text()
     pixels = np.frombuffer(drawn.encode().ljust(64, b"."), np.uint8).reshape(8, 8)

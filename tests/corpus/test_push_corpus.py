@@ -30,7 +30,7 @@ def test_a_corpus_is_published_and_opens(phantom_corpus, hub: HubServer, tmp_pat
     assert all(files[path.name] == path.read_bytes() for path in phantom_corpus.iterdir())
     assert hub.repos["dataset/someone/corpus"]["private"]
     card = files["README.md"].decode()
-    assert "license: cc0-1.0" in card and "Research use only" in card and "84 pictures of 24" in card
+    assert "license: cc0-1.0" in card and "Research use only" in card and "84 images of 24" in card
     command = "import datasets; rows = datasets.load_dataset('someone/corpus', split='train')"
     command += "; print(len(rows), list(rows.features))"
     shown = subprocess.run(
@@ -113,7 +113,7 @@ def test_a_public_repository_only_on_request(phantom_corpus, hub: HubServer):
 
 
 @pytest.mark.parametrize("license", ["", "mine\ntags: [x]", "CC BY"])
-def test_the_licence_must_be_said(four_shards, hub: HubServer, license):
+def test_the_license_must_be_said(four_shards, hub: HubServer, license):
     with pytest.raises(SystemExit, match="terms of their own.*BCS-DBT is CC BY-NC 4.0.*EMBED"):
         main([str(four_shards), "someone/corpus", "--license", license])
     with pytest.raises(SystemExit, match="terms of their own"):

@@ -111,7 +111,7 @@ def chunk(name, data):
 
 @pytest.mark.parametrize("name", [b"tEXt", b"iTXt", b"zTXt", b"tIME", b"eXIf", b"iCCP", b"prVt"])
 @pytest.mark.parametrize("column", ["image", "tissue"])
-def test_text_in_a_picture_is_found(corpus, name, column):
+def test_text_in_a_image_is_found(corpus, name, column):
     def change(rows):
         data = rows[0][column]["bytes"]
         rows[0][column]["bytes"] = data[:33] + chunk(name, b"Name\0DOE^JANE") + data[33:]
@@ -122,7 +122,7 @@ def test_text_in_a_picture_is_found(corpus, name, column):
 
 
 @pytest.mark.parametrize("put", [lambda png: png[:-12] + chunk(b"IEND", b"DOE^JANE"), lambda png: png[:-12]])
-def test_a_picture_that_ends_otherwise(corpus, put):
+def test_a_image_that_ends_otherwise(corpus, put):
     def change(rows):
         rows[0]["image"]["bytes"] = put(rows[0]["image"]["bytes"])
         return rows
@@ -131,7 +131,7 @@ def test_a_picture_that_ends_otherwise(corpus, put):
     assert any("row 0, image" in each for each in verify_corpus(corpus))
 
 
-def test_a_picture_that_claims_to_be_huge_is_not_decoded(corpus, monkeypatch):
+def test_a_image_that_claims_to_be_huge_is_not_decoded(corpus, monkeypatch):
     data = encode_png(np.zeros((40, 30), np.uint8))
     rewrite(corpus, set_value(0, "image", {"bytes": data[:16] + b"\0\1\0\0" * 2 + data[24:], "path": None}))
     assert any("65536 x 65536" in each for each in verify_corpus(corpus))
@@ -246,7 +246,7 @@ def test_an_unfinished_corpus(corpus):
         ("manifest.json", {"rows": "DOE^JANE"}),
         ("manifest.json", {"rows_by_kind": {"DOE^JANE": 84}}),
         ("manifest.json", {"rows_by_kind": {"ffdm": 84}}),
-        ("manifest.json", {"burned_in_annotations": {"picture": 84}}),
+        ("manifest.json", {"burned_in_annotations": {"image": 84}}),
         ("manifest.json", {"doubtful_masks": 84}),
         ("manifest.json", {"files_found": 3}),
         ("manifest.json", {"fit": [64, 64]}),

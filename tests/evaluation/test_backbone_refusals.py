@@ -94,8 +94,8 @@ def test_a_native_checkpoint_without_a_layer_or_with_one_channel_is_refused(fold
     save_file({key: value for key, value in state.items() if key != name}, folder / "model.safetensors")
     assert f"missing {name}" in refusal("dinov2", folder)
     small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 70, "patch_size": 14}
-    AutoModel.from_config(Dinov2Config(**small, num_channels=1)).save_pretrained(tmp_path / "grey")
-    assert "takes 1 channels" in refusal("dinov2", tmp_path / "grey")
+    AutoModel.from_config(Dinov2Config(**small, num_channels=1)).save_pretrained(tmp_path / "gray")
+    assert "takes 1 channels" in refusal("dinov2", tmp_path / "gray")
 
 
 def test_several_files_are_a_question(folders, tmp_path):
@@ -103,7 +103,7 @@ def test_several_files_are_a_question(folders, tmp_path):
     shutil.copy(folder / "model-best.tar", folder / "b2-model-best-epoch-10.tar")
     assert "2 files *.tar" in refusal("mammo_clip_efficientnet", folder)
     by_path = load_backbone("mammo_clip_efficientnet", str(folder / "model-best.tar"))
-    assert by_path.picture_maker.settings()["image_processor"]["size"] == {"height": 72, "width": 72}
+    assert by_path.lesion_image_renderer.settings()["image_processor"]["size"] == {"height": 72, "width": 72}
 
 
 # files with more than tensors

@@ -215,7 +215,7 @@ def test_an_untrained_vit_has_the_architecture_it_is_given_and_its_seed(folders)
     weights = [each.settings()["weights"] for each in (first, again, other, trained)]
     assert weights[0] == weights[1] and len(set(weights)) == 3
     assert first.settings()["config"] == trained.settings()["config"]
-    assert first.picture_maker.settings() == trained.picture_maker.settings()
+    assert first.lesion_image_renderer.settings() == trained.lesion_image_renderer.settings()
     default = load_backbone("untrained")
     assert (default.width, sum(each.numel() for each in default.parameters()) // 10**6) == (768, 21)  # a ViT-S
 
@@ -277,7 +277,7 @@ def test_settings_are_the_same_for_the_same_features_only(folders, tmp_path, kin
         given = json.loads(path.read_text()) if path.is_file() else {"image_processor_type": "ViTImageProcessor"}
         path.write_text(json.dumps(given | {"image_mean": [0.1, 0.1, 0.1]}))
         changed = load_backbone(kind, str(moved)).settings()
-        assert changed["weights"] == settings["weights"] and changed["pictures"] != settings["pictures"]
+        assert changed["weights"] == settings["weights"] and changed["images"] != settings["images"]
     with torch.no_grad():
         next(backbone.parameters()).flatten()[0].add_(1)
     assert backbone.settings()["weights"] != settings["weights"]

@@ -16,9 +16,9 @@ from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews, View
 from modeling_mammodino import MammoDinoImageProcessor
 from training.detect import main, run_detection
 from training.evaluation.detection import train as train_detector
-from training.evaluation.detection.data import PictureMaker
+from training.evaluation.detection.data import LesionImageRenderer
 from training.evaluation.detection.detector import cell_loss, load_detector
-from training.evaluation.detection.metrics import Found, judge
+from training.evaluation.detection.metrics import Found, evaluate
 from training.evaluation.detection.settings import DetectionSettings
 from training.evaluation.detection.table import load_boxes
 
@@ -28,7 +28,7 @@ FRACTIONS = {"test_fraction": 0.3, "validation_fraction": 0.2}
 
 @pytest.fixture(scope="module")
 def drawn_table(tmp_path_factory) -> Path:
-    """A picture a patient, of either breast; two in three have a bright ellipse, with its box."""
+    """An image a patient, of either breast; two in three have a bright ellipse, with its box."""
     folder, rows = tmp_path_factory.mktemp("drawn"), []
     for number in range(NUM_PATIENTS):
         side, rng = ("left", "right")[number % 2], np.random.default_rng(number)
@@ -83,7 +83,7 @@ def finished(drawn_table, encoder_folder, tmp_path_factory) -> tuple[DetectionSe
 def test_a_trained_detector_finds_what_an_untrained_one_does_not(finished, drawn_table, encoder_folder, tmp_path):
     _, trained = finished
     untrained = run_detection(short_run(drawn_table, encoder_folder, tmp_path, num_train_epochs=0))
-    assert untrained["judged"] == trained["judged"] == {"images": {"images": 9, "patients": 9, "lesions": 6}}
+    assert untrained["evaluated"] == trained["evaluated"] == {"images": {"images": 9, "patients": 9, "lesions": 6}}
     map_50, at_1 = (trained["metrics"]["images"][name] for name in ("map_50", "sensitivity_at_1"))
     assert map_50[0] > 0.3 > 0.05 > untrained["metrics"]["images"]["map_50"][2]
     assert at_1[0] > 0.8 > untrained["metrics"]["images"]["sensitivity_at_1"][0]
@@ -94,7 +94,7 @@ def test_what_is_written_agrees_with_the_result(finished):
     settings, result = finished
     output = Path(settings.output_dir)
     assert json.loads((output / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert not (output / "checkpoints").exists() and not (output / "pictures").exists()
+    assert not (output / "checkpoints").exists() and not (output / "images").exists()
     for name in ("detections.png", "froc.png"):
         assert cv2.imread(str(output / name)).std() > 20
     predictions, lesions = (pandas.read_parquet(output / f"{name}.parquet") for name in ("predictions", "lesions"))
@@ -114,7 +114,7 @@ def test_what_is_written_agrees_with_the_result(finished):
         found.append(
             Found(image, image, 1, none, np.zeros(0, int), of[corners].to_numpy(), slices, of["score"].to_numpy())
         )
-    again = judge(found, "centre", 0.2, 10, seed=0)
+    again = evaluate(found, "center", 0.2, 10, seed=0)
     for name, score in result["metrics"]["images"].items():
         assert again[name].value == pytest.approx(score[0])
     detector, processor = load_detector(output / "model")
@@ -166,11 +166,11 @@ def test_refused_images_are_counted(drawn_table, encoder_folder, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     order = [f"{number:02d}.png" for number in range(NUM_PATIENTS)]
     for name in order[::10]:
-        (folder / name).write_bytes(b"no picture")
+        (folder / name).write_bytes(b"no image")
     result = run_detection(short_run(folder, encoder_folder, tmp_path / "run", num_train_epochs=1))
     assert result["counts"]["refused"] == 3
     of_test = {image.image_id for image in load_boxes("table", folder, **FRACTIONS).images["test"]}
-    assert result["judged"]["images"]["images"] == len(of_test) - len(of_test & set(order[::10]))
+    assert result["evaluated"]["images"]["images"] == len(of_test) - len(of_test & set(order[::10]))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_what_cannot_be_used_is_named_in_one_line(drawn_table, encoder_folder, t
     assert not (tmp_path / "result.json").exists()
 
 
-def test_boxes_of_bcs_dbt_lie_in_the_turned_picture(phantom_archive, tmp_path):
+def test_boxes_of_bcs_dbt_lie_in_the_turned_image(phantom_archive, tmp_path):
     """A volume stored upside down and mirrored, as some of that collection are, comes out as the upright one."""
     upright = next(phantom_archive.rglob("L_*_dbt.dcm"))
     dataset = pydicom.dcmread(upright)
@@ -203,9 +203,9 @@ def test_boxes_of_bcs_dbt_lie_in_the_turned_picture(phantom_archive, tmp_path):
     dataset.save_as(turned)
     view = View("L", upright.name.split("_")[1])
     views = BcsDbtViews({}, {turned.parts[-4:]: view, upright.parts[-4:]: view})
-    maker = PictureMaker(MammoDinoImageProcessor(size={"height": 128, "width": 96}, patch_size=16), views)
+    maker = LesionImageRenderer(MammoDinoImageProcessor(size={"height": 128, "width": 96}, patch_size=16), views)
     for frame in (1, 4):
         (one,), (other,) = maker(str(upright), [frame]), maker(str(turned), [frame])
-        np.testing.assert_array_equal(other.picture, one.picture)
+        np.testing.assert_array_equal(other.image, one.image)
         assert other.placement == one.placement
     assert views.counts["turned"] == 2

@@ -1,4 +1,4 @@
-"""Boxes carried with pictures: which images count, and boxes against lesions that are found where they should be."""
+"""Boxes carried with images: which images count, and boxes against lesions that are found where they should be."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ import pandas
 import pytest
 from conftest import draw_breast
 
-from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from training.evaluation.detection.data import (
-    DetectionPictures,
-    PictureMaker,
+    DetectionImages,
+    LesionImageRenderer,
     augment,
-    collate_pictures,
-    render_training_pictures,
-    to_centres,
+    collate_images,
+    render_training_images,
+    to_centers,
     to_corners,
     visible_boxes,
 )
@@ -27,8 +27,8 @@ CANVAS = {"height": 128, "width": 96}
 
 
 @pytest.fixture(scope="module")
-def maker() -> PictureMaker:
-    return PictureMaker(MammoDinoImageProcessor(size=CANVAS, patch_size=16))
+def maker() -> LesionImageRenderer:
+    return LesionImageRenderer(MammoDinoImageProcessor(size=CANVAS, patch_size=16))
 
 
 def write_table(folder: Path, rows: list[dict]) -> Path:
@@ -76,8 +76,8 @@ def test_a_table_without_boxes_is_refused_in_one_line(tmp_path):
         load_boxes("table", write_table(tmp_path, [{"lesion": 0}, {"lesion": 1}]))
 
 
-def marked_row(maker: PictureMaker, tmp_path: Path, side: str):
-    """A drawn breast with a bright ellipse, as load_boxes and render_training_pictures give it back."""
+def marked_row(maker: LesionImageRenderer, tmp_path: Path, side: str):
+    """A drawn breast with a bright ellipse, as load_boxes and render_training_images give it back."""
     rows = [{"boxes": [box()]} for _ in range(4)]
     write_table(tmp_path, rows)
     plane = draw_breast(200, 140, seed=0)
@@ -88,23 +88,23 @@ def marked_row(maker: PictureMaker, tmp_path: Path, side: str):
     table = pandas.read_csv(tmp_path / "index.csv").assign(boxes=json.dumps(boxes))
     table.to_csv(tmp_path / "index.csv", index=False)
     images = load_boxes("table", tmp_path, test_fraction=0.3, validation_fraction=0.3).images["train"]
-    return render_training_pictures(images, maker, 1, 0, tmp_path / "cache", num_proc=1)
+    return render_training_images(images, maker, 1, 0, tmp_path / "cache", num_proc=1)
 
 
-def bright_box(picture: np.ndarray) -> np.ndarray:
-    rows, columns = (np.flatnonzero((picture > 0.97 * picture.max()).sum(axis=axis) > 1) for axis in (1, 0))
+def bright_box(image: np.ndarray) -> np.ndarray:
+    rows, columns = (np.flatnonzero((image > 0.97 * image.max()).sum(axis=axis) > 1) for axis in (1, 0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_targets_lie_on_the_lesion_also_after_augmentation(tmp_path, side):
-    maker = PictureMaker(MammoDinoImageProcessor(size=CANVAS, patch_size=16, do_clahe=False))
+    maker = LesionImageRenderer(MammoDinoImageProcessor(size=CANVAS, patch_size=16, do_clahe=False))
     rows, refused = marked_row(maker, tmp_path, side)
     assert not refused and len(rows) == 2
-    pictures, canvas = DetectionPictures(rows, maker, seed=3), (CANVAS["height"], CANVAS["width"])
+    images, canvas = DetectionImages(rows, maker, seed=3), (CANVAS["height"], CANVAS["width"])
     corners = []
     for draw in [None, *range(6)]:
-        item = pictures[0 if draw is None else (0, draw)]
+        item = images[0 if draw is None else (0, draw)]
         (found,) = to_corners(item["labels"]["boxes"].double().numpy(), canvas)
         np.testing.assert_allclose(found, bright_box(item["pixel_values"][0].numpy()), atol=1.6)
         tissue = item["pixel_values"][1].numpy()
@@ -112,18 +112,18 @@ def test_targets_lie_on_the_lesion_also_after_augmentation(tmp_path, side):
         assert tissue[row, column] > 0.5
         corners.append(found)
     assert np.ptp(corners, axis=0).min() > 3  # they do move
-    np.testing.assert_array_equal(pictures[(0, 4)]["pixel_values"], pictures[(0, 4)]["pixel_values"])
+    np.testing.assert_array_equal(images[(0, 4)]["pixel_values"], images[(0, 4)]["pixel_values"])
 
 
 def test_rows_are_found_again_and_a_changed_file_is_not(maker, tmp_path):
     first, _ = marked_row(maker, tmp_path, "left")
     made = [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").rglob("*.arrow"))]
     images = load_boxes("table", tmp_path, test_fraction=0.3, validation_fraction=0.3).images["train"]
-    render_training_pictures(images, maker, 1, 0, tmp_path / "cache", num_proc=1)
+    render_training_images(images, maker, 1, 0, tmp_path / "cache", num_proc=1)
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").rglob("*.arrow"))] == made
     cv2.imwrite(images[0].file, draw_breast(210, 140, seed=9))
-    again, _ = render_training_pictures(images, maker, 1, 0, tmp_path / "cache", num_proc=1)
-    assert again[0]["picture"] != first[0]["picture"] and again[1]["picture"] == first[1]["picture"]
+    again, _ = render_training_images(images, maker, 1, 0, tmp_path / "cache", num_proc=1)
+    assert again[0]["image"] != first[0]["image"] and again[1]["image"] == first[1]["image"]
 
 
 def test_a_volume_gives_the_slices_of_its_lesion(maker, phantom_archive, tmp_path):
@@ -131,7 +131,7 @@ def test_a_volume_gives_the_slices_of_its_lesion(maker, phantom_archive, tmp_pat
     images = [image for split in load_boxes("phantom", phantom_archive).images.values() for image in split]
     volumes = [image for image in images if image.image_id.endswith("dbt")]
     with_lesion = [image for image in volumes if len(image.lesions)]
-    rows, refused = render_training_pictures(volumes, maker, 3, 1, tmp_path / "cache", num_proc=1)
+    rows, refused = render_training_images(volumes, maker, 3, 1, tmp_path / "cache", num_proc=1)
     assert not refused
     for image in volumes:
         of = [row for row in rows if row["image_id"] == image.image_id]
@@ -148,7 +148,7 @@ def test_a_volume_gives_the_slices_of_its_lesion(maker, phantom_archive, tmp_pat
     assert len(with_lesion) >= 3
     beyond = with_lesion[0]._replace(lesion_slices=np.array([6]))
     unknown = with_lesion[0]._replace(image_id="unknown", lesion_slices=np.array([-1]))
-    rows, refused = render_training_pictures([beyond, unknown], maker, 3, 1, tmp_path / "other", num_proc=1)
+    rows, refused = render_training_images([beyond, unknown], maker, 3, 1, tmp_path / "other", num_proc=1)
     assert (
         len(rows) == 0 and "6 slices, from 0; slice 6" in refused[beyond.image_id] and "no slice" in refused["unknown"]
     )
@@ -159,8 +159,8 @@ def test_frames_are_those_of_the_file(maker, phantom_archive):
     every = list(maker(file))
     assert [each.frame for each in every] == list(range(6)) and every[0].num_frames == 6
     (one,) = maker(file, [4])
-    np.testing.assert_array_equal(one.picture, every[4].picture)
-    with pytest.raises(ImageRefused, match="slice 6 was asked for"):
+    np.testing.assert_array_equal(one.image, every[4].image)
+    with pytest.raises(InvalidImageError, match="slice 6 was asked for"):
         list(maker(file, [6]))
 
 
@@ -170,23 +170,23 @@ def test_boxes_that_are_hardly_on_the_canvas_are_no_targets():
     assert visible_boxes(np.empty((0, 4)), (100, 100)).shape == (0, 4)
 
 
-def test_centres_and_corners_are_inverse():
+def test_centers_and_corners_are_inverse():
     boxes = np.array([[10.0, 20, 30, 60]])
-    np.testing.assert_allclose(to_centres(boxes, (100, 50)), [[0.4, 0.4, 0.4, 0.4]])
-    np.testing.assert_allclose(to_corners(to_centres(boxes, (100, 50)), (100, 50)), boxes)
+    np.testing.assert_allclose(to_centers(boxes, (100, 50)), [[0.4, 0.4, 0.4, 0.4]])
+    np.testing.assert_allclose(to_corners(to_centers(boxes, (100, 50)), (100, 50)), boxes)
 
 
 def test_augmentation_keeps_black_black_and_depth():
-    picture, tissue = np.zeros((64, 48), np.uint16), np.ones((4, 3), np.float32)
-    picture[8:40, :20] = 65535
-    changed, of, boxes = augment(generator(0, 18, 5), picture, tissue, np.empty((0, 4)))
+    image, tissue = np.zeros((64, 48), np.uint16), np.ones((4, 3), np.float32)
+    image[8:40, :20] = 65535
+    changed, of, boxes = augment(generator(0, 18, 5), image, tissue, np.empty((0, 4)))
     assert changed.dtype == np.uint16 and changed.max() == 65535 and changed.min() == 0 and boxes.shape == (0, 4)
     assert of.shape == tissue.shape and 0 <= of.min() and of.max() <= 1
 
 
 def test_a_batch_has_a_list_of_labels(maker, tmp_path):
     rows, _ = marked_row(maker, tmp_path, "left")
-    pictures = DetectionPictures(rows, maker, seed=0)
-    batch = collate_pictures([pictures[0], pictures[1]])
+    images = DetectionImages(rows, maker, seed=0)
+    batch = collate_images([images[0], images[1]])
     assert batch["pixel_values"].shape == (2, 2, 128, 96) and len(batch["labels"]) == 2
     assert batch["labels"][0]["boxes"].shape == (1, 4) and batch["labels"][0]["class_labels"].tolist() == [0]

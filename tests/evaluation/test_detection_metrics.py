@@ -14,11 +14,11 @@ from training.evaluation.detection.metrics import (
     Found,
     average_precision,
     coco_matches,
+    evaluate,
     froc_curve,
     froc_marks,
     hits,
     iou,
-    judge,
     merge_boxes,
     sensitivity_at,
 )
@@ -47,7 +47,7 @@ def one_hit(rule: str, box, lesion, depth: int, slice_: int, num_slices: int, le
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     if num_slices > 1 and abs(depth - slice_) > num_slices / 4:
         return False
-    if rule == "centre":
+    if rule == "center":
         return lesion[0] <= x <= lesion[2] and lesion[1] <= y <= lesion[3]
     if rule == "dbt_challenge":
         width, height = lesion[2] - lesion[0], lesion[3] - lesion[1]
@@ -98,16 +98,16 @@ def test_sensitivity_at_false_positives_is_that_of_the_best_threshold(rule, num_
 def test_rules_at_their_edges():
     lesion = np.array([[100.0, 200, 160, 280]])  # half its diagonal is 50
 
-    def hit(rule: str, centre: tuple[float, float], slice_: int = 0, num_slices: int = 1, depth: int = 0) -> bool:
-        box = np.array([[centre[0] - 5, centre[1] - 5, centre[0] + 5, centre[1] + 5]])
+    def hit(rule: str, center: tuple[float, float], slice_: int = 0, num_slices: int = 1, depth: int = 0) -> bool:
+        box = np.array([[center[0] - 5, center[1] - 5, center[0] + 5, center[1] + 5]])
         found = Found("i", "p", num_slices, lesion, np.array([depth]), box, np.array([slice_]), np.ones(1))
         return bool(hits(found, rule, 0.1)[0, 0])
 
-    assert hit("centre", (160, 280)) and not hit("centre", (160.1, 240))
+    assert hit("center", (160, 280)) and not hit("center", (160.1, 240))
     assert hit("dbt_challenge", (230, 240)) and not hit("dbt_challenge", (230.1, 240))  # 100 pixels, not 50
     assert hit("dbt_challenge", (130, 240), slice_=20, num_slices=40, depth=10)
     assert not hit("dbt_challenge", (130, 240), slice_=21, num_slices=40, depth=10)
-    assert hit("centre", (130, 240), slice_=39, num_slices=40, depth=-1)  # a depth that nobody noted
+    assert hit("center", (130, 240), slice_=39, num_slices=40, depth=-1)  # a depth that nobody noted
     assert not hit("iou", (130, 240))  # 100 of 4800 pixels
     assert iou(np.array([[0, 0, 4, 4.0]]), np.array([[2, 0, 6, 4.0]])) == pytest.approx(8 / 24)
 
@@ -143,8 +143,8 @@ def test_weights_are_images_that_repeat():
     weights, repeated = np.bincount(rows, minlength=len(found)), [found[row] for row in np.sort(rows)]
     assert average_precision(coco_matches(found), weights) == pytest.approx(average_precision(coco_matches(repeated)))
     for false_positives in (0.5, 1, 4):
-        assert sensitivity_at(froc_marks(found, "centre", 0), false_positives, weights) == pytest.approx(
-            sensitivity_at(froc_marks(repeated, "centre", 0), false_positives)
+        assert sensitivity_at(froc_marks(found, "center", 0), false_positives, weights) == pytest.approx(
+            sensitivity_at(froc_marks(repeated, "center", 0), false_positives)
         )
 
 
@@ -156,9 +156,9 @@ def test_one_known_case_by_hand():
         Found("b", "q", 1, none, np.empty(0, int), lesions[:1], np.zeros(1, int), np.array([0.9])),
     ]
     assert average_precision(coco_matches(found)) == pytest.approx((51 / 101 / 2, 51 / 101 / 2))
-    marks = froc_marks(found, "centre", 0)
+    marks = froc_marks(found, "center", 0)
     assert sensitivity_at(marks, 0.5) == 0.5 and sensitivity_at(marks, 0.4) == 0
-    scores = judge(found, "centre", 0.1, 50, seed=0)
+    scores = evaluate(found, "center", 0.1, 50, seed=0)
     assert scores["sensitivity_at_1"].value == 0.5 and scores["map_50"].low <= scores["map_50"].value
 
 
@@ -180,7 +180,7 @@ def test_intervals_take_patients_whole():
     doubled = [each._replace(image_id=each.image_id + side) for each in alone for side in "lr"]
     width = {}
     for name, found in (("alone", alone), ("doubled", doubled)):
-        score = judge(found, "centre", 0.1, 200, seed=1)["sensitivity_at_1"]
+        score = evaluate(found, "center", 0.1, 200, seed=1)["sensitivity_at_1"]
         width[name] = score.high - score.low
         assert score.low <= score.value <= score.high
     assert width["doubled"] == pytest.approx(width["alone"], rel=0.02)

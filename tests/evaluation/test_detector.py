@@ -23,7 +23,7 @@ def small_detector(**changes):
 
 
 def inputs(num_images: int = 2) -> torch.Tensor:
-    """Pictures whose right half holds no tissue."""
+    """Images whose right half holds no tissue."""
     generator = torch.Generator().manual_seed(3)
     pixels = 0.3 * torch.randn(num_images, 2, 112, 84, generator=generator)
     pixels[:, 1] = 1.0
@@ -44,7 +44,7 @@ def test_the_encoder_leaves_background_out(spatial_prior):
     noise[:, 0, :, 42:] += 1
     again = backbone.encoder(noise[:, :1], tissue_mask=noise[:, 1, ::14, ::14]).feature_maps[0]
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
-    if not spatial_prior:  # which sees the whole picture
+    if not spatial_prior:  # which sees the whole image
         torch.testing.assert_close(backbone(noise).feature_maps[0], feature_map, rtol=0, atol=1e-4)
 
 
@@ -59,10 +59,10 @@ def slow_cell_loss(logits, labels, grid) -> float:
                 for column in range(width):
                     x, y, inside = (column + 0.5) / width, (row + 0.5) / height, False
                     for cx, cy, w, h in label["boxes"].tolist():
-                        centre_inside = abs(x - cx) <= w / 2 and abs(y - cy) <= h / 2
+                        center_inside = abs(x - cx) <= w / 2 and abs(y - cy) <= h / 2
                         across = abs(x - cx) <= max(0.5 / width, w / 2)
                         down = abs(y - cy) <= max(0.5 / height, h / 2)
-                        inside |= centre_inside or (across and down)
+                        inside |= center_inside or (across and down)
                     p = 1 / (1 + math.exp(-next(cells)))
                     positives += inside
                     total += -0.75 * (1 - p) ** 2 * math.log(p) if inside else -0.25 * p**2 * math.log(1 - p)
@@ -86,8 +86,8 @@ def test_a_detector_learns_two_lesions_and_reopens_the_same(tmp_path):
     pixels[0, 0, 28:56, 14:42] += 2  # a bright lesion in each
     pixels[1, 0, 70:98, 42:70] += 2
     corners = np.array([[14.0, 28, 42, 56], [42, 70, 70, 98]])
-    centres = torch.tensor([[28.0, 42, 28, 28], [56, 84, 28, 28]]) / torch.tensor([84.0, 112, 84, 112])
-    labels = [{"class_labels": torch.tensor([0]), "boxes": box[None]} for box in centres]
+    centers = torch.tensor([[28.0, 42, 28, 28], [56, 84, 28, 28]]) / torch.tensor([84.0, 112, 84, 112])
+    labels = [{"class_labels": torch.tensor([0]), "boxes": box[None]} for box in centers]
     optimizer = torch.optim.AdamW(detector.parameters(), 3e-3)
     torch.manual_seed(0)
     for _ in range(30):
@@ -99,8 +99,8 @@ def test_a_detector_learns_two_lesions_and_reopens_the_same(tmp_path):
     found = detect(detector.eval(), pixels)
     for (boxes, scores), corner in zip(found, corners, strict=True):
         best = boxes[scores.argmax()]
-        centre = (best[:2] + best[2:]) / 2
-        assert (centre > corner[:2]).all() and (centre < corner[2:]).all()
+        center = (best[:2] + best[2:]) / 2
+        assert (center > corner[:2]).all() and (center < corner[2:]).all()
     detector.save_pretrained(tmp_path)
     MammoDinoImageProcessor(size={"height": 112, "width": 84}, patch_size=14).save_pretrained(tmp_path)
     again, processor = load_detector(tmp_path)
@@ -126,7 +126,7 @@ def test_the_encoder_starts_from_its_weights_and_stays_where_it_is_frozen():
     assert not of_encoder & {id(each) for group in frozen for each in group["params"]}
 
 
-def test_pictures_with_lesions_are_drawn_by_their_share():
+def test_images_with_lesions_are_drawn_by_their_share():
     has_lesion = np.array([True, False, False, False])
     np.testing.assert_allclose(lesion_weights(has_lesion, 0.5), [0.5, 1 / 6, 1 / 6, 1 / 6])
     assert lesion_weights(has_lesion, 0) is None and lesion_weights(np.ones(3, bool), 0.5) is None

@@ -122,7 +122,7 @@ def test_volumes_of_the_phantom_are_the_mean_of_their_slices(folders, phantom_ar
     backbone, layer, _ = open_classifier(head)
     images = pandas.read_parquet(tmp_path / "run" / "predictions.parquet").query("level == 'image'")
     volume = Path(phantom_archive) / (images["image_id"][images["image_id"].str.contains("dbt")].iloc[0] + ".dcm")
-    slices = list(backbone.pictures(volume))
+    slices = list(backbone.images(volume))
     with torch.inference_mode():
         inputs = {name: torch.from_numpy(np.stack([each[name] for each in slices])) for name in slices[0]}
         p = torch.softmax(layer(backbone(**inputs)), dim=1).mean(dim=0)
@@ -161,9 +161,9 @@ def test_another_backbone_is_tuned_and_kept_in_parts(folders, drawn_table, tmp_p
     backbone, head, classes = open_classifier(tmp_path / "run" / "model")
     images = pandas.read_parquet(tmp_path / "run" / "predictions.parquet").query("level == 'image'")
     for row in images[:3].to_dict("records"):
-        picture = next(backbone.pictures(drawn_table / row["image_id"]))
+        image = next(backbone.images(drawn_table / row["image_id"]))
         with torch.inference_mode():
-            p = torch.softmax(head(backbone(torch.from_numpy(picture["pixel_values"])[None])), dim=1)[0]
+            p = torch.softmax(head(backbone(torch.from_numpy(image["pixel_values"])[None])), dim=1)[0]
         np.testing.assert_allclose([row["p_0"], row["p_1"]], p, atol=0.05)  # bfloat16 there
     assert classes == ["no cancer", "cancer"]
 
@@ -205,10 +205,10 @@ def one_class_rare(table):
     return table.assign(cancer=(table["patient_id"] == patients[0]).astype(int))
 
 
-def spoil_pictures_of_cancer(folder: Path) -> None:
+def spoil_images_of_cancer(folder: Path) -> None:
     table = pandas.read_csv(folder / "index.csv")
     for path in table["path"][table["cancer"] == 1]:
-        (folder / path).write_bytes(b"no picture")
+        (folder / path).write_bytes(b"no image")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def spoil_pictures_of_cancer(folder: Path) -> None:
         (lambda folder: edit(folder, lambda t: t.rename(columns={"path": "file"})), {}, "no column path; it has"),
         (lambda folder: edit(folder, lambda t: t.rename(columns={"cancer": "malignant"})), {}, "no labels for it"),
         (lambda folder: edit(folder, one_class_rare), {}, "no image of class 'cancer' in"),
-        (spoil_pictures_of_cancer, {}, r"every image of class 'cancer' was refused; 16 images in all, the first"),
+        (spoil_images_of_cancer, {}, r"every image of class 'cancer' was refused; 16 images in all, the first"),
         (None, {"backbone": "dinov2", "source": "mammodino"}, "model_type=mammodino, and dinov2 takes"),
         (None, {"source": "/nowhere"}, "backbone mammodino, source /nowhere"),
         (None, {"data_dir": "/nowhere"}, "/nowhere: no such folder"),
@@ -287,6 +287,6 @@ def test_images_that_are_missing_may_be_left_out(folders, tmp_path):
     folder.mkdir()
     draw_table(folder)
     (folder / "p04_CC.png").unlink()
-    (folder / "p05_CC.png").write_bytes(b"no picture")
+    (folder / "p05_CC.png").write_bytes(b"no image")
     result = finetune(short_run(folder, folders, tmp_path / "run", allow_missing=True))
     assert result["counts"]["left_out"] == {"image file missing": 1} and result["counts"]["refused"] == 1

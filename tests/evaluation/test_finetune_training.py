@@ -1,4 +1,4 @@
-"""Training pictures, the classifier over slices, early stopping, and a training that is killed and goes on."""
+"""Training images, the classifier over slices, early stopping, and a training that is killed and goes on."""
 
 import json
 
@@ -19,7 +19,7 @@ from training.evaluation.finetuning.image_classifier import (
     open_classifier,
     save_classifier,
 )
-from training.evaluation.finetuning.pictures import LabelledImages, SeededSampler, augment, collate_images
+from training.evaluation.finetuning.images import LabeledImages, SeededSampler, augment, collate_images
 from training.evaluation.finetuning.train import train_classifier
 from training.evaluation.seeded_trainer import SeededTrainer, find_checkpoint
 
@@ -44,33 +44,33 @@ def test_a_sampler_draws_classes_equally_often():
     assert 0.42 < drawn.mean() < 0.58  # five standard deviations
 
 
-def smooth_picture(height: int = 64, width: int = 48) -> np.ndarray:
+def smooth_image(height: int = 64, width: int = 48) -> np.ndarray:
     noise = np.random.default_rng(0).normal(size=(height, width)).astype(np.float32)
     return cv2.GaussianBlur(noise, (0, 0), 4) * 10
 
 
-def test_picture_and_tissue_mask_are_changed_alike_and_all_slices_of_an_image_are():
-    """A mask that is the picture's own means over patches stays so, away from the border."""
-    picture, patch = smooth_picture(), 4
-    mask = cv2.resize(picture, (48 // patch, 64 // patch), interpolation=cv2.INTER_AREA)
-    slices = [{"pixel_values": picture[None], "tissue_mask": mask}, {"pixel_values": 2 * picture[None]}]
+def test_image_and_tissue_mask_are_changed_alike_and_all_slices_of_an_image_are():
+    """A mask that is the image's own means over patches stays so, away from the border."""
+    image, patch = smooth_image(), 4
+    mask = cv2.resize(image, (48 // patch, 64 // patch), interpolation=cv2.INTER_AREA)
+    slices = [{"pixel_values": image[None], "tissue_mask": mask}, {"pixel_values": 2 * image[None]}]
     for seed in range(4):
         first, second = augment(np.random.default_rng(seed), slices)
         np.testing.assert_allclose(second["pixel_values"], 2 * first["pixel_values"], rtol=1e-4, atol=1e-4)
         seen = cv2.resize(first["pixel_values"][0], (48 // patch, 64 // patch), interpolation=cv2.INTER_AREA)
         inner = (slice(4, -4), slice(3, -3))
-        assert np.abs(seen - first["tissue_mask"])[inner].max() < 0.12 * np.ptp(picture)
-        assert np.abs(seen - mask)[inner].max() > 0.12 * np.ptp(picture)  # and it did change
-    assert first["pixel_values"].min() >= picture.min() - 1e-6
+        assert np.abs(seen - first["tissue_mask"])[inner].max() < 0.12 * np.ptp(image)
+        assert np.abs(seen - mask)[inner].max() > 0.12 * np.ptp(image)  # and it did change
+    assert first["pixel_values"].min() >= image.min() - 1e-6
 
 
 def test_flips_turns_and_scales_are_as_large_as_said():
-    """Where a bright dot right of the centre comes to lie, over many draws."""
-    picture = np.zeros((101, 101), np.float32)
-    picture[47:54, 77:84] = 1  # 30 px to the right of the centre
+    """Where a bright dot right of the center comes to lie, over many draws."""
+    image = np.zeros((101, 101), np.float32)
+    image[47:54, 77:84] = 1  # 30 px to the right of the center
     offsets = []
     for seed in range(200):
-        (changed,) = augment(np.random.default_rng(seed), [{"pixel_values": picture[None]}])
+        (changed,) = augment(np.random.default_rng(seed), [{"pixel_values": image[None]}])
         moments = cv2.moments(changed["pixel_values"][0])
         offsets.append((moments["m10"] / moments["m00"] - 50, moments["m01"] / moments["m00"] - 50))
     x, y = np.array(offsets).T
@@ -80,10 +80,10 @@ def test_flips_turns_and_scales_are_as_large_as_said():
     assert np.abs(y).max() < 33 * np.sin(np.deg2rad(10)) + 5.5
 
 
-def test_a_pictures_change_is_a_function_of_seed_and_draw(drawn_table, folders):
+def test_a_images_change_is_a_function_of_seed_and_draw(drawn_table, folders):
     backbone = load_backbone("mammodino", folders["mammodino"])
     files = [str(path) for path in sorted(drawn_table.glob("*.png"))[:2]]
-    images = LabelledImages(backbone.picture_maker, files, np.array([0, 1]), 4, seed=5)
+    images = LabeledImages(backbone.lesion_image_renderer, files, np.array([0, 1]), 4, seed=5)
     (first,), label = images[1, 7]
     (again,), _ = images[1, 7]
     (other,), _ = images[1, 8]
@@ -91,7 +91,7 @@ def test_a_pictures_change_is_a_function_of_seed_and_draw(drawn_table, folders):
     assert label == 1
     np.testing.assert_array_equal(first["pixel_values"], again["pixel_values"])
     assert np.abs(first["pixel_values"] - other["pixel_values"]).max() > 0.1
-    np.testing.assert_array_equal(plain["pixel_values"], next(backbone.pictures(files[1]))["pixel_values"])
+    np.testing.assert_array_equal(plain["pixel_values"], next(backbone.images(files[1]))["pixel_values"])
 
 
 class MeanPixel(nn.Module):
@@ -150,8 +150,8 @@ def test_adapters_alone_learn_and_are_merged(kind, folders, drawn_table, tmp_pat
     assert learns and all("lora_" in name or name.startswith("head.") for name in learns)
     optimizer = torch.optim.SGD([each for each in classifier.parameters() if each.requires_grad], 1e-3)
     classifier.train()
-    pictures = [next(backbone.pictures(path)) for path in sorted(drawn_table.glob("*.png"))[:4]]
-    batch = collate_images([([each], number % 2) for number, each in enumerate(pictures)])
+    images = [next(backbone.images(path)) for path in sorted(drawn_table.glob("*.png"))[:4]]
+    batch = collate_images([([each], number % 2) for number, each in enumerate(images)])
     for _ in range(2):
         classifier(**batch)["loss"].backward()
         optimizer.step()
@@ -172,7 +172,9 @@ def make_training(kind, folders, drawn_table, output, **changes):
     parts = []
     for split in ("train", "validation"):
         rows = task.table[task.table["split"] == split]
-        parts.append(LabelledImages(backbone.picture_maker, rows["file"].tolist(), rows["label"].to_numpy(), 4, 0))
+        parts.append(
+            LabeledImages(backbone.lesion_image_renderer, rows["file"].tolist(), rows["label"].to_numpy(), 4, 0)
+        )
     torch.manual_seed(1)
     classifier = ImageClassifier(backbone, nn.Linear(backbone.width, 2), np.array([0.8, 1.5]))
     arguments = (classifier, *parts, None, MammographyScores(2), settings, output / "checkpoints")

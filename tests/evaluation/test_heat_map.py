@@ -76,11 +76,11 @@ def test_the_command_draws_files(classifier_folder, phantom_archive, tmp_path):
     widths = []
     for file, more in ((tmp_path / "a.png", []), (volume, ["--slice", "4"])):
         heat_map([str(file), "--model", str(classifier_folder), "--output", str(tmp_path / "out.png"), *more])
-        picture = cv2.imread(str(tmp_path / "out.png"))
-        assert picture.std() > 20
-        widths.append(picture.shape[1])
+        image = cv2.imread(str(tmp_path / "out.png"))
+        assert image.std() > 20
+        widths.append(image.shape[1])
         (tmp_path / "out.png").unlink()
-    assert widths[0] == widths[1] == pytest.approx(5 * 3.2 * 90, abs=2)  # the picture, three maps, evidence
+    assert widths[0] == widths[1] == pytest.approx(5 * 3.2 * 90, abs=2)  # the image, three maps, evidence
 
 
 def test_what_cannot_be_used_is_named_in_one_line(classifier_folder, phantom_archive, tmp_path):

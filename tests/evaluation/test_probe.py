@@ -8,7 +8,7 @@ import pytest
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from training.evaluation.metrics import auc, bootstrap_auc, bootstrap_weights
-from training.probe import Features, format_results, judge, main, split_patients
+from training.probe import Features, evaluate, format_results, main, split_patients
 
 
 def test_auc_counts_ordered_pairs():
@@ -56,7 +56,7 @@ def made_up_features(informative: bool, seed: int, patients: int = 120) -> Featu
 
 
 def test_a_probe_finds_what_is_there_and_nothing_else():
-    result = judge(made_up_features(True, 0), made_up_features(True, 1), "cancer", 200, seed=0)
+    result = evaluate(made_up_features(True, 0), made_up_features(True, 1), "cancer", 200, seed=0)
     for head in ("knn", "logistic"):
         value, low, high = result[head]["auc"]["good"]
         assert low <= value <= high and value > 0.95
@@ -83,8 +83,8 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def test_the_command_judges_files(model_folder, phantom_archive, tmp_path, capsys):
-    """Twelve patients are too few to judge by; the chain, the table and the left-out file are what is tested."""
+def test_the_command_evaluates_files(model_folder, phantom_archive, tmp_path, capsys):
+    """Twelve patients are too few to evaluate by; the chain, the table and the left-out file are what is tested."""
     table = pandas.read_csv(phantom_archive / "labels.csv")
     extra = {"file": "missing.png", "patient": "nobody", "lesion": 1}
     labels = phantom_archive / "with_missing.csv"
@@ -108,4 +108,4 @@ def test_bad_tables_are_refused_by_name(model_folder, phantom_archive, tmp_path)
     one_class = made_up_features(True, 0)
     one_class.table["cancer"] = 1
     with pytest.raises(ValueError, match="task cancer"):
-        judge(one_class, one_class, "cancer", 10, 0)
+        evaluate(one_class, one_class, "cancer", 10, 0)

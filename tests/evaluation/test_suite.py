@@ -14,7 +14,7 @@ import yaml
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from training.benchmark import main
 from training.evaluation.backbones.small import write_small_checkpoints
-from training.evaluation.suite.article import PUBLISHED, UNCLEAR
+from training.evaluation.suite.paper import PUBLISHED, UNCLEAR
 from training.evaluation.suite.radar_plot import draw_radar
 from training.evaluation.suite.suite import read_suite
 
@@ -60,7 +60,7 @@ def finished(values, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_report_holds_every_task_backbone_and_the_articles_figures(finished):
+def test_the_report_holds_every_task_backbone_and_the_papers_figures(finished):
     report = (finished / "report.md").read_text()
     assert f"{NUM_RUNS} of {NUM_RUNS} runs are done" in report and "Research use only" in report
     assert "phantom lesion (simulated)" in report and "phantom density (dense)" in report
@@ -147,8 +147,8 @@ def test_what_is_wrong_in_the_yaml_is_said_in_one_line(values, tmp_path, change,
     assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_shipped_suite_is_the_articles():
-    suite = read_suite(Path(__file__).parents[2] / "training" / "suites" / "article.yaml")
+def test_the_shipped_suite_is_the_papers():
+    suite = read_suite(Path(__file__).parents[2] / "training" / "suites" / "paper.yaml")
     assert {task.dataset for task in suite.tasks} == {"rsna", "vindr_mammo", "cbis_ddsm", "cmmd", "cdd_cesm"}
     kinds = {"resnet50", "convnextv2", "dinov2", "rad_dino", "biomedclip", "mammo_clip_efficientnet", "untrained"}
     assert kinds < {each.kind for each in suite.backbones}

@@ -121,8 +121,8 @@ def test_padding_and_rescale_of_compressed_volumes(tmp_path):
     dataset.PixelData = stored.tobytes()
     dataset.PixelPaddingValue, dataset.PixelPaddingRangeLimit = -8192, -8190
     path = save(encoded(dataset, "JPEGLSLossless"), tmp_path)
-    for each, frame, picture in zip(iter_slices(path), stored, values, strict=True):
+    for each, frame, image in zip(iter_slices(path), stored, values, strict=True):
         padding = frame <= -8190
         inside = ~padding
-        np.testing.assert_allclose(each.pixels[inside], picture[inside] / 4095, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(each.pixels[inside], image[inside] / 4095, rtol=0, atol=1e-4)
         assert (each.pixels[padding] == each.pixels[inside].min()).all()

@@ -103,9 +103,9 @@ def test_for_processing(elements):
     assert read_mammogram(dataset, allow_for_processing=True).kind == "ffdm"
 
 
-@pytest.mark.parametrize("colour", ["RGB", "YBR_FULL", "PALETTE COLOR"])
-def test_colour(colour):
-    refused(build(PhotometricInterpretation=colour), "PhotometricInterpretation", colour)
+@pytest.mark.parametrize("color", ["RGB", "YBR_FULL", "PALETTE COLOR"])
+def test_color(color):
+    refused(build(PhotometricInterpretation=color), "PhotometricInterpretation", color)
     refused(build(SamplesPerPixel=3), "PhotometricInterpretation")
 
 
@@ -175,13 +175,13 @@ def test_real_files_decode_as_pydicom_does(name):
 
 
 @real
-def test_a_coloured_capture_is_read_as_its_luminance(caplog):
+def test_a_colored_capture_is_read_as_its_luminance(caplog):
     expected = pydicom.dcmread(CODECS / COLOUR).pixel_array  # (H, W, 3)
     (decoded,) = decode(open_checked(CODECS / COLOUR, False), [0])
     np.testing.assert_array_equal(decoded, expected)
     luminance = cv2.cvtColor(expected, cv2.COLOR_RGB2GRAY)  # BT.601, in fixed point
     assert np.abs(read_mammogram(CODECS / COLOUR).pixels.astype(int) - luminance).max() <= 1
-    assert "coloured" in caplog.text
+    assert "colored" in caplog.text
 
 
 @real

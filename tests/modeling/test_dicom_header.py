@@ -11,7 +11,7 @@ from dicom_builders import CAPTURE, CT, PROJECTION, TOMOSYNTHESIS, build, item, 
 from pydicom import uid
 
 from modeling_mammodino.dicom import count_slices, frame_order, iter_slices, keyed_hash, read_mammogram
-from modeling_mammodino.image_io import ImageRefused
+from modeling_mammodino.image_io import InvalidImageError
 
 KEY = b"a key of the tests"
 
@@ -45,8 +45,8 @@ def test_oblique_planes_are_projected_on_their_normal():
     axes = [1, 0, 0, 0, math.cos(tilt), math.sin(tilt)]
     normal = np.cross(axes[:3], axes[3:])
     dataset.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient = axes
-    for group, millimetres in zip(dataset.PerFrameFunctionalGroupsSequence, (2, 1, 0, 3), strict=True):
-        corner = millimetres * normal + np.array([9, 4, 0]) * [1, 0, 0]
+    for group, millimeters in zip(dataset.PerFrameFunctionalGroupsSequence, (2, 1, 0, 3), strict=True):
+        corner = millimeters * normal + np.array([9, 4, 0]) * [1, 0, 0]
         group.PlanePositionSequence[0].ImagePositionPatient = [round(float(value), 6) for value in corner]
     assert frame_order(dataset) == (2, 1, 0, 3)
 
@@ -66,7 +66,7 @@ def test_indices_decode_only_what_is_asked_for(tmp_path, monkeypatch, syntax):
     last = next(slices)
     assert int(last.pixels[0, 0]) == 507 and last.slice_index == 0 and decoded == [1, 5]
     assert list(iter_slices(path, indices=[])) == [] and decoded == [1, 5]
-    with pytest.raises(ImageRefused, match=re.escape("0..5")):
+    with pytest.raises(InvalidImageError, match=re.escape("0..5")):
         iter_slices(path, indices=[6])
 
 
@@ -130,7 +130,7 @@ def magnified(**code):
         ({"AnatomicRegionSequence": [side_of_region(CodeMeaning="Left")]}, "L", None),
         ({"AnatomicRegionSequence": [side_of_region(CodeValue="51440002")]}, None, None),  # right and left
         ({"AnatomicRegionSequence": [side_of_region(CodeValue="7771000")], "ImageLaterality": "R"}, "R", None),
-        # PatientOrientation says how the picture lies, not which breast it is
+        # PatientOrientation says how the image lies, not which breast it is
         ({"PatientOrientation": ["A", "R"], "ViewPosition": "CC"}, None, "CC"),
         # the code is what counts; old codes of SRT stand under SNM3 too; modifiers leave the view as it is
         ({"ViewCodeSequence": [item(CodeValue="399162004", CodeMeaning="mlo")]}, None, "CC"),
@@ -251,7 +251,7 @@ def test_no_identifier_leaves(tmp_path, caplog, recwarn, damage):
     with caplog.at_level(logging.INFO):
         try:
             said = repr(read_mammogram(path))
-        except ImageRefused as error:
+        except InvalidImageError as error:
             said = str(error)
     said += caplog.text + "".join(str(warning.message) for warning in recwarn)
     for secret in (*secrets.values(), "ZWINGLI", "47113"):

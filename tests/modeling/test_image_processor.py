@@ -1,4 +1,4 @@
-"""The image processor: every input a user holds, the same picture from each, and settings that survive a round trip."""
+"""The image processor: every input a user holds, the same image from each, and settings that survive a round trip."""
 
 import cv2
 import numpy as np
@@ -7,7 +7,7 @@ import torch
 from conftest import draw_breast, random_encoder
 from PIL import Image
 
-from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import segment_breast
 from modeling_mammodino.rendering import RenderSettings, make_thumbnail, plan_rendering, render
 
@@ -27,7 +27,7 @@ def test_shapes_dtypes_and_ranges(processor, breast):
     torch.testing.assert_close(inputs["pixel_values"][0], inputs["pixel_values"][1])  # both face the same side
 
 
-def test_every_kind_of_sixteen_bit_input_gives_the_same_picture_to_the_last_bit(processor, breast, tmp_path):
+def test_every_kind_of_sixteen_bit_input_gives_the_same_image_to_the_last_bit(processor, breast, tmp_path):
     for suffix in (".png", ".pgm", ".tif"):
         cv2.imwrite(str(tmp_path / f"a{suffix}"), breast)
     expected = processor(breast)
@@ -61,15 +61,15 @@ def test_every_kind_of_sixteen_bit_input_gives_the_same_picture_to_the_last_bit(
             np.testing.assert_array_equal(inputs[key], values, err_msg=name)
 
 
-def test_floats_and_eight_bits_give_nearly_the_same_picture(processor, breast):
+def test_floats_and_eight_bits_give_nearly_the_same_image(processor, breast):
     expected = processor(breast)["pixel_values"]
     for image in (breast / 4095, torch.from_numpy(breast / 4095).float(), Image.fromarray(breast.astype(np.float32))):
-        # whole grey levels of 16 bits are kept when resizing, floats are not rounded: up to a few of the 8-bit levels
+        # whole gray levels of 16 bits are kept when resizing, floats are not rounded: up to a few of the 8-bit levels
         difference = np.abs(processor(image)["pixel_values"] - expected)
         assert difference.max() < 0.08 and difference.mean() < 5e-3
     eight_bit = (breast >> 4).astype(np.uint8)
-    colour = np.stack([eight_bit] * 3, axis=-1)
-    images = (eight_bit, colour, torch.from_numpy(eight_bit), Image.fromarray(eight_bit), Image.fromarray(colour))
+    color = np.stack([eight_bit] * 3, axis=-1)
+    images = (eight_bit, color, torch.from_numpy(eight_bit), Image.fromarray(eight_bit), Image.fromarray(color))
     for image in images:
         values = processor(image)["pixel_values"]
         assert np.median(np.abs(values - expected)) < 0.1  # eight bits of twelve
@@ -92,7 +92,7 @@ def test_holes_become_air(processor, breast):
 
 
 def test_sixteen_bits_survive():
-    """The breast spans 900 of 65536 grey levels: through eight bits three would be left."""
+    """The breast spans 900 of 65536 gray levels: through eight bits three would be left."""
     faint = (draw_breast().astype(np.float64) * 0.2).astype(np.uint16)
     processor = MammoDinoImageProcessor(size={"height": 224, "width": 168}, bit_depth=16, do_clahe=False)
     assert len(np.unique(processor(faint)["pixel_values"])) > 400
@@ -113,7 +113,7 @@ def test_a_volume_alone_gives_its_slices(processor, phantom_archive):
     volume = sorted(phantom_archive.rglob("*_dbt.dcm"))[0]
     assert processor(volume)["pixel_values"].shape[0] == 6
     assert processor(volume, slices_per_volume=2)["pixel_values"].shape[0] == 2
-    with pytest.raises(ImageRefused, match="one at a time"):
+    with pytest.raises(InvalidImageError, match="one at a time"):
         processor([volume, volume])
 
 
@@ -128,16 +128,16 @@ def test_slices_of_a_volume_stay_aligned_under_one_plan():
         render(plane, thumbnail, plan, settings, (200, 200))
         for plane, thumbnail in zip((large, small), thumbnails, strict=True)
     )
-    assert a.picture.shape == b.picture.shape
+    assert a.image.shape == b.image.shape
     both = cv2.erode(b.tissue.astype(np.uint8), np.ones((11, 11))) > 0
     assert both.sum() > 5000
-    np.testing.assert_array_equal(a.picture[both], b.picture[both])
+    np.testing.assert_array_equal(a.image[both], b.image[both])
 
 
 def test_the_canvas_keeps_the_aspect(processor):
     breast = draw_breast(400, 300)
-    picture = processor(breast)["pixel_values"][0, 0] > -1.9
-    rows, columns = picture.any(1), picture.any(0)
+    image = processor(breast)["pixel_values"][0, 0] > -1.9
+    rows, columns = image.any(1), image.any(0)
     mask = segment_breast(breast)
     source = mask.any(1).sum() / mask.any(0).sum()
     assert rows.sum() / columns.sum() == pytest.approx(source, rel=0.05)
@@ -168,9 +168,9 @@ def test_what_is_no_mammogram_is_refused_by_name(processor, tmp_path):
     cv2.imwrite(str(tmp_path / "dot.png"), np.full((1, 1), 7, np.uint8))
     (tmp_path / "text.dcm").write_text("not an image")
     for name in ("photo.png", "black.png", "dot.png", "text.dcm"):
-        with pytest.raises(ImageRefused, match=name):
+        with pytest.raises(InvalidImageError, match=name):
             processor(tmp_path / name)
-    with pytest.raises(ImageRefused, match="image 1"):
+    with pytest.raises(InvalidImageError, match="image 1"):
         processor([draw_breast(), np.zeros((80, 80))])
 
 
@@ -186,7 +186,7 @@ def test_what_is_no_mammogram_is_refused_by_name(processor, tmp_path):
     ],
 )
 def test_what_is_no_image_is_refused_with_the_remedy(processor, image, message):
-    with pytest.raises(ImageRefused, match=message):
+    with pytest.raises(InvalidImageError, match=message):
         processor(image)
 
 

@@ -1,4 +1,4 @@
-"""Settings of the image processor: each is honoured, survives a round trip, and ends with the call it was given for."""
+"""Settings of the image processor: each is honored, survives a round trip, and ends with the call it was given for."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from conftest import draw_breast
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.image_processing_mammodino import FIXED_SETTINGS
 
 SIZE = {"height": 84, "width": 56}
@@ -87,10 +87,10 @@ def mammogram(phantom_archive) -> pydicom.Dataset:
     return dataset
 
 
-def picture(processor: MammoDinoImageProcessor, image, **settings) -> tuple:
+def image(processor: MammoDinoImageProcessor, image, **settings) -> tuple:
     try:
         inputs = processor(image, **settings)
-    except ImageRefused as refusal:  # without its inversion the breast is darker than the air
+    except InvalidImageError as refusal:  # without its inversion the breast is darker than the air
         return (str(refusal),)
     values, tissue = inputs["pixel_values"], inputs["tissue_mask"]
     return type(values), values.shape, tissue.shape, np.asarray(values).tobytes(), np.asarray(tissue).tobytes()
@@ -102,11 +102,11 @@ def test_a_setting_counts_survives_and_does_not_stick(name, tmp_path, volume, ma
     image = mammogram if name in ("do_invert_monochrome1", "do_modality_lut", "do_voi_lut") else draw_breast()
     image = volume if name == "slices_per_volume" else image
     plain, changed = MammoDinoImageProcessor(size=SIZE), MammoDinoImageProcessor(**{"size": SIZE, **change})
-    before, expected = picture(plain, image), picture(changed, image)
+    before, expected = image(plain, image), image(changed, image)
     assert (before == expected) == (name == "default_to_square")  # which only says how one number becomes a size
 
-    assert picture(plain, image, **change) == expected
-    assert picture(plain, image) == before
+    assert image(plain, image, **change) == expected
+    assert image(plain, image) == before
     changed.save_pretrained(tmp_path)
     for again in (
         AutoImageProcessor.from_pretrained(tmp_path),
@@ -115,7 +115,7 @@ def test_a_setting_counts_survives_and_does_not_stick(name, tmp_path, volume, ma
     ):
         assert json.loads(again.to_json_string()) == json.loads(changed.to_json_string())
         assert np.array_equal(getattr(again, name), getattr(changed, name))
-        assert picture(again, image) == expected
+        assert image(again, image) == expected
 
 
 @pytest.mark.parametrize("name", FIXED_SETTINGS)
@@ -125,12 +125,12 @@ def test_a_setting_without_meaning_here_is_refused_by_name(name, breast):
         with pytest.raises(ValueError, match=f"{name}=.*leave it out"):
             refuse(**{name: REFUSED[name]})
     if name in ALLOWED:
-        assert picture(processor, breast, **{name: ALLOWED[name]}) == picture(processor, breast)
+        assert image(processor, breast, **{name: ALLOWED[name]}) == image(processor, breast)
 
 
 def test_none_leaves_every_setting_as_it_is(breast):
     processor = MammoDinoImageProcessor(size=SIZE, do_clahe=False)
-    assert picture(processor, breast, **dict.fromkeys(SETTINGS)) == picture(processor, breast)
+    assert image(processor, breast, **dict.fromkeys(SETTINGS)) == image(processor, breast)
 
 
 @pytest.mark.parametrize("tensors, kind", [("np", np.ndarray), ("pt", torch.Tensor), (None, np.ndarray)])

@@ -10,11 +10,16 @@ from conftest import REAL_DATA, TINY_ENCODER, draw_breast, random_encoder
 from PIL import Image
 from transformers import pipeline
 
-from modeling_mammodino import ImageRefused, MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor
-from modeling_mammodino.image_io import GreyPicture, read_picture
+from modeling_mammodino import (
+    InvalidImageError,
+    MammoDinoConfig,
+    MammoDinoForImageClassification,
+    MammoDinoImageProcessor,
+)
+from modeling_mammodino.image_io import GrayImage, read_image
 from modeling_mammodino.rendering import RenderSettings, make_thumbnail, plan_rendering
 
-GREY = {
+GRAY = {
     "L": np.arange(1600, dtype=np.uint8).reshape(40, 40),
     "I;16": np.arange(1600, dtype=np.uint16).reshape(40, 40) * np.uint16(40),
     "F": np.linspace(-3, 9, 1600, dtype=np.float32).reshape(40, 40),
@@ -44,7 +49,7 @@ def pipe(request, folders):
 
 @pytest.fixture(scope="module")
 def png(tmp_path_factory) -> str:
-    path = str(tmp_path_factory.mktemp("pictures") / "breast.png")
+    path = str(tmp_path_factory.mktemp("images") / "breast.png")
     cv2.imwrite(path, draw_breast())
     return path
 
@@ -109,9 +114,9 @@ def test_settings_of_one_call_pass_through_a_pipeline(folders, png):
     assert np.abs(np.array(found) - direct(pipe, png)).max() > 1e-3
 
 
-def test_a_sixteen_bit_picture_that_a_pipeline_clips_is_refused_with_the_remedy(pipe, png):
+def test_a_sixteen_bit_image_that_a_pipeline_clips_is_refused_with_the_remedy(pipe, png):
     for image in (png, Image.open(png)):
-        with pytest.raises(ImageRefused, match="255.*fetch_images"):
+        with pytest.raises(InvalidImageError, match="255.*fetch_images"):
             pipe(image)
     assert direct(pipe, png)  # the processor itself opens it
 
@@ -123,22 +128,22 @@ def test_an_eight_bit_path_needs_no_help(pipe, tmp_path):
 
 
 def test_what_is_clipped_all_over_is_refused_with_the_remedy():
-    with pytest.raises(ImageRefused, match="same value.*fetch_images"):
+    with pytest.raises(InvalidImageError, match="same value.*fetch_images"):
         MammoDinoImageProcessor()(np.full((80, 80, 3), 255, np.uint8))
 
 
 @pytest.mark.parametrize("bits", [12, 14, 16])
 def test_clipped_slices_are_refused(real_slices, bits):
     for path in real_slices[::15]:
-        clipped = np.minimum(read_picture(path).astype(np.float32) * (2**bits - 1) / 255, 255).astype(np.uint8)
-        with pytest.raises(ImageRefused, match="fetch_images"):
+        clipped = np.minimum(read_image(path).astype(np.float32) * (2**bits - 1) / 255, 255).astype(np.uint8)
+        with pytest.raises(InvalidImageError, match="fetch_images"):
             plan_rendering([make_thumbnail(clipped)], RenderSettings())
 
 
-def test_no_real_picture_is_refused(real_slices):
+def test_no_real_image_is_refused(real_slices):
     subtracted = sorted((REAL_DATA / "cdd_cesm" / "subtracted_512").rglob("*.png"))
     for path in real_slices[::3] + subtracted:
-        plan_rendering([make_thumbnail(read_picture(path))], RenderSettings(), str(path))
+        plan_rendering([make_thumbnail(read_image(path))], RenderSettings(), str(path))
 
 
 def test_fetch_images_keeps_structure_depth_and_images(png, mammogram, volume):
@@ -155,15 +160,15 @@ def test_fetch_images_keeps_structure_depth_and_images(png, mammogram, volume):
             np.testing.assert_array_equal(processor(processor.fetch_images(path))[key], values)
 
 
-@pytest.mark.parametrize("mode", GREY)
-def test_a_grey_picture_is_the_plane(mode):
-    picture = GreyPicture.of(GREY[mode])
-    assert isinstance(picture, Image.Image) and picture.mode == mode
-    for same in (picture, picture.copy(), pickle.loads(pickle.dumps(picture)), picture.convert(mode)):
-        assert np.array_equal(np.asarray(same), GREY[mode])
-    asked = picture.convert("RGB")
+@pytest.mark.parametrize("mode", GRAY)
+def test_a_gray_image_is_the_plane(mode):
+    image = GrayImage.of(GRAY[mode])
+    assert isinstance(image, Image.Image) and image.mode == mode
+    for same in (image, image.copy(), pickle.loads(pickle.dumps(image)), image.convert(mode)):
+        assert np.array_equal(np.asarray(same), GRAY[mode])
+    asked = image.convert("RGB")
     if mode == "L":
         assert asked.mode == "RGB"
     else:
-        assert np.array_equal(np.asarray(asked), GREY[mode]) and asked is not picture
-    assert np.array_equal(np.asarray(picture.crop((5, 0, 25, 30))), GREY[mode][:30, 5:25])
+        assert np.array_equal(np.asarray(asked), GRAY[mode]) and asked is not image
+    assert np.array_equal(np.asarray(image.crop((5, 0, 25, 30))), GRAY[mode][:30, 5:25])

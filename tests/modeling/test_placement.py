@@ -1,4 +1,4 @@
-"""Where a rectangle of the source is said to lie in the picture, against where it is found there."""
+"""Where a rectangle of the source is said to lie in the image, against where it is found there."""
 
 import cv2
 import numpy as np
@@ -8,11 +8,11 @@ from conftest import draw_breast
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.rendering import Placement, place_on_canvas
 
-PLAIN = {"do_clahe": False, "do_intensity_normalize": False, "bit_depth": 16}  # grey stays linear in the source
+PLAIN = {"do_clahe": False, "do_intensity_normalize": False, "bit_depth": 16}  # gray stays linear in the source
 
 
 def found_box(added: np.ndarray) -> np.ndarray:
-    """The box of a rectangle of constant height in an else empty picture, to a fraction of a pixel: its profiles'
+    """The box of a rectangle of constant height in an else empty image, to a fraction of a pixel: its profiles'
     middles, and their areas over their heights."""
     box = []
     for axis in (0, 1):
@@ -40,14 +40,14 @@ def test_a_rectangle_lies_where_its_placement_says(tmp_path, canvas, wall, side,
         do_crop_to_breast=crop,
         **PLAIN,
     )
-    pictures = []
+    images = []
     for name, each in (("plain", plane), ("marked", marked)):
         cv2.imwrite(str(tmp_path / f"{name}.png"), each)
         ((_, rendered),) = processor.render_source(tmp_path / f"{name}.png", canvas)
         placed = place_on_canvas(rendered, canvas, wall)
-        pictures.append(placed.picture.astype(float))
-        assert placed.picture.shape == canvas
-    added = pictures[1] - pictures[0]
+        images.append(placed.image.astype(float))
+        assert placed.image.shape == canvas
+    added = images[1] - images[0]
     np.testing.assert_allclose(placed.placement.boxes(box)[0], found_box(added), atol=0.15)
     np.testing.assert_allclose(placed.placement.inverse().boxes(placed.placement.boxes(box))[0], box, atol=1e-9)
     mirrored = wall not in ("as_is", side)

@@ -1,4 +1,4 @@
-"""The breast mask on pictures whose truth is known, and on real slices where they lie beside the checkout."""
+"""The breast mask on images whose truth is known, and on real slices where they lie beside the checkout."""
 
 import csv
 import logging
@@ -183,13 +183,13 @@ def test_large_image_goes_by_its_thumbnail():
     assert overlap(mask, cv2.resize(truth.astype(np.uint8), size) > 0) > 0.97
 
 
-def test_colour_planes_are_refused():
+def test_color_planes_are_refused():
     with pytest.raises(ValueError, match="2-D"):
         segment_breast(np.zeros((3, 64, 64)))
 
 
 def film(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The breast on a grey base that slopes, with grain; and its truth."""
+    """The breast on a gray base that slopes, with grain; and its truth."""
     image, truth = simulated()
     return 0.8 * image + 25 + 12 * (X / W + Y / H) + noise(3), truth
 
@@ -244,9 +244,9 @@ COMPOSED = {
 
 
 @pytest.mark.parametrize("turns", [0, 1], ids=["upright", "lying"])
-@pytest.mark.parametrize("picture", COMPOSED)
-def test_composed_pictures(picture: str, turns: int):
-    image, truth = COMPOSED[picture]()
+@pytest.mark.parametrize("image", COMPOSED)
+def test_composed_images(image: str, turns: int):
+    image, truth = COMPOSED[image]()
     found = find_breast(np.rot90(u8(image), turns))
     assert overlap(found.mask, np.rot90(truth, turns)) > 0.93
     assert found.confidence >= LOW_CONFIDENCE, found.oddity

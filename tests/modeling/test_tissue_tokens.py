@@ -28,7 +28,7 @@ def dense_with_background_ignored(model: MammoDinoModel, pixels: torch.Tensor, t
 
 @pytest.fixture
 def unequal() -> tuple[torch.Tensor, torch.Tensor]:
-    """Four pictures (4, 1, 112, 112) and masks (4, 8, 8): two partly breast, one all breast, one without any."""
+    """Four images (4, 1, 112, 112) and masks (4, 8, 8): two partly breast, one all breast, one without any."""
     pixels, tissue = torch.randn(4, 1, 112, 112), torch.rand(4, 8, 8) - 0.5
     tissue[1] = tissue[1].abs() + 0.1
     tissue[2] = 0
@@ -48,9 +48,9 @@ def test_equals_a_dense_encoder_that_ignores_background(unequal, attention, thre
         torch.testing.assert_close(alone[0], result[row], rtol=0, atol=1e-5)
 
 
-def test_equals_it_on_the_pictures_of_the_image_processor():
-    pictures = [draw_breast(300, 200, seed=1), draw_breast(260, 230, seed=2, side="right"), draw_breast(400, 150)]
-    inputs = MammoDinoImageProcessor(size={"height": 252, "width": 126})(pictures, return_tensors="pt")
+def test_equals_it_on_the_images_of_the_image_processor():
+    images = [draw_breast(300, 200, seed=1), draw_breast(260, 230, seed=2, side="right"), draw_breast(400, 150)]
+    inputs = MammoDinoImageProcessor(size={"height": 252, "width": 126})(images, return_tensors="pt")
     assert 0.1 < float((inputs["tissue_mask"] > 0).float().mean()) < 0.9
     model = random_encoder()
     expected = dense_with_background_ignored(model, inputs["pixel_values"], inputs["tissue_mask"])

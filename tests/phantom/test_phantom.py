@@ -155,7 +155,7 @@ def test_cancer_follows_the_kind_of_lesion_but_not_always(breasts):
     assert 0 < share["calcification"] < 1
 
 
-def test_neighbouring_slices_are_more_alike_than_distant_ones(breasts):
+def test_neighboring_slices_are_more_alike_than_distant_ones(breasts):
     for breast in breasts[:6]:
         inside = (breast.body[2] > 0.9) & (breast.body[7] > 0.9)
         slices = acquire_dbt(breast).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The bar of the DICOM reader: however a phantom is written, it reads back to the same picture."""
+"""The bar of the DICOM reader: however a phantom is written, it reads back to the same image."""
 
 import sys
 
@@ -48,7 +48,7 @@ def read(source, **options):
 
 
 def half_step(bits):
-    """Largest error of a picture in 0..1 from writing 12 bits as `bits`, and from float32."""
+    """Largest error of an image in 0..1 from writing 12 bits as `bits`, and from float32."""
     return (0.5 / (2**bits - 1) if bits != 12 else 0) + 1e-6
 
 
@@ -129,7 +129,7 @@ def test_signed_monochrome1_in_every_codec(tmp_path, syntax, bits, caplog):
     assert not caplog.records  # a lossy codec may overshoot BitsStored, which then does not lie
 
 
-# Windows. The phantom's grey values fill 12 bits; a narrower window than its own makes every form visible.
+# Windows. The phantom's gray values fill 12 bits; a narrower window than its own makes every form visible.
 CENTER, WIDTH = 1500.0, 2001.0
 
 
@@ -163,7 +163,7 @@ def test_windows_apply_to_rescaled_values(form):
 
 
 @pytest.mark.parametrize("multi_frame", [False, True])
-def test_the_image_processor_gives_the_same_picture(tmp_path, multi_frame):
+def test_the_image_processor_gives_the_same_image(tmp_path, multi_frame):
     processor = MammoDinoImageProcessor(size={"height": 56, "width": 56}, slices_per_volume=2)
     expected = processor(save(phantom(multi_frame)[0], tmp_path, "plain.dcm"))
     assert len(expected["pixel_values"]) == (2 if multi_frame else 1)
@@ -258,19 +258,19 @@ COLOUR = {
 
 @pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL"])
 @pytest.mark.parametrize("syntax", COLOUR)
-def test_grey_written_as_colour(syntax, photometric):
+def test_gray_written_as_color(syntax, photometric):
     """By pydicom, which converts YBR_FULL to RGB."""
     for multi_frame in (False, True):
         dataset, values = phantom(multi_frame)
         encoded(as_secondary_capture(dataset, photometric), syntax)
         assert dataset.SamplesPerPixel == 3 and dataset.PhotometricInterpretation == photometric
-        colour = pydicom.pixels.pixel_array(dataset).reshape(*values.shape, 3)
-        grey = np.rint(values / 4095 * 255)
-        assert np.abs(colour - grey[..., None]).max() <= COLOUR[syntax]
-        for read, expected in zip(iter_slices(dataset), grey, strict=True):
+        color = pydicom.pixels.pixel_array(dataset).reshape(*values.shape, 3)
+        gray = np.rint(values / 4095 * 255)
+        assert np.abs(color - gray[..., None]).max() <= COLOUR[syntax]
+        for read, expected in zip(iter_slices(dataset), gray, strict=True):
             assert np.abs(read.pixels.astype(int) - expected).max() <= COLOUR[syntax]
 
 
-def test_colour_in_a_codec_of_grey_is_refused():
-    with pytest.raises(ValueError, match="colour is written"):
+def test_color_in_a_codec_of_gray_is_refused():
+    with pytest.raises(ValueError, match="color is written"):
         encoded(as_secondary_capture(phantom(False)[0], "RGB"), "HTJ2KLossless")

@@ -29,7 +29,7 @@ from dataset_scripts.phantom.archive import (
     acquire_dbt,
     simulate_breast,
 )
-from performance.picture_statistics import breast_mask, erode, power_law_exponent, power_spectrum
+from performance.image_statistics import breast_mask, erode, power_law_exponent, power_spectrum
 
 SMALL = PhantomParameters(num_slices=10, height_px=96, width_px=64, pixel_spacing_mm=1.8, slice_spacing_mm=4.0)
 FINE = PhantomParameters(num_slices=40, height_px=160, width_px=48, pixel_spacing_mm=0.4, slice_spacing_mm=1.25)
@@ -159,18 +159,18 @@ def test_noise_falls_as_the_power_of_frequency_that_was_asked_for(exponent):
     assert flat.std() == pytest.approx(1, abs=0.05)
 
 
-def test_the_measured_exponent_is_that_of_a_picture_of_known_spectrum():
+def test_the_measured_exponent_is_that_of_a_image_of_known_spectrum():
     """White noise filtered in the plane; and the spectrum of a sine has its peak at its frequency."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(512, 0.4), np.fft.fftfreq(512, 0.4)))
     whole = np.ones((512, 512), bool)
     for beta in (2.0, 3.0):
         gain = np.maximum(frequency, 1 / 205) ** (-beta / 2)
-        picture = np.fft.ifft2(np.fft.fft2(rng.normal(size=(512, 512))) * gain).real
-        assert power_law_exponent(picture, whole, 0.4) == pytest.approx(beta, abs=0.15)
-    frequencies, power = power_spectrum(np.sin(2 * np.pi * 0.5 * 0.4 * np.arange(512))[None] + 0 * picture, whole, 0.4)
+        image = np.fft.ifft2(np.fft.fft2(rng.normal(size=(512, 512))) * gain).real
+        assert power_law_exponent(image, whole, 0.4) == pytest.approx(beta, abs=0.15)
+    frequencies, power = power_spectrum(np.sin(2 * np.pi * 0.5 * 0.4 * np.arange(512))[None] + 0 * image, whole, 0.4)
     assert frequencies[power.argmax()] == pytest.approx(0.5, abs=1 / 25.6)
-    assert np.isnan(power_law_exponent(picture, ~whole, 0.4))
+    assert np.isnan(power_law_exponent(image, ~whole, 0.4))
 
 
 def test_slices_have_the_exponent_of_mammograms():
@@ -178,8 +178,8 @@ def test_slices_have_the_exponent_of_mammograms():
     p = PhantomParameters(16, 512, 320, pixel_spacing_mm=0.4, slice_spacing_mm=3.0)
     found = []
     for index in range(8):
-        picture = acquire_dbt(simulate_breast(p, 0, index))[8] / np.float32(4095)
-        found.append(power_law_exponent(picture, erode(breast_mask(picture), 5.0, 0.4), 0.4))
+        image = acquire_dbt(simulate_breast(p, 0, index))[8] / np.float32(4095)
+        found.append(power_law_exponent(image, erode(breast_mask(image), 5.0, 0.4), 0.4))
     assert 2.6 < np.nanmedian(found) < 3.7 and np.nanmin(found) > 2.0 and np.nanmax(found) < 4.2
 
 
@@ -229,8 +229,8 @@ def test_specks_keep_their_volume():
     points, volumes = rng.uniform(2.1, (12, 12, 12), (50, 3)), rng.uniform(0.01, 0.5, 50)
     deposit(canvas, points, volumes, voxel)
     assert canvas.sum() * np.prod(voxel) == pytest.approx(volumes.sum(), rel=1e-5)
-    centre = [(canvas.sum(axis=axes) @ np.arange(n)) for axes, n in (((1, 2), 8), ((0, 2), 20), ((0, 1), 20))]
-    np.testing.assert_allclose(np.array(centre) / canvas.sum() * voxel, volumes @ points / volumes.sum(), rtol=1e-4)
+    center = [(canvas.sum(axis=axes) @ np.arange(n)) for axes, n in (((1, 2), 8), ((0, 2), 20), ((0, 1), 20))]
+    np.testing.assert_allclose(np.array(center) / canvas.sum() * voxel, volumes @ points / volumes.sum(), rtol=1e-4)
     deposit(canvas, [(-9.0, 0.0, 0.0)], 1.0, voxel)  # beside the canvas: nothing
     assert canvas.sum() * np.prod(voxel) == pytest.approx(volumes.sum(), rel=1e-5)
 

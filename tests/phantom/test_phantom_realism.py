@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from performance import phantom_realism
-from performance.picture_statistics import breast_mask, correlation, erode, normalised_quantiles, wasserstein
+from performance.image_statistics import breast_mask, correlation, erode, normalised_quantiles, wasserstein
 
 
 def test_missing_slices_are_one_line(tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_a_few_real_slices_and_phantoms(real_slices, tmp_path, monkeypatch, caps
 def test_histogram_distance_and_correlation_by_hand():
     rng, whole = np.random.default_rng(0), np.ones((200, 200), bool)
     noise = rng.normal(size=(200, 200))
-    one, other = (normalised_quantiles(picture, whole) for picture in (noise, 3 * noise + 50))
+    one, other = (normalised_quantiles(image, whole) for image in (noise, 3 * noise + 50))
     assert wasserstein(one, other) == pytest.approx(0, abs=1e-9)  # brightness and contrast do not count
     flat = normalised_quantiles(rng.uniform(size=(200, 200)), whole)
     # quantiles of a uniform distribution: 5th 0, 95th 1, so (q - 0.05) / 0.9
@@ -58,10 +58,10 @@ def test_histogram_distance_and_correlation_by_hand():
 
 
 def test_the_mask_is_the_breast_and_its_margin_is_along_the_skin_only():
-    picture = np.zeros((100, 80), np.float32)
-    picture[:, :50] = 0.2  # goes on beyond the top, the bottom and the chest wall
-    picture[40:44, 70:74] = 1  # a marker
-    mask = breast_mask(picture)
+    image = np.zeros((100, 80), np.float32)
+    image[:, :50] = 0.2  # goes on beyond the top, the bottom and the chest wall
+    image[40:44, 70:74] = 1  # a marker
+    mask = breast_mask(image)
     assert mask[:, :48].all() and not mask[:, 54:].any()
     inside = erode(mask, 4.0, 0.4)
     edge = np.flatnonzero(~mask[50])[0] - np.flatnonzero(~inside[50])[0]

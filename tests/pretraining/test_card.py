@@ -55,8 +55,8 @@ def probe(folder: Path, auc: float = 0.75, **models: str) -> dict:
         "difference": {f"{a} - {b}": [0.0, -0.125, 0.125] for a in names for b in names if a != b},
     }
     task = {"classes": ["0", "1"], "learning_images": 600, "test_images": 400, "test_patients": 200}
-    judged = {"seed": 7, "num_resamples": 500, "models": {"ours": str(folder), **models}}
-    return judged | {"tasks": {"cancer": {**task, "knn": head, "logistic": head}}}
+    evaluated = {"seed": 7, "num_resamples": 500, "models": {"ours": str(folder), **models}}
+    return evaluated | {"tasks": {"cancer": {**task, "knn": head, "logistic": head}}}
 
 
 def test_the_card_states_data_recipe_settings_and_origin(encoder, phantom_corpus):
@@ -119,7 +119,7 @@ def test_weights_to_start_from_are_named_by_their_hub_id_and_never_by_a_path(
     if published:
         assert (
             f"| initial weights | {by_way_of}`clinic/anna` on the Hub |" in text
-            and "`clinic/anna`, whose licence holds" in text
+            and "`clinic/anna`, whose license holds" in text
         )
         assert ModelCard(text).data.base_model == "clinic/anna"
     else:
@@ -190,7 +190,7 @@ def test_an_undefined_score_is_said_and_not_indexed(copy, tmp_path):
 def test_results_that_are_not_of_this_encoder_are_refused(copy, tmp_path):
     before, results = (copy / "README.md").read_bytes(), tmp_path / "probe.json"
     for content, more, message in (
-        (json.dumps(probe(tmp_path / "other")), [], r"does not judge .*but ours \(.*other\); give --model NAME"),
+        (json.dumps(probe(tmp_path / "other")), [], r"does not evaluate .*but ours \(.*other\); give --model NAME"),
         (json.dumps(probe(copy)), ["--model", "mine"], "has no model 'mine', but ours"),
         ('{"models": {}', [], "probe.json: Expecting"),
         ('{"tasks": {}}', [], "no field 'models'; is it a file of training.probe"),

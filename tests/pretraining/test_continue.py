@@ -43,7 +43,7 @@ def recipe(source: Path, corpus: Path | str = "c", output: Path | str = "o", *ar
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Plain RGB DINOv2, so that channels, normalisation and interpolation all have to be carried over."""
+    """Plain RGB DINOv2, so that channels, normalization and interpolation all have to be carried over."""
     folder = tmp_path_factory.mktemp("dinov2")
     save_source(folder, Dinov2Model, Dinov2Config(**TINY))
     return folder
@@ -109,13 +109,13 @@ def test_the_export_keeps_grid_and_interpolation(run):
     assert same_bits(teacher, {f"backbone.{name}": each for name, each in encoder.state_dict().items()})
 
 
-def test_student_and_teacher_start_from_the_weights_with_the_views_normalisation(tmp_path):
+def test_student_and_teacher_start_from_the_weights_with_the_views_normalization(tmp_path):
     native = save_source(tmp_path, Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**TINY, num_register_tokens=2))
     views = MammoDinoImageProcessor(image_mean=[0.2], image_std=[0.6])
     student = Network(recipe(tmp_path, "c", "o", "--num_register_tokens", "2"), views)
     teacher = make_teacher(student)
-    rgb, grey = inputs(56, 56, MEAN, STD)
-    seen = (grey * 0.25 + 0.5 - 0.2) / 0.6
+    rgb, gray = inputs(56, 56, MEAN, STD)
+    seen = (gray * 0.25 + 0.5 - 0.2) / 0.6
     with torch.no_grad():
         expected = native(rgb).last_hidden_state
         for network in (student.eval(), teacher):

@@ -85,7 +85,7 @@ def test_each_token_goes_through_its_head(batch, arguments):
         torch.testing.assert_close(getattr(seen, name), logits)
 
 
-def test_separate_heads_have_sizes_groups_and_centres_of_their_own(batch):
+def test_separate_heads_have_sizes_groups_and_centers_of_their_own(batch):
     chosen = tiny(*SEPARATE, "--teacher_targets", "centering")
     student = Network(chosen)
     assert [each.out_features for each in student.ibot_head.mlp if hasattr(each, "out_features")] == [20, 20, 12]
@@ -119,9 +119,9 @@ def test_a_run_with_separate_heads_resumes_exactly(phantom_corpus, tmp_path, tar
     whole, resumed = (weights(tmp_path / name / "checkpoint-4") for name in ("whole", "resumed"))
     assert "teacher.ibot_head.last_layer.parametrizations.weight.original1" in whole
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
-    centres = [load_file(tmp_path / name / "checkpoint-4" / "targets.safetensors") for name in ("whole", "resumed")]
-    assert len(centres[0]) == (2 if targets == "centering" else 0)
-    assert all(torch.equal(centres[0][key], centres[1][key]) for key in centres[0])
+    centers = [load_file(tmp_path / name / "checkpoint-4" / "targets.safetensors") for name in ("whole", "resumed")]
+    assert len(centers[0]) == (2 if targets == "centering" else 0)
+    assert all(torch.equal(centers[0][key], centers[1][key]) for key in centers[0])
 
 
 def test_settings_of_a_head_that_is_not_there_are_refused():

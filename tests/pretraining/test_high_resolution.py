@@ -1,4 +1,4 @@
-"""A phase at a higher resolution: networks, heads and centres of a former run go on under another recipe."""
+"""A phase at a higher resolution: networks, heads and centers of a former run go on under another recipe."""
 
 import shutil
 from pathlib import Path
@@ -69,12 +69,12 @@ def test_the_first_losses_are_those_of_the_former_networks_on_larger_crops(run, 
         assert log(run)[0][f"loss_{name}"] == pytest.approx(value.item(), rel=1e-5), name
 
 
-def test_neither_heads_nor_centres_are_fresh(run, former, phantom_corpus, tmp_path):
-    """The losses above tell: with fresh heads, or fresh centres, on the same encoder they are others."""
+def test_neither_heads_nor_centers_are_fresh(run, former, phantom_corpus, tmp_path):
+    """The losses above tell: with fresh heads, or fresh centers, on the same encoder they are others."""
     logged = log(run)[0]
     for name, kept in (
         ("heads", ("backbone.", "cls_center", "patch_center")),
-        ("centres", ("backbone.", "head", "ibot")),
+        ("centers", ("backbone.", "head", "ibot")),
     ):
         changed = shutil.copytree(former, tmp_path / name)
         fresh = recipe(phantom_corpus, Path("o"), *FORMER)

@@ -55,7 +55,7 @@ def test_ibot_without_any_mask_is_zero_and_differentiable():
 
 
 def test_koleo_has_its_closed_form():
-    # nearest neighbours on the unit circle at chords 1 (60 degrees), 1 and 2 * sin(45 degrees)
+    # nearest neighbors on the unit circle at chords 1 (60 degrees), 1 and 2 * sin(45 degrees)
     angles = torch.deg2rad(torch.tensor([0.0, 60.0, 150.0]))
     features = torch.stack((angles.cos(), angles.sin()), dim=1) * torch.tensor([[1.0], [3.0], [0.2]])
     assert koleo_loss(features).item() == pytest.approx(-math.log(math.sqrt(2)) / 3, abs=1e-5)
@@ -67,7 +67,7 @@ def test_koleo_leaves_out_near_duplicates_of_one_volume():
     assert koleo_loss(features).item() > 2  # two slices of one volume dominate
     assert koleo_loss(features, groups).item() == pytest.approx(-math.log(math.sqrt(2)), abs=1e-3)
     alone = features.clone().requires_grad_(True)
-    koleo_loss(alone, torch.zeros(3)).backward()  # nobody has a neighbour: no loss, and no NaN
+    koleo_loss(alone, torch.zeros(3)).backward()  # nobody has a neighbor: no loss, and no NaN
     assert koleo_loss(alone, torch.zeros(3)).item() == 0 and torch.isfinite(alone.grad).all()
 
 
@@ -134,10 +134,10 @@ def test_sinkhorn_uses_every_prototype_equally_and_survives_large_logits():
     assert sinkhorn_knopp(logits[:0], 0.04).shape == (0, 8)
 
 
-def test_centering_applies_the_centre_of_the_step_before():
+def test_centering_applies_the_center_of_the_step_before():
     centering = Centering(num_prototypes=3, momentum=0.9)
     first, second = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]), torch.tensor([[0.5, 0.0, 0.0]])
-    torch.testing.assert_close(centering(first, 0.5), torch.softmax(first / 0.5, dim=-1))  # centre 0 at the first step
+    torch.testing.assert_close(centering(first, 0.5), torch.softmax(first / 0.5, dim=-1))  # center 0 at the first step
     center = 0.1 * first.mean(dim=0)
     torch.testing.assert_close(centering(second, 0.5), torch.softmax((second - center) / 0.5, dim=-1))
     torch.testing.assert_close(centering.center[0], 0.9 * center + 0.1 * second[0])

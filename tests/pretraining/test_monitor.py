@@ -1,4 +1,4 @@
-"""A run is seen: log, tracker, speed, k-NN and pictures, and collapse named when it comes."""
+"""A run is seen: log, tracker, speed, k-NN and images, and collapse named when it comes."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from training import features
 from training.pretrain import train
-from training.pretraining.feature_images import corpus_pictures, draw_features, feature_colours
+from training.pretraining.feature_images import corpus_images, draw_features, feature_colors
 from training.pretraining.knn_probe import KnnProbe
 from training.pretraining.model_card import published_recipe
 from training.pretraining.monitoring import CollapseWatch, feature_rank, target_statistics
@@ -36,7 +36,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="module")
 def labels(phantom_archive, tmp_path_factory) -> Path:
-    """The phantom's files with a label that a picture shows, and one without."""
+    """The phantom's files with a label that an image shows, and one without."""
     path = tmp_path_factory.mktemp("labels") / "labels.csv"
     table = pandas.read_csv(phantom_archive / "labels.csv")
     table["file"] = [str(phantom_archive / file) for file in table["file"]]
@@ -50,7 +50,7 @@ def run(phantom_corpus, labels, tmp_path_factory) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("seen")
     arguments = ["--max_steps", "5", "--logging_steps", "2", "--save_steps", "5", "--report_to", "tensorboard"]
-    arguments += ["--knn_labels", str(labels), "--knn_task", "kind", "--knn_steps", "3", "--picture_steps", "4"]
+    arguments += ["--knn_labels", str(labels), "--knn_task", "kind", "--knn_steps", "3", "--visualization_steps", "4"]
     train(recipe(phantom_corpus, output, *arguments))
     return output
 
@@ -81,13 +81,13 @@ def test_the_tracker_holds_what_the_log_holds(run):
     assert yaml.safe_load(settings.read_text())["hidden_size"] == 32 and str(run) not in settings.read_text()
 
 
-def test_pictures_are_of_the_same_breasts_and_of_other_features(run):
-    names = sorted(path.name for path in (run / "pictures").iterdir())
+def test_images_are_of_the_same_breasts_and_of_other_features(run):
+    names = sorted(path.name for path in (run / "images").iterdir())
     assert names == ["step-000000.png", "step-000004.png", "step-000005.png"]
-    first, last = (cv2.imread(str(run / "pictures" / name)) for name in (names[0], names[-1]))
+    first, last = (cv2.imread(str(run / "images" / name)) for name in (names[0], names[-1]))
     assert first.shape == last.shape and len(first) == 2 * (320 + 8) + 22  # six pairs in two rows, and the caption
     width = first.shape[1] // 6
-    assert (first[:320, :width] == last[:320, :width]).all()  # the grey picture
+    assert (first[:320, :width] == last[:320, :width]).all()  # the gray image
     assert (first[:320, width : 2 * width] != last[:320, width : 2 * width]).any()
 
 
@@ -95,14 +95,14 @@ def test_labels_and_their_task_stay_at_home(run, labels):
     exported = run / "encoder" / "recipe.yaml"
     assert "knn_" not in exported.read_text() and labels.name not in (run / "encoder" / "README.md").read_text()
     again = load_recipe([str(exported), "--corpus", "c", "--output_dir", "o"])  # asks for no labels
-    assert again.run.knn_steps == 0 and again.run.picture_steps == 4
+    assert again.run.knn_steps == 0 and again.run.visualization_steps == 4
     assert not {"knn_labels", "knn_task", "knn_steps"} & published_recipe(again).keys()
 
 
 def test_seeing_changes_nothing_that_is_computed(run, phantom_corpus, tmp_path):
-    train(recipe(phantom_corpus, tmp_path, "--max_steps", "5", "--save_steps", "5", "--picture_steps", "0"))
+    train(recipe(phantom_corpus, tmp_path, "--max_steps", "5", "--save_steps", "5", "--visualization_steps", "0"))
     a, b = ((path / "checkpoint-5" / "student.safetensors").read_bytes() for path in (run, tmp_path))
-    assert a == b and not (tmp_path / "pictures").exists()
+    assert a == b and not (tmp_path / "images").exists()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_seeing_changes_nothing_that_is_computed(run, phantom_corpus, tmp_path):
     [
         (["--report_to", "wandb"], "report_to='wandb': not installed; pip install wandb"),
         (["--knn_steps", "2", "--knn_task", "kind", "--knn_labels", "nowhere.csv"], "knn_labels=nowhere.csv: no such"),
-        (["--knn_steps", "2", "--knn_task", "colour", "--knn_labels", "LABELS"], "no column colour; it has file"),
+        (["--knn_steps", "2", "--knn_task", "color", "--knn_labels", "LABELS"], "no column color; it has file"),
         (["--knn_steps", "2", "--knn_task", "one", "--knn_labels", "LABELS"], "knn_task=one: .*at least two classes"),
     ],
 )
@@ -136,7 +136,7 @@ def test_recipes_refuse_half_of_a_knn_and_unknown_trackers(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_refused_by_name(labels, tmp_path):
     table = pandas.read_csv(labels)
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     table.loc[3, "file"] = str(tmp_path / "broken.png")
     table.to_csv(tmp_path / "labels.csv", index=False)
     with pytest.raises(ValueError, match=r"labels.csv: .*broken.png"):
@@ -151,15 +151,15 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(labels, tmp_path):
         )
 
 
-def test_knn_finds_what_pictures_show_and_nothing_that_they_do_not(tmp_path, monkeypatch):
-    """Bright breasts against dark ones, three pictures a patient: 1; a label that is drawn: about 0.5. A set too large
+def test_knn_finds_what_images_show_and_nothing_that_they_do_not(tmp_path, monkeypatch):
+    """Bright breasts against dark ones, three images a patient: 1; a label that is drawn: about 0.5. A set too large
     for memory is read anew, to the same score."""
     rng, rows = np.random.default_rng(0), []
     for number in range(60):
         bright, name = number // 3 % 2, f"{number}.png"
-        picture = np.zeros((64, 48), np.uint8)
-        picture[8:56, :36] = rng.integers(60, 90, (48, 36)) + 20 * np.arange(36) // 36 * (1 if bright else -1)
-        cv2.imwrite(str(tmp_path / name), picture)
+        image = np.zeros((64, 48), np.uint8)
+        image[8:56, :36] = rng.integers(60, 90, (48, 36)) + 20 * np.arange(36) // 36 * (1 if bright else -1)
+        cv2.imwrite(str(tmp_path / name), image)
         rows.append({"file": name, "patient": f"p{number // 3}", "bright": bright, "drawn": rng.integers(2)})
     pandas.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_knn_finds_what_pictures_show_and_nothing_that_they_do_not(tmp_path, mon
     assert score > 0.95 and 0.3 < KnnProbe(tmp_path / "labels.csv", "drawn", processor).auc(encoder) < 0.7
     monkeypatch.setattr("training.pretraining.knn_probe.MAX_CACHE_BYTES", 0)
     streamed = KnnProbe(tmp_path / "labels.csv", "bright", processor)
-    assert not isinstance(streamed.pictures, list) and streamed.auc(encoder) == pytest.approx(score)
+    assert not isinstance(streamed.images, list) and streamed.auc(encoder) == pytest.approx(score)
 
 
 HEALTHY = {"target_entropy": 0.8, "prototype_entropy": 0.95, "target_information": 0.15, "feature_rank": 30.0}
@@ -209,7 +209,7 @@ def test_signs_of_collapse_have_known_values():
 
 
 def test_a_run_that_collapses_says_so(phantom_corpus, tmp_path, caplog):
-    """One prototype gets everything where its centre is taken away and targets are sharp."""
+    """One prototype gets everything where its center is taken away and targets are sharp."""
     arguments = ["--teacher_targets", "centering", "--teacher_temperature_start", "0.001", "--teacher_temperature",
                  "0.001", "--layerscale_value", "0.00001", "--num_prototypes", "4096", "--max_steps", "2"]  # fmt: skip
     with caplog.at_level(logging.WARNING):
@@ -226,28 +226,28 @@ def encoder() -> MammoDinoModel:
     return MammoDinoModel(config).eval()
 
 
-def test_colours_are_of_the_breast_and_of_one_space(encoder, phantom_corpus):
+def test_colors_are_of_the_breast_and_of_one_space(encoder, phantom_corpus):
     processor = MammoDinoImageProcessor(size={"height": 128, "width": 96}, patch_size=16)
-    shown = corpus_pictures(Corpus(phantom_corpus), processor, 4)
+    shown = corpus_images(Corpus(phantom_corpus), processor, 4)
     assert shown["pixel_values"].shape == (4, 1, 128, 96) and shown["tissue_mask"].shape == (4, 8, 6)
-    colours, inside = feature_colours(encoder, **shown), shown["tissue_mask"].numpy() > 0
-    assert colours.shape == (4, 8, 6, 3) and (colours[~inside] == 0).all()
-    assert colours.min() >= 0 and colours.max() <= 1 and colours[inside].std(axis=0).min() > 0.1
+    colors, inside = feature_colors(encoder, **shown), shown["tissue_mask"].numpy() > 0
+    assert colors.shape == (4, 8, 6, 3) and (colors[~inside] == 0).all()
+    assert colors.min() >= 0 and colors.max() <= 1 and colors[inside].std(axis=0).min() > 0.1
     twice = {name: torch.cat((tensor, tensor)) for name, tensor in shown.items()}
-    again = feature_colours(encoder, **twice)
-    np.testing.assert_allclose(again[:4], again[4:], atol=1e-6)  # one picture has one colouring
-    np.testing.assert_allclose(again[:4][inside], colours[inside], atol=0.1)  # percentiles interpolate otherwise
+    again = feature_colors(encoder, **twice)
+    np.testing.assert_allclose(again[:4], again[4:], atol=1e-6)  # one image has one coloring
+    np.testing.assert_allclose(again[:4][inside], colors[inside], atol=0.1)  # percentiles interpolate otherwise
     assert np.ptp(draw_features(encoder, **shown, title="t"), axis=2).max() > 50
 
 
-def test_a_corpus_picture_is_seen_as_its_file_is(phantom_archive, phantom_corpus):
-    """Place, side and standardisation: of all pictures the nearest to a mammogram is its own. They are not equal, as
-    the corpus' picture was equalised before it is resized to this canvas."""
+def test_a_corpus_image_is_seen_as_its_file_is(phantom_archive, phantom_corpus):
+    """Place, side and standardization: of all images the nearest to a mammogram is its own. They are not equal, as
+    the corpus' image was equalized before it is resized to this canvas."""
     corpus = Corpus(phantom_corpus)
     processor = MammoDinoImageProcessor(
         **corpus.manifest["image_processor"], size={"height": 128, "width": 96}, patch_size=16
     )
-    shown = corpus_pictures(corpus, processor, corpus.num_volumes)["pixel_values"]
+    shown = corpus_images(corpus, processor, corpus.num_volumes)["pixel_values"]
     files = sorted(phantom_archive.rglob("*_2d.dcm"))
     of_files = torch.cat([processor(path, return_tensors="pt")["pixel_values"] for path in files])
     distances = (shown[:, None] - of_files[None]).abs().mean(dim=(2, 3, 4))  # (volumes, files)

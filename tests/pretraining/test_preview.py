@@ -1,4 +1,4 @@
-"""Pictures of what is seen, from the commands that draw them, and crops on real slices."""
+"""Images of what is seen, from the commands that draw them, and crops on real slices."""
 
 import cv2
 import numpy as np
@@ -19,20 +19,20 @@ def test_inspect_darkens_exactly_the_patches_that_are_dropped(tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), draw_breast())
     processor = MammoDinoImageProcessor(size={"height": 224, "width": 168}, patch_size=14)
     drawing = inspect_file(str(tmp_path / "a.png"), processor)
-    picture, patches = drawing[:, :168], drawing[:, -168:]
+    image, patches = drawing[:, :168], drawing[:, -168:]
     kept = processor(tmp_path / "a.png")["tissue_mask"][0] > 0
     for row, column in np.ndindex(kept.shape):
         middle = (slice(row * 14 + 3, row * 14 + 11), slice(column * 14 + 3, column * 14 + 11))
-        assert np.array_equal(patches[middle], picture[middle]) == kept[row, column]
+        assert np.array_equal(patches[middle], image[middle]) == kept[row, column]
 
 
-def test_the_commands_write_their_pictures(phantom_archive, tmp_path):
+def test_the_commands_write_their_images(phantom_archive, tmp_path):
     for source in (next(phantom_archive.rglob("*_dbt.dcm")), next(phantom_archive.rglob("*_2d.dcm"))):
         preview([str(source), "--output", str(tmp_path / "views.png"), "--recipe", "demo"])
         mammodino(["inspect", str(source), "--output", str(tmp_path / "seen.png")])
         for name in ("views.png", "seen.png"):
-            picture = cv2.imread(str(tmp_path / name))
-            assert picture.shape[0] > 300 and picture.std() > 20
+            image = cv2.imread(str(tmp_path / name))
+            assert image.shape[0] > 300 and image.std() > 20
             (tmp_path / name).unlink()
 
 

@@ -104,7 +104,7 @@ def test_losses_and_gradients_average_to_those_of_the_whole_batch(shared, alone,
     torch.testing.assert_close(rows, alone[key]["gradient"], rtol=1e-4, atol=1e-6)
 
 
-def test_koleo_finds_neighbours_in_the_other_process(alone):
+def test_koleo_finds_neighbors_in_the_other_process(alone):
     """So that the test above is not passed by halves that have nothing to do with each other."""
     halves = (koleo_loss(FEATURES[:6]) + koleo_loss(FEATURES[6:])) / 2
     assert alone["koleo, False"]["loss"] > halves + 1

@@ -153,6 +153,6 @@ def test_the_teacher_starts_as_a_copy_and_follows_by_momentum():
         torch.testing.assert_close(b, a + 0.25)
 
 
-def test_recipes_mark_what_the_article_does_not_publish():
+def test_recipes_mark_what_the_paper_does_not_publish():
     text = (RECIPES / "paper.yaml").read_text()
     assert "OUR CHOICE" in text and set(yaml.safe_load(text)) > {"global_min_tissue", "adjacent_slice_weight"}

@@ -269,7 +269,7 @@ def test_the_teacher_follows_the_student_of_after_the_step(run, phantom_corpus):
 
 
 def test_koleo_never_sees_two_views_of_one_image(run):
-    """Once for each global crop, of its batch alone: the other view would be everyone's nearest neighbour."""
+    """Once for each global crop, of its batch alone: the other view would be everyone's nearest neighbor."""
     output, seen = run
     assert len(seen.koleo) == 2 * STEPS and all(len(features) == BATCH for features in seen.koleo)
     first, second, volume = *seen.koleo[:2], seen.batches[0]["volume"]

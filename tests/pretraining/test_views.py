@@ -1,4 +1,4 @@
-"""Crops, masks and neighbours over many random draws, and samples as pure functions of their index."""
+"""Crops, masks and neighbors over many random draws, and samples as pure functions of their index."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from training.pretraining.recipe import ViewsRecipe
 from training.pretraining.views.crops import TissueTable, cut, halved, sample_boxes, tissue_aware_crops
 from training.pretraining.views.masks import block_mask, maskable_patches, stratified_mask_ratios
 from training.pretraining.views.sample import PretrainingViews, collate
-from training.pretraining.views.slices import sample_neighbour
+from training.pretraining.views.slices import sample_neighbor
 
 SCALE, RATIO = (0.1, 0.8), (0.75, 4 / 3)
 
@@ -55,7 +55,7 @@ def test_plain_boxes_have_the_law_of_random_resized_crop():
     assert boxes[:, 0][height < 300].mean() == pytest.approx((400 - height[height < 300]).mean() / 2, rel=0.05)
 
 
-def test_no_box_leaves_a_picture_that_is_narrower_than_any_aspect():
+def test_no_box_leaves_a_image_that_is_narrower_than_any_aspect():
     boxes = sample_boxes(np.random.default_rng(0), 64, (900, 60), (0.9, 1.0), RATIO)
     assert len(boxes) >= 1 and (boxes[:, 2:] > boxes[:, :2]).all() and boxes[:, 3].max() <= 60
 
@@ -71,7 +71,7 @@ def test_tissue_aware_crops_hold_their_minimum_where_plain_ones_do_not(tissue):
 
 
 def test_tissue_aware_crops_have_the_law_of_plain_crops_that_hold_the_minimum(tissue):
-    """The same as drawing plain boxes one at a time until one holds it, for each crop of a picture."""
+    """The same as drawing plain boxes one at a time until one holds it, for each crop of an image."""
     table, rng = TissueTable(tissue, (300, 200)), np.random.default_rng(0)
     drawn = [tissue_aware_crops(rng, table, SCALE, RATIO, 0.6, count=8) for _ in range(400)]
     boxes = sample_boxes(rng, 20000, (300, 200), SCALE, RATIO)
@@ -91,12 +91,12 @@ def test_where_no_crop_fits_those_of_most_tissue_are_taken_and_said(tissue):
     np.testing.assert_allclose(crops.tissue_fractions, np.sort(table.fraction(boxes))[:-4:-1])
 
 
-def test_a_large_crop_is_read_from_half_the_picture_and_looks_the_same():
+def test_a_large_crop_is_read_from_half_the_image_and_looks_the_same():
     rng = np.random.default_rng(0)
-    picture = cv2.GaussianBlur(rng.integers(0, 256, (701, 503)).astype(np.uint8), (0, 0), 6)
-    picture = cv2.normalize(picture, None, 0, 255, cv2.NORM_MINMAX)
+    image = cv2.GaussianBlur(rng.integers(0, 256, (701, 503)).astype(np.uint8), (0, 0), 6)
+    image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)
     for dtype in (np.uint8, np.uint16):
-        whole = picture.astype(dtype) * (257 if dtype == np.uint16 else 1)
+        whole = image.astype(dtype) * (257 if dtype == np.uint16 else 1)
         half = halved(whole)
         assert half.shape == (350, 251) and half.dtype == dtype
         boxes = sample_boxes(rng, 20, whole.shape, (0.4, 1.0), RATIO)
@@ -104,8 +104,8 @@ def test_a_large_crop_is_read_from_half_the_picture_and_looks_the_same():
             fine, coarse = (cut(whole, box, 98, each).astype(float) / np.iinfo(dtype).max for each in (None, half))
             shift = 0.02 if (box % 2).any() else 0.004  # odd sides move by a pixel
             assert np.abs(fine - coarse).mean() < shift < 0.1 < fine.std(), box
-    small = np.array([3, 5, 190, 200])  # less than twice 98 high: the whole picture is read
-    assert np.array_equal(cut(picture, small, 98), cut(picture, small, 98, np.zeros_like(halved(picture))))
+    small = np.array([3, 5, 190, 200])  # less than twice 98 high: the whole image is read
+    assert np.array_equal(cut(image, small, 98), cut(image, small, 98, np.zeros_like(halved(image))))
 
 
 def test_masks_keep_to_what_may_be_masked_and_near_their_ratio():
@@ -186,7 +186,7 @@ def test_a_mask_covers_its_ratio_of_the_breast_and_less_of_the_crop():
 
 
 def test_masks_are_blocks():
-    """A masked patch has masked neighbours far more often than at random."""
+    """A masked patch has masked neighbors far more often than at random."""
     rng = np.random.default_rng(0)
     masks = np.stack([block_mask(rng, 0.4, np.ones((16, 16), bool)) for _ in range(200)])
     both = (masks[:, :, 1:] & masks[:, :, :-1]).sum() / masks[:, :, :-1].sum()
@@ -202,13 +202,13 @@ def test_mask_ratios_are_stratified_over_the_batch():
         assert (drawn >= edges[:-1]).all() and (drawn <= edges[1:]).all()
 
 
-def test_neighbours_are_near_and_of_both_sides():
+def test_neighbors_are_near_and_of_both_sides():
     rng, slices = np.random.default_rng(0), np.arange(20)
-    drawn = {sample_neighbour(rng, slices, 10, 1.0, 3.0, 1) for _ in range(300)}
+    drawn = {sample_neighbor(rng, slices, 10, 1.0, 3.0, 1) for _ in range(300)}
     assert drawn == {7, 8, 9, 11, 12, 13}
-    assert {sample_neighbour(rng, slices, 0, None, 3.0, 2) for _ in range(100)} == {1, 2}
-    assert {sample_neighbour(rng, slices, 5, 10.0, 3.0, 2) for _ in range(100)} == {4, 6}  # at least one slice
-    assert sample_neighbour(rng, np.array([0, 40]), 0, 1.0, 3.0, 2) is None  # the slices between are missing
+    assert {sample_neighbor(rng, slices, 0, None, 3.0, 2) for _ in range(100)} == {1, 2}
+    assert {sample_neighbor(rng, slices, 5, 10.0, 3.0, 2) for _ in range(100)} == {4, 6}  # at least one slice
+    assert sample_neighbor(rng, np.array([0, 40]), 0, 1.0, 3.0, 2) is None  # the slices between are missing
 
 
 @pytest.fixture(scope="module")
@@ -247,14 +247,14 @@ def test_a_batch_holds_what_the_losses_reshape(views):
     assert (batch["crop_tissue"] >= 0.5).all() or batch["crops_below_minimum"].sum() > 0
 
 
-def test_slice_pairs_share_one_crop_of_neighbouring_slices(views):
+def test_slice_pairs_share_one_crop_of_neighboring_slices(views):
     pairs = [sample["slice_pair"] for sample in (views[index] for index in range(48)) if sample["slice_pair"]]
     assert len(pairs) == 24  # half of the volumes are DBT
     slice_index = np.asarray(views.corpus.rows["slice_index"])
     volume_id = np.asarray(views.corpus.rows["volume_id"])
     for pair in pairs:
-        anchor, neighbour = pair["rows"]
-        assert volume_id[anchor] == volume_id[neighbour]
-        assert abs(slice_index[anchor] - slice_index[neighbour]) == 1  # 6 mm slices: the next one only
+        anchor, neighbor = pair["rows"]
+        assert volume_id[anchor] == volume_id[neighbor]
+        assert abs(slice_index[anchor] - slice_index[neighbor]) == 1  # 6 mm slices: the next one only
     correlation = [np.corrcoef(*(each.ravel() for each in pair["pixels"]))[0, 1] for pair in pairs]
     assert np.median(correlation) > 0.8  # co-located

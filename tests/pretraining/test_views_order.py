@@ -93,7 +93,7 @@ def test_corpora_of_one_kind_and_mixed_ones_give_whole_batches(phantom_corpus, c
     assert 16 < is_dbt.sum() < 32 and len(batch["slice_pairs"]) == is_dbt.sum()
 
 
-def test_slices_of_one_volume_that_meet_in_a_batch_are_no_neighbours_in_koleo(phantom_corpus):
+def test_slices_of_one_volume_that_meet_in_a_batch_are_no_neighbors_in_koleo(phantom_corpus):
     """12 DBT volumes at a weight far above the others': of 32 samples many share a volume."""
     weighed = views(phantom_corpus, "dbt=30", "ffdm=1")
     batch = collate([weighed[index] for index in range(32)])
@@ -104,5 +104,5 @@ def test_slices_of_one_volume_that_meet_in_a_batch_are_no_neighbours_in_koleo(ph
 
     features = torch.nn.functional.one_hot(volume).float()  # slices of a volume look the same
     apart = koleo_loss(features, volume)
-    assert apart == pytest.approx(-np.log(np.sqrt(2)), abs=1e-4)  # the nearest neighbour is of another volume
+    assert apart == pytest.approx(-np.log(np.sqrt(2)), abs=1e-4)  # the nearest neighbor is of another volume
     assert koleo_loss(features) > apart + 5  # ungrouped, slices of a volume would be driven apart

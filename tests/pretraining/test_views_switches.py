@@ -39,7 +39,7 @@ def random_resized_crop(rng, height: int, width: int, scale, ratio) -> tuple[int
 def test_plain_crops_have_the_law_of_random_resized_crop(phantom_corpus):
     off = draw(phantom_corpus, tissue_aware_crops=False)
     corpus, recipe, rng = Corpus(phantom_corpus), ViewsRecipe(), np.random.default_rng(0)
-    shapes = [corpus.picture(sample["row"])[0].shape for sample in off]
+    shapes = [corpus.image(sample["row"])[0].shape for sample in off]
     for crops, scale in ((slice(0, 2), recipe.global_crop_scale), (slice(2, 6), recipe.local_crop_scale)):
         number = crops.stop - crops.start
         ours = np.concatenate([sample["boxes"][crops] for sample in off])
@@ -102,7 +102,7 @@ def test_masks_without_tissue_may_cover_every_patch():
 def test_quiet_views_are_the_crops_themselves(phantom_corpus):
     """With jitter, blur and flips off, pixels and tissue are those of the box."""
     for sample in draw(phantom_corpus, **QUIET)[:10]:
-        pixels, tissue = Corpus(phantom_corpus).picture(sample["row"])
+        pixels, tissue = Corpus(phantom_corpus).image(sample["row"])
         y0, x0, y1, x1 = sample["boxes"][2]
         crop = pixels[y0:y1, x0:x1]
         method = cv2.INTER_AREA if min(crop.shape) >= 32 else cv2.INTER_CUBIC
@@ -121,7 +121,7 @@ def test_flips_turn_pixels_and_tissue_together(phantom_corpus):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_photometric_changes_are_those_of_torchvision(dtype):
-    """ColorJitter's brightness, contrast about the mean, each clipped; solarisation at one half, of global 2 alone."""
+    """ColorJitter's brightness, contrast about the mean, each clipped; solarization at one half, of global 2 alone."""
     full = np.iinfo(dtype).max
     crop = np.random.default_rng(0).integers(0, full, (20, 20), endpoint=True).astype(dtype)
     recipe = ViewsRecipe(jitter_probability=1.0, blur_probability=[0.0] * 3, solarize_probability=1.0)

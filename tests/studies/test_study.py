@@ -1,4 +1,4 @@
-"""The study: what is switched off, equal compute, neighbours by hand, and a small one from phantom to page."""
+"""The study: what is switched off, equal compute, neighbors by hand, and a small one from phantom to page."""
 
 import dataclasses
 import json
@@ -95,13 +95,11 @@ def slices(tmp_path_factory) -> RealSlices:
     folder = tmp_path_factory.mktemp("slices")
     rows = []
     for patient in range(7):
-        picture = draw_breast(seed=patient)
+        image = draw_breast(seed=patient)
         for number in (10, 13) if patient < 2 else (5,):
             name = f"{patient}-{number}.png"
-            noise = np.random.default_rng(number).normal(0, 60, picture.shape)
-            cv2.imwrite(
-                str(folder / name), np.where(picture > 500, picture + noise, picture).clip(0, 4095).astype(np.uint16)
-            )
+            noise = np.random.default_rng(number).normal(0, 60, image.shape)
+            cv2.imwrite(str(folder / name), np.where(image > 500, image + noise, image).clip(0, 4095).astype(np.uint16))
             rows.append((name, f"P{patient}", f"S{patient}", "lcc", number if patient != 6 else None, 4.0))
     columns = ["file", "PatientID", "StudyUID", "View", "Slice", "X"]
     pandas.DataFrame(rows, columns=columns).to_csv(folder / "slices.csv", index=False)
@@ -128,10 +126,10 @@ def test_orderings_by_hand(slices):
     features = np.random.default_rng(0).normal(size=(len(slices.table), 6)).astype(np.float32)
     found = slices.orderings(features)
     a, b, _ = slices.pairs[0]
-    centred = features - features.mean(axis=0)
+    centerd = features - features.mean(axis=0)
     cosine = [
-        [centred[i] @ centred[j] / np.linalg.norm(centred[i]) / np.linalg.norm(centred[j]) for j in range(len(centred))]
-        for i in range(len(centred))
+        [centerd[i] @ centerd[j] / np.linalg.norm(centerd[i]) / np.linalg.norm(centerd[j]) for j in range(len(centerd))]
+        for i in range(len(centerd))
     ]
     wins = [cosine[a][b] > cosine[end][other] for end in (a, b) for other in slices.others(end)]
     assert found["ordering_auc"][0] == pytest.approx(np.mean(wins))

@@ -32,8 +32,8 @@ def test_one_region_a_volume_with_pixels_and_tissue_of_the_same_place(archive):
         assert each.pixel_values.shape == (1, PATCH * grid[0], PATCH * grid[1]) and grid == each.weights.shape
         assert each.weights.min() >= 0 and each.weights.max() <= PATCH**2 + 1e-3 and each.weights.any()
         if lesion:
-            picture = processor(str(folder / table["file"][each.row]), slices_per_volume=0)
-            whole = picture["pixel_values"][int(frame), 0]
+            image = processor(str(folder / table["file"][each.row]), slices_per_volume=0)
+            whole = image["pixel_values"][int(frame), 0]
             places = np.lib.stride_tricks.sliding_window_view(whole, each.pixel_values.shape[1:])
             assert (places[::PATCH, ::PATCH] == each.pixel_values[0]).all(axis=(2, 3)).any()  # the lesion's own slice
         else:

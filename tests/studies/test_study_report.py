@@ -67,12 +67,12 @@ def test_what_is_better_and_worse_is_said(runs, tmp_path):
     assert "remake MammoDINO" in page and "2 here" in page and (tmp_path / "page.png").stat().st_size > 1000
 
 
-def test_real_neighbours_near_and_all(runs, tmp_path):
+def test_real_neighbors_near_and_all(runs, tmp_path):
     for number, run in enumerate(runs):
         found = json.loads((run.output_dir / RESULT_FILE).read_text())
         orderings = [1.0, 0.5 + 0.1 * number, 0.3]
         found["real"] = {
-            "neighbours": {"patient": ["A", "A", "B"], "distance_slices": [1, 10, 11], "similarity": [0.9, 0.8, 0.7],
+            "neighbors": {"patient": ["A", "A", "B"], "distance_slices": [1, 10, 11], "similarity": [0.9, 0.8, 0.7],
                            "nearest_other": [0.2] * 3, "ordering_auc": orderings},
             "lesion_auc": 0.5, "num_slices": 5, "num_with_lesion": 2,
         }  # fmt: skip

@@ -46,7 +46,7 @@ def test_an_error_is_one_line_and_status_1(tmp_path, capsys):
     ended = subprocess.run(arguments, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.startswith("mammodino inspect: ") and missing in ended.stderr and ended.stderr.count("\n") == 1
-    for output in ("picture.jpg", "picture"):
+    for output in ("image.jpg", "image"):
         with pytest.raises(SystemExit, match="mammodino inspect: .*png"):
             mammodino(["inspect", missing, "--output", str(tmp_path / output)])
     assert not list(tmp_path.iterdir())

@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def test_a_tile_for_every_file(folder, tmp_path, capsys):
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("ignored")
     mammodino(["contact_sheet", str(folder), "--output", str(tmp_path / "sheet.png"), "--columns", "3"])
     said = capsys.readouterr()
@@ -53,7 +53,7 @@ def test_many_files_fill_pages(folder, tmp_path, capsys, monkeypatch):
     assert [cv2.imread(str(page)).shape[1] for page in pages] == [2 * TILE_PX, TILE_PX]
 
 
-def test_the_outline_follows_the_mask_in_the_colour_of_its_confidence():
+def test_the_outline_follows_the_mask_in_the_color_of_its_confidence():
     thumbnail = make_thumbnail(draw_breast())
     sure, doubtful = (
         draw_tile(thumbnail._replace(confidence=confidence), "a.png").astype(int) for confidence in (1.0, 0.0)

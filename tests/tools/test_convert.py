@@ -40,27 +40,27 @@ def folder_files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
-def test_rgb_dinov2_gives_the_same_features_for_a_grey_picture(tmp_path, swiglu):
+def test_rgb_dinov2_gives_the_same_features_for_a_gray_image(tmp_path, swiglu):
     native = save_source(tmp_path, Dinov2Model, Dinov2Config(**TINY, use_swiglu_ffn=swiglu))
     model = load_encoder(tmp_path, interpolation="transformers")
     assert model.config.num_channels == 1 and model.config.num_register_tokens == 0
     for size in SIZES:
-        rgb, grey = inputs(*size)
-        assert_equal_features(model, native, grey, rgb, atol=1e-5)
+        rgb, gray = inputs(*size)
+        assert_equal_features(model, native, gray, rgb, atol=1e-5)
     masked = torch.rand(2, 25) < 0.5
-    rgb, grey = inputs(SIDE, SIDE)
+    rgb, gray = inputs(SIDE, SIDE)
     with torch.no_grad():
-        a, b = (net(x, bool_masked_pos=masked)[0] for net, x in ((model, grey), (native, rgb)))
+        a, b = (net(x, bool_masked_pos=masked)[0] for net, x in ((model, gray), (native, rgb)))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_rgb_register_variant_gives_the_same_features_for_a_grey_picture(tmp_path):
+def test_rgb_register_variant_gives_the_same_features_for_a_gray_image(tmp_path):
     native = save_source(tmp_path, Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**TINY, num_register_tokens=3))
     model = load_encoder(tmp_path)
     assert (model.config.interpolate_antialias, model.config.interpolate_offset) == (True, 0.0)
     for size in SIZES:
-        rgb, grey = inputs(*size)
-        assert_equal_features(model, native, grey, rgb, atol=1e-5)
+        rgb, gray = inputs(*size)
+        assert_equal_features(model, native, gray, rgb, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_rgb_register_variant_gives_the_same_features_for_a_grey_picture(tmp_pat
         ({"image_mean": 0.53, "image_std": 0.26}, 1.0),
     ],
 )
-def test_the_fold_is_exact_for_any_normalisation(tmp_path, settings, full):
+def test_the_fold_is_exact_for_any_normalization(tmp_path, settings, full):
     config = Dinov2WithRegistersConfig(**TINY, num_register_tokens=1)
     native = save_source(tmp_path, Dinov2WithRegistersModel, config, **settings)
     mean, std = (settings.get("image_mean", MEAN), settings.get("image_std", STD)) if full else ([0.0] * 3, [1.0] * 3)
-    rgb, grey = inputs(SIDE, SIDE, mean if isinstance(mean, (list, tuple)) else [mean] * 3,
+    rgb, gray = inputs(SIDE, SIDE, mean if isinstance(mean, (list, tuple)) else [mean] * 3,
                        std if isinstance(std, (list, tuple)) else [std] * 3, full or 1.0)  # fmt: skip
     scale = 100 if full == 255.0 else 1  # raw pixels over std are large numbers: compare to relative precision
-    assert_equal_features(load_encoder(tmp_path), native, grey, rgb, atol=2e-5 * scale)
+    assert_equal_features(load_encoder(tmp_path), native, gray, rgb, atol=2e-5 * scale)
 
 
 def test_a_source_that_does_not_say_its_normalisation_is_taken_for_imagenet_aloud(tmp_path, caplog):
@@ -88,8 +88,8 @@ def test_a_source_that_does_not_say_its_normalisation_is_taken_for_imagenet_alou
     (tmp_path / "preprocessor_config.json").unlink()
     model = load_encoder(tmp_path)
     assert "ImageNet" in caplog.text and str(tmp_path) in caplog.text
-    rgb, grey = inputs(SIDE, SIDE)
-    assert_equal_features(model, native, grey, rgb, atol=1e-5)
+    rgb, gray = inputs(SIDE, SIDE)
+    assert_equal_features(model, native, gray, rgb, atol=1e-5)
 
 
 def test_normalisation_that_does_not_fit_is_refused(tmp_path):
@@ -101,17 +101,17 @@ def test_normalisation_that_does_not_fit_is_refused(tmp_path):
 def test_the_pixels_of_another_image_processor_can_be_asked_for(tmp_path):
     native = save_source(tmp_path, Dinov2Model, Dinov2Config(**TINY))
     model = load_encoder(tmp_path, image_processor=MammoDinoImageProcessor(image_mean=[0.1], image_std=[0.7]))
-    rgb, grey = inputs(SIDE, SIDE)
-    assert_equal_features(model, native, ((grey * 0.25 + 0.5) - 0.1) / 0.7, rgb, atol=1e-5)
+    rgb, gray = inputs(SIDE, SIDE)
+    assert_equal_features(model, native, ((gray * 0.25 + 0.5) - 0.1) / 0.7, rgb, atol=1e-5)
 
 
 def test_interpolation_is_the_references_unless_asked(tmp_path):
     native = save_source(tmp_path, Dinov2Model, Dinov2Config(**TINY))
     reference, theirs = load_encoder(tmp_path), load_encoder(tmp_path, interpolation="transformers")
     assert (reference.config.interpolate_antialias, reference.config.interpolate_offset) == (False, 0.1)
-    rgb, grey = inputs(112, 112)
+    rgb, gray = inputs(112, 112)
     with torch.no_grad():
-        a, b, c = reference(grey)[0], theirs(grey)[0], native(rgb)[0]
+        a, b, c = reference(gray)[0], theirs(gray)[0], native(rgb)[0]
     torch.testing.assert_close(b, c, rtol=0, atol=1e-5)
     assert (a - c).abs().max() > 1e-3  # the two rules do differ
     with pytest.raises(ValueError, match="interpolation='nearest'"):
@@ -125,8 +125,8 @@ def test_position_embeddings_can_be_stored_at_another_size(tmp_path, image_size)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     assert stored.config.image_size == image_size
     assert stored.embeddings.position_embeddings.shape[1] == 1 + height // PATCH * (width // PATCH)
-    _, grey = inputs(height, width)
-    assert_equal_features(stored, model, grey, grey, atol=1e-6)
+    _, gray = inputs(height, width)
+    assert_equal_features(stored, model, gray, gray, atol=1e-6)
     for wrong in (100, [70, 70, 70], 0):
         with pytest.raises(ValueError, match="image_size="):
             load_encoder(tmp_path / "dinov2.pth", image_size=wrong)
@@ -140,7 +140,7 @@ SOURCES = {
         Dinov2WithRegistersForImageClassification,
         Dinov2WithRegistersConfig(**TINY, id2label={0: "benign", 1: "cancer"}, label2id={"benign": 0, "cancer": 1}),
     ),
-    "grey": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**TINY, num_channels=1)),
+    "gray": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**TINY, num_channels=1)),
 }
 
 
@@ -168,8 +168,8 @@ def test_a_folder_in_is_a_folder_out(tmp_path, name, to):
     processor = MammoDinoImageProcessor.from_pretrained(out)
     assert dict(processor.size) == {"height": SIDE, "width": SIDE} and processor.patch_size == PATCH
     for size in SIZES if "dinov2" not in name else SIZES[:1]:
-        rgb, grey = inputs(*size, mean, std)
-        assert_equal_features(model.eval(), native, grey, rgb, atol=1e-5)
+        rgb, gray = inputs(*size, mean, std)
+        assert_equal_features(model.eval(), native, gray, rgb, atol=1e-5)
 
 
 def test_ours_goes_out_and_comes_back_bit_by_bit(tmp_path):
@@ -187,8 +187,8 @@ def test_ours_goes_out_and_comes_back_bit_by_bit(tmp_path):
     native = AutoModelForImageClassification.from_pretrained(tmp_path / "native").eval()
     assert type(native) is Dinov2WithRegistersForImageClassification
     for size in SIZES:
-        _, grey = inputs(*size)
-        assert_equal_features(model, native, grey, grey)
+        _, gray = inputs(*size)
+        assert_equal_features(model, native, gray, gray)
 
 
 def test_plain_transformers_opens_the_native_folder_without_this_package(tmp_path):
@@ -221,14 +221,14 @@ def test_a_native_folder_says_where_it_differs_and_what_it_cannot_hold(tmp_path,
     convert(tmp_path / "in", tmp_path / "out", "dinov2_with_registers", image_size=112)
     assert caplog.text.count("differ at other sizes") == 1 and "112 x 112" in caplog.text
     model, native = load_encoder(tmp_path / "in"), AutoModel.from_pretrained(tmp_path / "out").eval()
-    _, grey = inputs(112, 112)
-    assert_equal_features(model, native, grey, grey)
+    _, gray = inputs(112, 112)
+    assert_equal_features(model, native, gray, gray)
     with pytest.raises(ValueError, match="--image_size 98"):
         convert(tmp_path / "in", tmp_path / "tall", "dinov2_with_registers", image_size=[98, 42])
     assert folder_files(tmp_path) == {"in", "out"}
 
 
-def test_colour_can_be_kept(tmp_path):
+def test_color_can_be_kept(tmp_path):
     native = save_source(tmp_path / "in", Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**TINY))
     convert(tmp_path / "in", tmp_path / "out", "dinov2_with_registers", num_channels=3)
     rgb, _ = inputs(98, 70)

@@ -36,10 +36,10 @@ def test_an_original_checkpoint_gives_what_the_published_code_gives(tmp_path, re
     offset, antialias = (0.0, True) if registers else (0.1, False)
     assert (config.interpolate_offset, config.interpolate_antialias) == (offset, antialias)
     for size in SIZES:
-        rgb, grey = inputs(*size)
+        rgb, gray = inputs(*size)
         expected = reference_forward(state, rgb, offset, antialias)
         with torch.no_grad():
-            torch.testing.assert_close(model(grey).last_hidden_state, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(model(gray).last_hidden_state, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", ["mammodino", "dinov2_with_registers"])
@@ -49,8 +49,8 @@ def test_an_original_checkpoint_becomes_either_folder(tmp_path, to):
     model, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()) and model.config.model_type == to
     for size in SIZES:
-        _, grey = inputs(*size)
-        assert_equal_features(model.eval(), load_encoder(tmp_path / "dinov2.pth"), grey, grey)
+        _, gray = inputs(*size)
+        assert_equal_features(model.eval(), load_encoder(tmp_path / "dinov2.pth"), gray, gray)
 
 
 def chunked(state):

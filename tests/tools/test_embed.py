@@ -33,8 +33,8 @@ from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.features import (
     FileEmbeddings,
     FileEnd,
-    Picture,
-    PictureStream,
+    Image,
+    ImageStream,
     embed_files,
     find_files,
     pool_volumes,
@@ -150,12 +150,12 @@ def test_the_stream_is_the_image_processor_bit_for_bit(archive, settings):
     processor = MammoDinoImageProcessor(size={"height": 96, "width": 128}, patch_size=16, **settings)
     for name in GOOD:
         for count in (0, 1, 4):
-            stream = PictureStream([archive / name], processor, count)
-            *pictures, end = stream
+            stream = ImageStream([archive / name], processor, count)
+            *images, end = stream
             expected = processor(archive / name, slices_per_volume=count, return_tensors="np")
             assert end == FileEnd(0)
-            np.testing.assert_array_equal([each.pixel_values for each in pictures], expected["pixel_values"])
-            np.testing.assert_array_equal([each.tissue_mask for each in pictures], expected["tissue_mask"])
+            np.testing.assert_array_equal([each.pixel_values for each in images], expected["pixel_values"])
+            np.testing.assert_array_equal([each.tissue_mask for each in images], expected["tissue_mask"])
 
 
 def test_a_slice_has_its_number_also_where_few_are_taken(volume, model, processor):
@@ -207,7 +207,7 @@ def split_into_files(volume: Path, folder: Path) -> list[Path]:
 
 
 def test_slices_that_are_files_of_their_own_share_a_volume(phantom_archive, model, processor, tmp_path):
-    """Two such series, their files interleaved by name, with a picture between them."""
+    """Two such series, their files interleaved by name, with an image between them."""
     for name, volume in zip(("l", "r"), sorted(phantom_archive.rglob("*_dbt.dcm"))[:2], strict=True):
         (tmp_path / name).mkdir()
         for path in split_into_files(volume, tmp_path / name):
@@ -258,8 +258,8 @@ def test_a_volume_streams_and_counts_whole_or_not_at_all(volume, archive, model,
     frames[frame_order(volume)[broken]] = b"\xff" * 64
     image.PixelData = encapsulate(frames)
     image.save_as(tmp_path / "damaged.dcm")
-    items = list(PictureStream([tmp_path / "damaged.dcm"], processor, 0))
-    assert [type(each) for each in items] == [Picture] * broken + [FileEnd]
+    items = list(ImageStream([tmp_path / "damaged.dcm"], processor, 0))
+    assert [type(each) for each in items] == [Image] * broken + [FileEnd]
     damaged, good = embed_files([tmp_path / "damaged.dcm", archive / "a.jpg"], model, processor, batch_size=1)
     assert "damaged.dcm" in damaged.refused and damaged.slices == [] and len(damaged.embeddings) == 0
     assert good.refused is None and good.slices == [0]
@@ -272,7 +272,7 @@ def test_without_a_good_file_the_command_fails_and_says_where(archive, checkpoin
         assert isinstance(stop.value.code, str)  # printed, and exit status 1
         assert [path.name for path in tmp_path.iterdir()] == ["features.refused.csv"]
     (tmp_path / "folder").mkdir()
-    with pytest.raises(SystemExit, match="no DICOM file or picture"):
+    with pytest.raises(SystemExit, match="no DICOM file or image"):
         run(tmp_path / "folder", checkpoint, tmp_path / "features.parquet")
     with pytest.raises(SystemExit, match="gone"):
         run(tmp_path / "gone", checkpoint, tmp_path / "features.parquet")

@@ -102,7 +102,7 @@ def test_the_loopback_hub_verifies_what_it_is_sent(hub):
     assert (info.path, info.size) == ("in/a.txt", 4) and api.list_repo_files("me/server") == ["in/a.txt"]
 
 
-# The doors of transformers itself, and back, each in a process of its own
+# The entry_points of transformers itself, and back, each in a process of its own
 
 PUSH = """
 import sys, torch
@@ -110,11 +110,11 @@ from huggingface_hub import ModelCard
 from modeling_mammodino import *
 folder, card = sys.argv[1], sys.argv[2] == "card"
 model = MammoDinoModel.from_pretrained(folder)
-model.push_to_hub("me/doors"), MammoDinoImageProcessor.from_pretrained(folder).push_to_hub("me/doors")
+model.push_to_hub("me/entry_points"), MammoDinoImageProcessor.from_pretrained(folder).push_to_hub("me/entry_points")
 torch.manual_seed(1)
 MammoDinoForImageClassification(MammoDinoConfig(**model.config.to_dict() | {"num_labels": 3})).push_to_hub("me/classes")
 if card:
-    ModelCard.load(folder + "/README.md").push_to_hub("me/doors")
+    ModelCard.load(folder + "/README.md").push_to_hub("me/entry_points")
 """
 OPEN = """
 import sys
@@ -123,9 +123,9 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(fi
 import json, torch
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-processor = AutoImageProcessor.from_pretrained("me/doors", trust_remote_code=True)
-parts = {"model": AutoModel.from_pretrained("me/doors", trust_remote_code=True),
-         "backbone": AutoBackbone.from_pretrained("me/doors", trust_remote_code=True, out_indices=[1, 2]),
+processor = AutoImageProcessor.from_pretrained("me/entry_points", trust_remote_code=True)
+parts = {"model": AutoModel.from_pretrained("me/entry_points", trust_remote_code=True),
+         "backbone": AutoBackbone.from_pretrained("me/entry_points", trust_remote_code=True, out_indices=[1, 2]),
          "classes": AutoModelForImageClassification.from_pretrained("me/classes", trust_remote_code=True)}
 assert all("transformers_modules" in type(each).__module__ for each in [processor, *parts.values()])
 inputs = processor(sys.argv[1], return_tensors="pt")
@@ -146,27 +146,27 @@ def process(program: str, *arguments: str, environment: dict[str, str], cwd: Pat
 
 
 @pytest.fixture(scope="module")
-def doors(hub_server, model_folder, tmp_path_factory) -> HubServer:
+def entry_points(hub_server, model_folder, tmp_path_factory) -> HubServer:
     environment = hub_server.environment(tmp_path_factory.mktemp("push"))
     process(PUSH, model_folder, "card" if HUB_VERSION >= 2 else "", environment=environment, cwd=ROOT)
     return hub_server
 
 
-def test_models_and_processor_go_through_transformers_own_doors(doors, model_folder):
-    files = doors.files("me/doors")
+def test_models_and_processor_go_through_transformers_own_doors(entry_points, model_folder):
+    files = entry_points.files("me/entry_points")
     code = {path.name for path in model_folder.glob("*.py")}
     assert files.keys() >= code | {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
     assert files["model.safetensors"] == (model_folder / "model.safetensors").read_bytes()
 
 
 @pytest.mark.skipif(HUB_VERSION < 2, reason="huggingface_hub 1 validates cards at a fixed address, not at HF_ENDPOINT")
-def test_the_card_goes_through_its_own_door(doors):
-    assert doors.files("me/doors")["README.md"].decode() == CARD
+def test_the_card_goes_through_its_own_door(entry_points):
+    assert entry_points.files("me/entry_points")["README.md"].decode() == CARD
 
 
-def test_what_was_pushed_opens_where_the_package_is_missing(doors, model_folder, tmp_path):
+def test_what_was_pushed_opens_where_the_package_is_missing(entry_points, model_folder, tmp_path):
     Image.fromarray(draw_breast()).save(tmp_path / "breast.png")
-    environment = {**doors.environment(tmp_path / "home"), "PYTHONSAFEPATH": "1"}
+    environment = {**entry_points.environment(tmp_path / "home"), "PYTHONSAFEPATH": "1"}
     environment.pop("PYTHONPATH", None)
     printed = process(OPEN, tmp_path / "breast.png", environment=environment, cwd=tmp_path)
     answer = json.loads(printed.splitlines()[-1])

@@ -122,7 +122,7 @@ REFUSALS = {
     "recipe comment": (write("recipe.yaml", "# of Dr. A\n", add=True), "recipe.yaml: holds comments; take them out"),
     # card
     "no card": (lambda folder: (folder / "README.md").unlink(), "README.md: missing"),
-    "no licence": (write("README.md", CARD.replace("license", "licence")), "README.md: states no licence"),
+    "no license": (write("README.md", CARD.replace("license", "license")), "README.md: states no license"),
     "no warning": (write("README.md", CARD.replace("Research", "Any")), "README.md: does not say `research use only`"),
     "path in card": (
         write("README.md", "From /data/patients\n", add=True),
@@ -137,16 +137,16 @@ REFUSALS = {
     # figures
     "png text": (write("losses.png", encode(figure(), pnginfo=text_chunk())), "losses.png: metadata in the PNG chunks"),
     "png exif": (write("losses.png", encode(figure(), exif=exif())), "losses.png: metadata in the PNG chunks eXIf"),
-    "png tail": (write("losses.png", b"SMITH", add=True), "losses.png: 5 bytes after the picture's end"),
+    "png tail": (write("losses.png", b"SMITH", add=True), "losses.png: 5 bytes after the image's end"),
     "png cut": (write("losses.png", encode(figure())[:-20]), "losses.png: "),
-    "grey": (write("losses.png", encode(figure().convert("L"))), "losses.png: colour mode L, as mammograms have"),
-    "grey in colour": (
+    "gray": (write("losses.png", encode(figure().convert("L"))), "losses.png: color mode L, as mammograms have"),
+    "gray in color": (
         write("losses.png", encode(figure().convert("L").convert("RGB"))),
-        "losses.png: grey throughout, as mammograms are",
+        "losses.png: gray throughout, as mammograms are",
     ),
     "large": (write("losses.png", encode(figure(3000, 2000))), "losses.png: 2000 x 3000 px, as large as a mammogram"),
     "svg metadata": (svg("<metadata>Anna</metadata>"), "curve.svg: holds metadata"),
-    "svg picture": (svg('<image href="data:image/png;base64,AA"/>'), "curve.svg: holds image"),
+    "svg image": (svg('<image href="data:image/png;base64,AA"/>'), "curve.svg: holds image"),
     "svg script": (svg('<g onload="x()"/>'), "curve.svg: holds the attributes onload"),
     "svg comment": (svg("<!-- Anna -->"), "curve.svg: holds comments"),
     "svg link": (svg('<rect fill="url(http://x/y)"/>'), "curve.svg: refers to 'http://x/y' outside"),
@@ -175,7 +175,7 @@ def test_a_jpeg_with_metadata_is_refused(model_copy, kind, settings):
     (model_copy / "photo.jpg").write_bytes(encode(figure(), "JPEG", **settings))
     assert [complaint for complaint in check_folder(model_copy) if "metadata in the JPEG" in complaint]
     (model_copy / "photo.jpg").write_bytes(encode(figure(), "JPEG") + DICOM)
-    assert check_folder(model_copy) == ["photo.jpg: data after the picture's end; save it as PNG"]
+    assert check_folder(model_copy) == ["photo.jpg: data after the image's end; save it as PNG"]
 
 
 def test_every_offending_file_is_named(model_copy):

@@ -1,1 +1,1 @@
-"""Judging an encoder by its frozen features."""
+"""Evaluating an encoder by its frozen features."""

@@ -11,8 +11,8 @@ NUM_NEIGHBOURS = 20
 REGULARISATION = np.logspace(-4, 1, 6)
 
 
-def nearest_neighbours(num_examples: int) -> Pipeline:
-    """k-NN on standardised features by cosine distance, near ones weighing more; k = 20, or all of fewer examples."""
+def nearest_neighbors(num_examples: int) -> Pipeline:
+    """k-NN on standardized features by cosine distance, near ones weighing more; k = 20, or all of fewer examples."""
     return make_pipeline(
         StandardScaler(),
         KNeighborsClassifier(min(NUM_NEIGHBOURS, num_examples), metric="cosine", weights="distance"),
@@ -20,7 +20,7 @@ def nearest_neighbours(num_examples: int) -> Pipeline:
 
 
 def logistic_regression(labels: np.ndarray, patients: np.ndarray) -> Pipeline:
-    """Logistic regression on standardised features, its penalty chosen by log loss on held-out patients, four folds."""
+    """Logistic regression on standardized features, its penalty chosen by log loss on held-out patients, four folds."""
     return make_pipeline(
         StandardScaler(),
         LogisticRegressionCV(

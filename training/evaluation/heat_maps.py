@@ -21,7 +21,7 @@ class HeatMap(NamedTuple):
 
 
 class Patches(NamedTuple):
-    """One picture's tokens."""
+    """One image's tokens."""
 
     class_token: np.ndarray  # (D,) float64
     breast: np.ndarray  # (T, D) float64, the patches with breast
@@ -76,9 +76,9 @@ def distance_from_mean(breast: np.ndarray) -> np.ndarray:
 def residual(breast: np.ndarray) -> np.ndarray:
     """Length of what the main components of the patches (T, D) leave of each: the reconstruction error of PCA, which
     is large where a patch varies in ways that the others do not."""
-    centred = breast - breast.mean(axis=0)
-    components = np.linalg.svd(centred, full_matrices=False)[2][:NUM_COMPONENTS]  # (k, D)
-    return np.linalg.norm(centred - centred @ components.T @ components, axis=1)
+    centerd = breast - breast.mean(axis=0)
+    components = np.linalg.svd(centerd, full_matrices=False)[2][:NUM_COMPONENTS]  # (k, D)
+    return np.linalg.norm(centerd - centerd @ components.T @ components, axis=1)
 
 
 def class_evidence(patches: Patches, classifier: nn.Linear) -> np.ndarray:

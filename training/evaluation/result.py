@@ -50,7 +50,7 @@ def describe_run(
 
 
 def hash_table(table: pandas.DataFrame) -> str:
-    """SHA-256 of images, splits and labels: two runs with the same one learned and were judged on the same."""
+    """SHA-256 of images, splits and labels: two runs with the same one learned and were evaluated on the same."""
     lines = [f"{row.image_id}\t{row.split}\t{row.label}\n" for row in table.itertuples()]
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 

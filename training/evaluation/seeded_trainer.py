@@ -1,4 +1,4 @@
-"""What every Trainer here shares: an order of pictures that is a function of seed and epoch, and a safe way back."""
+"""What every Trainer here shares: an order of images that is a function of seed and epoch, and a safe way back."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from training.evaluation.finetuning.feature_cache import worker_options
-from training.evaluation.finetuning.pictures import SeededSampler
+from training.evaluation.finetuning.images import SeededSampler
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def epoch_arguments(settings: Any, folder: Path, **more: Any) -> TrainingArgumen
 
 
 class SeededTrainer(Trainer):
-    """A Trainer whose order of pictures is a function of seed and epoch, and whose workers are spawned."""
+    """A Trainer whose order of images is a function of seed and epoch, and whose workers are spawned."""
 
     def __init__(self, *args: Any, sampler: SeededSampler, collate: Callable, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -56,10 +56,10 @@ class SeededTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return self._loader(eval_dataset or self.eval_dataset, self.args.eval_batch_size, None)
 
-    def _loader(self, pictures: Dataset, batch_size: int, sampler: SeededSampler | None) -> DataLoader:
+    def _loader(self, images: Dataset, batch_size: int, sampler: SeededSampler | None) -> DataLoader:
         num_workers = self.args.dataloader_num_workers
         loader = DataLoader(
-            pictures,
+            images,
             batch_size,
             sampler=sampler,
             collate_fn=self.collate,

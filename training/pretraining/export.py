@@ -74,5 +74,5 @@ def draw_log(log: Path, output: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.legend(fontsize=7)
-    figure.savefig(output, dpi=110, metadata={"Software": None})  # nothing but the picture
+    figure.savefig(output, dpi=110, metadata={"Software": None})  # nothing but the image
     pyplot.close(figure)

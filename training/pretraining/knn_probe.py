@@ -1,4 +1,4 @@
-"""k-NN on a labelled set while pretraining runs: whether features become useful, long before the losses say so."""
+"""k-NN on a labeled set while pretraining runs: whether features become useful, long before the losses say so."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -9,18 +9,18 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.features import FileEnd, Picture, PictureStream, encode
-from training.evaluation.classifiers import nearest_neighbours
+from modeling_mammodino.tools.features import FileEnd, Image, ImageStream, encode
+from training.evaluation.classifiers import nearest_neighbors
 from training.evaluation.labels import read_labels
 from training.evaluation.metrics import auc
 
-MAX_CACHE_BYTES = 2 * 2**30  # pictures kept in memory; of a larger set they are read and rendered each time
+MAX_CACHE_BYTES = 2 * 2**30  # images kept in memory; of a larger set they are read and rendered each time
 MAX_FOLDS = 5
 BATCH_SIZE = 8
 
 
 class KnnProbe:
-    """The labelled files of one task; a volume is its middle slice.
+    """The labeled files of one task; a volume is its middle slice.
 
     labels: CSV with the columns `file` (relative to it), `patient` and the task; rows without a label are left out.
     Raises ValueError for what cannot be used, a file included: a curve of other files is another curve.
@@ -44,24 +44,24 @@ class KnnProbe:
             )
         folds = StratifiedGroupKFold(min(MAX_FOLDS, *num_patients), shuffle=True, random_state=0)
         self.folds = list(folds.split(self.y, self.y, self.patients))
-        stream = PictureStream(paths, image_processor, slices_per_volume=1)
+        stream = ImageStream(paths, image_processor, slices_per_volume=1)
         fits = 4 * len(paths) * image_processor.size["height"] * image_processor.size["width"] <= MAX_CACHE_BYTES
-        self.pictures: Iterable[Picture | FileEnd] = list(self._usable(stream)) if fits else stream
+        self.images: Iterable[Image | FileEnd] = list(self._usable(stream)) if fits else stream
         if not fits:  # all are read once, so that a bad file is refused now
             deque(self._usable(stream), maxlen=0)
 
     def auc(self, encoder: MammoDinoModel) -> float:
         """AUC over all files, each predicted from other patients' files (of several classes the macro average)."""
-        pictures, features = self._usable(self.pictures), []
-        while batch := list(islice(pictures, BATCH_SIZE)):
+        images, features = self._usable(self.images), []
+        while batch := list(islice(images, BATCH_SIZE)):
             features.append(encode([encoder], batch, pool="both"))
-        classifier = nearest_neighbours(min(len(learn) for learn, _ in self.folds))
+        classifier = nearest_neighbors(min(len(learn) for learn, _ in self.folds))
         return auc(self.y, cross_val_predict(classifier, np.concatenate(features), self.y, cv=self.folds,
                                              method="predict_proba"))  # fmt: skip
 
-    def _usable(self, items: Iterable[Picture | FileEnd]) -> Iterator[Picture]:
+    def _usable(self, items: Iterable[Image | FileEnd]) -> Iterator[Image]:
         for item in items:
-            if isinstance(item, Picture):
+            if isinstance(item, Image):
                 yield item
             elif item.refused is not None:
                 raise ValueError(f"knn_labels={self.labels}: {item.refused}; take that row out")

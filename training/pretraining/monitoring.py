@@ -1,4 +1,4 @@
-"""Seeing a run: a JSON line a log step, progress bar and tracker; speed, signs of collapse, k-NN and pictures."""
+"""Seeing a run: a JSON line a log step, progress bar and tracker; speed, signs of collapse, k-NN and images."""
 # MERGED: Signs of collapse: what teacher and student say of images, in numbers, and in words once they are bad.
 #
 # A self-distilled network can fail at two ends. At the entropy wall the teacher's targets are uniform and say nothing; in
@@ -28,7 +28,7 @@ from modeling_mammodino.tools.visualize import write_png
 
 from .compute import matmul_peak, step_flops
 from .export import image_processor
-from .feature_images import corpus_pictures, draw_features
+from .feature_images import corpus_images, draw_features
 from .knn_probe import KnnProbe
 from .model_card import published_recipe
 from .networks import Batch, Network
@@ -160,11 +160,11 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
     accelerator.init_trackers(PROJECT, config=settings, init_kwargs=of_each)
 
 
-def log_picture(accelerator: Accelerator, name: str, picture: np.ndarray, step: int) -> None:
-    """A picture (H, W, 3) uint8 RGB to TensorBoard, whose files stay here: breasts are not sent to a hosted tracker."""
+def log_image(accelerator: Accelerator, name: str, image: np.ndarray, step: int) -> None:
+    """An image (H, W, 3) uint8 RGB to TensorBoard, whose files stay here: breasts are not sent to a hosted tracker."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
+            tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
 
 
 logger = logging.getLogger(__name__)
@@ -174,9 +174,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products, 
 
 
 class Monitor:
-    """Meters of one process. All processes measure, the main one writes, and alone draws and judges the teacher.
+    """Meters of one process. All processes measure, the main one writes, and alone draws and evaluates the teacher.
 
-    Raises ValueError, before the first step, where the labelled set of the recipe cannot be used.
+    Raises ValueError, before the first step, where the labeled set of the recipe cannot be used.
     """
 
     def __init__(
@@ -196,14 +196,14 @@ class Monitor:
             accelerator.is_main_process,
         )
         self.watch = CollapseWatch(round(PATIENCE_FRACTION * run.max_steps))
-        self.knn = self.pictures = self.lines = None
+        self.knn = self.images = self.lines = None
         if self.is_main:
             if run.knn_steps:
                 self.knn = KnnProbe(Path(run.knn_labels), run.knn_task, image_processor(corpus, recipe))
-            if run.picture_steps and run.fsdp:
-                logger.warning("picture_steps: no pictures with fsdp, where no process holds the whole teacher")
-            elif run.picture_steps:
-                self.pictures = corpus_pictures(corpus, image_processor(corpus, recipe))
+            if run.visualization_steps and run.fsdp:
+                logger.warning("visualization_steps: no images with fsdp, where no process holds the whole teacher")
+            elif run.visualization_steps:
+                self.images = corpus_images(corpus, image_processor(corpus, recipe))
             logs = Path(run.output_dir) / "logs"
             logs.mkdir(parents=True, exist_ok=True)
             self.lines = (logs / "log.jsonl").open("a")
@@ -234,7 +234,7 @@ class Monitor:
         """Counts a finished step (1-based); True where a log line is due. Nothing here waits for the device."""
         self.steps_since_log += 1
         self.progress.update()
-        every = (self.run.logging_steps, self.run.knn_steps, self.run.picture_steps)
+        every = (self.run.logging_steps, self.run.knn_steps, self.run.visualization_steps)
         return any(self.is_due(step, steps) for steps in every)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -277,18 +277,18 @@ class Monitor:
         self.started, self.last_log = self.started + looked, now + looked
 
     def look(self, step: int) -> dict[str, float]:
-        """k-NN and picture of the teacher where they are due. On the main process, without the others."""
+        """k-NN and image of the teacher where they are due. On the main process, without the others."""
         found = {}
         if self.knn and self.is_due(step, self.run.knn_steps):
-            with torch.compiler.set_stance("force_eager"):  # whole pictures are no shapes to compile for
+            with torch.compiler.set_stance("force_eager"):  # whole images are no shapes to compile for
                 found["knn_auc"] = self.knn.auc(self.encoder)
-        if self.pictures and self.is_due(step, self.run.picture_steps):
+        if self.images and self.is_due(step, self.run.visualization_steps):
             with torch.compiler.set_stance("force_eager"):
-                picture = draw_features(self.encoder, **self.pictures, title=f"step {step}")
-            folder = Path(self.run.output_dir) / "pictures"
+                image = draw_features(self.encoder, **self.images, title=f"step {step}")
+            folder = Path(self.run.output_dir) / "images"
             folder.mkdir(exist_ok=True)
-            write_png(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), folder / f"step-{step:06d}.png")
-            log_picture(self.accelerator, "features", picture, step)
+            write_png(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), folder / f"step-{step:06d}.png")
+            log_image(self.accelerator, "features", image, step)
         return found
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -5,7 +5,7 @@ be tested. Student and teacher are sharded alike, so that the moving average sta
 """
 # MERGED: Projection head of DINO and iBOT (dinov2/layers/dino_head.py).
 # MERGED: Going on from a former run's checkpoint under another recipe, such as at a higher resolution: networks, heads and
-# centres are its own; optimizer, schedules, order and views are the new run's.
+# centers are its own; optimizer, schedules, order and views are the new run's.
 # MERGED: Student and teacher: one network each, seen side by side by the losses.
 # MERGED: The teacher of Gram anchoring: an earlier state of the teacher's encoder, which may look at larger crops.
 
@@ -35,7 +35,7 @@ from .recipe import ModelRecipe, Recipe
 
 
 class ProjectionHead(nn.Module):
-    """MLP D -> hidden -> hidden -> bottleneck, L2-normalised, then weight-normed prototypes: (..., D) -> (..., K)."""
+    """MLP D -> hidden -> hidden -> bottleneck, L2-normalized, then weight-normed prototypes: (..., D) -> (..., K)."""
 
     def __init__(self, hidden_size: int, head_hidden_size: int, bottleneck_size: int, num_prototypes: int):
         super().__init__()
@@ -61,7 +61,7 @@ class ProjectionHead(nn.Module):
         return self.last_layer(nn.functional.normalize(bottleneck, dim=-1, eps=epsilon))
 
 
-# what fixes the shapes of the networks, and of the centres
+# what fixes the shapes of the networks, and of the centers
 SHAPES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_register_tokens", "head_hidden_size",
     "head_bottleneck_size", "num_prototypes", "separate_ibot_head", "ibot_num_prototypes", "ibot_head_hidden_size",
@@ -92,7 +92,7 @@ def former_config(recipe: Recipe) -> MammoDinoConfig:
 
 
 def load_former_run(recipe: Recipe, modules: dict[str, nn.Module]) -> None:
-    """Loads student, teacher and centres of `init_from_checkpoint` in place; raises ValueError where one is damaged."""
+    """Loads student, teacher and centers of `init_from_checkpoint` in place; raises ValueError where one is damaged."""
     folder = Path(recipe.model.init_from_checkpoint)
     try:
         for name in ("student", "teacher", "targets"):
@@ -113,7 +113,7 @@ class Outputs(NamedTuple):
     global_cls: torch.Tensor  # (G, B, K)
     local_cls: torch.Tensor  # (L, B, K), student only
     masked_patches: torch.Tensor  # (M, K)
-    slice_cls: torch.Tensor  # (P, K): student's slice, teacher's neighbour
+    slice_cls: torch.Tensor  # (P, K): student's slice, teacher's neighbor
     slice_patches: torch.Tensor  # (T, K), the T tissue patches of the pairs
     features: torch.Tensor  # (G, B, D), class tokens before the head
     patches: torch.Tensor  # (G*B, N, D), patch tokens of the global crops; (0, N, D) without Gram anchoring
@@ -121,7 +121,7 @@ class Outputs(NamedTuple):
 
 class Network(nn.Module):
     """Encoder and projection heads: one head for class tokens and patches (DINOv2's short recipe), or an `ibot_head`
-    for patches beside it (its long recipe). Heads start from random weights; image_processor: what standardises the
+    for patches beside it (its long recipe). Heads start from random weights; image_processor: what standardizes the
     views, for weights that were made with another."""
 
     def __init__(self, recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None):
@@ -144,7 +144,7 @@ class Network(nn.Module):
 
     def forward(self, batch: Batch, is_student: bool) -> Outputs:
         """The student sees masked global crops, local crops and the slices; the teacher unmasked global crops and
-        the neighbours. Heads see class tokens and the patches that a loss needs, never all patches."""
+        the neighbors. Heads see class tokens and the patches that a loss needs, never all patches."""
         masks = batch["masks"].flatten(1)  # (G*B, N)
         global_cls, global_patches = self.encode(
             batch["global_crops"], batch["global_tissue"], masks if is_student else None
@@ -175,7 +175,7 @@ class Network(nn.Module):
         )
 
     def project(self, cls_tokens: list[torch.Tensor], patches: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Logits of each tensor of tokens (n, D), in one call of a head: its prototypes are normalised once."""
+        """Logits of each tensor of tokens (n, D), in one call of a head: its prototypes are normalized once."""
         if self.ibot_head is None:
             return project_together(self.head, cls_tokens + patches)
         return project_together(self.head, cls_tokens) + project_together(self.ibot_head, patches)
@@ -229,7 +229,7 @@ def random_backbone(recipe: Recipe) -> MammoDinoModel:
 
 
 def load_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None) -> MammoDinoModel:
-    """The encoder of `init_from`, for pixels as `image_processor` standardises them. Its position embeddings stay at
+    """The encoder of `init_from`, for pixels as `image_processor` standardizes them. Its position embeddings stay at
     their stored size, and reach the crops' by its own rule: so nothing is lost, and the export takes any size as well
     as the source did. Raises ValueError where the recipe's architecture is another."""
     model = recipe.model

@@ -57,8 +57,8 @@ class ViewsRecipe:
     )
     local_crop_size: int = setting(98, "Side of the local crops in pixels.", low=1)
     num_local_crops: int = setting(8, "Local crops an image.", low=0)
-    global_crop_scale: list[float] = setting([0.32, 1.0], "Area of global crops over the picture.", low=0, high=1)
-    local_crop_scale: list[float] = setting([0.05, 0.32], "Area of local crops over the picture.", low=0, high=1)
+    global_crop_scale: list[float] = setting([0.32, 1.0], "Area of global crops over the image.", low=0, high=1)
+    local_crop_scale: list[float] = setting([0.05, 0.32], "Area of local crops over the image.", low=0, high=1)
     crop_ratio: list[float] = setting([0.75, 4 / 3], "Aspect of all crops, width over height.", low=0.01)
     tissue_aware_crops: bool = setting(True, "Crops hold a minimum of breast; off: plain random crops.")
     global_min_tissue: float = setting(0.5, "Least breast fraction of a global crop.", low=0, high=1)
@@ -74,15 +74,15 @@ class ViewsRecipe:
     contrast: float = setting(0.4, "Contrast factor drawn in 1 +- this.", low=0, high=1)
     blur_probability: list[float] = setting([1.0, 0.1, 0.5], "Blur of global 1, global 2, local crops.", low=0, high=1)
     blur_sigma_px: list[float] = setting([0.1, 2.0], "Standard deviation of the blur.", low=0.01)
-    solarize_probability: float = setting(0.0, "Solarisation of global crop 2 (DINOv2: 0.2).", low=0, high=1)
+    solarize_probability: float = setting(0.0, "Solarization of global crop 2 (DINOv2: 0.2).", low=0, high=1)
     slice_crop_scale: list[float] = setting([0.5, 1.0], "Area of the crop shared by two slices.", low=0, high=1)
     slice_pairing: str = setting(
         "within_reach",
-        "Neighbour of a slice: any within reach (DBT), or the one above or below (axial: CT, MR).",
+        "Neighbor of a slice: any within reach (DBT), or the one above or below (axial: CT, MR).",
         choices=tuple(SLICE_PAIRINGS),
     )
-    slice_max_distance_mm: float = setting(3.0, "Farthest neighbour where the slice spacing is known.", low=0)
-    slice_max_distance_slices: int = setting(2, "Farthest neighbour where it is not.", low=1)
+    slice_max_distance_mm: float = setting(3.0, "Farthest neighbor where the slice spacing is known.", low=0)
+    slice_max_distance_slices: int = setting(2, "Farthest neighbor where it is not.", low=1)
 
 
 @dataclass
@@ -151,7 +151,7 @@ class RunRecipe:
         "Where the log goes beside logs/log.jsonl.",
         choices=("tensorboard", "trackio", "wandb", "none"),
     )
-    picture_steps: int = setting(1250, "Steps between pictures of the teacher's features; 0: none.", low=0)
+    visualization_steps: int = setting(1250, "Steps between images of the teacher's features; 0: none.", low=0)
     knn_steps: int = setting(0, "Steps between k-NN scores of the teacher on knn_labels; 0: none.", low=0)
     knn_labels: str = setting("", "CSV with the columns file (relative to it), patient and knn_task.")
     knn_task: str = setting("", "Column of knn_labels that is predicted.")
@@ -178,7 +178,7 @@ SECTIONS = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerRecipe, RunRecipe)
 # what may change between the parts of one run: it alters where and how fast, never what is computed
 MAY_CHANGE_ON_RESUME = {
     "corpus", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
-    "save_steps", "save_total_limit", "logging_steps", "report_to", "picture_steps", "knn_steps", "knn_labels",
+    "save_steps", "save_total_limit", "logging_steps", "report_to", "visualization_steps", "knn_steps", "knn_labels",
     "knn_task", "resume_from_checkpoint", "torch_compile", "gradient_checkpointing", "fsdp",
 }  # fmt: skip
 

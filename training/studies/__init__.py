@@ -1,1 +1,1 @@
-"""What each idea of the method is worth: the design, how encoders are judged, the page."""
+"""What each idea of the method is worth: the design, how encoders are evaluated, the page."""

@@ -21,7 +21,7 @@ FACTORS = {
     "tissue tokens": {"tissue_tokens": "false"},
 }
 UNTRAINED, PLAIN, FULL = "untrained", "plain DINOv2", "MammoDINO"
-HAND_MADE = "made by hand"  # features without an encoder: how much there is to see
+HAND_MADE = "hand-crafted"  # features without an encoder: how much there is to see
 FULL_EQUAL_IMAGES = "MammoDINO, equal images"
 PLAIN_LARGER_CROPS = "plain DINOv2, larger crops"
 # the recipe's crops are chosen for all ideas together; by trials, plain DINOv2 does better with these

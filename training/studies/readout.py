@@ -1,15 +1,15 @@
-"""Judging one encoder of the study: probes on held-out phantom patients, and what it makes of real slices."""
-# MERGED: Frozen features for the study: the held-out pictures are read and rendered once, then seen by every encoder.
+"""Evaluating one encoder of the study: probes on held-out phantom patients, and what it makes of real slices."""
+# MERGED: Frozen features for the study: the held-out images are read and rendered once, then seen by every encoder.
 # MERGED: Regions of the study: each lesion in its box at its own slice, and like places of breasts that have none.
 #
 # A whole breast's feature is a mean over hundreds of patches, in which a lesion is a few: what an encoder knows of
 # lesions is asked where they are, as a detection head does.
 #
-# MERGED: Neighbour consistency: are the features of two slices of one volume closer than those of slices of other breasts?
+# MERGED: Neighbor consistency: are the features of two slices of one volume closer than those of slices of other breasts?
 #
 # The other slices are of other patients and of like density, so that density alone does not tell them apart.
 #
-# MERGED: Features made by hand, of the pictures that the encoders see: a yardstick of how much there is to see.
+# MERGED: Features hand-crafted, of the images that the encoders see: a yardstick of how much there is to see.
 #
 # Brightness in the region and about it, differences of Gaussians, gradients along and across the radius, brightness by
 # distance from the middle. Which figures is our choice; nothing here is learned.
@@ -27,12 +27,12 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.image_io import ImageRefused
+from modeling_mammodino.image_io import InvalidImageError
 from modeling_mammodino.modeling_mammodino import pool_tokens
 from modeling_mammodino.rendering import standardize
-from modeling_mammodino.tools.features import FileEnd, Picture, PictureStream
-from training.evaluation.classifiers import logistic_regression, nearest_neighbours
-from training.evaluation.detection.data import LesionPicture, PictureMaker
+from modeling_mammodino.tools.features import FileEnd, Image, ImageStream
+from training.evaluation.classifiers import logistic_regression, nearest_neighbors
+from training.evaluation.detection.data import LesionImage, LesionImageRenderer
 from training.evaluation.labels import read_labels
 from training.evaluation.metrics import auc
 
@@ -53,11 +53,11 @@ def whole_slices(paths: Sequence[Path], image_processor: MammoDinoImageProcessor
 
     Raises ValueError for a file that cannot be used: scores of other files are others.
     """
-    items = list(PictureStream(paths, image_processor, slices))
+    items = list(ImageStream(paths, image_processor, slices))
     if refused := [item.refused for item in items if isinstance(item, FileEnd) and item.refused]:
         raise ValueError(f"{len(refused)} of {len(paths)} files cannot be used: {refused[0]}")
-    pictures = (item for item in items if isinstance(item, Picture))
-    return [Example(each.file, each.pixel_values, each.tissue_mask, each.tissue_mask) for each in pictures]
+    images = (item for item in items if isinstance(item, Image))
+    return [Example(each.file, each.pixel_values, each.tissue_mask, each.tissue_mask) for each in images]
 
 
 @torch.inference_mode()
@@ -102,34 +102,34 @@ def regions(table: pandas.DataFrame, folder: Path, image_processor: MammoDinoIma
 
     Raises ValueError for a file that cannot be used.
     """
-    maker = PictureMaker(image_processor)
+    maker = LesionImageRenderer(image_processor)
     found: dict[int, Example] = {}
     sites: list[Site] = []
     with_lesion = np.flatnonzero(table["lesion"] == 1)
     for row in map(int, with_lesion):
         here = table.iloc[row]
-        picture = _picture(maker, folder / here["file"], int(here["lesion_slice"]))
+        image = _image(maker, folder / here["file"], int(here["lesion_slice"]))
         box = here[["x0", "y0", "x1", "y1"]].to_numpy(float)
-        sites.append(Site(picture.frame, picture.placement.boxes(box)[0]))
-        found[row] = _window(row, maker, picture, sites[-1].box)
+        sites.append(Site(image.frame, image.placement.boxes(box)[0]))
+        found[row] = _window(row, maker, image, sites[-1].box)
     rng = np.random.default_rng(0)
     for row in map(int, np.flatnonzero(table["lesion"] != 1)):
         order = rng.permutation(len(sites))
-        picture = _picture(maker, folder / table["file"].iloc[row], sites[order[0]].frame)
-        windows = (_window(row, maker, picture, sites[place].box) for place in order)
+        image = _image(maker, folder / table["file"].iloc[row], sites[order[0]].frame)
+        windows = (_window(row, maker, image, sites[place].box) for place in order)
         fit = (each for each in windows if np.average(each.tissue_mask, weights=each.weights) >= MIN_TISSUE_FRACTION)
-        found[row] = next(fit, None) or _window(row, maker, picture, sites[order[0]].box)
+        found[row] = next(fit, None) or _window(row, maker, image, sites[order[0]].box)
     return [found[row] for row in range(len(table))]
 
 
-def _picture(maker: PictureMaker, file: Path, frame: int) -> LesionPicture:
+def _image(maker: LesionImageRenderer, file: Path, frame: int) -> LesionImage:
     try:
         return next(maker(str(file), [frame]))
-    except (ImageRefused, OSError) as refusal:
+    except (InvalidImageError, OSError) as refusal:
         raise ValueError(str(refusal)) from refusal
 
 
-def _window(row: int, maker: PictureMaker, picture: LesionPicture, box: np.ndarray) -> Example:
+def _window(row: int, maker: LesionImageRenderer, image: LesionImage, box: np.ndarray) -> Example:
     """The window about a box, moved into the canvas where it reaches beyond; patches weigh as much of the box as they
     hold."""
     patch, (height, width) = maker.processor.patch_size, maker.canvas
@@ -141,14 +141,14 @@ def _window(row: int, maker: PictureMaker, picture: LesionPicture, box: np.ndarr
         for low, high, side in ((y0, y1, height), (x0, x1, width))
     )
     top, left = rows * patch, columns * patch
-    pixels = picture.picture[top : top + grid * patch, left : left + grid * patch]
+    pixels = image.image[top : top + grid * patch, left : left + grid * patch]
     edges = np.arange(grid + 1) * patch
     inside = [
         np.clip(np.minimum(edges[1:], high - start) - np.maximum(edges[:-1], low - start), 0, None)
         for low, high, start in ((y0, y1, top), (x0, x1, left))
     ]
     weights = np.outer(*inside).astype(np.float32)
-    tissue = picture.tissue[rows : rows + grid, columns : columns + grid]
+    tissue = image.tissue[rows : rows + grid, columns : columns + grid]
     return Example(row, standardize(pixels, *maker.processor.mean_and_std)[None], tissue, weights)
 
 
@@ -172,7 +172,7 @@ class RealSlices:
             SlicePair(int(a), int(b), int(abs(self.table["Slice"][a] - self.table["Slice"][b])))
             for _, rows in self.table.dropna(subset=["Slice"]).groupby(["PatientID", "StudyUID", "View"])
             for a, b in combinations(rows.index, 2)
-            if self.table["Slice"][a] != self.table["Slice"][b]  # two lesions of one slice are one picture
+            if self.table["Slice"][a] != self.table["Slice"][b]  # two lesions of one slice are one image
         ]
 
     def features(self, encoder: MammoDinoModel, drops_background: bool) -> np.ndarray:
@@ -187,10 +187,10 @@ class RealSlices:
 
     def orderings(self, features: np.ndarray) -> pandas.DataFrame:
         """A row a true pair: its distance in slices, its cosine similarity, the highest of a slice of another breast,
-        and the share of other slices that are less alike than the pair, seen from both ends. Features are centred over
+        and the share of other slices that are less alike than the pair, seen from both ends. Features are centerd over
         all slices first: else what all breasts share hides the rest."""
-        centred = features - features.mean(axis=0)
-        unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+        centerd = features - features.mean(axis=0)
+        unit = centerd / np.linalg.norm(centerd, axis=1, keepdims=True)
         rows = []
         for a, b, distance in self.pairs:
             alike = float(unit[a] @ unit[b])
@@ -202,38 +202,38 @@ class RealSlices:
         )
 
 
-def dense_fraction(picture: Example) -> float:
+def dense_fraction(image: Example) -> float:
     """A stand-in for density, which BCS-DBT does not give: the share of the breast's pixels that are brighter than half
     way between its 5th and 95th percentile; our choice."""
-    patch = picture.pixel_values.shape[-1] // picture.tissue_mask.shape[-1]
-    inside = np.kron(picture.tissue_mask > 0.5, np.ones((patch, patch), bool))
-    values = picture.pixel_values[0][inside]
+    patch = image.pixel_values.shape[-1] // image.tissue_mask.shape[-1]
+    inside = np.kron(image.tissue_mask > 0.5, np.ones((patch, patch), bool))
+    values = image.pixel_values[0][inside]
     low, high = np.percentile(values, [5, 95])
     return float(np.mean(values > (low + high) / 2))
 
 
 PERCENTILES = (1, 10, 50, 90, 99)
 SCALES_PX = (0.7, 1.4, 2.8, 5.6, 11.0)  # standard deviations of the Gaussians
-GRADIENT_SCALES = 3  # the picture and its first two Gaussians
+GRADIENT_SCALES = 3  # the image and its first two Gaussians
 NUM_RINGS, RING_PX = 5, 4
 MIN_WEIGHT = 0.3  # of the largest: patches that are the region
 
 
-def hand_made_features(examples: Sequence[Example]) -> np.ndarray:
+def hand_crafted_features(examples: Sequence[Example]) -> np.ndarray:
     """(n, 57) float32, a row a row of the table, the mean over its examples."""
     return mean_of_rows(examples, np.array([list(_figures(each)) for each in examples]))
 
 
 def _figures(example: Example) -> Iterator[float]:
-    picture = example.pixel_values[0].astype(np.float32)
-    patch = picture.shape[0] // example.weights.shape[0]
+    image = example.pixel_values[0].astype(np.float32)
+    patch = image.shape[0] // example.weights.shape[0]
     region = np.kron(example.weights > MIN_WEIGHT * example.weights.max(), np.ones((patch, patch), bool))
     rest = ~region if not region.all() else region
-    inside = picture[region]
+    inside = image[region]
     yield from (inside.mean(), inside.std(), *np.percentile(inside, PERCENTILES))
-    yield from (picture[rest].mean(), inside.mean() - picture[rest].mean(), region.sum())
+    yield from (image[rest].mean(), inside.mean() - image[rest].mean(), region.sum())
 
-    smooth = [picture, *(cv2.GaussianBlur(picture, (0, 0), scale) for scale in SCALES_PX)]
+    smooth = [image, *(cv2.GaussianBlur(image, (0, 0), scale) for scale in SCALES_PX)]
     for finer, coarser in zip(smooth[:-1], smooth[1:], strict=True):
         band = finer - coarser
         of_region = band[region]
@@ -242,8 +242,7 @@ def _figures(example: Example) -> Iterator[float]:
         yield from (np.mean(of_region**4) / spread**4, spread / (band[rest].std() + 1e-6))
 
     down, right = (
-        index - middle
-        for index, middle in zip(np.indices(picture.shape), np.argwhere(region).mean(axis=0), strict=True)
+        index - middle for index, middle in zip(np.indices(image.shape), np.argwhere(region).mean(axis=0), strict=True)
     )
     radius = np.hypot(down, right) + 1e-3
     for level in smooth[:GRADIENT_SCALES]:
@@ -253,7 +252,7 @@ def _figures(example: Example) -> Iterator[float]:
         yield from (along.mean(), np.abs(along).mean(), np.abs(across).mean())
         yield np.log((np.mean(across**2) + 1e-6) / (np.mean(along**2) + 1e-6))
     for ring in range(NUM_RINGS):
-        yield picture[(radius >= ring * RING_PX) & (radius < (ring + 1) * RING_PX)].mean()
+        yield image[(radius >= ring * RING_PX) & (radius < (ring + 1) * RING_PX)].mean()
 
 
 HEADS = ("knn", "linear")
@@ -281,8 +280,8 @@ TASKS = {
 COLUMNS = ["kind", "lesion_slice", "x0", "y0", "x1", "y1", *dict.fromkeys(task.column for task in TASKS.values())]
 
 
-class Judge:
-    """Reads and renders the pictures once; `predictions` and `on_real_slices` then take any encoder of the recipe.
+class Evaluator:
+    """Reads and renders the images once; `predictions` and `on_real_slices` then take any encoder of the recipe.
 
     Volumes count, their 2D views do not. Density is asked of whole breasts; of regions, lesion or none, and of lesions
     malignant or benign and the type. Whole breasts are asked for lesion and cancer, too.
@@ -320,7 +319,7 @@ class Judge:
         table = self.tables["learn"][seen]
         classes, y = np.unique(table[task.column].astype(str), return_inverse=True)
         heads = {
-            "knn": nearest_neighbours(len(y)),
+            "knn": nearest_neighbors(len(y)),
             "linear": logistic_regression(y, table["patient"].to_numpy()),
         }
         rows = self.tables["test"][held_out]
@@ -338,7 +337,7 @@ class Judge:
             )
 
     def on_real_slices(self, encoder: MammoDinoModel, drops_background: bool) -> dict[str, Any]:
-        """Orderings of true neighbours, and AUC of slices with a lesion box against those without, each predicted from
+        """Orderings of true neighbors, and AUC of slices with a lesion box against those without, each predicted from
         other patients; few as they are."""
         if self.real is None:
             return {}
@@ -347,10 +346,10 @@ class Judge:
         patients = table["PatientID"].to_numpy()
         folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(features, lesion, patients)
         predicted = cross_val_predict(
-            nearest_neighbours(len(lesion) // 2), features, lesion, cv=list(folds), method="predict_proba"
+            nearest_neighbors(len(lesion) // 2), features, lesion, cv=list(folds), method="predict_proba"
         )
         return {
-            "neighbours": self.real.orderings(features).to_dict("list"),
+            "neighbors": self.real.orderings(features).to_dict("list"),
             "lesion_auc": auc(lesion, predicted),
             "num_slices": len(table),
             "num_with_lesion": int(lesion.sum()),

@@ -29,10 +29,10 @@ WHAT_IS_ASKED = (
     "lesion at the same place. *Cancer* (malignant or benign) and *lesion type* (of four) are asked of the lesions. "
     "Lesion and cancer of *whole breasts* stand in the tables of scores. A feature is the class token beside mean and "
     "maximum of the patch tokens, of the breast or in the box. Encoders see background where they did in pretraining. "
-    "*Made by hand*: figures of brightness, contrast and edges instead of features, to say how much there is to see."
+    "*Hand-crafted*: figures of brightness, contrast and edges instead of features, to say how much there is to see."
 )
 WHAT_TARGETS_SAY = (
-    "*Target information* is what the teacher's targets of global crops tell of their picture at the last step, from 0 "
+    "*Target information* is what the teacher's targets of global crops tell of their image at the last step, from 0 "
     "(the entropy wall or collapse: nothing is learned any more) to 1; *rank* that of the class tokens of a batch."
 )
 AROUND = (
@@ -42,7 +42,7 @@ AROUND = (
 
 
 def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
-    """Of what is done so far; its picture lies beside it, under the same name. Raises ValueError where nothing is."""
+    """Of what is done so far; its image lies beside it, under the same name. Raises ValueError where nothing is."""
     done = [
         (
             json.loads((run.output_dir / RESULT_FILE).read_text()),
@@ -56,9 +56,9 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
     results = pandas.DataFrame([result for result, _ in done])
     names = list(dict.fromkeys(results["configuration"]))
     scores = {(task, head): score_of(done, task, head) for head in HEADS for task in TASKS}
-    picture = report.with_suffix(".png")
+    image = report.with_suffix(".png")
     report.parent.mkdir(parents=True, exist_ok=True)
-    draw_differences(scores, names, picture)
+    draw_differences(scores, names, image)
     size = done[0][0]["settings"]
     exception = f", except *{FULL_EQUAL_IMAGES}*, which saw as many images" if FULL_EQUAL_IMAGES in names else ""
     lines = [
@@ -80,7 +80,7 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
         "",
         "## Each idea, with a linear head",
         "",
-        f"![differences]({picture.name})",
+        f"![differences]({image.name})",
         "",
     ]
     lines += difference_table(scores, names, "linear") + ["", "With k-NN:", ""] + difference_table(scores, names, "knn")
@@ -164,25 +164,25 @@ def pretraining_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
 
 
 def real_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
-    """On real slices: orderings of true neighbours against slices of other breasts of like density; lesion or none."""
+    """On real slices: orderings of true neighbors against slices of other breasts of like density; lesion or none."""
     if not any(results["real"]):
         return []
     first = next(each for each in results["real"] if each)
-    pairs = pandas.DataFrame(first["neighbours"])
+    pairs = pandas.DataFrame(first["neighbors"])
     near = pairs["distance_slices"] <= NEAR_SLICES
     lines = [
         "",
         "## Real slices (BCS-DBT)",
         "",
-        f"Neighbour consistency: {len(pairs)} pairs of slices of one volume, {pairs['distance_slices'].min()} to "
+        f"Neighbor consistency: {len(pairs)} pairs of slices of one volume, {pairs['distance_slices'].min()} to "
         f"{pairs['distance_slices'].max()} slices (mm) apart, of {pairs['patient'].nunique()} patients; {near.sum()} "
         f"pairs, of {pairs['patient'][near].nunique()} patients, lie within {NEAR_SLICES} mm. AUC of their cosine "
         "similarity over that of slices of other patients, of the half that is nearest in density. Density is "
-        "estimated from the picture: the collection does not give it. Lesion: slices with a box "
+        "estimated from the image: the collection does not give it. Lesion: slices with a box "
         f"({first['num_with_lesion']}) against those without ({first['num_slices'] - first['num_with_lesion']}), k-NN, "
         "other patients; too few for an interval that says anything.",
         "",
-        f"| configuration | neighbours to {NEAR_SLICES} mm, AUC | all pairs, AUC | worst pair | similarity of pairs | "
+        f"| configuration | neighbors to {NEAR_SLICES} mm, AUC | all pairs, AUC | worst pair | similarity of pairs | "
         "highest of others | lesion, AUC |",
         "|---" * 7 + "|",
     ]
@@ -190,7 +190,7 @@ def real_lines(results: pandas.DataFrame, names: list[str]) -> list[str]:
         of_name = [each for each in results[results["configuration"] == name]["real"] if each]
         if not of_name:
             continue
-        frames = [pandas.DataFrame(each["neighbours"]) for each in of_name]
+        frames = [pandas.DataFrame(each["neighbors"]) for each in of_name]
         means = pandas.concat(frames)[["ordering_auc", "similarity", "nearest_other"]].mean()
         worst = min(frame["ordering_auc"].min() for frame in frames)
         lesion = np.mean([each["lesion_auc"] for each in of_name])

@@ -1,1 +1,1 @@
-"""Encoders by name: ours and those of the article, their checkpoints opened or converted."""
+"""Encoders by name: ours and those of the paper, their checkpoints opened or converted."""

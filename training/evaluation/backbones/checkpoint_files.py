@@ -158,7 +158,7 @@ def check_report(report: dict[str, Any], name: str = "", unexpected: bool = Fals
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the table of keys that transformers logs: what is missing is judged here."""
+    """Without the table of keys that transformers logs: what is missing is evaluated here."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

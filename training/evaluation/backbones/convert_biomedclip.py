@@ -86,7 +86,7 @@ def vit_architecture(
 
 
 def preprocessing(path: Path, image_size: int) -> dict[str, Any]:
-    """How open_clip prepares pictures for a checkpoint: bicubic to its size, with the mean and deviation beside it."""
+    """How open_clip prepares images for a checkpoint: bicubic to its size, with the mean and deviation beside it."""
     beside = path.parent / "open_clip_config.json"
     settings = json.loads(beside.read_text()).get("preprocess_cfg", {}) if beside.is_file() else {}
     return {

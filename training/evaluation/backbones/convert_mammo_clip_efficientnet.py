@@ -17,7 +17,7 @@ from transformers import EfficientNetConfig, EfficientNetModel
 from .checkpoint_files import build, read_tensors, under
 
 # Of their configuration and preprocessing: the breast is cropped, reduced to this size by area average without keeping
-# its aspect, and stretched to its own 0..1; the aspect and the stretch are in backbone_pictures.py.
+# its aspect, and stretched to its own 0..1; the aspect and the stretch are in backbone_images.py.
 PREPROCESSING = {
     "size": {"height": 1520, "width": 912},
     "image_mean": [0.3089279] * 3,

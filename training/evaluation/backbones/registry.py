@@ -3,7 +3,7 @@
 One rule for the features that a head gets. A transformer gives its class token beside the mean of its patch tokens,
 both behind its last LayerNorm (MammoDINO's mean is weighted by tissue, which its image processor returns); a
 convolutional network gives the mean over its last map, as published. What CLIP models project into the space of texts
-is left out. The rule is our choice: the article says only that every backbone gets the same light head.
+is left out. The rule is our choice: the paper says only that every backbone gets the same light head.
 
 Weights come by Hub id, folder or file; a Hub id may name one file, OWNER/NAME/PATH. Research use only.
 """
@@ -42,9 +42,9 @@ from .convert_biomedclip import convert_biomedclip
 from .convert_mammo_clip_efficientnet import PREPROCESSING as MAMMO_CLIP
 from .convert_mammo_clip_efficientnet import convert_mammo_clip
 from .convert_mammo_clip_vit import convert_clip_vit
-from .pictures import MammoDinoPictures, RgbPictures, rgb_pictures
+from .images import MammoDinoImages, RgbImages, rgb_images
 
-Pictures = MammoDinoPictures | RgbPictures
+Images = MammoDinoImages | RgbImages
 # of an untrained ViT where no checkpoint gives the architecture: a ViT-S/14
 UNTRAINED = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 # of a configuration, what no feature depends on
@@ -160,15 +160,15 @@ class Backbone(nn.Module):
     Attributes:
         kind: of BACKBONES.  source: what it was opened from.  width: F, of its features.
         model: of transformers.
-        picture_maker: what `pictures` calls; it pickles without the weights, for workers.
+        lesion_image_renderer: what `images` calls; it pickles without the weights, for workers.
         lora_targets: names of its layers for peft's `LoraConfig(target_modules=...)`: the queries and values of
             attention, the linear layers of ConvNeXt, the convolutions of ResNet, the pointwise ones of EfficientNet.
     """
 
-    def __init__(self, kind: str, source: str, model: PreTrainedModel, picture_maker: Pictures):
+    def __init__(self, kind: str, source: str, model: PreTrainedModel, lesion_image_renderer: Images):
         super().__init__()
         family = BACKBONES[kind]
-        self.kind, self.source, self.model, self.picture_maker = kind, source, model, picture_maker
+        self.kind, self.source, self.model, self.lesion_image_renderer = kind, source, model, lesion_image_renderer
         self.width: int = family.width(model.config)
         names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         self.lora_targets = sorted(names.intersection(family.adapted))
@@ -177,16 +177,16 @@ class Backbone(nn.Module):
         """Features (B, F) of `pixel_values` (B, C, H, W); `tissue_mask` (B, h, w) is MammoDINO's alone."""
         return BACKBONES[self.kind].pool(self.model, pixel_values, tissue_mask)
 
-    def pictures(
+    def images(
         self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
     ) -> Iterator[dict[str, np.ndarray]]:
-        """What `forward` takes of a file, picture by picture: `pixel_values` (C, H, W) float32 and, for MammoDINO,
+        """What `forward` takes of a file, image by image: `pixel_values` (C, H, W) float32 and, for MammoDINO,
         `tissue_mask` (h, w) float32.
 
         A volume gives `slices_per_volume` evenly spaced slices (0: all), or those named, counted in order of position.
-        Raises ImageRefused, naming the file, where it cannot be used.
+        Raises InvalidImageError, naming the file, where it cannot be used.
         """
-        return self.picture_maker(file, slices, slices_per_volume)
+        return self.lesion_image_renderer(file, slices, slices_per_volume)
 
     def settings(self) -> dict[str, Any]:
         """All that the features depend on, for the keys of caches: a hash of the weights as they are now, the
@@ -196,7 +196,7 @@ class Backbone(nn.Module):
             "kind": self.kind,
             "weights": _hash_weights(self.model),
             "config": config,
-            "pictures": self.picture_maker.settings(),
+            "images": self.lesion_image_renderer.settings(),
         }
 
 
@@ -218,7 +218,7 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
         source: Hub id, folder or file; None: the kind's published weights. Of `untrained` the MammoDINO whose
             architecture and image processor are taken; None: a ViT-S/14.
         seed: of the weights of `untrained`.
-        crop_to_breast: whether RGB baselines see the breast or the whole picture; MammoDINO's image processor says so
+        crop_to_breast: whether RGB baselines see the breast or the whole image; MammoDINO's image processor says so
             itself.
 
     Raises ValueError, one line, for a missing, damaged or foreign checkpoint; no code of a checkpoint is run.
@@ -238,11 +238,11 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
             place = f", source {source} (no such folder or file here)"
             _check_hub_id(source)
         if kind == "untrained":
-            model, pictures = _untrained(source, seed)
+            model, images = _untrained(source, seed)
         elif kind == "mammodino":
-            model, pictures = _mammodino(str(source))
+            model, images = _mammodino(str(source))
         else:
-            model, pictures = _baseline(kind, str(source), crop_to_breast)
+            model, images = _baseline(kind, str(source), crop_to_breast)
     except pickle.UnpicklingError as error:  # a pytorch_model.bin
         raise ValueError(
             f"backbone {kind}{place}: refused, for its weights hold more than tensors; none of their code was run. "
@@ -254,7 +254,7 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
         ) from error
     except Exception as error:  # on a damaged file the readers of config, weights and pickles fail in any way
         raise ValueError(f"backbone {kind}{place}: {first_line(error)}") from error
-    return Backbone(kind, source or "a ViT-S/14", model, pictures).eval()
+    return Backbone(kind, source or "a ViT-S/14", model, images).eval()
 
 
 def _check_hub_id(source: str) -> None:
@@ -264,7 +264,7 @@ def _check_hub_id(source: str) -> None:
         raise ValueError("neither is it a Hub id (OWNER/NAME)") from error
 
 
-def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Pictures]:
+def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Images]:
     config, image_processor = MammoDinoConfig(**UNTRAINED), MammoDinoImageProcessor()
     if source is not None:
         _check_family("untrained", source)
@@ -275,16 +275,16 @@ def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Pictures
             )
     with torch.random.fork_rng(devices=[]):  # the draws of a run do not depend on the backbone
         torch.default_generator.manual_seed(seed)
-        return MammoDinoModel(config), MammoDinoPictures(image_processor)
+        return MammoDinoModel(config), MammoDinoImages(image_processor)
 
 
-def _mammodino(source: str) -> tuple[PreTrainedModel, Pictures]:
+def _mammodino(source: str) -> tuple[PreTrainedModel, Images]:
     _check_family("mammodino", source)
     model, image_processor = open_encoder(source)
-    return model, MammoDinoPictures(image_processor)
+    return model, MammoDinoImages(image_processor)
 
 
-def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedModel, Pictures]:
+def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedModel, Images]:
     family = BACKBONES[kind]
     path = find_file(source, family.files, family.suffix) if family.convert else None
     if family.convert and path:
@@ -303,7 +303,7 @@ def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedM
         raise ValueError(f"has no {' or '.join(family.files)}, nor one *{family.suffix}; give the path of the file")
     if (channels := model.config.num_channels) != 3:
         raise ValueError(f"takes {channels} channels; a baseline takes RGB: give the weights as they were published")
-    return model, rgb_pictures(source, published, crop_to_breast, as_mammo_clip=kind == "mammo_clip_efficientnet")
+    return model, rgb_images(source, published, crop_to_breast, as_mammo_clip=kind == "mammo_clip_efficientnet")
 
 
 def _check_family(kind: str, source: str) -> str:

@@ -31,7 +31,7 @@ State = dict[str, torch.Tensor]
 def write_small_checkpoints(folder: str | Path, seed: int = 0) -> dict[str, Path]:
     """Writes one checkpoint a kind of BACKBONES into `folder` and returns their folders by kind.
 
-    Pictures are 64 to 72 px. `untrained` gets MammoDINO's folder. The weights are a function of `seed`.
+    Images are 64 to 72 px. `untrained` gets MammoDINO's folder. The weights are a function of `seed`.
     """
     folders = {kind: Path(folder) / kind for kind in ("mammodino", *NATIVE, *OWN_FILES)}
     with torch.random.fork_rng(devices=[]):

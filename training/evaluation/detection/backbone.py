@@ -1,7 +1,7 @@
 """The encoder as a backbone for detectors: one map at twice the encoder's resolution.
 
 A plain ViT has one scale, too coarse for small lesions. Its patch map is doubled by a learnt upsampling, a level of the
-simple feature pyramid of Li et al. (ViTDet, ECCV 2022). A small convolutional stem on the picture adds what the patch
+simple feature pyramid of Li et al. (ViTDet, ECCV 2022). A small convolutional stem on the image adds what the patch
 embedding has averaged away, as the spatial prior of Chen et al. (ViT-Adapter, ICLR 2023) does, here by plain addition;
 without it (`spatial_prior=False`) detection rests on the encoder alone.
 
@@ -35,7 +35,7 @@ class DetectionBackboneConfig(MammoDinoConfig):
 
 
 class DetectionBackbone(MammoDinoPreTrainedModel):
-    """`pixel_values` (B, 2, H, W), a picture and its tissue, the breast fraction of the patch that a pixel lies in ->
+    """`pixel_values` (B, 2, H, W), an image and its tissue, the breast fraction of the patch that a pixel lies in ->
     one feature map (B, map_width, 2 * h, 2 * w)."""
 
     config: DetectionBackboneConfig
@@ -52,19 +52,19 @@ class DetectionBackbone(MammoDinoPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
-        picture, tissue = pixel_values[:, :1], pixel_values[:, 1]
+        image, tissue = pixel_values[:, :1], pixel_values[:, 1]
         patch_height, patch_width = self.encoder.embeddings.patch_embeddings.patch_size
         tissue = tissue[:, ::patch_height, ::patch_width]  # (B, h, w)
-        features = self.encoder(picture, tissue_mask=tissue).feature_maps[-1]  # (B, D, h, w)
+        features = self.encoder(image, tissue_mask=tissue).feature_maps[-1]  # (B, D, h, w)
         feature_map = self.upsample(features)  # (B, map_width, 2 * h, 2 * w)
         if self.prior is not None:
-            detail = self.prior(picture)
+            detail = self.prior(image)
             feature_map = feature_map + F.interpolate(detail, feature_map.shape[-2:], mode="bilinear")
         return BackboneOutput(feature_maps=(self.norm(feature_map),))
 
 
 def spatial_prior(width: int) -> nn.Sequential:
-    """Convolutions from the picture (B, 1, H, W) to (B, width, H / 8, W / 8)."""
+    """Convolutions from the image (B, 1, H, W) to (B, width, H / 8, W / 8)."""
     channels, layers = (1, width // 4, width // 2, width // 2), []
     for inputs, outputs in zip(channels, channels[1:], strict=False):
         for each, stride in ((inputs, 2), (outputs, 1)):

@@ -1,4 +1,4 @@
-"""Pictures with boxes for a detector: files rendered as the encoder sees them, lesions carried along exactly."""
+"""Images with boxes for a detector: files rendered as the encoder sees them, lesions carried along exactly."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews
 from dataset_scripts.corpus.reader import decode_png, encode_png
-from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
+from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import patch_tissue
 from modeling_mammodino.dicom import frame_order, is_dicom
 from modeling_mammodino.rendering import Placement, place_on_canvas, standardize
@@ -29,20 +29,20 @@ MAX_SCALE, MAX_SHIFT_FRACTION, MAX_LOG_GAMMA = 0.15, 0.05, 0.3  # our choice, mi
 MIN_VISIBLE_FRACTION = 0.25  # a box of which less is on the canvas is no target
 
 
-class LesionPicture(NamedTuple):
+class LesionImage(NamedTuple):
     """One mammogram or slice on the encoder's canvas."""
 
     frame: int  # as boxes count: frames of the file from 0
     num_frames: int
-    picture: np.ndarray  # (H, W) uint8 or uint16
+    image: np.ndarray  # (H, W) uint8 or uint16
     tissue: np.ndarray  # (h, w) float32, the breast fraction of each patch
     placement: Placement  # of the source
     source_shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class PictureMaker:
-    """Files to pictures, by a checkpoint's image processor; picklable, for workers."""
+class LesionImageRenderer:
+    """Files to images, by a checkpoint's image processor; picklable, for workers."""
 
     processor: MammoDinoImageProcessor
     views: BcsDbtViews | None = None
@@ -53,13 +53,13 @@ class PictureMaker:
 
     def __call__(
         self, file: str, frames: Sequence[int] | None = None, slices_per_volume: int = 0
-    ) -> Iterator[LesionPicture]:
-        """Those `frames` of a volume, or so many evenly spaced slices, 0: all. Raises ImageRefused or OSError."""
+    ) -> Iterator[LesionImage]:
+        """Those `frames` of a volume, or so many evenly spaced slices, 0: all. Raises InvalidImageError or OSError."""
         processor, canvas = self.processor, self.canvas
         grid = (canvas[0] // processor.patch_size, canvas[1] // processor.patch_size)
         order = frame_order(file) if is_dicom(file) else (0,)
         if outside := [frame for frame in frames or () if not 0 <= frame < len(order)]:
-            raise ImageRefused(file, f"has {len(order)} slices, from 0; slice {outside[0]} was asked for")
+            raise InvalidImageError(file, f"has {len(order)} slices, from 0; slice {outside[0]} was asked for")
         wanted = None if frames is None else [order.index(frame) for frame in frames]
         correct = self.views.correction(file) if self.views else None
         for mammogram, rendered in processor.render_source(
@@ -69,23 +69,23 @@ class PictureMaker:
             frame = order[mammogram.slice_index] if len(order) > 1 else 0
             tissue = patch_tissue(placed.tissue, grid)
             shape = rendered.small.source_shape
-            yield LesionPicture(frame, len(order), placed.picture, tissue, placed.placement, shape)
+            yield LesionImage(frame, len(order), placed.image, tissue, placed.placement, shape)
 
-    def inputs(self, picture: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-        """What a detector takes, (2, H, W) float32: the standardised picture, and its tissue patch by patch."""
+    def inputs(self, image: np.ndarray, tissue: np.ndarray) -> np.ndarray:
+        """What a detector takes, (2, H, W) float32: the standardized image, and its tissue patch by patch."""
         spread = np.kron(tissue, np.ones((self.processor.patch_size,) * 2, np.float32))
-        return np.stack((standardize(picture, *self.processor.mean_and_std), spread))
+        return np.stack((standardize(image, *self.processor.mean_and_std), spread))
 
 
-def render_training_pictures(
+def render_training_images(
     images: list[BoxedImage],
-    maker: PictureMaker,
+    maker: LesionImageRenderer,
     slices_per_volume: int,
     lesion_slice_reach: int,
     cache_dir: Path,
     num_proc: int,
 ) -> tuple[datasets.Dataset, dict[str, str]]:
-    """Each picture rendered once and kept, losslessly: the rows, and why images were refused by image_id.
+    """Each image rendered once and kept, losslessly: the rows, and why images were refused by image_id.
 
     Of a volume with lesions the slices of its boxes and so many before and after, which then have the box, too; of one
     without, evenly spaced slices. Rows are memory-mapped; made again by the same call, they are found in `cache_dir`.
@@ -96,7 +96,7 @@ def render_training_pictures(
         {
             **{name: datasets.Value("string") for name in ("image_id", "patient_id", "refused")},
             **{name: datasets.Value("int64") for name in ("frame", "hidden")},
-            **{"picture": plane, "tissue": datasets.Sequence(datasets.Value("float32")), "boxes": boxes},
+            **{"image": plane, "tissue": datasets.Sequence(datasets.Value("float32")), "boxes": boxes},
         }
     )
     rows = datasets.Dataset.from_generator(
@@ -117,12 +117,12 @@ def render_training_pictures(
     for why in refused.values():
         logger.warning("left out: %s", why)
     if hidden := sum(rows["hidden"][:]):
-        logger.warning("%d boxes lie mostly outside the picture, which is cropped to the breast: no targets", hidden)
+        logger.warning("%d boxes lie mostly outside the image, which is cropped to the breast: no targets", hidden)
     return rows.select([row for row, why in enumerate(reasons) if not why]), refused
 
 
 def _training_rows(
-    images: list[BoxedImage], stamps: list, maker: PictureMaker, slices_per_volume: int, lesion_slice_reach: int
+    images: list[BoxedImage], stamps: list, maker: LesionImageRenderer, slices_per_volume: int, lesion_slice_reach: int
 ) -> Iterator[dict[str, Any]]:
     for image in images:
         about = {"image_id": image.image_id, "patient_id": image.patient_id, "refused": ""}
@@ -134,12 +134,12 @@ def _training_rows(
                 yield about | {
                     "frame": each.frame,
                     "hidden": len(lesions) - len(boxes),
-                    "picture": encode_png(each.picture),
+                    "image": encode_png(each.image),
                     "tissue": each.tissue.ravel(),
                     "boxes": boxes.tolist(),
                 }
-        except (ImageRefused, OSError) as refusal:
-            empty = {"frame": 0, "hidden": 0, "picture": b"", "tissue": [], "boxes": []}
+        except (InvalidImageError, OSError) as refusal:
+            empty = {"frame": 0, "hidden": 0, "image": b"", "tissue": [], "boxes": []}
             yield about | empty | {"refused": " ".join(str(refusal).split())}
 
 
@@ -148,7 +148,7 @@ def _lesion_frames(image: BoxedImage, reach: int) -> list[int] | None:
     if not len(image.lesions) or not is_dicom(image.file) or (depth := len(frame_order(image.file))) == 1:
         return None
     if (image.lesion_slices < 0).any():
-        raise ImageRefused(image.file, "a box of a volume has no slice; add it to the boxes")
+        raise InvalidImageError(image.file, "a box of a volume has no slice; add it to the boxes")
     boxed = set(image.lesion_slices.tolist())  # one beyond the volume stays, to be refused
     near = {frame + step for frame in boxed for step in range(-reach, reach + 1)}
     return sorted(boxed | {frame for frame in near if 0 <= frame < depth})
@@ -166,11 +166,11 @@ def visible_boxes(boxes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
     return cut[after >= np.maximum(MIN_VISIBLE_FRACTION * before, 1e-6)]
 
 
-class DetectionPictures(Dataset):
-    """Rows of `render_training_pictures` for training. An item is asked for by position, or by (position, draw) to be
+class DetectionImages(Dataset):
+    """Rows of `render_training_images` for training. An item is asked for by position, or by (position, draw) to be
     changed at random: `pixel_values` (2, H, W) and `labels` as transformers' detectors take them."""
 
-    def __init__(self, rows: datasets.Dataset, maker: PictureMaker, seed: int):
+    def __init__(self, rows: datasets.Dataset, maker: LesionImageRenderer, seed: int):
         self.rows, self.maker, self.seed = rows, maker, seed
         self.has_lesion = np.array([len(boxes) > 0 for boxes in rows["boxes"][:]], bool)
 
@@ -180,24 +180,22 @@ class DetectionPictures(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         position, draw = index if isinstance(index, tuple) else (index, None)
         row, (height, width) = self.rows[position], self.maker.canvas
-        picture = decode_png(row["picture"])
+        image = decode_png(row["image"])
         patch_size = self.maker.processor.patch_size
         tissue = np.array(row["tissue"], np.float32).reshape(height // patch_size, width // patch_size)
         boxes = np.array(row["boxes"], float).reshape(-1, 4)
         if draw is not None:
-            picture, tissue, boxes = augment(
-                generator(self.seed, DETECTION_AUGMENT_STREAM, draw), picture, tissue, boxes
-            )
+            image, tissue, boxes = augment(generator(self.seed, DETECTION_AUGMENT_STREAM, draw), image, tissue, boxes)
         return {
-            "pixel_values": torch.from_numpy(self.maker.inputs(picture, tissue)),
+            "pixel_values": torch.from_numpy(self.maker.inputs(image, tissue)),
             "labels": {
                 "class_labels": torch.zeros(len(boxes), dtype=torch.long),
-                "boxes": torch.from_numpy(to_centres(boxes, (height, width))).float(),
+                "boxes": torch.from_numpy(to_centers(boxes, (height, width))).float(),
             },
         }
 
 
-def collate_pictures(items: list[dict[str, Any]]) -> dict[str, Any]:
+def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
     """pixel_values (B, 2, H, W), labels: a list of B dicts."""
     return {
         "pixel_values": torch.stack([each["pixel_values"] for each in items]),
@@ -206,40 +204,40 @@ def collate_pictures(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def augment(
-    rng: np.random.Generator, picture: np.ndarray, tissue: np.ndarray, boxes: np.ndarray
+    rng: np.random.Generator, image: np.ndarray, tissue: np.ndarray, boxes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A picture (H, W), its tissue (h, w) and boxes (n, 4) scaled, shifted, flipped upside down in half of the draws,
+    """An image (H, W), its tissue (h, w) and boxes (n, 4) scaled, shifted, flipped upside down in half of the draws,
     and given another gamma, which leaves black and white as they are."""
-    (height, width), flip, scale, *shift, gamma = picture.shape, *rng.random(5)
+    (height, width), flip, scale, *shift, gamma = image.shape, *rng.random(5)
     scale = 1 + MAX_SCALE * (2 * scale - 1)
     shift_x, shift_y = MAX_SHIFT_FRACTION * (2 * np.array(shift) - 1) * (width, height) + (0, (1 - scale) * height / 2)
     placement = Placement(scale, shift_x, -scale if flip < 0.5 else scale, height - shift_y if flip < 0.5 else shift_y)
     patch = height // tissue.shape[0]
-    full_scale = np.iinfo(picture.dtype).max
+    full_scale = np.iinfo(image.dtype).max
     levels = np.arange(full_scale + 1) / full_scale
-    table = np.rint(full_scale * levels ** np.exp(MAX_LOG_GAMMA * (2 * gamma - 1))).astype(picture.dtype)
+    table = np.rint(full_scale * levels ** np.exp(MAX_LOG_GAMMA * (2 * gamma - 1))).astype(image.dtype)
     fine = np.kron(tissue, np.ones((patch, patch), np.float32))
     tissue = _moved(fine, placement).reshape(*(s for n in tissue.shape for s in (n, patch))).mean(axis=(1, 3))
-    return table[_moved(picture, placement)], tissue, visible_boxes(placement.boxes(boxes), (height, width))
+    return table[_moved(image, placement)], tissue, visible_boxes(placement.boxes(boxes), (height, width))
 
 
 def _moved(plane: np.ndarray, placement: Placement) -> np.ndarray:
     """The plane under a placement, on a canvas of its own size; black comes in from outside."""
     scale_x, shift_x, scale_y, shift_y = placement
-    centres = np.array(  # OpenCV counts from pixels' centres
+    centers = np.array(  # OpenCV counts from pixels' centers
         [[scale_x, 0, shift_x + (scale_x - 1) / 2], [0, scale_y, shift_y + (scale_y - 1) / 2]]
     )
-    return cv2.warpAffine(plane, centres, plane.shape[::-1], flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(plane, centers, plane.shape[::-1], flags=cv2.INTER_LINEAR)
 
 
-def to_centres(boxes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """Corners in pixels -> centre x, centre y, width, height, as fractions of the canvas (height, width)."""
+def to_centers(boxes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """Corners in pixels -> center x, center y, width, height, as fractions of the canvas (height, width)."""
     size = np.array([canvas[1], canvas[0]])
     return np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size), axis=1)
 
 
 def to_corners(boxes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """The inverse of `to_centres`."""
+    """The inverse of `to_centers`."""
     size = np.array([canvas[1], canvas[0]])
     middle, half = boxes[:, :2] * size, boxes[:, 2:] * size / 2
     return np.concatenate((middle - half, middle + half), axis=1)

@@ -88,22 +88,22 @@ def cell_loss(cell_logits: torch.Tensor, labels: list[dict[str, torch.Tensor]], 
     """Focal loss (Lin et al., ICCV 2017) of every cell of RT-DETR's two levels: whether it lies in a lesion.
 
     One lesion then teaches all of its cells, an assignment of one to many beside the matching of one to one, which
-    speeds up detectors with queries (Co-DETR, Zong et al., ICCV 2023). A cell lies in a lesion if its centre does, or
-    if it holds the lesion's centre.
+    speeds up detectors with queries (Co-DETR, Zong et al., ICCV 2023). A cell lies in a lesion if its center does, or
+    if it holds the lesion's center.
 
     cell_logits (B, T, 1), `enc_outputs_class` of the detector's output; labels as its own; grid: (height, width) of the
     first level, the second is half of it.
     """
-    centres, halves = [], []
+    centers, halves = [], []
     for height, width in (grid, (math.ceil(grid[0] / 2), math.ceil(grid[1] / 2))):
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
-        centres.append(torch.stack((x.flatten(), y.flatten()), dim=1))
+        centers.append(torch.stack((x.flatten(), y.flatten()), dim=1))
         halves.append(torch.tensor([0.5 / width, 0.5 / height]).expand(height * width, 2))
-    centre, half = (torch.cat(each).to(cell_logits.device) for each in (centres, halves))  # (T, 2)
+    center, half = (torch.cat(each).to(cell_logits.device) for each in (centers, halves))  # (T, 2)
     in_lesion = []
     for label in labels:
         middle, extent = label["boxes"][None].split(2, dim=2)  # (1, g, 2)
-        near = (centre[:, None] - middle).abs() <= torch.maximum(half[:, None], extent / 2)  # (T, g, 2)
+        near = (center[:, None] - middle).abs() <= torch.maximum(half[:, None], extent / 2)  # (T, g, 2)
         in_lesion.append(near.all(dim=2).any(dim=1))
     target = torch.stack(in_lesion).to(cell_logits.dtype)  # (B, T)
     num_cells = cell_logits.shape[1]
@@ -113,7 +113,7 @@ def cell_loss(cell_logits: torch.Tensor, labels: list[dict[str, torch.Tensor]], 
 
 @torch.inference_mode()
 def detect(detector: RTDetrForObjectDetection, pixel_values: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Boxes (num_queries, 4), corners in pixels of the canvas, and scores (num_queries,) of each picture
+    """Boxes (num_queries, 4), corners in pixels of the canvas, and scores (num_queries,) of each image
     of (B, 2, H, W)."""
     outputs: Any = detector(pixel_values.to(detector.device))
     scores = outputs.logits[..., 0].float().sigmoid().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Pictures of detection: true and predicted boxes on test images, and the FROC curve. Research use only."""
+"""Images of detection: true and predicted boxes on test images, and the FROC curve. Research use only."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen firs
 
 from training.evaluation.run_files import write_whole
 
-from .data import PictureMaker
+from .data import LesionImageRenderer
 from .metrics import FALSE_POSITIVES, Found, FrocMarks, froc_curve, sensitivity_at
 from .table import BoxedImage
 
@@ -21,7 +21,7 @@ NOTICE = "Research use only: not a medical device."
 
 
 def draw_detections(
-    images: list[BoxedImage], found: list[Found], maker: PictureMaker, title: str, output: Path
+    images: list[BoxedImage], found: list[Found], maker: LesionImageRenderer, title: str, output: Path
 ) -> None:
     """Images with and without lesions, evenly spaced over those tested, so that nobody has chosen them.
 
@@ -54,18 +54,18 @@ def score_at(found: list[Found], boxes_per_image: float) -> float:
     return float(scores[min(len(scores) - 1, round(boxes_per_image * len(found)))]) if len(scores) else 1.0
 
 
-def _draw(axis, found: Found, file: str, maker: PictureMaker, threshold: float) -> None:
+def _draw(axis, found: Found, file: str, maker: LesionImageRenderer, threshold: float) -> None:
     frame = 0
     if found.num_slices > 1:
         at = found.lesion_slices if len(found.lesions) else found.slices
         frame = int(at[0]) if len(at) and at[0] >= 0 else found.num_slices // 2
-    (picture,) = maker(file, [frame])
-    axis.imshow(picture.picture, cmap="gray", vmin=0)
+    (image,) = maker(file, [frame])
+    axis.imshow(image.image, cmap="gray", vmin=0)
     near = np.flatnonzero(np.abs(found.slices - frame) <= found.num_slices / 4) if found.num_slices > 1 else None
     rows = (np.arange(len(found.boxes)) if near is None else near)[:MAX_BOXES]
-    for x0, y0, x1, y1 in picture.placement.boxes(found.lesions):
+    for x0, y0, x1, y1 in image.placement.boxes(found.lesions):
         axis.add_patch(patches.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=TRUE_COLOR, linewidth=2))
-    for (x0, y0, x1, y1), score in zip(picture.placement.boxes(found.boxes[rows]), found.scores[rows], strict=True):
+    for (x0, y0, x1, y1), score in zip(image.placement.boxes(found.boxes[rows]), found.scores[rows], strict=True):
         style = "-" if score >= threshold else ":"
         axis.add_patch(
             patches.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=PREDICTED_COLOR, linestyle=style)

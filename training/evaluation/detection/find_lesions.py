@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import RTDetrForObjectDetection
 
-from modeling_mammodino import ImageRefused
+from modeling_mammodino import InvalidImageError
 from training.evaluation.finetuning.feature_cache import unchanged, worker_options
 
-from .data import LesionPicture, PictureMaker
+from .data import LesionImage, LesionImageRenderer
 from .detector import detect
 from .metrics import Found, hits, merge_boxes
 from .settings import DetectionSettings
@@ -22,30 +22,33 @@ from .table import BoxedImage
 logger = logging.getLogger(__name__)
 
 
-class ImagePictures(Dataset):
-    """Images as the pictures of their slices, or why they were refused; picklable, for workers."""
+class SourceImages(Dataset):
+    """Images as the images of their slices, or why they were refused; picklable, for workers."""
 
-    def __init__(self, images: list[BoxedImage], maker: PictureMaker, slices_per_volume: int):
+    def __init__(self, images: list[BoxedImage], maker: LesionImageRenderer, slices_per_volume: int):
         self.images, self.maker, self.slices_per_volume = images, maker, slices_per_volume
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: int) -> list[LesionPicture] | str:
+    def __getitem__(self, position: int) -> list[LesionImage] | str:
         try:
             return list(self.maker(self.images[position].file, None, self.slices_per_volume))
-        except (ImageRefused, OSError) as refusal:
+        except (InvalidImageError, OSError) as refusal:
             return " ".join(str(refusal).split())
 
 
 def find_lesions(
-    detector: RTDetrForObjectDetection, images: list[BoxedImage], maker: PictureMaker, settings: DetectionSettings
+    detector: RTDetrForObjectDetection,
+    images: list[BoxedImage],
+    maker: LesionImageRenderer,
+    settings: DetectionSettings,
 ) -> tuple[list[Found], dict[str, str]]:
     """What the detector finds in each image, in pixels of the source, the best box first; and why images were refused,
     by image_id."""
-    pictures = ImagePictures(images, maker, settings.test_slices_per_volume)
+    slices_of = SourceImages(images, maker, settings.test_slices_per_volume)
     loader = DataLoader(
-        pictures, batch_size=None, collate_fn=unchanged, **worker_options(settings.dataloader_num_workers)
+        slices_of, batch_size=None, collate_fn=unchanged, **worker_options(settings.dataloader_num_workers)
     )
     found, refused = [], {}
     for image, slices in zip(tqdm(images, desc="detect", unit="image"), loader, strict=True):
@@ -60,8 +63,8 @@ def find_lesions(
 def _find(
     detector: RTDetrForObjectDetection,
     image: BoxedImage,
-    slices: list[LesionPicture],
-    maker: PictureMaker,
+    slices: list[LesionImage],
+    maker: LesionImageRenderer,
     settings: DetectionSettings,
 ) -> Found:
     boxes, frames, scores = [], [], []
@@ -85,11 +88,14 @@ def _find(
 
 
 def _detections(
-    detector: RTDetrForObjectDetection, slices: list[LesionPicture], maker: PictureMaker, settings: DetectionSettings
+    detector: RTDetrForObjectDetection,
+    slices: list[LesionImage],
+    maker: LesionImageRenderer,
+    settings: DetectionSettings,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     size = settings.per_device_eval_batch_size
     for start in range(0, len(slices), size):
-        batch = [maker.inputs(each.picture, each.tissue) for each in slices[start : start + size]]
+        batch = [maker.inputs(each.image, each.tissue) for each in slices[start : start + size]]
         with torch.autocast(detector.device.type, torch.bfloat16, enabled=settings.bf16):
             yield from detect(detector, torch.from_numpy(np.stack(batch)))
 

@@ -3,7 +3,7 @@
 An image is a mammogram or a whole DBT volume. FROC (Bunch et al., 1978): a prediction that hits a lesion is no false
 positive, also where the lesion was found already; a lesion is found at a threshold if any prediction of that score hits
 it; false positives are counted over all images, with and without lesions. Average precision is COCO's (pycocotools):
-there a second box on one lesion is wrong; of a volume the depth is not judged by it.
+there a second box on one lesion is wrong; of a volume the depth is not evaluated by it.
 """
 
 import contextlib
@@ -50,22 +50,22 @@ def overlaps(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np
     return iou(boxes, lesions) >= iou_threshold
 
 
-def is_centred(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """The prediction's centre lies in the lesion's box, its edge included."""
-    centres = _centres(boxes)[:, None]
-    return ((centres >= lesions[None, :, :2]) & (centres <= lesions[None, :, 2:])).all(axis=2)
+def is_centerd(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """The prediction's center lies in the lesion's box, its edge included."""
+    centers = _centers(boxes)[:, None]
+    return ((centers >= lesions[None, :, :2]) & (centers <= lesions[None, :, 2:])).all(axis=2)
 
 
 def is_near(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """The centres are at most half the lesion's diagonal apart, or 100 pixels of the source where that is more: the
+    """The centers are at most half the lesion's diagonal apart, or 100 pixels of the source where that is more: the
     rule of DBTex (Konz et al., JAMA Netw Open 2023; mazurowski-lab/duke-dbt-data)."""
-    distance = np.linalg.norm(_centres(boxes)[:, None] - _centres(lesions)[None], axis=2)
+    distance = np.linalg.norm(_centers(boxes)[:, None] - _centers(lesions)[None], axis=2)
     half_diagonal = np.linalg.norm(lesions[:, 2:] - lesions[:, :2], axis=1) / 2
     return distance <= np.maximum(half_diagonal, CHALLENGE_PX)[None]
 
 
 HITS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
-    "centre": is_centred,
+    "center": is_centerd,
     "iou": overlaps,
     "dbt_challenge": is_near,
 }
@@ -200,7 +200,7 @@ def average_precision(matches: CocoMatches, weights: np.ndarray | None = None) -
     return float(by_iou[0]), float(np.mean(by_iou))
 
 
-def judge(found: list[Found], rule: str, iou_threshold: float, num_resamples: int, seed: int) -> dict[str, Interval]:
+def evaluate(found: list[Found], rule: str, iou_threshold: float, num_resamples: int, seed: int) -> dict[str, Interval]:
     """`map_50`, `map` and `sensitivity_at_{1,2,4}`, with 95 % intervals over patients."""
     marks, matches = froc_marks(found, rule, iou_threshold), coco_matches(found)
 
@@ -215,5 +215,5 @@ def judge(found: list[Found], rule: str, iou_threshold: float, num_resamples: in
     return {name: interval(values[k], np.array(resampled)[:, k]) for k, name in enumerate(names)}
 
 
-def _centres(boxes: np.ndarray) -> np.ndarray:
+def _centers(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, :2] + boxes[:, 2:]) / 2

@@ -25,7 +25,7 @@ class DetectionSettings:
         "Weights that the encoder starts from: its own, or random, for comparison.",
         choices=("encoder", "random"),
     )
-    output_dir: str = setting("", "Where result.json, predictions, pictures and the detector go.")
+    output_dir: str = setting("", "Where result.json, predictions, images and the detector go.")
     seed: int = setting(0, "Seed of splits, initial weights, order, augmentation and bootstrap.", low=0)
     validation_fraction: float = setting(0.15, "Training patients held out, where there is no such split.", 0.01, 0.5)
     test_fraction: float = setting(0.2, "Patients tested, where the data set has no official test.", 0.01, 0.9)
@@ -39,22 +39,22 @@ class DetectionSettings:
     spatial_prior: bool = setting(True, "A small convolutional stem beside the encoder sees fine detail.")
     map_width: int = setting(256, "Channels of the detector, a multiple of 32.", low=32)
     decoder_layers: int = setting(3, "Decoder layers.", low=1)
-    num_queries: int = setting(30, "Boxes predicted in a picture.", low=1)
+    num_queries: int = setting(30, "Boxes predicted in an image.", low=1)
     cell_loss_weight: float = setting(20.0, "Weight of the loss of each cell of the map, in a lesion or not.", low=0)
-    lesion_share: float = setting(0.5, "Share of training pictures with a lesion; 0: as they come.", 0, 0.99)
-    num_train_epochs: int = setting(30, "Epochs; 0: the detector is judged untrained.", low=0)
-    per_device_train_batch_size: int = setting(16, "Pictures a forward.", low=1)
-    per_device_eval_batch_size: int = setting(32, "Pictures a forward that learns nothing.", low=1)
+    lesion_share: float = setting(0.5, "Share of training images with a lesion; 0: as they come.", 0, 0.99)
+    num_train_epochs: int = setting(30, "Epochs; 0: the detector is evaluated untrained.", low=0)
+    per_device_train_batch_size: int = setting(16, "Images a forward.", low=1)
+    per_device_eval_batch_size: int = setting(32, "Images a forward that learns nothing.", low=1)
     gradient_accumulation_steps: int = setting(1, "Forwards a step.", low=1)
     learning_rate: float = setting(5e-4, "Peak learning rate.", low=0)
     encoder_learning_rate: float = setting(1e-4, "Of the encoder.", low=0)
     weight_decay: float = setting(1e-4, "AdamW's, of matrices.", low=0)
     warmup_fraction: float = setting(0.05, "Share of the steps in which learning rates rise.", low=0, high=0.9)
     max_grad_norm: float = setting(1.0, "Clipping of the gradient.", low=0)
-    augment: bool = setting(True, "Training pictures are flipped, scaled, shifted and given other gammas at random.")
+    augment: bool = setting(True, "Training images are flipped, scaled, shifted and given other gammas at random.")
     hit: str = setting(
-        "centre",
-        "When a box hits a lesion in FROC: its centre lies in the lesion's box; their IoU is hit_iou or more; or the "
+        "center",
+        "When a box hits a lesion in FROC: its center lies in the lesion's box; their IoU is hit_iou or more; or the "
         "rule of the DBTex challenge.",
         choices=tuple(HITS),
     )

@@ -55,7 +55,7 @@ def load_boxes(
     test_fraction: float = 0.2,
     allow_missing: bool = False,
 ) -> DetectionTable:
-    """The images of a data set that detection can learn from and be judged on.
+    """The images of a data set that detection can learn from and be evaluated on.
 
     An image whose boxes nobody noted is left out, unless it is known to hold no lesion; so is one that has a lesion
     and no box, or the other way round. Official splits stay; the others are held out as for any task. Arguments as

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import RTDetrForObjectDetection, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from training.evaluation.finetuning.pictures import SeededSampler
+from training.evaluation.finetuning.images import SeededSampler
 from training.evaluation.seeded_trainer import SeededTrainer, epoch_arguments, find_checkpoint, read_state
 
-from .data import DetectionPictures, collate_pictures, to_corners
+from .data import DetectionImages, collate_images, to_corners
 from .detector import cell_loss
 from .metrics import FALSE_POSITIVES, Found, average_precision, coco_matches, froc_marks, sensitivity_at
 from .settings import DetectionSettings
@@ -50,8 +50,8 @@ class DetectionTrainer(SeededTrainer):
 
 def train_detector(
     detector: RTDetrForObjectDetection,
-    train: DetectionPictures,
-    validation: DetectionPictures,
+    train: DetectionImages,
+    validation: DetectionImages,
     settings: DetectionSettings,
     folder: Path,
 ) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def train_detector(
         sampler=SeededSampler(
             len(train), settings.seed, settings.augment, lesion_weights(train.has_lesion, settings.lesion_share)
         ),
-        collate=collate_pictures,
+        collate=collate_images,
         cell_loss_weight=settings.cell_loss_weight,
     )
     last = find_checkpoint(folder)
@@ -118,7 +118,7 @@ def make_optimizer(detector: RTDetrForObjectDetection, settings: DetectionSettin
 
 
 def lesion_weights(has_lesion: np.ndarray, lesion_share: float) -> np.ndarray | None:
-    """How likely each picture is drawn, so that `lesion_share` of them have a lesion; None where all are alike."""
+    """How likely each image is drawn, so that `lesion_share` of them have a lesion; None where all are alike."""
     if lesion_share == 0 or has_lesion.all() or not has_lesion.any():
         return None
     return np.where(has_lesion, lesion_share / has_lesion.sum(), (1 - lesion_share) / (~has_lesion).sum())
@@ -127,7 +127,7 @@ def lesion_weights(has_lesion: np.ndarray, lesion_share: float) -> np.ndarray | 
 def validation_scores(
     predictions: EvalPrediction, canvas: tuple[int, int], settings: DetectionSettings
 ) -> dict[str, float]:
-    """mAP and sensitivities over pictures, before boxes are merged; in training only, to watch it."""
+    """mAP and sensitivities over images, before boxes are merged; in training only, to watch it."""
     found, none = [], np.zeros(0, int)
     for (logits, boxes), labels in zip(predictions.predictions, predictions.label_ids, strict=True):
         for of, each, label in zip(logits, boxes, labels, strict=True):

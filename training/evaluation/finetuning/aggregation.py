@@ -2,7 +2,7 @@
 
 A volume is one image before this: the mean over its slices. Where classes are ordered (all tasks but the type of a
 lesion), a group has the highest class of its images: a breast with one positive view is positive. Of unordered classes
-it has the commonest, the first of equals. Our choice; the article does not say.
+it has the commonest, the first of equals. Our choice; the paper does not say.
 """
 
 import numpy as np

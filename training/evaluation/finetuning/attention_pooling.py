@@ -29,7 +29,7 @@ class Bags:
 
 class AttentionPooling(nn.Module):
     """features (N, F) of G groups -> logits (G, C). `weight` (C, F) and `bias` (C,) are those that it starts with, for
-    features as they come; `mean` and `std` (F,) standardise them for the attention."""
+    features as they come; `mean` and `std` (F,) standardize them for the attention."""
 
     def __init__(self, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray):
         super().__init__()

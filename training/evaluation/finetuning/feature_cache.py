@@ -1,4 +1,4 @@
-"""Frozen features on disk: every picture goes through an encoder once, however many tasks ask.
+"""Frozen features on disk: every image goes through an encoder once, however many tasks ask.
 
 A folder of CACHE/DATASET holds the features of one encoder as it is, one preprocessing and one choice of slices, in
 Parquet shards, a row a slice. Shards are written whole, so that a killed run loses the one at work and no more; a lock
@@ -23,8 +23,8 @@ from filelock import FileLock
 from pyarrow import parquet
 from torch.utils.data import DataLoader, Dataset
 
-from modeling_mammodino import ImageRefused
-from training.evaluation.backbones.registry import Backbone, Pictures
+from modeling_mammodino import InvalidImageError
+from training.evaluation.backbones.registry import Backbone, Images
 from training.evaluation.run_files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,9 @@ def encode_images(
         return
     device = next(backbone.parameters()).device
     backbone.eval()
-    loader = iter(picture_loader(ImageFiles(backbone.picture_maker, list(files), encoding.slices_per_volume), encoding))
+    loader = iter(
+        image_loader(ImageFiles(backbone.lesion_image_renderer, list(files), encoding.slices_per_volume), encoding)
+    )
     for _ in range(0, len(files), IMAGES_PER_SHARD):
         features: dict[int, list[np.ndarray]] = {}
         refused: dict[int, str] = {}
@@ -126,10 +128,10 @@ def encode_images(
 
 
 class ImageFiles(Dataset):
-    """Files as the pictures of their slices; picklable, for workers."""
+    """Files as the images of their slices; picklable, for workers."""
 
-    def __init__(self, pictures: Pictures, files: list[str], slices_per_volume: int):
-        self.pictures, self.files, self.slices_per_volume = pictures, files, slices_per_volume
+    def __init__(self, images: Images, files: list[str], slices_per_volume: int):
+        self.images, self.files, self.slices_per_volume = images, files, slices_per_volume
 
     def __len__(self) -> int:
         return len(self.files)
@@ -137,12 +139,12 @@ class ImageFiles(Dataset):
     def __getitem__(self, position: int) -> tuple[int, list[dict[str, np.ndarray]] | str]:
         """Its position and its slices, or why it was refused."""
         try:
-            return position, list(self.pictures(self.files[position], slices_per_volume=self.slices_per_volume))
-        except (ImageRefused, OSError) as refusal:
+            return position, list(self.images(self.files[position], slices_per_volume=self.slices_per_volume))
+        except (InvalidImageError, OSError) as refusal:
             return position, " ".join(str(refusal).split())
 
 
-def picture_loader(files: ImageFiles, encoding: Encoding) -> DataLoader:
+def image_loader(files: ImageFiles, encoding: Encoding) -> DataLoader:
     """Items one by one, in order."""
     num_workers = min(encoding.num_workers, len(files))
     ahead = {"prefetch_factor": max(2, -(-encoding.batch_size // num_workers))} if num_workers else {}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from modeling_mammodino import MammoDinoForImageClassification
-from training.evaluation.backbones.registry import Backbone, MammoDinoPictures, load_backbone
+from training.evaluation.backbones.registry import Backbone, MammoDinoImages, load_backbone
 
 from .settings import FinetuneSettings
 
@@ -94,7 +94,7 @@ def save_classifier(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if isinstance(backbone.picture_maker, MammoDinoPictures) and not head_alone:
+    if isinstance(backbone.lesion_image_renderer, MammoDinoImages) and not head_alone:
         config = type(backbone.model.config).from_dict(backbone.model.config.to_dict())
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: number for number, name in enumerate(classes)}
@@ -102,7 +102,7 @@ def save_classifier(
         model.dinov2_with_registers.load_state_dict(backbone.model.state_dict())
         model.classifier.load_state_dict(head.state_dict())
         model.save_pretrained(temporary)
-        backbone.picture_maker.image_processor.save_pretrained(temporary)
+        backbone.lesion_image_renderer.image_processor.save_pretrained(temporary)
     else:
         _save_parts(temporary, backbone, head, classes, head_alone)
     (temporary / "README.md").write_text(f"{NOTICE}\n\nClasses, by number: {', '.join(classes)}. {meaning}\n")

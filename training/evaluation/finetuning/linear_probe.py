@@ -44,7 +44,7 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """The head, its L2 penalty on standardised features, and the validation loss of each penalty tried."""
+    """The head, its L2 penalty on standardized features, and the validation loss of each penalty tried."""
 
     head: LinearHead
     penalty: float

@@ -1,6 +1,6 @@
 """The settings of one fine-tuning run: typed, from the command line or Python, checked before any work.
 
-Fields carry the names of `transformers.TrainingArguments` where it has one. The article publishes none of the values;
+Fields carry the names of `transformers.TrainingArguments` where it has one. The paper publishes none of the values;
 the defaults are our choice.
 """
 
@@ -52,7 +52,7 @@ class FinetuneSettings:
     weight_decay: float = setting(0.05, "AdamW's, of matrices.", low=0)
     warmup_fraction: float = setting(0.1, "Share of the steps in which the learning rate rises.", low=0, high=0.9)
     max_grad_norm: float = setting(1.0, "Clipping of the gradient.", low=0)
-    augment: bool = setting(True, "Training pictures are flipped, turned, scaled and shifted at random.")
+    augment: bool = setting(True, "Training images are flipped, turned, scaled and shifted at random.")
     lora_rank: int = setting(8, "Rank of the adapters.", low=1)
     lora_alpha: int = setting(16, "Their scale, over the rank.", low=1)
     lora_dropout: float = setting(0.0, "Dropout before them.", low=0, high=0.9)

@@ -13,7 +13,7 @@ from training.evaluation.evaluate_metrics import MammographyScores
 from training.evaluation.seeded_trainer import SeededTrainer, epoch_arguments, find_checkpoint, read_state
 
 from .image_classifier import ImageClassifier
-from .pictures import LabelledImages, SeededSampler, collate_images
+from .images import LabeledImages, SeededSampler, collate_images
 from .settings import LEARNING_RATES, FinetuneSettings
 
 logger = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 def train_classifier(
     classifier: ImageClassifier,
-    train: LabelledImages,
-    validation: LabelledImages,
+    train: LabeledImages,
+    validation: LabeledImages,
     sample_weights: np.ndarray | None,
     scores: MammographyScores,
     settings: FinetuneSettings,

@@ -1,4 +1,4 @@
-"""The radar plot of models over tasks: the article's figure 2, for a suite of ours."""
+"""The radar plot of models over tasks: the paper's figure 2, for a suite of ours."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ LEAST_SPOKES = 3  # fewer do not span a plane
 def draw_radar(scores: pandas.DataFrame, ours: str, output: Path, caption: str) -> bool:
     """Writes a PNG: one spoke a row of `scores` (tasks), one closed line a column (backbones), `ours` drawn heavier.
 
-    Each spoke runs from a little below its lowest score to its highest and is labelled with both, so that the order on
+    Each spoke runs from a little below its lowest score to its highest and is labeled with both, so that the order on
     a spoke can be read; lengths on different spokes cannot be compared. A missing score leaves a gap.
 
     Returns: whether it was drawn; fewer than three tasks do not make a radar.

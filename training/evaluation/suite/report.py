@@ -12,7 +12,7 @@ from dataset_scripts.benchmarks import get_benchmark
 from training.evaluation.run_files import read_json
 from training.evaluation.significance import TaskScores, holm, score_task
 
-from .article import PUBLISHED, published_table
+from .paper import PUBLISHED, published_table
 from .radar_plot import draw_radar
 from .suite import HEADLINE_METRICS, Job, Suite, SuiteTask
 
@@ -50,7 +50,7 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
     report = suite.output_dir / "report.md"
     lines = [*heading(suite, jobs, done), *score_table(scored, names), *significance_table(scored, ours)]
     lines += ["", "![radar plot](radar.png)" if has_radar else "No radar plot: it needs three tasks at least."]
-    lines += [*article_section(scored), *data_section(jobs, done), *failures(failed)]
+    lines += [*paper_section(scored), *data_section(jobs, done), *failures(failed)]
     report.write_text("\n".join(lines) + "\n")
     return report
 
@@ -125,9 +125,9 @@ def significance_table(scored: dict[SuiteTask, TaskScores], ours: str) -> list[s
     return lines
 
 
-def article_section(scored: dict[SuiteTask, TaskScores]) -> list[str]:
-    """The article's figures, and ours of the same data set and task beside them."""
-    lines = ["", "## The article's figures", ""]
+def paper_section(scored: dict[SuiteTask, TaskScores]) -> list[str]:
+    """The paper's figures, and ours of the same data set and task beside them."""
+    lines = ["", "## The paper's figures", ""]
     lines += ["Theirs, from arXiv 2510.11883; no other figure of its tables is public. Not reproduced here.", ""]
     lines += published_table()
     for published in PUBLISHED:

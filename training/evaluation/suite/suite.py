@@ -1,4 +1,4 @@
-"""A suite: which backbones are judged on which tasks of which data sets, with which seeds; read from YAML.
+"""A suite: which backbones are evaluated on which tasks of which data sets, with which seeds; read from YAML.
 
 output_dir: runs/benchmark
 seeds: [0, 1, 2]
@@ -26,7 +26,7 @@ from training.evaluation.backbones.registry import BACKBONES
 from training.evaluation.finetuning.settings import FinetuneSettings
 from training.evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE
 
-# what the tables show of a task. The article gives AUC for cancer and lesion and F1 for BI-RADS; for density it names
+# what the tables show of a task. The paper gives AUC for cancer and lesion and F1 for BI-RADS; for density it names
 # no metric, and lesion type has no published figure: macro AUC is our choice there
 HEADLINE_METRICS = {"cancer": "auc", "lesion": "auc", "birads": "macro_f1", "density": "auc", "lesion_type": "auc"}
 SET_BY_SUITE = ("dataset", "data_dir", "task", "definition", "backbone", "source", "seed", "output_dir", "cache_dir")

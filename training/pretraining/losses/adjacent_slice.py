@@ -1,6 +1,6 @@
-"""Adjacent-slice loss: the student's view of a DBT slice is trained toward the teacher's view of its neighbour.
+"""Adjacent-slice loss: the student's view of a DBT slice is trained toward the teacher's view of its neighbor.
 
-The article publishes the idea, not the formula. Our choice: the cross-entropy of DINO between prototypes, on the class
+The paper publishes the idea, not the formula. Our choice: the cross-entropy of DINO between prototypes, on the class
 token, and on tissue patches at the same place of the shared crop.
 """
 
@@ -15,7 +15,7 @@ def adjacent_slice_loss(
     weights: torch.Tensor | None = None,
     student_temperature: float = 0.1,
 ) -> torch.Tensor:
-    """Weighted mean over tokens of the cross-entropy between neighbour (teacher) and slice (student).
+    """Weighted mean over tokens of the cross-entropy between neighbor (teacher) and slice (student).
 
     student_logits (n, K), teacher_probabilities (n, K); weights (n,), such as the breast fraction of each patch, or
     None for equal ones. Returns a scalar float32, zero where n = 0 (a batch without volumes). Processes hold unequal

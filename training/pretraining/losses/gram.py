@@ -6,7 +6,7 @@ import torch
 def gram_loss(
     student_patches: torch.Tensor, gram_teacher_patches: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean over images of the mean squared difference of the two Gram matrices of L2-normalised patch features.
+    """Mean over images of the mean squared difference of the two Gram matrices of L2-normalized patch features.
 
         for each image: mean over kept patches i, j of (x_i . x_j - y_i . y_j)^2
 

@@ -16,7 +16,7 @@ from .distributed import max_over_processes, sum_over_processes
 class Centering(nn.Module):
     """softmax((z - c) / temperature), c an exponential moving average of the batch mean of z.
 
-    The centre applied at a step is the one known after the step before (dinov2/loss/dino_clstoken_loss.py).
+    The center applied at a step is the one known after the step before (dinov2/loss/dino_clstoken_loss.py).
     """
 
     center: torch.Tensor
@@ -28,7 +28,7 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
-        """logits (n, K) -> probabilities (n, K) float32. Updates the centre for the next step by the mean over all
+        """logits (n, K) -> probabilities (n, K) float32. Updates the center for the next step by the mean over all
         processes; each must call it, also with n = 0."""
         probabilities = torch.softmax((logits.float() - self.center) / temperature, dim=-1)
         total = torch.cat((logits.float().sum(dim=0), logits.new_tensor([float(logits.shape[0])]).float()))
@@ -68,7 +68,7 @@ class Targets(NamedTuple):
 
 
 class TeacherTargets(nn.Module):
-    """Class tokens are balanced together, patches together; each kind has a centre of its own."""
+    """Class tokens are balanced together, patches together; each kind has a center of its own."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()

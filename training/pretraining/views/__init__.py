@@ -1,1 +1,1 @@
-"""What student and teacher see: crops, masks and neighbouring slices, each a pure function of a random generator."""
+"""What student and teacher see: crops, masks and neighboring slices, each a pure function of a random generator."""

@@ -10,7 +10,7 @@ FIRST_CANDIDATES = 64  # of a round; each round after it draws twice as many
 
 
 class Crops(NamedTuple):
-    """Crops of one picture."""
+    """Crops of one image."""
 
     boxes: np.ndarray  # (n, 4) int: y0, x0, y1, x1 in pixels, half-open
     tissue_fractions: np.ndarray  # (n,)
@@ -20,13 +20,13 @@ class Crops(NamedTuple):
 class TissueTable:
     """Breast area inside any box, in constant time.
 
-    tissue (h, w): breast fraction 0..1 of each cell of a regular grid over a picture of (H, W) pixels. Box sides may
+    tissue (h, w): breast fraction 0..1 of each cell of a regular grid over an image of (H, W) pixels. Box sides may
     cut cells: the interpolated table is exact for fractions constant within a cell.
     """
 
-    def __init__(self, tissue: np.ndarray, picture_shape: tuple[int, int]):
-        self.shape = picture_shape
-        self.cells_per_px = (tissue.shape[0] / picture_shape[0], tissue.shape[1] / picture_shape[1])
+    def __init__(self, tissue: np.ndarray, image_shape: tuple[int, int]):
+        self.shape = image_shape
+        self.cells_per_px = (tissue.shape[0] / image_shape[0], tissue.shape[1] / image_shape[1])
         self.table = cv2.integral(tissue.astype(np.float32, copy=False))  # (h + 1, w + 1) float64
 
     def area_above_left(self, y_px: np.ndarray, x_px: np.ndarray) -> np.ndarray:
@@ -67,10 +67,10 @@ def sample_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """`count` boxes of RandomResizedCrop: area uniform in `scale` of the picture, aspect log-uniform in `ratio`.
+    """`count` boxes of RandomResizedCrop: area uniform in `scale` of the image, aspect log-uniform in `ratio`.
 
     Returns (n, 4) int, 1 <= n <= count: boxes that do not fit into `shape` are left out, and where none fits all are
-    cut to the picture.
+    cut to the image.
     """
     height, width = shape
     draws = rng.random((4, count))
@@ -101,7 +101,7 @@ def tissue_aware_crops(
     """`count` random resized crops with at least `min_tissue_fraction` of breast: the first candidates that hold it, so
     their law is that of plain crops given the minimum. Where all rounds have too few, those of most tissue fill up.
 
-    A minimum of 0 gives plain crops. The article publishes the idea, not the rule.
+    A minimum of 0 gives plain crops. The paper publishes the idea, not the rule.
     """
     boxes, fractions = np.empty((0, 4), int), np.empty(0)
     for doublings in range(rounds):
@@ -117,24 +117,24 @@ def tissue_aware_crops(
     return Crops(boxes[chosen], fractions[chosen], fractions[chosen] >= min_tissue_fraction)
 
 
-def halved(picture: np.ndarray) -> np.ndarray:
-    """The picture (H, W) at half its size, (H // 2, W // 2), each pixel the mean of four; an odd last line is left out.
-    A picture one pixel wide or high stays as it is."""
-    height, width = (side // 2 for side in picture.shape)
+def halved(image: np.ndarray) -> np.ndarray:
+    """The image (H, W) at half its size, (H // 2, W // 2), each pixel the mean of four; an odd last line is left out.
+    An image one pixel wide or high stays as it is."""
+    height, width = (side // 2 for side in image.shape)
     if not (height and width):
-        return picture
-    return cv2.resize(picture[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+        return image
+    return cv2.resize(image[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
 
 
-def cut(picture: np.ndarray, box: np.ndarray, size: int, half: np.ndarray | None = None) -> np.ndarray:
-    """The box of a picture (H, W) resized to (size, size), same dtype; area-averaged where it shrinks.
+def cut(image: np.ndarray, box: np.ndarray, size: int, half: np.ndarray | None = None) -> np.ndarray:
+    """The box of an image (H, W) resized to (size, size), same dtype; area-averaged where it shrinks.
 
-    half: the picture, `halved`. A box of twice the size or more is read from it, at a fourth of the cost; its sides may
+    half: the image, `halved`. A box of twice the size or more is read from it, at a fourth of the cost; its sides may
     then move by one pixel.
     """
     y0, x0, y1, x1 = box.tolist()
     if half is not None and min(y1 - y0, x1 - x0) >= 2 * size:
-        picture, y0, x0, y1, x1 = half, y0 // 2, x0 // 2, y1 // 2, x1 // 2
-    crop = picture[y0:y1, x0:x1]
+        image, y0, x0, y1, x1 = half, y0 // 2, x0 // 2, y1 // 2, x1 // 2
+    crop = image[y0:y1, x0:x1]
     shrinks = crop.shape[0] >= size and crop.shape[1] >= size
     return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

@@ -21,7 +21,7 @@ BLUR_KERNEL_PX = 9
 
 def photometric(rng: np.random.Generator, pixels: np.ndarray, recipe: ViewsRecipe, number: int) -> np.ndarray:
     """Crop `number` (0, 1: global; 2: local), (S, S) uint8 or uint16, as float32 in 0..1, with the jitter, blur and
-    solarisation of the recipe (dinov2/data/augmentations.py, less what needs colour).
+    solarization of the recipe (dinov2/data/augmentations.py, less what needs color).
 
     As many numbers are drawn whatever is switched on, so that a switch changes nothing but what it names.
     """
@@ -58,8 +58,8 @@ NUM_GLOBAL_CROPS = 2
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One row of a corpus, decoded: picture (H, W) uint8 or uint16, the same at half its size, and the table of its
+class Image:
+    """One row of a corpus, decoded: image (H, W) uint8 or uint16, the same at half its size, and the table of its
     breast mask."""
 
     pixels: np.ndarray
@@ -71,9 +71,9 @@ class Picture:
 
 
 class Views(NamedTuple):
-    """Crops of one kind of one picture, n of them."""
+    """Crops of one kind of one image, n of them."""
 
-    pixels: np.ndarray  # (n, S, S) float32, standardised
+    pixels: np.ndarray  # (n, S, S) float32, standardized
     tissue: np.ndarray  # (n, h, w) float32, the breast fraction of each patch
     crops: Crops
     flips: list[tuple[slice, slice]]
@@ -85,7 +85,7 @@ class PretrainingViews(torch.utils.data.Dataset):
     visit draws one slice, so that near-duplicates do not fill a batch.
 
     corpus: a `dataset_scripts.corpus.reader.Corpus`. global_batch_size: images a step over all processes; it fixes how
-    mask ratios are stratified, so the number of processes does not matter. slice_pairs: whether to draw neighbours.
+    mask ratios are stratified, so the number of processes does not matter. slice_pairs: whether to draw neighbors.
     Raises ValueError where the recipe weighs a kind that the corpus lacks.
     """
 
@@ -105,9 +105,9 @@ class PretrainingViews(torch.utils.data.Dataset):
         self.order = VolumeOrder(seed, corpus.kinds, parse_kind_weights(recipe.kind_weights))
         self._mask_ratios: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the last step asked for
 
-    def picture(self, row: int) -> Picture:
-        pixels, tissue = self.corpus.picture(row)
-        return Picture(pixels, halved(pixels), TissueTable(tissue, pixels.shape))
+    def image(self, row: int) -> Image:
+        pixels, tissue = self.corpus.image(row)
+        return Image(pixels, halved(pixels), TissueTable(tissue, pixels.shape))
 
     def mask_ratios(self, index: int) -> np.ndarray:
         """Mask ratio of each global crop of this sample, stratified over the whole step."""
@@ -125,9 +125,9 @@ class PretrainingViews(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng, volume, rows, position = self.place(index)
-        picture = self.picture(rows[position])
+        image = self.image(rows[position])
         origin = {"index": index, "row": rows[position], "volume": volume}
-        return origin | self.draw(rng, picture, index) | {"slice_pair": self.slice_pair(rng, rows, position, picture)}
+        return origin | self.draw(rng, image, index) | {"slice_pair": self.slice_pair(rng, rows, position, image)}
 
     def place(self, index: int) -> tuple[np.random.Generator, int, range, int]:
         """The sample's generator, its volume, the volume's rows, and which of them was drawn."""
@@ -140,10 +140,10 @@ class PretrainingViews(torch.utils.data.Dataset):
         _, _, rows, position = self.place(index)
         return rows[position]
 
-    def draw(self, rng: np.random.Generator, picture: Picture, index: int) -> dict[str, Any]:
-        """Crops and masks of a picture, as sample `index`."""
+    def draw(self, rng: np.random.Generator, image: Image, index: int) -> dict[str, Any]:
+        """Crops and masks of an image, as sample `index`."""
         recipe = self.recipe
-        globals_, locals_ = self.views(rng, picture, is_global=True), self.views(rng, picture, is_global=False)
+        globals_, locals_ = self.views(rng, image, is_global=True), self.views(rng, image, is_global=False)
         masks = [
             block_mask(rng, ratio, maskable_patches(tissue, recipe.tissue_aware_masks))
             for tissue, ratio in zip(globals_.tissue, self.mask_ratios(index), strict=True)
@@ -152,7 +152,7 @@ class PretrainingViews(torch.utils.data.Dataset):
         return {
             "global_crops": globals_.pixels[:, None],  # (G, 1, H, W)
             "global_tissue": globals_.tissue,  # (G, h, w)
-            **self.gram_views(picture, globals_),
+            **self.gram_views(image, globals_),
             "local_crops": locals_.pixels[:, None],
             "local_tissue": locals_.tissue,
             "masks": np.stack(masks),  # (G, h, w)
@@ -161,33 +161,31 @@ class PretrainingViews(torch.utils.data.Dataset):
             "boxes": boxes,  # (G + L, 4)
         }
 
-    def views(self, rng: np.random.Generator, picture: Picture, is_global: bool) -> Views:
+    def views(self, rng: np.random.Generator, image: Image, is_global: bool) -> Views:
         """All global or all local crops with their photometric changes."""
         recipe = self.recipe
         if is_global:
             count, size = NUM_GLOBAL_CROPS, recipe.global_crop_size
-            crops = self.crops(rng, picture, recipe.global_crop_scale, recipe.global_min_tissue, count)
+            crops = self.crops(rng, image, recipe.global_crop_scale, recipe.global_min_tissue, count)
         else:
             count, size = recipe.num_local_crops, recipe.local_crop_size
-            crops = self.crops(rng, picture, recipe.local_crop_scale, recipe.local_min_tissue, count)
+            crops = self.crops(rng, image, recipe.local_crop_scale, recipe.local_min_tissue, count)
         pixels, flips = np.empty((count, size, size), np.float32), []
-        tissue = picture.tissue.grids(crops.boxes, (size // self.patch_size, size // self.patch_size))
+        tissue = image.tissue.grids(crops.boxes, (size // self.patch_size, size // self.patch_size))
         for number, box in enumerate(crops.boxes):
-            unit = photometric(rng, picture.cut(box, size), recipe, number if is_global else NUM_GLOBAL_CROPS)
+            unit = photometric(rng, image.cut(box, size), recipe, number if is_global else NUM_GLOBAL_CROPS)
             flips.append(self.flips(rng))
             pixels[number], tissue[number] = unit[flips[-1]], tissue[number][flips[-1]].copy()
         return Views(self.standardize(pixels), tissue, crops, flips)
 
-    def gram_views(self, picture: Picture, globals_: Views) -> dict[str, Any]:
+    def gram_views(self, image: Image, globals_: Views) -> dict[str, Any]:
         """The global crops' boxes and flips at the size of the gram teacher, without photometric changes; nothing
         where it sees the global crops themselves."""
         size = self.recipe.gram_crop_size
         if not size:
             return {}
-        tissue = picture.tissue.grids(globals_.crops.boxes, (size // self.patch_size, size // self.patch_size))
-        pixels = [
-            picture.cut(box, size)[flips] for box, flips in zip(globals_.crops.boxes, globals_.flips, strict=True)
-        ]
+        tissue = image.tissue.grids(globals_.crops.boxes, (size // self.patch_size, size // self.patch_size))
+        pixels = [image.cut(box, size)[flips] for box, flips in zip(globals_.crops.boxes, globals_.flips, strict=True)]
         return {
             "gram_crops": self.standardize(to_unit(np.stack(pixels)))[:, None],  # (G, 1, S, S)
             "gram_tissue": np.stack([each[flips] for each, flips in zip(tissue, globals_.flips, strict=True)]),
@@ -200,11 +198,11 @@ class PretrainingViews(torch.utils.data.Dataset):
         return unit
 
     def crops(
-        self, rng: np.random.Generator, picture: Picture, scale: list[float], minimum: float, count: int = 1
+        self, rng: np.random.Generator, image: Image, scale: list[float], minimum: float, count: int = 1
     ) -> Crops:
         least = minimum if self.recipe.tissue_aware_crops else 0.0
         low, high = self.recipe.crop_ratio
-        return tissue_aware_crops(rng, picture.tissue, (scale[0], scale[1]), (low, high), least, count)
+        return tissue_aware_crops(rng, image.tissue, (scale[0], scale[1]), (low, high), least, count)
 
     def flips(self, rng: np.random.Generator) -> tuple[slice, slice]:
         left_right, up_down = rng.random(2).tolist()
@@ -213,16 +211,14 @@ class PretrainingViews(torch.utils.data.Dataset):
             slice(None, None, -1 if left_right < self.recipe.horizontal_flip_probability else 1),
         )
 
-    def slice_pair(
-        self, rng: np.random.Generator, rows: range, position: int, picture: Picture
-    ) -> dict[str, Any] | None:
-        """A slice and a neighbour under one conservative transform: one crop with enough breast, one flip, one mild
-        jitter. pixels (2, 1, S, S): the student's slice, the teacher's neighbour; tissue (h, w) of both. None where
-        the image has no neighbour (2D)."""
+    def slice_pair(self, rng: np.random.Generator, rows: range, position: int, image: Image) -> dict[str, Any] | None:
+        """A slice and a neighbor under one conservative transform: one crop with enough breast, one flip, one mild
+        jitter. pixels (2, 1, S, S): the student's slice, the teacher's neighbor; tissue (h, w) of both. None where
+        the image has no neighbor (2D)."""
         recipe, corpus = self.recipe, self.corpus
         if len(rows) < 2 or not self.with_slice_pairs:
             return None
-        neighbour = SLICE_PAIRINGS[recipe.slice_pairing](
+        neighbor = SLICE_PAIRINGS[recipe.slice_pairing](
             rng,
             corpus.slice_indices(rows),
             position,
@@ -230,20 +226,20 @@ class PretrainingViews(torch.utils.data.Dataset):
             recipe.slice_max_distance_mm,
             recipe.slice_max_distance_slices,
         )
-        if neighbour is None:
+        if neighbor is None:
             return None
-        other = self.picture(rows[neighbour])
-        boxes = self.crops(rng, picture, recipe.slice_crop_scale, recipe.global_min_tissue).boxes  # (1, 4)
+        other = self.image(rows[neighbor])
+        boxes = self.crops(rng, image, recipe.slice_crop_scale, recipe.global_min_tissue).boxes  # (1, 4)
         flips = self.flips(rng)
         factor = rng.uniform(1 - recipe.brightness / 2, 1 + recipe.brightness / 2)
         size = recipe.global_crop_size
         grid = (size // self.patch_size, size // self.patch_size)
-        units = [np.minimum(to_unit(each.cut(boxes[0], size)) * np.float32(factor), 1) for each in (picture, other)]
-        tissue = np.minimum(picture.tissue.grids(boxes, grid)[0], other.tissue.grids(boxes, grid)[0])[flips]
+        units = [np.minimum(to_unit(each.cut(boxes[0], size)) * np.float32(factor), 1) for each in (image, other)]
+        tissue = np.minimum(image.tissue.grids(boxes, grid)[0], other.tissue.grids(boxes, grid)[0])[flips]
         return {
             "pixels": self.standardize(np.stack([unit[flips] for unit in units]))[:, None],
             "tissue": tissue,
-            "rows": (rows[position], rows[neighbour]),
+            "rows": (rows[position], rows[neighbor]),
         }
 
 

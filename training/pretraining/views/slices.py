@@ -1,4 +1,4 @@
-"""Neighbouring slices of a volume: the student sees one, the teacher the other."""
+"""Neighboring slices of a volume: the student sees one, the teacher the other."""
 
 from typing import Protocol
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 class PairSlices(Protocol):
-    """A rule for the neighbour of a slice, by name in SLICE_PAIRINGS.
+    """A rule for the neighbor of a slice, by name in SLICE_PAIRINGS.
 
     slice_indices (n,) int: place of each stored slice in its volume, ascending; position: the anchor's row in it.
-    Returns another row of `slice_indices`, None where there is no neighbour.
+    Returns another row of `slice_indices`, None where there is no neighbor.
     """
 
     def __call__(
@@ -23,7 +23,7 @@ class PairSlices(Protocol):
     ) -> int | None: ...
 
 
-def sample_neighbour(
+def sample_neighbor(
     rng: np.random.Generator,
     slice_indices: np.ndarray,
     position: int,
@@ -34,13 +34,13 @@ def sample_neighbour(
     """For tomosynthesis, whose slices blur into one another: uniform among all slices within reach.
 
     The reach is `max_distance_mm` where the spacing is known (at least one slice), else `max_distance_slices`. The
-    article says "nearby"; the distance is our choice.
+    paper says "nearby"; the distance is our choice.
     """
     reach = max(1, int(max_distance_mm / slice_spacing_mm)) if slice_spacing_mm else max_distance_slices
     return _within(rng, slice_indices, position, reach)
 
 
-def axial_neighbour(
+def axial_neighbor(
     rng: np.random.Generator,
     slice_indices: np.ndarray,
     position: int,
@@ -61,4 +61,4 @@ def _within(rng: np.random.Generator, slice_indices: np.ndarray, position: int, 
     return int(candidates[rng.integers(len(candidates))]) if len(candidates) else None
 
 
-SLICE_PAIRINGS: dict[str, PairSlices] = {"within_reach": sample_neighbour, "axial": axial_neighbour}
+SLICE_PAIRINGS: dict[str, PairSlices] = {"within_reach": sample_neighbor, "axial": axial_neighbor}

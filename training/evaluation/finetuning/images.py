@@ -1,4 +1,4 @@
-"""Training pictures of images: drawn in an order, and changed, by seed and count alone."""
+"""Training images of images: drawn in an order, and changed, by seed and count alone."""
 
 from collections.abc import Iterator
 
@@ -7,33 +7,33 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from modeling_mammodino import ImageRefused
-from training.evaluation.backbones.registry import Pictures
+from modeling_mammodino import InvalidImageError
+from training.evaluation.backbones.registry import Images
 from training.settings import generator
 
 FINETUNE_ORDER_STREAM, FINETUNE_AUGMENT_STREAM = 16, 17
 MAX_TURN_DEGREES, MAX_SCALE, MAX_SHIFT_FRACTION = 10.0, 0.1, 0.05
 
 
-class LabelledImages(Dataset):
+class LabeledImages(Dataset):
     """Files with labels. An item is asked for by position, or by (position, draw) to be changed at random."""
 
     def __init__(
-        self, pictures: Pictures, files: list[str], labels: np.ndarray, slices_per_volume: int, seed: int = 0
+        self, images: Images, files: list[str], labels: np.ndarray, slices_per_volume: int, seed: int = 0
     ) -> None:
-        self.pictures, self.files, self.labels = pictures, files, labels
+        self.images, self.files, self.labels = images, files, labels
         self.slices_per_volume, self.seed = slices_per_volume, seed
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[list[dict[str, np.ndarray]], int]:
-        """Its slices and its label. Raises ImageRefused where the file, which was usable, no longer is."""
+        """Its slices and its label. Raises InvalidImageError where the file, which was usable, no longer is."""
         position, draw = index if isinstance(index, tuple) else (index, None)
         try:
-            slices = list(self.pictures(self.files[position], slices_per_volume=self.slices_per_volume))
+            slices = list(self.images(self.files[position], slices_per_volume=self.slices_per_volume))
         except OSError as error:
-            raise ImageRefused(self.files[position], f"cannot be read ({error.strerror})") from error
+            raise InvalidImageError(self.files[position], f"cannot be read ({error.strerror})") from error
         if draw is not None:
             rng = generator(self.seed, FINETUNE_AUGMENT_STREAM, draw)
             slices = augment(rng, slices)
@@ -78,7 +78,7 @@ def collate_images(items: list[tuple[list[dict[str, np.ndarray]], int]]) -> dict
 
 def augment(rng: np.random.Generator, slices: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
     """The slices of one image under one random flip left to right, turn, scale and shift; what comes in from outside
-    has the least value of its picture. A tissue mask goes along, on its own grid. Our choice, mild."""
+    has the least value of its image. A tissue mask goes along, on its own grid. Our choice, mild."""
     flip, turn, scale, *shift = rng.random(5)
     degrees, factor = MAX_TURN_DEGREES * (2 * turn - 1), 1 + MAX_SCALE * (2 * scale - 1)
     shift = MAX_SHIFT_FRACTION * (2 * np.array(shift) - 1)

@@ -1,4 +1,4 @@
-"""Grey values of the DICOM reader against formulas written out from PS3.3: modality, padding, window, inversion."""
+"""Gray values of the DICOM reader against formulas written out from PS3.3: modality, padding, window, inversion."""
 
 import logging
 import math
@@ -10,7 +10,7 @@ from dicom_builders import MAMMOGRAPHY, RAMP, RAW, build, item, save, volume
 from pydicom import uid
 
 from modeling_mammodino.dicom import iter_slices, read_mammogram
-from modeling_mammodino.dicom_pixels import to_grey
+from modeling_mammodino.dicom_pixels import to_gray
 
 # VOI
 
@@ -96,7 +96,7 @@ def test_a_full_range_window_of_16_bits_is_followed(caplog, function, bits):
     assert not caplog.records
 
 
-def test_a_picture_of_very_low_range_keeps_its_contrast():
+def test_a_image_of_very_low_range_keeps_its_contrast():
     """One file of the RSNA set; all that it has lies within 1/64 of its window."""
     pixels = (RAMP // 100).astype(np.uint16)  # 0..40 of 0..4095
     seen = read_mammogram(build(pixels, WindowCenter=2048, WindowWidth=4096)).pixels
@@ -106,7 +106,7 @@ def test_a_picture_of_very_low_range_keeps_its_contrast():
     np.testing.assert_allclose(seen, pixels / 1000, atol=1e-6)  # 1/25 of the range, and followed
 
 
-def test_a_window_that_turns_most_of_the_picture_white_is_followed_with_a_warning(caplog):
+def test_a_window_that_turns_most_of_the_image_white_is_followed_with_a_warning(caplog):
     seen = read_mammogram(build(WindowCenter=128, WindowWidth=256)).pixels  # of 8 bits, for 12
     np.testing.assert_allclose(seen.ravel(), [window_oracle(x, 128, 256, "LINEAR") for x in range(4096)], atol=2e-6)
     assert len(caplog.records) == 1 and "white" in caplog.text
@@ -182,7 +182,7 @@ def test_modality_lut_of_functional_groups():
     assert [float(each.pixels[0, 0]) for each in iter_slices(dataset)] == [7, 500]
 
 
-def test_a_slope_of_zero_does_not_erase_the_picture(caplog):
+def test_a_slope_of_zero_does_not_erase_the_image(caplog):
     np.testing.assert_array_equal(read_mammogram(build(RescaleSlope=0, RescaleIntercept=5)).pixels, RAMP + 5.0)
     assert "RescaleSlope" in caplog.text
 
@@ -261,7 +261,7 @@ def test_the_sign_is_where_bits_stored_says_unless_it_lies(stored, expected, abo
     header, warned = item(BitsStored=10, PhotometricInterpretation="MONOCHROME2"), []
     frame = np.array(stored, np.int16).reshape(2, 2)
     steps = {"modality": False, "voi": False, "invert": False, "warn": lambda name, _: warned.append(name)}
-    np.testing.assert_array_equal(to_grey(frame, header, 0, **steps).ravel(), expected)
+    np.testing.assert_array_equal(to_gray(frame, header, 0, **steps).ravel(), expected)
     assert warned == about
 
 

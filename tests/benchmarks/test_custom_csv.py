@@ -1,4 +1,4 @@
-"""A table of one's own: CSV and Parquet alike, its labels as definitions, each fault in one line."""
+"""A custom CSV data set: CSV and Parquet alike, its labels as definitions, each fault in one line."""
 
 import json
 import logging

@@ -1,12 +1,12 @@
 """From a file to what a backbone sees, each in its own preprocessing. Picklable, for workers; no weights here.
 
-Every backbone gets the same grey picture: modality LUT, VOI, MONOCHROME1 turned, cropped to the breast, and there the
+Every backbone gets the same gray image: modality LUT, VOI, MONOCHROME1 turned, cropped to the breast, and there the
 percentiles of `RenderSettings` mapped to black and white, at full resolution. MammoDINO's own image processor goes on
 from there. The others want 8-bit RGB: the plane three times, fitted by their own interpolation into the size that their
-own image processor ends with, then scaled and standardised by it.
+own image processor ends with, then scaled and standardized by it.
 
-Our choice, for no baseline was made for mammograms but Mammo-CLIP: the breast is cropped to for all, and no centre crop
-cuts it; a picture is fitted at its aspect and padded with black instead.
+Our choice, for no baseline was made for mammograms but Mammo-CLIP: the breast is cropped to for all, and no center crop
+cuts it; an image is fitted at its aspect and padded with black instead.
 """
 
 import json
@@ -24,7 +24,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.tools.features import PictureStream
+from modeling_mammodino.tools.features import ImageStream
 
 from .checkpoint_files import find_beside
 
@@ -33,11 +33,11 @@ from .checkpoint_files import find_beside
 
 logger = logging.getLogger(__name__)
 
-ANY_SIZE = (2**16, 2**16)  # larger than any picture: not reduced before the backbone's own interpolation
+ANY_SIZE = (2**16, 2**16)  # larger than any image: not reduced before the backbone's own interpolation
 
 
 @dataclass(frozen=True)
-class MammoDinoPictures:
+class MammoDinoImages:
     """As `MammoDinoImageProcessor` prepares them."""
 
     image_processor: MammoDinoImageProcessor
@@ -45,47 +45,47 @@ class MammoDinoPictures:
     def __call__(
         self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Each `pixel_values` (1, H, W) float32 with `tissue_mask` (h, w) float32; see `Backbone.pictures`."""
-        for picture in PictureStream([Path(file)], self.image_processor, slices_per_volume).read(0, slices):
-            yield {"pixel_values": picture.pixel_values, "tissue_mask": picture.tissue_mask}
+        """Each `pixel_values` (1, H, W) float32 with `tissue_mask` (h, w) float32; see `Backbone.images`."""
+        for image in ImageStream([Path(file)], self.image_processor, slices_per_volume).read(0, slices):
+            yield {"pixel_values": image.pixel_values, "tissue_mask": image.tissue_mask}
 
     def settings(self) -> dict[str, Any]:
         return {"image_processor": self.image_processor.to_dict()}
 
 
 @dataclass(frozen=True)
-class RgbPictures:
-    """As an image processor of transformers standardises them.
+class RgbImages:
+    """As an image processor of transformers standardizes them.
 
     Attributes:
-        image_processor: scales and standardises; its final size and interpolation are kept, its centre crop is not.
-        grey: makes the grey picture.
-        keeps_aspect: pads; else the picture is stretched to the size, as Mammo-CLIP's.
-        stretches_range: the fitted picture's own minimum and maximum become 0 and 1 first, as Mammo-CLIP's.
+        image_processor: scales and standardizes; its final size and interpolation are kept, its center crop is not.
+        gray: makes the gray image.
+        keeps_aspect: pads; else the image is stretched to the size, as Mammo-CLIP's.
+        stretches_range: the fitted image's own minimum and maximum become 0 and 1 first, as Mammo-CLIP's.
     """
 
     image_processor: PilBackend
-    grey: MammoDinoImageProcessor
+    gray: MammoDinoImageProcessor
     keeps_aspect: bool = True
     stretches_range: bool = False
 
     def __call__(
         self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Each `pixel_values` (3, H, W) float32; see `Backbone.pictures`."""
-        rendered = self.grey.render_source(
+        """Each `pixel_values` (3, H, W) float32; see `Backbone.images`."""
+        rendered = self.gray.render_source(
             file, ANY_SIZE, upscale=False, slices_per_volume=slices_per_volume, slices=slices
         )
         for _, each in rendered:
-            yield {"pixel_values": self.prepare(each.picture)}
+            yield {"pixel_values": self.prepare(each.image)}
 
-    def prepare(self, picture: np.ndarray) -> np.ndarray:
-        """A grey picture (H, W) uint8 as the backbone takes it, (3, H', W') float32."""
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """A gray image (H, W) uint8 as the backbone takes it, (3, H', W') float32."""
         settings = self.image_processor.to_dict()
         height, width = final_size(settings)
         resample = settings.get("resample")
         resample = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
-        image = Image.fromarray(picture)
+        image = Image.fromarray(pixels)
         if self.keeps_aspect:
             fitted = np.asarray(ImageOps.pad(image, (width, height), method=resample, color=0))
         else:
@@ -102,26 +102,24 @@ class RgbPictures:
     def settings(self) -> dict[str, Any]:
         return {
             "image_processor": self.image_processor.to_dict(),
-            "grey": self.grey.to_dict(),
+            "gray": self.gray.to_dict(),
             "keeps_aspect": self.keeps_aspect,
             "stretches_range": self.stretches_range,
         }
 
 
-def rgb_pictures(
-    source: str, published: dict[str, Any], crop_to_breast: bool, as_mammo_clip: bool = False
-) -> RgbPictures:
+def rgb_images(source: str, published: dict[str, Any], crop_to_breast: bool, as_mammo_clip: bool = False) -> RgbImages:
     """With the image processor that lies beside the weights, or else the `published` settings of the family."""
     if beside := find_beside(source, "preprocessor_config.json"):
         image_processor = _own_processor(beside)
     else:
-        logger.info("%s: no preprocessor_config.json; pictures are prepared as published, %s", source, published)
+        logger.info("%s: no preprocessor_config.json; images are prepared as published, %s", source, published)
         image_processor = ViTImageProcessorPil(**published)
     final_size(image_processor.to_dict())  # refuses what has none
-    grey = MammoDinoImageProcessor(
+    gray = MammoDinoImageProcessor(
         chest_wall_side="as_is", do_crop_to_breast=crop_to_breast, do_clahe=False, do_zero_background=False
     )
-    return RgbPictures(image_processor, grey, keeps_aspect=not as_mammo_clip, stretches_range=as_mammo_clip)
+    return RgbImages(image_processor, gray, keeps_aspect=not as_mammo_clip, stretches_range=as_mammo_clip)
 
 
 def _own_processor(path: Path) -> PilBackend:
@@ -135,7 +133,7 @@ def _own_processor(path: Path) -> PilBackend:
         (Path(folder) / path.name).write_text(json.dumps(settings))
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     if not isinstance(image_processor, PilBackend) or isinstance(image_processor, MammoDinoImageProcessor):
-        raise ValueError(f"{path.name}: {name} is no image processor for RGB pictures")
+        raise ValueError(f"{path.name}: {name} is no image processor for RGB images")
     return image_processor
 
 

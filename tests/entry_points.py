@@ -1,7 +1,7 @@
-"""Opens a checkpoint by every door of transformers, in a process of its own: `python doors.py FOLDER remote|installed`.
+"""Opens a checkpoint by every door of transformers, in a process of its own: `python entry_points.py FOLDER remote|installed`.
 
 `remote` hides the package, so that the folder's own code must serve. Prints, for each door, the largest difference
-from what the writing process saw, or the error. FOLDER is made by test_doors.py.
+from what the writing process saw, or the error. FOLDER is made by test_entry_points.py.
 """
 
 import json
@@ -27,7 +27,7 @@ TRUST = {"trust_remote_code": REMOTE}
 ENCODER, CLASSIFIER = FOLDER / "encoder", FOLDER / "classifier"
 EXPECTED = np.load(FOLDER / "expected.npz")
 INPUTS = {name: torch.from_numpy(EXPECTED[name]) for name in ("pixel_values", "tissue_mask")}
-PICTURE = str(FOLDER / "picture.png")
+IMAGE = str(FOLDER / "image.png")
 
 
 DOORS = []
@@ -88,7 +88,7 @@ def auto_backbone() -> float:
 
 @door
 def auto_image_processor() -> float:
-    inputs = AutoImageProcessor.from_pretrained(ENCODER, **TRUST)([PICTURE] * 2, return_tensors="pt")
+    inputs = AutoImageProcessor.from_pretrained(ENCODER, **TRUST)([IMAGE] * 2, return_tensors="pt")
     pixels = difference(inputs["pixel_values"], "pixel_values")
     return max(pixels, difference(inputs["tissue_mask"], "tissue_mask"))
 
@@ -96,27 +96,27 @@ def auto_image_processor() -> float:
 @door
 def auto_image_processor_keeps_16_bits() -> float:
     processor = AutoImageProcessor.from_pretrained(ENCODER, **TRUST)
-    return difference(processor(str(FOLDER / "picture16.png"), return_tensors="pt")["pixel_values"], "pixels_16_bit")
+    return difference(processor(str(FOLDER / "image16.png"), return_tensors="pt")["pixel_values"], "pixels_16_bit")
 
 
 @door
 def auto_image_processor_reads_dicom() -> float:
     processor = AutoImageProcessor.from_pretrained(ENCODER, **TRUST)
-    return difference(processor(str(FOLDER / "picture.dcm"), return_tensors="pt")["pixel_values"], "pixels_dicom")
+    return difference(processor(str(FOLDER / "image.dcm"), return_tensors="pt")["pixel_values"], "pixels_dicom")
 
 
 @door
 def pipeline_image_feature_extraction() -> float:
     extract = pipeline("image-feature-extraction", model=str(ENCODER), **TRUST)
-    features = extract(PICTURE, return_tensors=True)
-    pooled = extract(Image.open(PICTURE), pool=True, return_tensors=True)
+    features = extract(IMAGE, return_tensors=True)
+    pooled = extract(Image.open(IMAGE), pool=True, return_tensors=True)
     dense = EXPECTED["last_hidden_state"][:1]
     return max(float(np.abs(features.numpy() - dense).max()), float(np.abs(pooled.numpy() - dense[:, 0]).max()))
 
 
 @door
 def pipeline_image_classification() -> float:
-    scores = pipeline("image-classification", model=str(CLASSIFIER), **TRUST)([PICTURE, PICTURE], top_k=None)
+    scores = pipeline("image-classification", model=str(CLASSIFIER), **TRUST)([IMAGE, IMAGE], top_k=None)
     by_label = {each["label"]: each["score"] for each in scores[0]}
     expected = torch.from_numpy(EXPECTED["logits"])[0].softmax(0)
     return max(abs(by_label[name] - float(expected[index])) for index, name in enumerate(("no", "maybe", "yes")))
@@ -154,7 +154,7 @@ def saved_again() -> float:
     AutoModel.from_pretrained(ENCODER, **TRUST).save_pretrained(copy)
     AutoImageProcessor.from_pretrained(ENCODER, **TRUST).save_pretrained(copy)
     assert (copy / "modeling_mammodino.py").exists()
-    inputs = AutoImageProcessor.from_pretrained(copy, **TRUST)([PICTURE] * 2, return_tensors="pt")
+    inputs = AutoImageProcessor.from_pretrained(copy, **TRUST)([IMAGE] * 2, return_tensors="pt")
     return difference(AutoModel.from_pretrained(copy, **TRUST)(**inputs).last_hidden_state, "last_hidden_state")
 
 

@@ -11,8 +11,8 @@ from conftest import draw_breast
 from dicom_builders import build, save
 from PIL import Image
 
-from modeling_mammodino import ImageRefused, MammoDinoImageProcessor
-from training.evaluation.backbones.pictures import rgb_pictures
+from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
+from training.evaluation.backbones.images import rgb_images
 from training.evaluation.backbones.registry import BACKBONES, load_backbone
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -34,14 +34,14 @@ def backbones(folders):
     return {kind: load_backbone(kind, str(folder)) for kind, folder in folders.items()}
 
 
-def standardized(picture: np.ndarray, kind: str) -> np.ndarray:
+def standardized(image: np.ndarray, kind: str) -> np.ndarray:
     """Pixels of 0..255 (H, W), by hand, as (3, H, W)."""
     mean, std = (np.array(each)[:, None, None] for each in PUBLISHED[kind][:2])
-    return (picture[None] / 255 - mean) / std
+    return (image[None] / 255 - mean) / std
 
 
 def of_file(backbone, path, **options) -> np.ndarray:
-    return np.stack([each["pixel_values"] for each in backbone.pictures(path, **options)])
+    return np.stack([each["pixel_values"] for each in backbone.images(path, **options)])
 
 
 def test_each_kind_has_its_numbers(backbones):
@@ -49,43 +49,43 @@ def test_each_kind_has_its_numbers(backbones):
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_a_picture_of_the_final_size_is_only_standardised(backbones, kind):
+def test_a_image_of_the_final_size_is_only_standardized(backbones, kind):
     side = PUBLISHED[kind][2]
-    picture = np.random.default_rng(0).integers(0, 256, (side, side), np.uint8)
-    picture[0, :2] = 0, 255  # the range is full: nothing to stretch
-    found = backbones[kind].picture_maker.prepare(picture)
+    image = np.random.default_rng(0).integers(0, 256, (side, side), np.uint8)
+    image[0, :2] = 0, 255  # the range is full: nothing to stretch
+    found = backbones[kind].lesion_image_renderer.prepare(image)
     assert found.dtype == np.float32 and found.shape == (3, side, side)
-    np.testing.assert_allclose(found, standardized(picture, kind), atol=1e-5)
+    np.testing.assert_allclose(found, standardized(image, kind), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_without_a_processor_the_published_one_is_taken_and_said(tmp_path, caplog, kind):
     caplog.set_level("INFO")
     family = BACKBONES[kind]
-    pictures = rgb_pictures(str(tmp_path), family.published, True, kind == "mammo_clip_efficientnet")
+    images = rgb_images(str(tmp_path), family.published, True, kind == "mammo_clip_efficientnet")
     assert caplog.text.count("no preprocessor_config.json") == 1
     size = PUBLISHED[kind][3]
-    picture = np.random.default_rng(0).integers(0, 256, size, np.uint8)
-    picture[0, :2] = 0, 255
-    np.testing.assert_allclose(pictures.prepare(picture), standardized(picture, kind), atol=1e-5)
+    image = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    image[0, :2] = 0, 255
+    np.testing.assert_allclose(images.prepare(image), standardized(image, kind), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_nothing_is_cut_off_where_the_processor_would_crop(backbones, kind):
-    """A tall picture: its aspect is kept between black margins, up to its first and last row; but for Mammo-CLIP's."""
+    """A tall image: its aspect is kept between black margins, up to its first and last row; but for Mammo-CLIP's."""
     side = PUBLISHED[kind][2]
     tall = np.full((4 * side, 2 * side), 100, np.uint8)
     tall[:8], tall[-8:] = 255, 255
-    found = backbones[kind].picture_maker.prepare(tall)
+    found = backbones[kind].lesion_image_renderer.prepare(tall)
     margin = side // 4
-    black, grey, white = (standardized(np.full((1, 1), value, np.uint8), kind)[:, 0, 0] for value in (0, 100, 255))
+    black, gray, white = (standardized(np.full((1, 1), value, np.uint8), kind)[:, 0, 0] for value in (0, 100, 255))
     middle = found[:, side // 2, side // 2]
     if kind == "mammo_clip_efficientnet":  # stretched to the size, and 100..255 to 0..1
         np.testing.assert_allclose(middle, black, atol=1e-5)
         np.testing.assert_allclose(found[:, side // 2, 0], black, atol=1e-5)
         np.testing.assert_allclose(found[:, 0, 0], white, atol=1e-5)
         return
-    np.testing.assert_allclose(middle, grey, atol=1e-5)
+    np.testing.assert_allclose(middle, gray, atol=1e-5)
     np.testing.assert_allclose(found[:, side // 2, : margin - 1], np.repeat(black[:, None], margin - 1, 1), atol=1e-5)
     np.testing.assert_allclose(found[:, :, -margin + 1 :].max((1, 2)), black, atol=1e-5)
     for row in (0, -1):
@@ -93,15 +93,15 @@ def test_nothing_is_cut_off_where_the_processor_would_crop(backbones, kind):
 
 
 def test_the_interpolation_is_the_processors_own(backbones):
-    picture = np.random.default_rng(1).integers(0, 256, (140, 140), np.uint8)
-    bicubic = np.asarray(Image.fromarray(picture).resize((64, 64), Image.Resampling.BICUBIC))
+    image = np.random.default_rng(1).integers(0, 256, (140, 140), np.uint8)
+    bicubic = np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC))
     np.testing.assert_allclose(
-        backbones["resnet50"].picture_maker.prepare(picture), standardized(bicubic, "resnet50"), atol=1e-5
+        backbones["resnet50"].lesion_image_renderer.prepare(image), standardized(bicubic, "resnet50"), atol=1e-5
     )
-    picture = np.random.default_rng(1).integers(0, 256, (144, 216), np.uint8)  # the area average, 2 x 3 to 1
-    area = picture.reshape(72, 2, 72, 3).mean((1, 3))
+    image = np.random.default_rng(1).integers(0, 256, (144, 216), np.uint8)  # the area average, 2 x 3 to 1
+    area = image.reshape(72, 2, 72, 3).mean((1, 3))
     area = (area - area.min()) * (255 / np.ptp(area))
-    found = backbones["mammo_clip_efficientnet"].picture_maker.prepare(picture)
+    found = backbones["mammo_clip_efficientnet"].lesion_image_renderer.prepare(image)
     np.testing.assert_allclose(found, standardized(area, "mammo_clip_efficientnet"), atol=0.03)  # Pillow rounds
 
 
@@ -119,12 +119,12 @@ def test_processors_of_all_ages_are_read(folders, tmp_path, settings):
     mean, std = IMAGENET
     settings |= {"image_mean": mean, "image_std": std, "resample": 3, "do_resize": True, "do_normalize": True}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
-    found = load_backbone("resnet50", str(tmp_path)).picture_maker.prepare(picture)
-    np.testing.assert_allclose(found, standardized(picture, "resnet50"), atol=1e-5)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    found = load_backbone("resnet50", str(tmp_path)).lesion_image_renderer.prepare(image)
+    np.testing.assert_allclose(found, standardized(image, "resnet50"), atol=1e-5)
 
 
-def test_a_processor_for_grey_pictures_is_refused(folders, tmp_path):
+def test_a_processor_for_gray_images_is_refused(folders, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folders["dinov2"] / name).read_bytes())
     MammoDinoImageProcessor().save_pretrained(tmp_path)
@@ -171,18 +171,18 @@ def test_the_window_of_a_dicom_is_applied(backbones, tmp_path, kind):
     assert np.mean(narrow[0, 0] > top - 0.01) > 0.1 > np.mean(plain[0, 0] > plain[0, 0].max() - 0.01)
 
 
-def test_all_see_the_same_breast_or_the_whole_picture(folders, tmp_path):
-    """A breast of 84 % of the height and 70 % of the width of its picture, off the other borders."""
+def test_all_see_the_same_breast_or_the_whole_image(folders, tmp_path):
+    """A breast of 84 % of the height and 70 % of the width of its image, off the other borders."""
     plane = draw_breast(300, 200)
     cv2.imwrite(str(tmp_path / "a.png"), plane)
-    grey = MammoDinoImageProcessor(chest_wall_side="as_is", do_clahe=False, do_zero_background=False)
-    ((_, rendered),) = grey.render_source(tmp_path / "a.png", (4096, 4096), upscale=False)
-    height, width = rendered.picture.shape
+    gray = MammoDinoImageProcessor(chest_wall_side="as_is", do_clahe=False, do_zero_background=False)
+    ((_, rendered),) = gray.render_source(tmp_path / "a.png", (4096, 4096), upscale=False)
+    height, width = rendered.image.shape
     assert 0.8 * 300 < height < 0.93 * 300 and 0.65 * 200 < width < 0.8 * 200
     for kind in ("resnet50", "dinov2", "biomedclip"):
         backbone = load_backbone(kind, str(folders[kind]))
         found = of_file(backbone, tmp_path / "a.png")[0]
-        np.testing.assert_array_equal(found, backbone.picture_maker.prepare(rendered.picture))
+        np.testing.assert_array_equal(found, backbone.lesion_image_renderer.prepare(rendered.image))
         whole = of_file(load_backbone(kind, str(folders[kind]), crop_to_breast=False), tmp_path / "a.png")[0]
         assert np.mean(whole[0] > whole[0].min() + 1) < 0.9 * np.mean(found[0] > found[0].min() + 1)
 
@@ -196,29 +196,29 @@ def test_a_volume_gives_spread_or_named_slices_under_one_plan(backbones, phantom
     np.testing.assert_array_equal(of_file(backbones[kind], volume, slices_per_volume=1), every[[3]])
     np.testing.assert_array_equal(of_file(backbones[kind], volume, slices=[4, 1]), every[[4, 1]])
     np.testing.assert_array_equal(of_file(backbones[kind], volume, slices=[2, 2]), every[[2]])
-    with pytest.raises(ImageRefused, match="slice 6 of 6"):
-        list(backbones[kind].pictures(volume, slices=[6]))
+    with pytest.raises(InvalidImageError, match="slice 6 of 6"):
+        list(backbones[kind].images(volume, slices=[6]))
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_what_is_no_picture_is_refused_by_name(backbones, tmp_path, kind):
+def test_what_is_no_image_is_refused_by_name(backbones, tmp_path, kind):
     (tmp_path / "broken.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"x" * 50)
     (tmp_path / "broken.png").write_bytes(b"x" * 50)
     cv2.imwrite(str(tmp_path / "a.png"), draw_breast())
     for name in ("broken.dcm", "broken.png"):
-        with pytest.raises(ImageRefused, match=name):
-            list(backbones[kind].pictures(tmp_path / name))
-    with pytest.raises(ImageRefused, match="slice 3 of a picture"):
-        list(backbones[kind].pictures(tmp_path / "a.png", slices=[3]))
-    assert len(list(backbones[kind].pictures(tmp_path / "a.png", slices=[0]))) == 1
+        with pytest.raises(InvalidImageError, match=name):
+            list(backbones[kind].images(tmp_path / name))
+    with pytest.raises(InvalidImageError, match="slice 3 of an image"):
+        list(backbones[kind].images(tmp_path / "a.png", slices=[3]))
+    assert len(list(backbones[kind].images(tmp_path / "a.png", slices=[0]))) == 1
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_pictures_are_made_in_workers_without_the_weights(backbones, tmp_path, kind):
+def test_images_are_made_in_workers_without_the_weights(backbones, tmp_path, kind):
     cv2.imwrite(str(tmp_path / "a.png"), draw_breast())
-    packed = pickle.dumps(backbones[kind].picture_maker)
+    packed = pickle.dumps(backbones[kind].lesion_image_renderer)
     assert len(packed) < 20_000
-    ours, theirs = (list(each(tmp_path / "a.png")) for each in (backbones[kind].pictures, pickle.loads(packed)))
+    ours, theirs = (list(each(tmp_path / "a.png")) for each in (backbones[kind].images, pickle.loads(packed)))
     assert [each.keys() for each in ours] == [each.keys() for each in theirs]
     for name in ours[0]:
         np.testing.assert_array_equal(ours[0][name], theirs[0][name])
@@ -228,7 +228,7 @@ def test_mammodino_sees_what_its_image_processor_gives(folders, backbones, phant
     processor = MammoDinoImageProcessor.from_pretrained(folders["mammodino"])
     for path in (sorted(phantom_archive.rglob("*_dbt.dcm"))[1], sorted(phantom_archive.rglob("*_2d.dcm"))[0]):
         expected = processor(path, slices_per_volume=3)
-        found = list(backbones["mammodino"].pictures(path, slices_per_volume=3))
+        found = list(backbones["mammodino"].images(path, slices_per_volume=3))
         assert len(found) == len(expected["pixel_values"])
         for number, each in enumerate(found):
             np.testing.assert_array_equal(each["pixel_values"], expected["pixel_values"][number])

@@ -1,7 +1,7 @@
-"""The article's published figures, every one that is known (Zhou et al., arXiv 2510.11883; its tables are not public).
+"""The paper's published figures, every one that is known (Zhou et al., arXiv 2510.11883; its tables are not public).
 
 Shown beside ours, marked as theirs, never mixed with ours: splits, label definitions, resolution and fine-tuning of the
-article are not published, and some of its labels are not in the public data (`UNCLEAR`).
+paper are not published, and some of its labels are not in the public data (`UNCLEAR`).
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ class Published(NamedTuple):
     dataset: str
     task: str
     metric: str
-    by_backbone: dict[str, float]  # by the name that the article gives a backbone
+    by_backbone: dict[str, float]  # by the name that the paper gives a backbone
 
 
 PUBLISHED = (
@@ -22,11 +22,11 @@ PUBLISHED = (
 )
 
 UNCLEAR = {
-    ("vindr_mammo", "cancer"): "VinDr-Mammo has no pathology; which BI-RADS the article calls cancer is not said",
+    ("vindr_mammo", "cancer"): "VinDr-Mammo has no pathology; which BI-RADS the paper calls cancer is not said",
     (
         "cbis_ddsm",
         "lesion",
-    ): "the article says DDSM; CBIS-DDSM has no normal cases, so what it calls no lesion is unknown",
+    ): "the paper says DDSM; CBIS-DDSM has no normal cases, so what it calls no lesion is unknown",
     ("cmmd", "birads"): "the public labels of CMMD have no BI-RADS, so this figure cannot be tried",
     ("rsna", "density"): "the metric is not named",
 }
@@ -34,7 +34,7 @@ UNCLEAR = {
 
 def published_table() -> list[str]:
     """The figures as lines of Markdown, each with what is unclear about it."""
-    lines = ["| data set | task | metric | the article's figures | unclear |", "|---|---|---|---|---|"]
+    lines = ["| data set | task | metric | the paper's figures | unclear |", "|---|---|---|---|---|"]
     for each in PUBLISHED:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in each.by_backbone.items())
         lines.append(

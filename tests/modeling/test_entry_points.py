@@ -15,7 +15,7 @@ from conftest import TINY_ENCODER, draw_breast, random_encoder
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor
 
-SCRIPT = Path(__file__).parents[1] / "doors.py"
+SCRIPT = Path(__file__).parents[1] / "entry_points.py"
 PROJECT = SCRIPT.parents[1]
 NAMES = [
     node.name
@@ -26,8 +26,8 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, phantom_archive) -> Path:
-    """An encoder and a classifier as Hub folders, pictures, and what this process sees of them."""
-    folder = tmp_path_factory.mktemp("doors")
+    """An encoder and a classifier as Hub folders, images, and what this process sees of them."""
+    folder = tmp_path_factory.mktemp("entry_points")
     encoder = random_encoder()
     torch.manual_seed(3)
     names = dict(enumerate(("no", "maybe", "yes")))
@@ -37,12 +37,12 @@ def folder(tmp_path_factory, phantom_archive) -> Path:
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
 
-    picture = draw_breast()
-    cv2.imwrite(str(folder / "picture16.png"), picture * 16)
-    cv2.imwrite(str(folder / "picture.png"), (picture // 16).astype(np.uint8))
+    image = draw_breast()
+    cv2.imwrite(str(folder / "image16.png"), image * 16)
+    cv2.imwrite(str(folder / "image.png"), (image // 16).astype(np.uint8))
     dicom = next(path for path in sorted(phantom_archive.rglob("*.dcm")))
-    (folder / "picture.dcm").write_bytes(dicom.read_bytes())
-    inputs = processor([picture // 16] * 2, return_tensors="pt")
+    (folder / "image.dcm").write_bytes(dicom.read_bytes())
+    inputs = processor([image // 16] * 2, return_tensors="pt")
     wide = torch.randn(1, 1, 70, 140)
     with torch.inference_mode():
         output = encoder(**inputs)
@@ -55,7 +55,7 @@ def folder(tmp_path_factory, phantom_archive) -> Path:
             "wide_features": encoder(wide).pooler_output,
             "logits": classifier(**inputs).logits,
             "classifier_features": classifier.dinov2_with_registers(**inputs).pooler_output,
-            "pixels_16_bit": processor(picture * 16, return_tensors="pt")["pixel_values"],
+            "pixels_16_bit": processor(image * 16, return_tensors="pt")["pixel_values"],
             "pixels_dicom": processor(str(dicom), return_tensors="pt")["pixel_values"],
         }
     np.savez(folder / "expected.npz", **{name: each.numpy() for name, each in expected.items()})
@@ -86,7 +86,7 @@ def results(folder) -> dict[str, dict[str, float | str]]:
 
 @pytest.mark.parametrize("mode", ["remote", "installed"])
 @pytest.mark.parametrize("door", NAMES)
-def test_door(results, mode, door):
+def test_entry_point(results, mode, door):
     result = results[mode][door]
     assert isinstance(result, float), result
     assert result <= 1e-6

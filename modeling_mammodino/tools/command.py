@@ -1,0 +1,23 @@
+"""What all commands share: logging to the terminal, and errors of the user's input as one line without a traceback."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def command_line(program: str) -> Iterator[None]:
+    """Run a command's body: what it raises about its input ends the process with `program: reason` and exit code 1.
+
+    Caught are ImportError (a missing extra), OSError, RuntimeError and ValueError (InvalidImageError is one); anything
+    else is a
+    fault of ours and keeps its traceback. Ctrl-C exits with 130, as a shell reports it.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
