@@ -11,8 +11,7 @@ def command_line(program: str) -> Iterator[None]:
     """Run a command's body: what it raises about its input ends the process with `program: reason` and exit code 1.
 
     Caught are ImportError (a missing extra), OSError, RuntimeError and ValueError (InvalidImageError is one); anything
-    else is a
-    fault of ours and keeps its traceback. Ctrl-C exits with 130, as a shell reports it.
+    else is a fault of ours and keeps its traceback. Ctrl-C exits with 130, as a shell reports it.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
