@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.features import FileEnd, Image, ImageStream, encode
+from modeling_mammodino.tools.features import FileEnd, ImageStream, RenderedImage, encode
 from training.evaluation.classifiers import nearest_neighbors
 from training.evaluation.labels import read_labels
 from training.evaluation.metrics import auc
@@ -46,7 +46,7 @@ class KnnProbe:
         self.folds = list(folds.split(self.y, self.y, self.patients))
         stream = ImageStream(paths, image_processor, slices_per_volume=1)
         fits = 4 * len(paths) * image_processor.size["height"] * image_processor.size["width"] <= MAX_CACHE_BYTES
-        self.images: Iterable[Image | FileEnd] = list(self._usable(stream)) if fits else stream
+        self.images: Iterable[RenderedImage | FileEnd] = list(self._usable(stream)) if fits else stream
         if not fits:  # all are read once, so that a bad file is refused now
             deque(self._usable(stream), maxlen=0)
 
@@ -59,9 +59,9 @@ class KnnProbe:
         return auc(self.y, cross_val_predict(classifier, np.concatenate(features), self.y, cv=self.folds,
                                              method="predict_proba"))  # fmt: skip
 
-    def _usable(self, items: Iterable[Image | FileEnd]) -> Iterator[Image]:
+    def _usable(self, items: Iterable[RenderedImage | FileEnd]) -> Iterator[RenderedImage]:
         for item in items:
-            if isinstance(item, Image):
+            if isinstance(item, RenderedImage):
                 yield item
             elif item.refused is not None:
                 raise ValueError(f"knn_labels={self.labels}: {item.refused}; take that row out")

@@ -30,7 +30,7 @@ from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.image_io import InvalidImageError
 from modeling_mammodino.modeling_mammodino import pool_tokens
 from modeling_mammodino.rendering import standardize
-from modeling_mammodino.tools.features import FileEnd, Image, ImageStream
+from modeling_mammodino.tools.features import FileEnd, ImageStream, RenderedImage
 from training.evaluation.classifiers import logistic_regression, nearest_neighbors
 from training.evaluation.detection.data import LesionImage, LesionImageRenderer
 from training.evaluation.labels import read_labels
@@ -56,7 +56,7 @@ def whole_slices(paths: Sequence[Path], image_processor: MammoDinoImageProcessor
     items = list(ImageStream(paths, image_processor, slices))
     if refused := [item.refused for item in items if isinstance(item, FileEnd) and item.refused]:
         raise ValueError(f"{len(refused)} of {len(paths)} files cannot be used: {refused[0]}")
-    images = (item for item in items if isinstance(item, Image))
+    images = (item for item in items if isinstance(item, RenderedImage))
     return [Example(each.file, each.pixel_values, each.tissue_mask, each.tissue_mask) for each in images]
 
 
