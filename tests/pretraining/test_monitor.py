@@ -24,7 +24,7 @@ from training.pretrain import train
 from training.pretraining.feature_images import corpus_images, draw_features, feature_colors
 from training.pretraining.knn_probe import KnnProbe
 from training.pretraining.model_card import published_recipe
-from training.pretraining.monitoring import CollapseWatch, feature_rank, target_statistics
+from training.pretraining.monitoring import CollapseWatch, feature_rank, read_warnings, target_statistics
 from training.pretraining.recipe import load_recipe
 
 
@@ -183,19 +183,19 @@ def test_collapse_is_named_once_at_either_end_and_said_to_be_over():
     collapsed = {**HEALTHY, "target_entropy": 0.02, "prototype_entropy": 0.03}
     assert watch.check(1, HEALTHY) == []
     (message,) = watch.check(2, collapsed)
-    assert "step 2: collapse, since step 2" in message and "learning_rate" in message
+    assert message.startswith("collapse, since step 2") and "learning_rate" in message
     assert watch.check(3, collapsed) == []
-    assert watch.check(4, HEALTHY) == ["step 4: collapse: over"]
+    assert watch.check(4, HEALTHY) == ["collapse: over"]
     wall = {**HEALTHY, "target_entropy": 0.995, "prototype_entropy": 1.0, "target_information": 0.005}
     assert [watch.check(step, wall) for step in (10, 19)] == [[], []]  # a fresh network shows it, too
     (message,) = watch.check(20, wall)
     assert "entropy wall, since step 10" in message and "teacher_temperature" in message
-    assert watch.check(30, wall) == [] and watch.check(31, HEALTHY) == ["step 31: entropy wall: over"]
+    assert watch.check(30, wall) == [] and watch.check(31, HEALTHY) == ["entropy wall: over"]
     flat = {**HEALTHY, "feature_rank": 1.2}
     assert watch.check(40, flat) == []
     assert "koleo_weight" in watch.check(50, flat)[0]
     same = {**HEALTHY, "prototype_entropy": 0.8, "target_information": 0.0}
-    assert watch.check(60, same) == ["step 60: collapse of features: over"]
+    assert watch.check(60, same) == ["collapse of features: over"]
     assert "collapse of information" in watch.check(70, same)[0]
 
 
@@ -215,7 +215,9 @@ def test_a_run_that_collapses_says_so(phantom_corpus, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(recipe(phantom_corpus, tmp_path, *arguments))
     assert [line["prototype_entropy"] < 0.1 for line in log(tmp_path)][0]
-    assert sum("collapse, since step 1" in each.getMessage() for each in caplog.records) == 1
+    assert sum("step 1: collapse, since step 1" in each.getMessage() for each in caplog.records) == 1
+    (warning,) = [each for each in read_warnings(tmp_path) if each["warning"].startswith("collapse, since")]
+    assert warning["step"] == 1 and "learning_rate" in warning["warning"]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from training.pretraining.views.sample import PretrainingViews
 from .recipe import MAY_CHANGE_ON_RESUME, Recipe, RunRecipe
 
 STATE_FILE, RECIPE_FILE, CONFIG_FILE = "trainer_state.json", "recipe.yaml", "config.json"
+LOG_FILE, WARNINGS_FILE = "logs/log.jsonl", "logs/warnings.jsonl"  # in a run's output_dir
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, however it is spread
 
 

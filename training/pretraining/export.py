@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 
-from .checkpoints import WHOLE
+from .checkpoints import LOG_FILE, WHOLE
 from .model_card import published_recipe, write_card
 from .recipe import Recipe
 
@@ -41,7 +41,7 @@ def export_encoder(
     processor = image_processor(corpus, recipe)
     processor.save_pretrained(temporary)
     (temporary / "recipe.yaml").write_text(yaml.safe_dump(published_recipe(recipe), sort_keys=False))
-    draw_log(Path(recipe.run.output_dir) / "logs" / "log.jsonl", temporary / FIGURE)
+    draw_log(Path(recipe.run.output_dir) / LOG_FILE, temporary / FIGURE)
     write_card(temporary / "README.md", model, processor, corpus, recipe, step, FIGURE)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

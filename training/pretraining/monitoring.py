@@ -26,6 +26,7 @@ from tqdm import tqdm
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino.tools.visualize import write_png
 
+from .checkpoints import LOG_FILE, WARNINGS_FILE
 from .compute import matmul_peak, step_flops
 from .export import image_processor
 from .feature_images import corpus_images, draw_features
@@ -121,13 +122,19 @@ class CollapseWatch:
                 self.since.pop(sign.name, None)
                 if sign.name in self.told:
                     self.told.remove(sign.name)
-                    messages.append(f"step {step}: {sign.name}: over")
+                    messages.append(f"{sign.name}: over")
                 continue
             lasted = step - self.since.setdefault(sign.name, step)
             if sign.name not in self.told and lasted >= self.patience_steps * sign.is_normal_at_first:
                 self.told.add(sign.name)
-                messages.append(f"step {step}: {sign.name}, since step {self.since[sign.name]}: {sign.words}")
+                messages.append(f"{sign.name}, since step {self.since[sign.name]}: {sign.words}")
         return messages
+
+
+def read_warnings(output_dir: Path) -> list[dict[str, Any]]:
+    """Return what a run warned of, `{"step": int, "warning": str}` each, oldest first; empty where it never did."""
+    file = output_dir / WARNINGS_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 PROJECT = "mammodino"
@@ -201,12 +208,14 @@ class Monitor:
             if run.knn_steps:
                 self.knn = KnnProbe(Path(run.knn_labels), run.knn_task, image_processor(corpus, recipe))
             if run.visualization_steps and run.fsdp:
-                logger.warning("visualization_steps: no images with fsdp, where no process holds the whole teacher")
+                self.warn(
+                    first_step, "visualization_steps: no images with fsdp, where no process holds the whole teacher"
+                )
             elif run.visualization_steps:
                 self.images = corpus_images(corpus, image_processor(corpus, recipe))
-            logs = Path(run.output_dir) / "logs"
-            logs.mkdir(parents=True, exist_ok=True)
-            self.lines = (logs / "log.jsonl").open("a")
+            log_file = Path(run.output_dir) / LOG_FILE
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            self.lines = log_file.open("a")
         start_tracker(accelerator, recipe)
         dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
         peak = torch.tensor([matmul_peak(accelerator.device, dtype) / 1e12], device=accelerator.device)
@@ -268,7 +277,7 @@ class Monitor:
         }
         if self.is_main:
             for message in self.watch.check(step, values):
-                logger.warning(message)
+                self.warn(step, message)
             self.write(step, values | self.look(step))
             shown = {key: f"{values[key]:.3g}" for key in ("loss", "images_per_second", "mfu")}
             self.progress.set_postfix(shown)
@@ -295,6 +304,14 @@ class Monitor:
         self.lines.write(json.dumps({"step": step, **values}) + "\n")
         self.lines.flush()
         self.accelerator.log(values, step=step)
+
+    def warn(self, step: int, message: str) -> None:
+        """Log a warning, and append it to the run's WARNINGS_FILE, which `read_warnings` reads."""
+        logger.warning("step %d: %s", step, message)
+        file = Path(self.run.output_dir) / WARNINGS_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            stream.write(json.dumps({"step": step, "warning": message}) + "\n")
 
     def close(self) -> None:
         self.progress.close()
