@@ -31,6 +31,7 @@ from training.evaluation.detection.metrics import Found, evaluate, froc_marks
 from training.evaluation.detection.settings import DetectionSettings, parse_settings
 from training.evaluation.detection.table import DetectionTable, load_boxes
 from training.evaluation.detection.train import train_detector
+from training.evaluation.reports import format_interval, markdown_table
 from training.evaluation.result import PACKAGES
 from training.evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
 from training.pretraining.compute import keep_freed_memory
@@ -173,16 +174,12 @@ def counted(found: list[Found]) -> dict[str, int]:
 def format_result(result: dict[str, Any]) -> str:
     """The scores as a Markdown table, a row a kind of image."""
     metrics = list(result["metrics"]["images"])
-    lines = ["| test | lesions | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
+    rows = []
     for name, scores in result["metrics"].items():
         evaluated = result["evaluated"][name]
-        cells = [
-            " ".join(f"{number:.3f}" if number is not None else "-" for number in scores[each]) for each in metrics
-        ]
-        cells = ["{} [{}, {}]".format(*cell.split()) for cell in cells]
         about = f"{evaluated['images']} {name}, {evaluated['patients']} patients"
-        lines.append(f"| {about} | {evaluated['lesions']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([about, evaluated["lesions"], *(format_interval(scores[metric]) for metric in metrics)])
+    return "\n".join(markdown_table(["test", "lesions", *metrics], rows))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,10 +4,12 @@ A score takes the weight of each image, so that a resample is a row of weights, 
 thousand resamples are one pass over sorted arrays. Weights of one give scikit-learn's scores.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from .reports import format_interval
 
 SENSITIVITY, SPECIFICITY = "sensitivity_at_90_specificity", 0.9
 MAX_WEIGHTS = 2_000_000  # of a block of resamples at once: 16 MB
@@ -19,11 +21,11 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format_interval(self)
 
     def signed(self) -> str:
-        """As a difference is written."""
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        """Return the interval as a difference is written."""
+        return format_interval(self, signed=True)
 
 
 # labels (n,) int 0..C-1, probabilities (n, C), weights (R, n) -> (R,), NaN where a resample leaves it undefined
@@ -117,14 +119,25 @@ def bootstrap(
 
 
 def bootstrap_weights(patients: np.ndarray, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is in each resample, (R, n) float64 in blocks of R that fit in memory. A resample draws as
-    many patients as there are, with replacement, each with all of their images."""
+    """Yield how often each image is in each resample, (R, n) float64 in blocks of R that fit in memory. A resample
+    draws as many patients as there are, with replacement, each with all of their images."""
     rng = np.random.default_rng(seed)
     names, patient = np.unique(patients, return_inverse=True)
     block = max(1, MAX_WEIGHTS // len(patients))
     for start in range(0, num_resamples, block):
         drawn = rng.integers(len(names), size=(min(block, num_resamples - start), len(names)))
         yield np.stack([np.bincount(each, minlength=len(names)) for each in drawn])[:, patient].astype(float)
+
+
+def joint_bootstrap_weights(patients: Mapping[int, np.ndarray], num_resamples: int) -> dict[int, np.ndarray]:
+    """Return how often each image of several tests (by seed, patient names (n,) each) is in each resample, (R, n) each.
+
+    A resample draws as many patients as some test has, with replacement, for all tests jointly.
+    """
+    names = np.unique(np.concatenate(list(patients.values())))
+    rng = np.random.default_rng(0)  # the same draws for every task of so many patients
+    times_drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_resamples)  # (R, P)
+    return {test: times_drawn[:, np.searchsorted(names, of)].astype(float) for test, of in patients.items()}
 
 
 def resample(

@@ -12,6 +12,7 @@ import modeling_mammodino
 from dataset_scripts.benchmarks.task import TaskTable
 from training.evaluation.backbones.registry import Backbone
 from training.evaluation.finetuning.settings import FinetuneSettings
+from training.evaluation.reports import format_interval, markdown_table
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "scipy", "pandas")
 
@@ -58,12 +59,7 @@ def hash_table(table: pandas.DataFrame) -> str:
 def format_result(result: dict[str, Any]) -> str:
     """The scores as a Markdown table, a row a level."""
     metrics = list(next(iter(result["metrics"].values())))
-    lines = ["| level | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-    for level, scores in result["metrics"].items():
-        lines.append(f"| {level} | " + " | ".join(_cell(scores[metric]) for metric in metrics) + " |")
-    return "\n".join(lines)
-
-
-def _cell(interval: list[float | None]) -> str:
-    value, low, high = ("-" if number is None else f"{number:.3f}" for number in interval)
-    return f"{value} [{low}, {high}]"
+    rows = [
+        [level, *(format_interval(scores[metric]) for metric in metrics)] for level, scores in result["metrics"].items()
+    ]
+    return "\n".join(markdown_table(["level", *metrics], rows))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas
 
-from .metrics import METRICS, Interval, interval, score
+from .metrics import METRICS, Interval, interval, joint_bootstrap_weights, score
 
 # of one model on one task: by seed, a row a tested image (breast, patient); columns patient_id, breast_id, image_id
 # where they apply, label, p_0 .. p_{C-1}
@@ -50,21 +50,15 @@ def score_task(predictions: Mapping[str, Predictions], metric: str, num_resample
     sorted_rows = {name: {seed: _in_order(of_seed[seed]) for seed in seeds} for name, of_seed in predictions.items()}
     _check_same_rows(sorted_rows, seeds)
     first = next(iter(sorted_rows.values()))
-    patients = np.unique(np.concatenate([first[seed]["patient_id"].astype(str) for seed in seeds]))
-    rng = np.random.default_rng(0)  # the same draws for every task of so many patients
-    times_drawn = rng.multinomial(
-        len(patients), np.full(len(patients), 1 / len(patients)), size=num_resamples
-    )  # (R, P)
+    patients = {seed: first[seed]["patient_id"].astype(str).to_numpy() for seed in seeds}
+    weights = joint_bootstrap_weights(patients, num_resamples)
+    num_patients = len(set().union(*patients.values()))
     by_seed, resampled = {}, {}
     for name, of_seed in sorted_rows.items():
         seen = {seed: labels_and_probabilities(rows) for seed, rows in of_seed.items()}
         by_seed[name] = {seed: score(*each, metric) for seed, each in seen.items()}
-        weights = {
-            seed: times_drawn[:, np.searchsorted(patients, rows["patient_id"].astype(str))].astype(float)  # (R, n)
-            for seed, rows in of_seed.items()
-        }
         resampled[name] = np.mean([METRICS[metric](*seen[seed], weights[seed]) for seed in seeds], axis=0)
-    return TaskScores(metric, by_seed, resampled, len(patients))
+    return TaskScores(metric, by_seed, resampled, num_patients)
 
 
 def two_sided_p(differences: np.ndarray) -> float:

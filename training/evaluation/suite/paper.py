@@ -6,6 +6,8 @@ paper are not published, and some of its labels are not in the public data (`UNC
 
 from typing import NamedTuple
 
+from training.evaluation.reports import markdown_table
+
 
 class Published(NamedTuple):
     dataset: str
@@ -34,10 +36,12 @@ UNCLEAR = {
 
 def published_table() -> list[str]:
     """The figures as lines of Markdown, each with what is unclear about it."""
-    lines = ["| data set | task | metric | the paper's figures | unclear |", "|---|---|---|---|---|"]
-    for each in PUBLISHED:
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in each.by_backbone.items())
-        lines.append(
-            f"| {each.dataset} | {each.task} | {each.metric} | {figures} | {UNCLEAR[each.dataset, each.task]} |"
-        )
-    return lines
+    rows = [
+        [
+            *(each.dataset, each.task, each.metric),
+            ", ".join(f"{name} {value:.3f}" for name, value in each.by_backbone.items()),
+            UNCLEAR[each.dataset, each.task],
+        ]
+        for each in PUBLISHED
+    ]
+    return markdown_table(["data set", "task", "metric", "the paper's results", "unclear"], rows)

@@ -9,6 +9,7 @@ from typing import Any
 import pandas
 
 from dataset_scripts.benchmarks import get_benchmark
+from training.evaluation.reports import format_interval, markdown_table
 from training.evaluation.run_files import read_json
 from training.evaluation.significance import TaskScores, holm, score_task
 
@@ -92,13 +93,13 @@ def heading(suite: Suite, jobs: Sequence[Job], done: dict[str, Any]) -> list[str
 
 
 def score_table(scored: dict[SuiteTask, TaskScores], names: list[str]) -> list[str]:
-    lines = ["", "| task | metric | patients | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
+    rows = []
     for task, each in scored.items():
         best = each.best_of(list(each.by_seed))
         cells = ["" if name not in each.by_seed else str(each.score(name)) for name in names]
         cells = [f"**{cell}**" if name == best else cell for name, cell in zip(names, cells, strict=True)]
-        lines.append(f"| {task.name} | {each.metric} | {each.num_patients} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([task.name, each.metric, each.num_patients, *cells])
+    return ["", *markdown_table(["task", "metric", "patients", *names], rows)]
 
 
 def significance_table(scored: dict[SuiteTask, TaskScores], ours: str) -> list[str]:
@@ -117,12 +118,14 @@ def significance_table(scored: dict[SuiteTask, TaskScores], ours: str) -> list[s
         "",
         "Paired on the same patients and seeds; p is two-sided, adjusted for the number of tasks (Holm).",
         "",
-        "| task | best other | difference | p | adjusted p |",
-        "|---|---|---|---|---|",
     ]
-    for (task, best, difference, p_value), adjusted in zip(compared, holm([row[-1] for row in compared]), strict=True):
-        lines.append(f"| {task} | {best} | {difference.signed()} | {p_value:.4f} | {adjusted:.4f} |")
-    return lines
+    rows = [
+        [task, best, format_interval(difference, signed=True), f"{p_value:.4f}", f"{adjusted:.4f}"]
+        for (task, best, difference, p_value), adjusted in zip(
+            compared, holm([row[-1] for row in compared]), strict=True
+        )
+    ]
+    return [*lines, *markdown_table(["task", "best other", "difference", "p", "adjusted p"], rows)]
 
 
 def paper_section(scored: dict[SuiteTask, TaskScores]) -> list[str]:
