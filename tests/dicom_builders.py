@@ -1,14 +1,14 @@
-"""Made-up DICOM data sets for tests: any pixels, any element, legal or not; phantoms in any encoding; refusals."""
+"""Made-up DICOM data sets for tests: any pixels, any element, legal or not; phantoms; refusals."""
 
 import numpy as np
 import pydicom
 import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.pixels import get_decoder, set_pixel_data
+from pydicom.pixels import set_pixel_data
 
 from dataset_scripts.phantom.archive import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
-from dataset_scripts.phantom.dicom import BreastInfo, check_encoder, encode, mammogram_dataset, tomosynthesis_dataset
+from dataset_scripts.phantom.dicom import BreastInfo, mammogram_dataset, tomosynthesis_dataset
 from modeling_mammodino.dicom import read_mammogram
 from modeling_mammodino.image_io import InvalidImageError
 
@@ -86,14 +86,3 @@ def phantom(multi_frame):
     if multi_frame:
         return tomosynthesis_dataset(SLICES, info), SLICES
     return mammogram_dataset(MAMMOGRAM, info), MAMMOGRAM[None]
-
-
-def encoded(dataset, transfer_syntax, **options):
-    """`encode`, skipping where this installation cannot write or read the transfer syntax."""
-    try:
-        check_encoder(transfer_syntax)
-    except ImportError as error:
-        pytest.skip(str(error))
-    if not get_decoder(getattr(uid, transfer_syntax)).is_available:
-        pytest.skip(f"no decoder of {transfer_syntax}: pip install 'mammodino[codecs]'")
-    return encode(dataset, transfer_syntax, **options)

@@ -33,12 +33,12 @@ from dataset_scripts.phantom.dicom import (
     encode,
     fit_pixel_format,
     mammogram_dataset,
-    set_voi,
     tomosynthesis_dataset,
 )
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.image_io import ImageFile, InvalidImageError
 from performance.images import REAL_DATA
+from tests.phantom_formats import set_voi
 
 LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2**30
 ATTRIBUTES = (

@@ -4,7 +4,7 @@ Attenuation is that of one energy, without scatter; quantum and electronic noise
 the plane of rows and height, where the tube moves, rays are exact to linear interpolation [7]; along the columns each
 slice is magnified once, by the tube's height in the middle of the sweep (at the ends of a 50-degree sweep that is off
 by less than 1 %, and projection and backprojection agree). Tissue goes on beyond the top and the bottom of the field
-as it is there. Sources by number: `dataset_scripts.phantom.anatomy`.
+as it is there. Sources by number: `anatomy`.
 """
 
 from dataclasses import dataclass

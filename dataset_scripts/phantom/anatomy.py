@@ -1,36 +1,24 @@
 """The anatomy of a compressed breast: outline, skin, nipple, muscle, fat lobules, ligaments, glandular tissue, vessels.
 
-Everything is drawn for a left breast, chest wall at column 0; z counts from the paddle. Lengths are in mm, so that a
-breast looks the same at every spacing. Sources by number: `dataset_scripts.phantom.anatomy`. Shapes are our choice, by
-the look of real slices.
+Everything is drawn for a left breast, chest wall at column 0; z counts from the paddle. Compressed tissue is flat under
+the paddles and bulges in a half circle at the margin. Lengths are in mm, so that a breast looks the same at every
+spacing. Shapes and proportions are our choice, by the look of real slices. Sources, by number here and in the modules
+beside this one:
+
+1. Johns, Yaffe, Phys. Med. Biol. 32 (1987) 675: attenuation of fat, fibroglandular tissue and carcinoma.
+2. Yaffe et al., Med. Phys. 36 (2009) 5437: volumetric density from breast CT; 0.14 in the mean without the skin, 0.19
+   with it, and 95 % of women below 0.45.
+3. Burgess, Jacobson, Judy, Med. Phys. 28 (2001) 419: mammograms have a power spectrum of f^-3, nearly.
+4. Bakic et al., Med. Phys. 38 (2011) 3165; Graff, Proc. SPIE 9783 (2016) 978309: what a software breast consists of,
+   skin, compartments of fat between Cooper's ligaments, glandular tissue, ducts and vessels.
+5. ACR BI-RADS Atlas, 5th edition (2013), mammography: the lexicon of masses, calcifications and distortion, and which
+   words speak for malignancy. Attenuation, sizes and shares of the kinds are our choice within it.
+6. Vimieiro et al., DBT reconstruction toolbox (XXVI Brazilian Congress on Biomedical Engineering, 2018): geometry of
+   Hologic's and GE's systems. Badal et al., Comput. Phys. Commun. 261 (2021) 107779: of Siemens' system (VICTRE).
+   Sechopoulos, Med. Phys. 40 (2013) 014301: review of all.
+7. Joseph, IEEE Trans. Med. Imaging 1 (1982) 192: projection by linear interpolation along the ray.
+8. Mertelmeier et al., Proc. SPIE 6142 (2006) 61420F: filters of tomosynthesis backprojection.
 """
-# MERGED: What a simulated breast is: its parameters, the tissues' attenuation, its random streams, and the result.
-#
-# Sources, by number below and in the modules beside this one:
-#
-# 1. Johns, Yaffe, Phys. Med. Biol. 32 (1987) 675: attenuation of fat, fibroglandular tissue and carcinoma.
-# 2. Yaffe et al., Med. Phys. 36 (2009) 5437: volumetric density from breast CT; 0.14 in the mean without the skin, 0.19
-#    with it, and 95 % of women below 0.45.
-# 3. Burgess, Jacobson, Judy, Med. Phys. 28 (2001) 419: mammograms have a power spectrum of f^-3, nearly.
-# 4. Bakic et al., Med. Phys. 38 (2011) 3165; Graff, Proc. SPIE 9783 (2016) 978309: what a software breast consists of,
-#    skin, compartments of fat between Cooper's ligaments, glandular tissue, ducts and vessels.
-# 5. ACR BI-RADS Atlas, 5th edition (2013), mammography: the lexicon of masses, calcifications and distortion, and which
-#    words speak for malignancy. Attenuation, sizes and shares of the kinds are our choice within it.
-# 6. Vimieiro et al., DBT reconstruction toolbox (XXVI Brazilian Congress on Biomedical Engineering, 2018): geometry of
-#    Hologic's and GE's systems. Badal et al., Comput. Phys. Commun. 261 (2021) 107779: of Siemens' system (VICTRE).
-#    Sechopoulos, Med. Phys. 40 (2013) 014301: review of all.
-# 7. Joseph, IEEE Trans. Med. Imaging 1 (1982) 192: projection by linear interpolation along the ray.
-# 8. Mertelmeier et al., Proc. SPIE 6142 (2006) 61420F: filters of tomosynthesis backprojection.
-#
-# MERGED: The outline of a compressed breast in its view: silhouette, nipple, pectoral muscle, and how deep each voxel lies.
-#
-# Everything is drawn for a left breast, chest wall at column 0. Proportions are our choice, by the look of real slices;
-# compressed tissue is flat under the paddles and bulges in a half circle at the margin.
-#
-# MERGED: What tissue is drawn with: power-law noise, structures that run toward the nipple, tubes, specks of known volume.
-#
-# Sources by number: `dataset_scripts.phantom.anatomy`.
-#
 
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -39,8 +27,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from scipy import fft
-
-from .dicom import BreastLabels
 
 # Linear attenuation in 1/mm at about 20 keV [1]; muscle and skin count as fibroglandular. Calcification: between
 # calcium oxalate (0.9) and hydroxyapatite (2.0) at that energy.
@@ -102,6 +88,20 @@ class PhantomParameters:
     def slice_heights_mm(self) -> np.ndarray:
         """Height of each slice above the middle of the volume, (D,) float32; the first is nearest to the paddle."""
         return ((self.num_slices - 1) / 2 - np.arange(self.num_slices, dtype=np.float32)) * self.slice_spacing_mm
+
+
+@dataclass(frozen=True)
+class BreastLabels:
+    """The truth about a breast, in the coordinates of its images."""
+
+    density: str  # BI-RADS class, "A".."D"
+    glandular_fraction: float  # of the breast's volume without pectoral muscle
+    lesion: int = 0
+    lesion_type: str = "none"  # or mass_round, mass_spiculated, calcification, distortion
+    cancer: int = 0
+    box: tuple[int, int, int, int] | None = None  # x0, y0, x1, y1 in pixels, half-open
+    lesion_slice: int | None = None  # slice of the lesion's center
+    lesion_slices: tuple[int, int] | None = None  # first and last + 1
 
 
 @dataclass(frozen=True)

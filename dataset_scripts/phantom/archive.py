@@ -1,36 +1,43 @@
-"""Simulated breasts with known labels: anatomy, mammogram, tomosynthesis and a small DICOM archive.
+"""An archive of simulated breasts: DICOM files and labels.csv.
 
-A breast is a volume of X-ray attenuation (`phantom_anatomy`, `phantom_lesions`), imaged as a mammogram and as
-limited-angle tomosynthesis on the geometry of a vendor's system (`phantom_acquisition`); parameters and sources stand
-in `phantom_breast`. It is a pure function of (seed, index, parameters). A patient is imaged in one view, or in several
-that share density, build and lesion, not the exact tissue: views are compressed differently. Simulated, for research
-on methods only.
+    python -m dataset_scripts.phantom --output DIR --num_patients 8 --seed 0 --num_proc 2
+
+A breast is a volume of X-ray attenuation (`anatomy`, `lesions`), imaged as a mammogram and as limited-angle
+tomosynthesis on the geometry of a vendor's system (`acquisition`), and written as `dicom`. It is a pure function of
+(seed, index, parameters). A patient is imaged in one view, or in several that share density, build and lesion, not the
+exact tissue: views are compressed differently. Simulated, for research on methods only.
 
 Axes: D slices from the compression paddle to the detector, H rows along the chest wall, W columns. A left breast has
 its chest wall on the left side of the image, a right breast on the right.
-
-    python -m dataset_scripts.phantom --output DIR --num_patients 8 --seed 0 --num_proc 2
 """
 
 import argparse
+import csv
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
+from tqdm import tqdm
+
+from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.files import atomic_file
 
 from .acquisition import GEOMETRIES, acquire_2d, acquire_dbt
 from .anatomy import (
-    ADIPOSE,
     ANATOMY,
-    DENSITY_CLASSES,
-    FIBROGLANDULAR,
     LESION,
     LESION_SHAPE,
-    LESION_TYPES,
     PATIENT,
     VIEWS,
     Breast,
+    BreastLabels,
     PhantomParameters,
     draw_anatomy,
     draw_patient,
@@ -38,25 +45,24 @@ from .anatomy import (
     glandular_fraction,
     random_generator,
 )
-from .dicom import DEFAULT_SYNTAX, TRANSFER_SYNTAXES, BreastInfo, BreastLabels, write_patients
+from .dicom import (
+    DEFAULT_SYNTAX,
+    TRANSFER_SYNTAXES,
+    BreastInfo,
+    check_encoder,
+    mammogram_dataset,
+    save,
+    tomosynthesis_dataset,
+)
 from .lesions import add_lesion, draw_lesion
 
-__all__ = [
-    "ADIPOSE",
-    "DENSITY_CLASSES",
-    "FIBROGLANDULAR",
-    "GEOMETRIES",
-    "LESION_TYPES",
-    "Breast",
-    "BreastLabels",
-    "PhantomParameters",
-    "acquire_2d",
-    "acquire_dbt",
-    "simulate_breast",
-    "write_archive",
-]
-DEFAULTS = PhantomParameters()
 VIEWS_PER_PATIENT = (1, 2, 4)
+LABEL_COLUMNS = (
+    *("file", "patient", "laterality", "view", "kind"),  # kind: "dbt" or "ffdm"; file: relative to labels.csv
+    *("density", "lesion", "lesion_type", "cancer", "x0", "y0", "x1", "y1", "lesion_slice"),
+    *("lesion_first_slice", "lesion_last_slice", "glandular_fraction", "vendor"),  # last: the last with lesion in it
+)
+Exposure = tuple[int, str | None, str | None]  # patient, laterality, view
 
 
 def simulate_breast(
@@ -67,7 +73,7 @@ def simulate_breast(
     laterality: str | None = None,
     view: str | None = None,
 ) -> Breast:
-    """The breast of patient (seed, index), in the patient's own view or in another.
+    """Simulate the breast of patient (seed, index), in the patient's own view or in another.
 
     Args:
         lesion: False gives the same breast with its lesion left out.
@@ -82,7 +88,7 @@ def simulate_breast(
     if (laterality, view) not in VIEWS:
         raise ValueError(f"laterality={laterality!r}, view={view!r}: must be L or R, and CC or MLO")
     anatomy = draw_anatomy(exposure_generator(seed, index, laterality, view, ANATOMY), patient, view, p)
-    volume, truth = anatomy.volume, (patient.density, glandular_fraction(anatomy))
+    volume, labels = anatomy.volume, BreastLabels(patient.density, glandular_fraction(anatomy))
     found = draw_lesion(random_generator(seed, index, LESION), p.lesion_probability)
     if found and lesion and laterality == patient.laterality:
         shape = exposure_generator(seed, index, laterality, view, LESION_SHAPE)
@@ -91,40 +97,30 @@ def simulate_breast(
         spans = [np.flatnonzero(difference.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
         (d0, d1), (y0, y1), (x0, x1) = ((int(span[0]), int(span[-1]) + 1) for span in spans)
         x0, x1 = (p.width_px - x1, p.width_px - x0) if laterality == "R" else (x0, x1)
-        middle = int(np.average(np.arange(p.num_slices), weights=difference.sum(axis=(1, 2))).round())
-        truth += (1, found.lesion_type, int(found.malignant), (x0, y0, x1, y1), middle, (d0, d1))
+        labels = BreastLabels(
+            labels.density,
+            labels.glandular_fraction,
+            lesion=1,
+            lesion_type=found.lesion_type,
+            cancer=int(found.malignant),
+            box=(x0, y0, x1, y1),
+            lesion_slice=int(np.average(np.arange(p.num_slices), weights=difference.sum(axis=(1, 2))).round()),
+            lesion_slices=(d0, d1),
+        )
     side = np.s_[:, :, :: -1 if laterality == "R" else 1]
     volume, body = (np.ascontiguousarray(array[side]) for array in (volume, anatomy.body))
-    return Breast(volume, body, BreastLabels(*truth), laterality, view, p, seed, index, vendor)
-
-
-def _image(exposure: tuple[int, str | None, str | None], seed: int, parameters: PhantomParameters):
-    patient, laterality, view = exposure
-    breast = simulate_breast(parameters, seed, patient, laterality=laterality, view=view)
-    spacing_mm = parameters.pixel_spacing_mm, parameters.slice_spacing_mm
-    info = BreastInfo(f"PHANTOM-{patient:06d}", breast.laterality, breast.view, *spacing_mm, seed, breast.vendor)
-    return info, breast.labels, acquire_dbt(breast), acquire_2d(breast)
-
-
-def _exposures(patients: range, seed: int, views_per_patient: int) -> list[tuple[int, str | None, str | None]]:
-    if views_per_patient not in VIEWS_PER_PATIENT:
-        raise ValueError(f"views_per_patient={views_per_patient}: must be one of {VIEWS_PER_PATIENT}")
-    if views_per_patient == 1:
-        return [(patient, None, None) for patient in patients]
-    if views_per_patient == 2:
-        return [(patient, None, view) for patient in patients for view in ("CC", "MLO")]
-    return [(patient, *view) for patient in patients for view in VIEWS]
+    return Breast(volume, body, labels, laterality, view, p, seed, index, vendor)
 
 
 def write_archive(
-    output,
-    num_patients,
-    seed=0,
-    parameters=DEFAULTS,
-    num_proc=1,
-    first_patient=0,
-    transfer_syntax=DEFAULT_SYNTAX,
-    views_per_patient=1,
+    output: str | Path,
+    num_patients: int,
+    seed: int = 0,
+    parameters: PhantomParameters | None = None,
+    num_proc: int = 1,
+    first_patient: int = 0,
+    transfer_syntax: str = DEFAULT_SYNTAX,
+    views_per_patient: int = 1,
 ) -> Path:
     """Write DIR/PHANTOM-000012/{L,R}_{CC,MLO}_{dbt,2d}.dcm, then DIR/labels.csv; return that.
 
@@ -132,27 +128,83 @@ def write_archive(
 
     Args:
         views_per_patient: 1, a view of one breast; 2, both views of it; 4, both of both breasts.
+
+    Raises:
+        ValueError: of views_per_patient or transfer_syntax; ImportError where the encoder is not installed.
     """
-    patients = range(first_patient, first_patient + num_patients)
-    image = partial(_image, seed=seed, parameters=parameters)
-    return write_patients(output, _exposures(patients, seed, views_per_patient), image, num_proc, transfer_syntax)
+    exposures = list(_exposures(range(first_patient, first_patient + num_patients), views_per_patient))
+    check_encoder(transfer_syntax)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    write = partial(
+        _write_exposure,
+        seed=seed,
+        parameters=parameters or PhantomParameters(),
+        output=output,
+        transfer_syntax=transfer_syntax,
+    )
+    show = partial(tqdm, total=len(exposures), unit="breast")
+    if num_proc > 1:  # spawn: safe beside threads of the caller
+        with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
+            rows = list(show(pool.map(write, exposures, chunksize=4)))
+    else:
+        rows = list(show(map(write, exposures)))
+    labels = output / "labels.csv"
+    with atomic_file(labels) as temporary, temporary.open("w", newline="") as stream:
+        csv.writer(stream).writerows([LABEL_COLUMNS, *chain.from_iterable(rows)])
+    return labels
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Write an archive of simulated mammograms and DBT with labels.")
+def _exposures(patients: range, views_per_patient: int) -> Iterator[Exposure]:
+    if views_per_patient not in VIEWS_PER_PATIENT:
+        raise ValueError(f"views_per_patient={views_per_patient}: must be one of {VIEWS_PER_PATIENT}")
+    by_number: dict[int, Sequence[tuple[str | None, str | None]]]
+    by_number = {1: [(None, None)], 2: [(None, "CC"), (None, "MLO")], 4: VIEWS}
+    return ((patient, laterality, view) for patient in patients for laterality, view in by_number[views_per_patient])
+
+
+def _write_exposure(
+    exposure: Exposure, seed: int, parameters: PhantomParameters, output: Path, transfer_syntax: str
+) -> list[tuple]:
+    """Write the volume and the mammogram of one view of a breast; return their rows of labels."""
+    patient, laterality, view = exposure
+    breast = simulate_breast(parameters, seed, patient, laterality=laterality, view=view)
+    spacing_mm = parameters.pixel_spacing_mm, parameters.slice_spacing_mm
+    info = BreastInfo(f"PHANTOM-{patient:06d}", breast.laterality, breast.view, *spacing_mm, seed, breast.vendor)
+    truth = breast.labels
+    first, end = truth.lesion_slices or (None, None)
+    lesion = (truth.lesion, truth.lesion_type, truth.cancer, *(truth.box or (None,) * 4), truth.lesion_slice)
+    labels = (truth.density, *lesion, first, end and end - 1, f"{truth.glandular_fraction:.4f}", info.vendor)
+    rows = []
+    datasets = {
+        "dbt": tomosynthesis_dataset(acquire_dbt(breast), info),
+        "2d": mammogram_dataset(acquire_2d(breast), info),
+    }
+    for kind, dataset in datasets.items():
+        file = f"{info.patient}/{info.laterality}_{info.view}_{kind}.dcm"
+        save(dataset, output / file, transfer_syntax)
+        rows.append((file, info.patient, info.laterality, info.view, {"2d": "ffdm"}.get(kind, kind), *labels))
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset_scripts.phantom",
+        description="Write an archive of simulated mammograms and DBT with labels.",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    counts = {"num_patients": (8, "patients"), "first_patient": (0, "number of the first patient")}
-    counts |= {"seed": (0, "the archive is a function of it"), "num_proc": (1, "processes")}
-    numbers = [option for option in fields(PhantomParameters) if "limits" in option.metadata]
-    counts |= {option.name: (option.default, option.metadata["help"]) for option in numbers}
-    for name, (default, meaning) in counts.items():
+    numbers: dict[str, tuple[Any, str]] = {
+        "num_patients": (8, "patients"),
+        "first_patient": (0, "number of the first patient"),
+    }
+    numbers |= {"seed": (0, "the archive is a function of it"), "num_proc": (1, "processes")}
+    options = fields(PhantomParameters)
+    numbers |= {each.name: (each.default, each.metadata["help"]) for each in options if "limits" in each.metadata}
+    for name, (default, meaning) in numbers.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default})")
-    for option in fields(PhantomParameters):
-        if "choices" in option.metadata:
-            choices = option.metadata["choices"]
-            parser.add_argument(
-                f"--{option.name}", choices=choices, default=option.default, help=option.metadata["help"]
-            )
+    for each in options:
+        if "choices" in each.metadata:
+            parser.add_argument(f"--{each.name}", default=each.default, **each.metadata)
     parser.add_argument(
         "--views_per_patient",
         type=int,
@@ -166,13 +218,7 @@ def main(arguments=None):
         default=DEFAULT_SYNTAX,
         help="how the pixels are encoded, to try a pipeline on it; 8 bits where it holds no 12 (default %(default)s)",
     )
-    options = vars(parser.parse_args(arguments))
-    try:
-        parameters = PhantomParameters(**{o.name: options.pop(o.name) for o in fields(PhantomParameters)})
-        write_archive(parameters=parameters, **options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"dataset_scripts.phantom.archive: {error}") from None
-
-
-if __name__ == "__main__":
-    main()
+    given = vars(parser.parse_args(arguments))
+    with command_line("phantom"):
+        parameters = PhantomParameters(**{each.name: given.pop(each.name) for each in options})
+        write_archive(parameters=parameters, **given)

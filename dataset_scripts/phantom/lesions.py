@@ -4,8 +4,7 @@ The kinds differ in the words of the BI-RADS lexicon that speak for or against m
 circumscribed against irregular, microlobulated or indistinct, and denser. Spicules: fine and many about a dense core.
 Calcifications: round, punctate and alike against fine, pleomorphic, along a duct. Distortion: spicules about a lucent
 center (a radial scar) against spicules about a small dense one, drawn in more strongly. The words overlap, as do the
-sizes and contrasts, which span easy to hard: shares and ranges are our choice. Sources by number:
-`dataset_scripts.phantom.anatomy`.
+sizes and contrasts, which span easy to hard: shares and ranges are our choice. Sources by number: `anatomy`.
 """
 
 from typing import NamedTuple
@@ -45,7 +44,7 @@ class Place(NamedTuple):
     """Where a lesion lies in a view: its center in mm and the window of the volume that it may touch."""
 
     center: tuple[float, float, float]  # z, y, x from the middle of the first voxel
-    window: tuple[slice, slice, slice]
+    window: tuple[slice, ...]
     z: np.ndarray  # distances from the center in mm, (d, 1, 1), (h, 1) and (w,) float32
     y: np.ndarray
     x: np.ndarray
@@ -183,10 +182,9 @@ def _distortion(rng, lesion: Lesion, place: Place, radius: float, flat: float, p
     rows, columns = np.indices(patch.shape[1:], np.float32)
     for level, z in zip(patch, place.z.ravel() / (flat * reach), strict=True):
         away = np.maximum(1 - square - np.float32(z**2), 0) ** 2 * np.float32(pull)
-        maps = columns + away * place.x / p.pixel_spacing_mm, rows + away * place.y / p.pixel_spacing_mm
-        drawn = cv2.remap(
-            level, *(m.astype(np.float32) for m in maps), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
+        map_x = (columns + away * place.x / p.pixel_spacing_mm).astype(np.float32)
+        map_y = (rows + away * place.y / p.pixel_spacing_mm).astype(np.float32)
+        drawn = cv2.remap(level, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         level[:] = np.where((away > 1e-3) & (drawn > 0.9 * ADIPOSE), drawn, level)  # no air
     count = int(rng.integers(14, 24) if lesion.suspicious else rng.integers(10, 18))
     lines = _spicules(rng, place, patch.shape, count, 0.15 * radius, radius * rng.uniform(1.1, 1.6), 2.0, p)

@@ -5,7 +5,8 @@ import zlib
 
 import numpy as np
 import pytest
-from dicom_builders import build, encoded, phantom, refused, save
+from dicom_builders import build, phantom, refused, save
+from phantom_formats import encoded, set_pixel_format
 from pydicom import uid
 from pydicom.encaps import generate_fragments
 
@@ -111,8 +112,6 @@ def test_every_frame_is_looked_at(tmp_path):
 
 
 def test_eight_bits_in_sixteen_of_lossless_jpeg():
-    from dataset_scripts.phantom.dicom import set_pixel_format
-
     dataset = set_pixel_format(phantom(False)[0], bits_stored=8, bits_allocated=16)
     expected = read_mammogram(dataset).pixels
     np.testing.assert_array_equal(read_mammogram(encoded(dataset, "JPEGLossless")).pixels, expected)

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from dicom_builders import RAW, SLICES, encoded, item, phantom, save
+from dicom_builders import RAW, SLICES, item, phantom, save
+from phantom_formats import encoded, set_pixel_format, set_voi
 from pydicom.encaps import generate_frames, parse_fragments
 
-from dataset_scripts.phantom.dicom import TRANSFER_SYNTAXES, set_pixel_format, set_voi, stored_values
+from dataset_scripts.phantom.dicom import TRANSFER_SYNTAXES, stored_values
 from modeling_mammodino.dicom import frame_order, iter_slices
 from modeling_mammodino.image_io import ImageFile
 

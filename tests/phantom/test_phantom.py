@@ -8,20 +8,18 @@ import numpy as np
 import pydicom
 import pytest
 
-from dataset_scripts.phantom.anatomy import LESION, random_generator
-from dataset_scripts.phantom.archive import (
+from dataset_scripts.phantom import archive
+from dataset_scripts.phantom.acquisition import GEOMETRIES, acquire_2d, acquire_dbt
+from dataset_scripts.phantom.anatomy import (
     ADIPOSE,
     DENSITY_CLASSES,
-    GEOMETRIES,
+    LESION,
     LESION_TYPES,
     Breast,
     PhantomParameters,
-    acquire_2d,
-    acquire_dbt,
-    main,
-    simulate_breast,
-    write_archive,
+    random_generator,
 )
+from dataset_scripts.phantom.archive import main, simulate_breast, write_archive
 from dataset_scripts.phantom.lesions import draw_lesion
 
 SMALL = PhantomParameters(num_slices=10, height_px=96, width_px=64, pixel_spacing_mm=1.8, slice_spacing_mm=4.0)
@@ -254,6 +252,7 @@ def test_geometry_of_a_tomosynthesis_file(tmp_path):
     assert mammogram.ImageLaterality in "LR" and mammogram.ViewPosition in ("CC", "MLO")
 
 
+@pytest.mark.slow
 def test_archive_is_the_same_whatever_the_number_of_processes(tmp_path):
     shape = ["--num_slices", "6", "--height_px", "64", "--width_px", "48", "--pixel_spacing_mm", "2.5"]
     for name, processes in (("one", "1"), ("two", "2")):
@@ -264,12 +263,16 @@ def test_archive_is_the_same_whatever_the_number_of_processes(tmp_path):
 
 
 def test_labels_are_written_last_and_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "dataset_scripts.phantom.dicom.write_2d", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    def save_until_full(dataset, path, transfer_syntax):
+        if path.name.endswith("_2d.dcm"):
+            raise OSError("disk full")
+        save(dataset, path, transfer_syntax)
+
+    save = archive.save
+    monkeypatch.setattr(archive, "save", save_until_full)
     with pytest.raises(OSError, match="disk full"):
         write_archive(tmp_path, 1, parameters=SMALL)
-    assert not (tmp_path / "labels.csv").exists()
+    assert [path.name[-8:] for path in tmp_path.rglob("*.*")] == ["_dbt.dcm"]
 
 
 def test_parameters_out_of_range_are_named():
@@ -279,7 +282,7 @@ def test_parameters_out_of_range_are_named():
         PhantomParameters(vendor="kodak")
     with pytest.raises(ValueError, match="a field of 4 x 102.4 x 64 mm holds no breast: raise slices"):
         PhantomParameters(4, 256, 160, pixel_spacing_mm=0.4, slice_spacing_mm=1.0)
-    with pytest.raises(SystemExit, match=r"^dataset_scripts.phantom.archive: dose=0.0 is outside 0.01 to 100$"):
+    with pytest.raises(SystemExit, match=r"^phantom: dose=0.0 is outside 0.01 to 100$"):
         main(["--output", "nowhere", "--dose", "0"])
 
 

@@ -5,20 +5,16 @@ import sys
 import numpy as np
 import pydicom
 import pytest
-from dicom_builders import RAW, encoded, phantom, save
+from dicom_builders import RAW, phantom, save
+from phantom_formats import VOI_FORMS, VOI_PLACES, as_secondary_capture, encoded, set_pixel_format, set_voi
 from pydicom import uid
 from pydicom.encaps import generate_frames
 
 from dataset_scripts.phantom.archive import main
 from dataset_scripts.phantom.dicom import (
     TRANSFER_SYNTAXES,
-    VOI_FORMS,
-    VOI_PLACES,
-    as_secondary_capture,
     encode,
     near_lossless_error,
-    set_pixel_format,
-    set_voi,
     stored_values,
 )
 from modeling_mammodino import MammoDinoImageProcessor
@@ -184,9 +180,7 @@ def test_the_image_processor_gives_the_same_image(tmp_path, multi_frame):
     assert differences(dataset).mean() < 0.02  # 2.5 steps of 8 bits
 
 
-# The feature
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("syntax", ["RLELossless", "JPEGBaseline8Bit"])
 def test_an_archive_in_a_transfer_syntax(tmp_path, syntax):
     if syntax == "JPEGBaseline8Bit":
@@ -212,42 +206,33 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch
         main(["--output", str(tmp_path / "no"), "--transfer_syntax", "GIF"])
     assert "JPEG2000Lossless" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
-    with pytest.raises(ImportError, match=r"HTJ2K is written with imagecodecs.*mammodino\[test\]"):
+    with pytest.raises(SystemExit, match=r"HTJ2K is written with imagecodecs.*mammodino\[test\]"):
         main(["--output", str(tmp_path / "no"), "--transfer_syntax", "HTJ2K"])
     assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(
-    ("bits", "allocated", "signed", "syntax", "options", "message"),
+    ("bits", "allocated", "signed", "syntax", "message"),
     [
-        (12, None, False, "JPEGBaseline8Bit", {}, "holds 8 bits, unsigned, not 12 unsigned"),
-        (10, None, False, "JPEGExtended12Bit", {}, "holds 12 bits, unsigned, not 10 unsigned"),
-        (8, None, True, "JPEGBaseline8Bit", {}, "not 8 signed"),
-        (12, None, True, "JPEGLSNearLossless", {}, "not 12 signed"),
-        (8, 16, False, "RLELossless", {}, "must be allocated 8"),
-        (12, None, False, "RLELossless", {"offset_table": "some"}, "offset_table='some'"),
-        (12, None, False, "RLELossless", {"offset_table": "extended", "fragments_per_frame": 2}, "must be 1"),
-        (12, None, False, "JPEG2000Part2", {}, "must be one of ImplicitVR"),
+        (12, None, False, "JPEGBaseline8Bit", "holds 8 bits, unsigned, not 12 unsigned"),
+        (10, None, False, "JPEGExtended12Bit", "holds 12 bits, unsigned, not 10 unsigned"),
+        (8, None, True, "JPEGBaseline8Bit", "not 8 signed"),
+        (12, None, True, "JPEGLSNearLossless", "not 12 signed"),
+        (8, 16, False, "RLELossless", "must be allocated 8"),
+        (12, None, False, "JPEG2000Part2", "must be one of ImplicitVR"),
     ],
 )
-def test_illegal_encodings_are_named(bits, allocated, signed, syntax, options, message):
+def test_illegal_encodings_are_named(bits, allocated, signed, syntax, message):
     if syntax.startswith("JPEG") and syntax in TRANSFER_SYNTAXES and TRANSFER_SYNTAXES[syntax].encoder == "imagecodecs":
         pytest.importorskip("imagecodecs")
     dataset = set_pixel_format(phantom(False)[0], bits, allocated, signed)
     before = dataset.PixelData
     with pytest.raises(ValueError, match=message):
-        encode(dataset, syntax, **options)
+        encode(dataset, syntax)
     assert dataset.PixelData == before
 
 
-def test_windows_of_single_frames_have_no_functional_groups():
-    with pytest.raises(ValueError, match="use 'top'"):
-        set_voi(phantom(False)[0], "LINEAR", "shared")
-    with pytest.raises(ValueError, match="form='CUBIC'"):
-        set_voi(phantom(False)[0], "CUBIC")
-
-
-COLOUR = {
+COLOR = {
     "ExplicitVRLittleEndian": 0,
     "RLELossless": 0,
     "JPEGLSLossless": 0,
@@ -257,7 +242,7 @@ COLOUR = {
 
 
 @pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL"])
-@pytest.mark.parametrize("syntax", COLOUR)
+@pytest.mark.parametrize("syntax", COLOR)
 def test_gray_written_as_color(syntax, photometric):
     """By pydicom, which converts YBR_FULL to RGB."""
     for multi_frame in (False, True):
@@ -266,11 +251,6 @@ def test_gray_written_as_color(syntax, photometric):
         assert dataset.SamplesPerPixel == 3 and dataset.PhotometricInterpretation == photometric
         color = pydicom.pixels.pixel_array(dataset).reshape(*values.shape, 3)
         gray = np.rint(values / 4095 * 255)
-        assert np.abs(color - gray[..., None]).max() <= COLOUR[syntax]
+        assert np.abs(color - gray[..., None]).max() <= COLOR[syntax]
         for read, expected in zip(iter_slices(dataset), gray, strict=True):
-            assert np.abs(read.pixels.astype(int) - expected).max() <= COLOUR[syntax]
-
-
-def test_color_in_a_codec_of_gray_is_refused():
-    with pytest.raises(ValueError, match="color is written"):
-        encoded(as_secondary_capture(phantom(False)[0], "RGB"), "HTJ2KLossless")
+            assert np.abs(read.pixels.astype(int) - expected).max() <= COLOR[syntax]

@@ -6,11 +6,23 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from dataset_scripts.phantom.acquisition import detect, project, reconstruct, trace
+from dataset_scripts.phantom.acquisition import (
+    GEOMETRIES,
+    acquire_2d,
+    acquire_dbt,
+    detect,
+    project,
+    reconstruct,
+    trace,
+)
 from dataset_scripts.phantom.anatomy import (
+    ADIPOSE,
     ANATOMY,
+    DENSITY_CLASSES,
     DENSITY_MEDIANS,
+    FIBROGLANDULAR,
     PATIENT,
+    PhantomParameters,
     deposit,
     draw_anatomy,
     draw_patient,
@@ -19,16 +31,7 @@ from dataset_scripts.phantom.anatomy import (
     power_law_noise,
     random_generator,
 )
-from dataset_scripts.phantom.archive import (
-    ADIPOSE,
-    DENSITY_CLASSES,
-    FIBROGLANDULAR,
-    GEOMETRIES,
-    PhantomParameters,
-    acquire_2d,
-    acquire_dbt,
-    simulate_breast,
-)
+from dataset_scripts.phantom.archive import simulate_breast
 from performance.image_statistics import breast_mask, erode, power_law_exponent, power_spectrum
 
 SMALL = PhantomParameters(num_slices=10, height_px=96, width_px=64, pixel_spacing_mm=1.8, slice_spacing_mm=4.0)
@@ -159,7 +162,7 @@ def test_noise_falls_as_the_power_of_frequency_that_was_asked_for(exponent):
     assert flat.std() == pytest.approx(1, abs=0.05)
 
 
-def test_the_measured_exponent_is_that_of_a_image_of_known_spectrum():
+def test_the_measured_exponent_is_that_of_an_image_of_known_spectrum():
     """White noise filtered in the plane; and the spectrum of a sine has its peak at its frequency."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(512, 0.4), np.fft.fftfreq(512, 0.4)))
