@@ -6,6 +6,7 @@
 
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +67,23 @@ def _jpeg_2000(head: bytes) -> FrameHeader:
     tiles = -(-(right - tile_left) // width) * -(-(bottom - tile_top) // height)
     return FrameHeader(bottom - top, right - left, samples, tiles)
 
+
+@dataclass(frozen=True)
+class GraySettings:
+    """The steps from stored values to gray.
+
+    Attributes:
+        do_modality_lut: rescale slope and intercept or modality LUT (PS3.3 C.11.1).
+        do_voi_lut: VOI LUT or window (PS3.3 C.11.2); with it, or with the modality LUT, padding becomes air.
+        do_invert_monochrome1: larger becomes brighter in MONOCHROME1 files too.
+    """
+
+    do_modality_lut: bool = True
+    do_voi_lut: bool = True
+    do_invert_monochrome1: bool = True
+
+
+AS_STORED = GraySettings(do_modality_lut=False, do_voi_lut=False, do_invert_monochrome1=False)
 
 FLAT_FRACTION = 1 / 64  # a window that leaves less contrast than this on an image is of another bit depth
 MOSTLY_WHITE_FRACTION = 0.5  # of what is not black; such a window is followed, with a warning

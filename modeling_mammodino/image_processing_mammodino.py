@@ -11,7 +11,6 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from .breast_segmentation import patch_tissue
 from .dicom import Mammogram, count_slices, is_dicom, iter_series, iter_slices
 from .image_io import GrayImage, ImageFile, InvalidImageError, read_image, to_gray_plane
 from .rendering import (
@@ -23,7 +22,6 @@ from .rendering import (
     place_on_canvas,
     plan_rendering,
     render,
-    standardize,
 )
 
 # a volume's plan is made from this many slices, evenly spaced through it
@@ -81,7 +79,7 @@ class MammoDinoImageProcessor(PilBackend):
     Takes a DICOM path or data set, a PNG / JPEG / PGM / TIFF / BMP path, an array or tensor (2-D, or 3-D with one or
     three equal channels; 8-bit, 10-16-bit or float), a PIL image, or a list or 4-D batch of these. A multi-frame DICOM
     given alone yields its slices in order. Returns `pixel_values` (B, 1, H, W) float32 and `tissue_mask` (B, h, w)
-    float32, the breast fraction of each patch. Raises `InvalidImageError`, naming the image, for what is not a mammogram.
+    float32, the breast fraction of each patch. Raises `InvalidImageError`, naming the image, for what is no mammogram.
 
     Every setting may be given for one call, too; None leaves it as it is. A setting of transformers that has no meaning
     here (`FIXED_SETTINGS`) is refused by name, with the reason.
@@ -166,12 +164,14 @@ class MammoDinoImageProcessor(PilBackend):
 
     @property
     def render_settings(self) -> RenderSettings:
+        """All that this processor does, as one value."""
         return _render_settings(vars(self))
 
     @property
     def mean_and_std(self) -> tuple[float, float]:
         """What standardizes pixels of 0..1; 0 and 1 where nothing does."""
-        return _mean_and_std(vars(self))
+        settings = self.render_settings
+        return settings.mean, settings.std
 
     def render_source(
         self,
@@ -194,42 +194,44 @@ class MammoDinoImageProcessor(PilBackend):
             yield mammogram, render(mammogram.pixels, small, plan, settings, fit, upscale)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
-        _render_settings(kwargs)  # refuses values out of range
         for name, (value, reason) in FIXED_SETTINGS.items():
             given = kwargs[name]
             if given is not None and str(getattr(given, "value", given)) != str(value):
                 raise ValueError(
                     f"{name}={given!r}: MammoDinoImageProcessor has no such option, {reason}; leave it out"
                 )
-        size, patch_size = kwargs["size"], kwargs["patch_size"]
-        if patch_size < 1 or not all(
-            side and side > 0 and side % patch_size == 0 for side in (size.height, size.width)
-        ):
-            raise ValueError(
-                f"size={dict(size)}: needs 'height' and 'width', both multiples of patch_size={patch_size}"
-            )
-        if kwargs["slices_per_volume"] < 0:
-            raise ValueError(f"slices_per_volume={kwargs['slices_per_volume']}: must be 0 (all slices) or more")
-        _mean_and_std(kwargs)
+        _render_settings(kwargs)  # refuses values out of range
 
     def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        settings, options = _render_settings(kwargs), _read_options(kwargs)
-        canvas = (kwargs["size"].height, kwargs["size"].width)
-        grid = (canvas[0] // kwargs["patch_size"], canvas[1] // kwargs["patch_size"])
-        mean, std = _mean_and_std(kwargs)
+        settings = _render_settings(kwargs)
         pixel_values, tissue_mask = [], []
-        for plane, small, plan in _planes(images, settings, options, kwargs["slices_per_volume"]):
-            rendered = render(plane, small, plan, settings, canvas)
-            rendered = place_on_canvas(rendered, canvas, settings.chest_wall_side)
-            pixel_values.append(standardize(rendered.image, mean, std)[None])
-            tissue_mask.append(patch_tissue(rendered.tissue, grid))
+        for plane, small, plan in _planes(images, settings, _read_options(kwargs)):
+            rendered = render(plane, small, plan, settings, settings.canvas)
+            canvas = place_on_canvas(rendered.image, rendered.tissue, settings, rendered.placement)
+            pixel_values.append(canvas.pixel_values)
+            tissue_mask.append(canvas.tissue_mask)
         data = {"pixel_values": np.stack(pixel_values), "tissue_mask": np.stack(tissue_mask)}
         return BatchFeature(data, tensor_type=kwargs["return_tensors"])
 
 
 def _render_settings(values: Mapping[str, Any]) -> RenderSettings:
-    chosen = {field.name: values[field.name] for field in fields(RenderSettings)}
-    chosen["intensity_percentiles"] = tuple(chosen["intensity_percentiles"])
+    """Make the settings of a call, or of a processor. Raises ValueError for what is out of range."""
+    size, patch_size = values["size"], values["patch_size"]
+    canvas = (size["height"], size["width"])
+    if patch_size < 1 or not all(side and side > 0 and side % patch_size == 0 for side in canvas):
+        raise ValueError(f"size={dict(size)}: needs 'height' and 'width', both multiples of patch_size={patch_size}")
+    mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else ((0.0,), (1.0,))
+    if len(mean) != 1 or len(std) != 1 or not np.isfinite(mean[0]) or not 0 < std[0] < np.inf:
+        raise ValueError(
+            f"image_mean={mean}, image_std={std}: give one number each, for the one gray channel, image_std above 0"
+        )
+    chosen: dict[str, Any] = {each.name: values.get(each.name) for each in fields(RenderSettings)}
+    chosen |= {
+        "canvas": canvas,
+        "mean": float(mean[0]),
+        "std": float(std[0]),
+        "intensity_percentiles": tuple(values["intensity_percentiles"]),
+    }
     return RenderSettings(**chosen)
 
 
@@ -242,21 +244,7 @@ def _read_options(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _mean_and_std(values: Mapping[str, Any]) -> tuple[float, float]:
-    """Of the one channel; 0 and 1 leave pixels as they are."""
-    if not values["do_normalize"]:
-        return 0.0, 1.0
-    mean, std = values["image_mean"], values["image_std"]
-    if len(mean) != 1 or len(std) != 1 or not np.isfinite(mean[0]) or not 0 < std[0] < np.inf:
-        raise ValueError(
-            f"image_mean={mean}, image_std={std}: give one number each, for the one gray channel, image_std above 0"
-        )
-    return float(mean[0]), float(std[0])
-
-
-def _planes(
-    images: Any, settings: RenderSettings, options: dict, slices_per_volume: int
-) -> Iterator[tuple[np.ndarray, Thumbnail, RenderPlan]]:
+def _planes(images: Any, settings: RenderSettings, options: dict) -> Iterator[tuple[np.ndarray, Thumbnail, RenderPlan]]:
     """Each image of a call as a gray plane (H, W) with its thumbnail and plan."""
     items = list(_flat(images))
     if not items:
@@ -266,7 +254,7 @@ def _planes(
         if _is_dicom_source(item):
             if len(items) > 1 and count_slices(item) > 1:
                 raise InvalidImageError(name, "a volume among other images; give volumes one at a time")
-            for mammogram, small, plan in _planned_slices(item, settings, options, slices_per_volume):
+            for mammogram, small, plan in _planned_slices(item, settings, options, settings.slices_per_volume):
                 yield mammogram.pixels, small, plan
         else:
             plane = read_image(item) if _is_file(item) else to_gray_plane(item, name)

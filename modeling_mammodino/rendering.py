@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .breast_segmentation import LOW_CONFIDENCE, THUMBNAIL_PX, TISSUE_FINDERS, breast_box, chest_wall_side
+from .breast_segmentation import (
+    LOW_CONFIDENCE,
+    THUMBNAIL_PX,
+    TISSUE_FINDERS,
+    breast_box,
+    chest_wall_side,
+    patch_tissue,
+)
+from .dicom_pixels import GraySettings
 from .image_io import CLIPPED_REMEDY, InvalidImageError
 
 try:
@@ -29,10 +37,14 @@ MAX_SATURATED_FRACTION = 0.6
 
 
 @dataclass(frozen=True)
-class RenderSettings:
-    """The settings of the image, saved with every checkpoint and every corpus.
+class RenderSettings(GraySettings):
+    """Everything that makes an image of a file, saved with every checkpoint and every corpus.
 
     Attributes:
+        canvas: (height, width) in pixels of what the encoder sees.
+        patch_size: side of a patch in pixels; divides the canvas.
+        mean, std: standardize the pixels, scaled to 0..1; 0 and 1 leave them as they are.
+        slices_per_volume: evenly spaced slices taken of a volume; 0 takes all.
         tissue_finder: what is segmented: "breast", or "body" in axial slices of CT and MR, which are never flipped.
             What is said of the breast here and elsewhere then holds for the body.
         do_intensity_normalize: map the percentiles below to black and white; otherwise the range of the data type.
@@ -45,6 +57,11 @@ class RenderSettings:
         bit_depth: 8 or 16 bits a pixel of the image.
     """
 
+    canvas: tuple[int, int] = (518, 518)
+    patch_size: int = 14
+    mean: float = 0.5
+    std: float = 0.25
+    slices_per_volume: int = 0
     tissue_finder: str = "breast"
     do_intensity_normalize: bool = True
     intensity_percentiles: tuple[float, float] = (0.5, 99.9)
@@ -74,6 +91,13 @@ class RenderSettings:
                 f"clahe_clip_limit={self.clahe_clip_limit}, clahe_grid={self.clahe_grid}: must be above 0; "
                 "do_clahe=False leaves the equalization out"
             )
+        if self.slices_per_volume < 0:
+            raise ValueError(f"slices_per_volume={self.slices_per_volume}: must be 0 (all slices) or more")
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches on the canvas."""
+        return self.canvas[0] // self.patch_size, self.canvas[1] // self.patch_size
 
 
 class Thumbnail(NamedTuple):
@@ -124,11 +148,14 @@ class Placement(NamedTuple):
         return Placement(1 / self.scale_x, -self.shift_x / self.scale_x, 1 / self.scale_y, -self.shift_y / self.scale_y)
 
 
+UNPLACED = Placement()
+
+
 class Rendered(NamedTuple):
     image: np.ndarray  # (H, W) uint8 or uint16
     tissue: np.ndarray  # (H, W) bool
     small: Thumbnail  # of the plane, before crop and flip
-    placement: Placement = Placement()  # of the plane in the image
+    placement: Placement = UNPLACED  # of the plane in the image
 
 
 def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue_finder) -> Thumbnail:
@@ -150,7 +177,7 @@ def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue
 def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, name: str = "image") -> RenderPlan:
     """Plan for one image, or for a volume from a few of its slices.
 
-    Raises InvalidImageError, naming `name`, where no breast is found, or where it was clipped to 8 bits before it came here.
+    Raises InvalidImageError, naming `name`, where no breast is found, or where it was clipped to 8 bits earlier.
     Logs a warning where the mask is doubtful.
     """
     first = thumbnails[0]
@@ -246,18 +273,39 @@ def render(
     return Rendered(image, tissue, small, Placement(*across, scale_y, -scale_y * y0))
 
 
-def place_on_canvas(rendered: Rendered, canvas: tuple[int, int], chest_wall: str) -> Rendered:
-    """The image on a black canvas (height, width): against the chest-wall side, centerd from top to bottom."""
-    height, width = rendered.image.shape
-    top, left = (canvas[0] - height) // 2, canvas[1] - width if chest_wall == "right" else 0
-    margins = ((top, canvas[0] - height - top), (left, canvas[1] - width - left))
-    scale_x, shift_x, scale_y, shift_y = rendered.placement
-    placement = Placement(scale_x, shift_x + left, scale_y, shift_y + top)
-    return Rendered(np.pad(rendered.image, margins), np.pad(rendered.tissue, margins), rendered.small, placement)
+class CanvasImage(NamedTuple):
+    """What the encoder sees of one image, on the canvas."""
+
+    image: np.ndarray  # (H, W) uint8 or uint16, not yet standardized
+    tissue_mask: np.ndarray  # (h, w) float32, the breast fraction of each patch
+    placement: Placement  # of the source plane on the canvas
+    settings: RenderSettings
+
+    @property
+    def pixel_values(self) -> np.ndarray:
+        """The standardized image, (1, H, W) float32."""
+        return standardize(self.image, self.settings.mean, self.settings.std)[None]
+
+
+def place_on_canvas(
+    image: np.ndarray, tissue: np.ndarray, settings: RenderSettings, placement: Placement = UNPLACED
+) -> CanvasImage:
+    """Put a rendered image and its breast mask on the black canvas: the one way from `render` to what an encoder sees.
+
+    The image, no larger than the canvas, stands against the chest-wall side, centered from top to bottom; `tissue_mask`
+    and `pixel_values` come with it. `placement` is that of the source plane in the image.
+    """
+    (canvas_height, canvas_width), (height, width) = settings.canvas, image.shape
+    top = (canvas_height - height) // 2
+    left = canvas_width - width if settings.chest_wall_side == "right" else 0
+    margins = ((top, canvas_height - height - top), (left, canvas_width - width - left))
+    placement = placement._replace(shift_x=placement.shift_x + left, shift_y=placement.shift_y + top)
+    tissue_mask = patch_tissue(np.pad(tissue, margins), settings.patch_grid)
+    return CanvasImage(np.pad(image, margins), tissue_mask, placement, settings)
 
 
 def standardize(image: np.ndarray, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
-    """An image, uint8 or uint16, scaled to 0..1 and standardized, float32."""
+    """Scale an image, uint8 or uint16, to 0..1 and standardize it, float32."""
     return (image.astype(np.float32) * np.float32(1 / np.iinfo(image.dtype).max) - np.float32(mean)) / np.float32(std)
 
 
@@ -278,6 +326,7 @@ def _require_cv2() -> None:
 
 
 __all__ = [
+    "CanvasImage",
     "Placement",
     "RenderPlan",
     "RenderSettings",

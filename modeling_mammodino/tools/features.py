@@ -18,12 +18,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedModel
 
-from ..breast_segmentation import patch_tissue
 from ..dicom import is_dicom
 from ..image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES, InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..modeling_mammodino import pool_tokens
-from ..rendering import place_on_canvas, standardize
+from ..rendering import place_on_canvas
 
 try:
     import cv2
@@ -67,23 +66,24 @@ class ImageStream(IterableDataset):
 
     def read(self, file: int, chosen: Sequence[int] | None = None) -> Iterator[RenderedImage]:
         """The images of one file, bit for bit as `image_processor(path)` makes them; `chosen` names slices."""
-        path, processor = self.paths[file], self.image_processor
-        settings, patch_size = processor.render_settings, processor.patch_size
-        canvas = (processor.size["height"], processor.size["width"])
-        mean, std = processor.mean_and_std
-        slices = processor.render_source(
-            path, canvas, hash_key=self.hash_key, slices_per_volume=self.slices_per_volume, slices=chosen
+        settings = self.image_processor.render_settings
+        slices = self.image_processor.render_source(
+            self.paths[file],
+            settings.canvas,
+            hash_key=self.hash_key,
+            slices_per_volume=self.slices_per_volume,
+            slices=chosen,
         )
         for mammogram, rendered in slices:
-            placed = place_on_canvas(rendered, canvas, settings.chest_wall_side)
+            placed = place_on_canvas(rendered.image, rendered.tissue, settings, rendered.placement)
             is_one_of_many = mammogram.kind == "dbt" and mammogram.num_slices == 1
             yield RenderedImage(
                 file,
                 mammogram.volume_id if is_one_of_many else None,
                 mammogram.slice_index,
                 mammogram.num_slices,
-                standardize(placed.image, mean, std)[None],
-                patch_tissue(placed.tissue, (canvas[0] // patch_size, canvas[1] // patch_size)),
+                placed.pixel_values,
+                placed.tissue_mask,
             )
 
 

@@ -87,7 +87,7 @@ def mammogram(phantom_archive) -> pydicom.Dataset:
     return dataset
 
 
-def image(processor: MammoDinoImageProcessor, image, **settings) -> tuple:
+def process(processor: MammoDinoImageProcessor, image, **settings) -> tuple:
     try:
         inputs = processor(image, **settings)
     except InvalidImageError as refusal:  # without its inversion the breast is darker than the air
@@ -102,11 +102,11 @@ def test_a_setting_counts_survives_and_does_not_stick(name, tmp_path, volume, ma
     image = mammogram if name in ("do_invert_monochrome1", "do_modality_lut", "do_voi_lut") else draw_breast()
     image = volume if name == "slices_per_volume" else image
     plain, changed = MammoDinoImageProcessor(size=SIZE), MammoDinoImageProcessor(**{"size": SIZE, **change})
-    before, expected = image(plain, image), image(changed, image)
+    before, expected = process(plain, image), process(changed, image)
     assert (before == expected) == (name == "default_to_square")  # which only says how one number becomes a size
 
-    assert image(plain, image, **change) == expected
-    assert image(plain, image) == before
+    assert process(plain, image, **change) == expected
+    assert process(plain, image) == before
     changed.save_pretrained(tmp_path)
     for again in (
         AutoImageProcessor.from_pretrained(tmp_path),
@@ -115,7 +115,7 @@ def test_a_setting_counts_survives_and_does_not_stick(name, tmp_path, volume, ma
     ):
         assert json.loads(again.to_json_string()) == json.loads(changed.to_json_string())
         assert np.array_equal(getattr(again, name), getattr(changed, name))
-        assert image(again, image) == expected
+        assert process(again, image) == expected
 
 
 @pytest.mark.parametrize("name", FIXED_SETTINGS)
@@ -125,12 +125,12 @@ def test_a_setting_without_meaning_here_is_refused_by_name(name, breast):
         with pytest.raises(ValueError, match=f"{name}=.*leave it out"):
             refuse(**{name: REFUSED[name]})
     if name in ALLOWED:
-        assert image(processor, breast, **{name: ALLOWED[name]}) == image(processor, breast)
+        assert process(processor, breast, **{name: ALLOWED[name]}) == process(processor, breast)
 
 
 def test_none_leaves_every_setting_as_it_is(breast):
     processor = MammoDinoImageProcessor(size=SIZE, do_clahe=False)
-    assert image(processor, breast, **dict.fromkeys(SETTINGS)) == image(processor, breast)
+    assert process(processor, breast, **dict.fromkeys(SETTINGS)) == process(processor, breast)
 
 
 @pytest.mark.parametrize("tensors, kind", [("np", np.ndarray), ("pt", torch.Tensor), (None, np.ndarray)])

@@ -44,7 +44,7 @@ def test_a_rectangle_lies_where_its_placement_says(tmp_path, canvas, wall, side,
     for name, each in (("plain", plane), ("marked", marked)):
         cv2.imwrite(str(tmp_path / f"{name}.png"), each)
         ((_, rendered),) = processor.render_source(tmp_path / f"{name}.png", canvas)
-        placed = place_on_canvas(rendered, canvas, wall)
+        placed = place_on_canvas(rendered.image, rendered.tissue, processor.render_settings, rendered.placement)
         images.append(placed.image.astype(float))
         assert placed.image.shape == canvas
     added = images[1] - images[0]

@@ -11,8 +11,7 @@ from sklearn.decomposition import PCA
 
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.breast_segmentation import patch_tissue
-from modeling_mammodino.rendering import Rendered, place_on_canvas, standardize
+from modeling_mammodino.rendering import place_on_canvas
 from modeling_mammodino.tools.visualize import draw_sheet
 
 NUM_IMAGES, PAIRS_A_ROW = 6, 3
@@ -25,8 +24,8 @@ def corpus_images(
 ) -> dict[str, torch.Tensor]:
     """What the encoder takes of a few images of a corpus, always the same: the middle slices of volumes spread evenly
     over it. `pixel_values` (n, 1, H, W), `tissue_mask` (n, h, w)."""
-    height, width = image_processor.size["height"], image_processor.size["width"]
-    grid = (height // image_processor.patch_size, width // image_processor.patch_size)
+    settings = image_processor.render_settings
+    height, width = settings.canvas
     pixel_values, tissue_mask = [], []
     for volume in np.unique(np.linspace(0, corpus.num_volumes - 1, count).round().astype(int)):
         rows = corpus.rows_of(int(volume))
@@ -35,9 +34,9 @@ def corpus_images(
         size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         tissue = cv2.resize(cells, size, interpolation=cv2.INTER_LINEAR) >= 0.5
-        canvas = place_on_canvas(Rendered(image, tissue, None), (height, width), image_processor.chest_wall_side)
-        pixel_values.append(standardize(canvas.image, *image_processor.mean_and_std)[None])
-        tissue_mask.append(patch_tissue(canvas.tissue, grid))
+        canvas = place_on_canvas(image, tissue, settings)
+        pixel_values.append(canvas.pixel_values)
+        tissue_mask.append(canvas.tissue_mask)
     return {
         "pixel_values": torch.from_numpy(np.stack(pixel_values)),
         "tissue_mask": torch.from_numpy(np.stack(tissue_mask)),

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews
 from dataset_scripts.corpus.reader import decode_png, encode_png
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
-from modeling_mammodino.breast_segmentation import patch_tissue
 from modeling_mammodino.dicom import frame_order, is_dicom
 from modeling_mammodino.rendering import Placement, place_on_canvas, standardize
 from training.settings import generator
@@ -55,21 +54,19 @@ class LesionImageRenderer:
         self, file: str, frames: Sequence[int] | None = None, slices_per_volume: int = 0
     ) -> Iterator[LesionImage]:
         """Those `frames` of a volume, or so many evenly spaced slices, 0: all. Raises InvalidImageError or OSError."""
-        processor, canvas = self.processor, self.canvas
-        grid = (canvas[0] // processor.patch_size, canvas[1] // processor.patch_size)
+        processor, settings = self.processor, self.processor.render_settings
         order = frame_order(file) if is_dicom(file) else (0,)
         if outside := [frame for frame in frames or () if not 0 <= frame < len(order)]:
             raise InvalidImageError(file, f"has {len(order)} slices, from 0; slice {outside[0]} was asked for")
         wanted = None if frames is None else [order.index(frame) for frame in frames]
         correct = self.views.correction(file) if self.views else None
         for mammogram, rendered in processor.render_source(
-            file, canvas, slices_per_volume=slices_per_volume, correct=correct, slices=wanted
+            file, settings.canvas, slices_per_volume=slices_per_volume, correct=correct, slices=wanted
         ):
-            placed = place_on_canvas(rendered, canvas, processor.chest_wall_side)
+            placed = place_on_canvas(rendered.image, rendered.tissue, settings, rendered.placement)
             frame = order[mammogram.slice_index] if len(order) > 1 else 0
-            tissue = patch_tissue(placed.tissue, grid)
             shape = rendered.small.source_shape
-            yield LesionImage(frame, len(order), placed.image, tissue, placed.placement, shape)
+            yield LesionImage(frame, len(order), placed.image, placed.tissue_mask, placed.placement, shape)
 
     def inputs(self, image: np.ndarray, tissue: np.ndarray) -> np.ndarray:
         """What a detector takes, (2, H, W) float32: the standardized image, and its tissue patch by patch."""
