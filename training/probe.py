@@ -7,19 +7,21 @@ LABELS.csv has the columns `file` (relative to it), `patient` and one per task; 
 """
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from sklearn.model_selection import StratifiedGroupKFold
+from tqdm import tqdm
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.features import embed_files
+from modeling_mammodino.tools.files import write_json
 from training.evaluation.classifiers import logistic_regression, nearest_neighbors
-from training.evaluation.features import mean_features
 from training.evaluation.labels import read_labels
 from training.evaluation.metrics import bootstrap_auc
 
@@ -31,7 +33,7 @@ UNTRAINED = "untrained"
 class Features(NamedTuple):
     """Features of the files of one label table: {model: (n, F)}, in the order of the table's rows."""
 
-    table: pandas.DataFrame
+    table: pd.DataFrame
     by_model: dict[str, np.ndarray]
 
 
@@ -47,13 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap resamples (default 1000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
+    with command_line("probe"):
         results = probe(options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"probe: {error}") from error
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(options.output, results)
     print(format_results(results))
 
 
@@ -90,13 +88,21 @@ def read_features(
     image_processor: MammoDinoImageProcessor,
     slices_per_volume: int,
 ) -> Features:
+    """Features of the files that can be used, the mean over a file's slices: the class token beside the tissue-weighted
+    mean of the patch tokens. Each file is read once for all models; why others are left out is logged."""
     table = read_labels(labels, tasks)
     paths = [labels.parent / file for file in table["file"]]
-    features, refused = mean_features(paths, models, image_processor, slices_per_volume)
-    for reason in refused.values():
-        logger.warning("left out: %s", reason)
-    kept = [path not in refused for path in paths]
-    return Features(table[kept].reset_index(drop=True), features)
+    files = embed_files(paths, list(models.values()), image_processor, pool="both", slices_per_volume=slices_per_volume)
+    rows, kept = [], []
+    for result in tqdm(files, desc="features", unit="file", total=len(paths)):
+        kept.append(result.refused is None)
+        if result.refused is None:
+            rows.append(result.embeddings.mean(axis=0))  # (F,), the models side by side
+        else:
+            logger.warning("left out: %s", result.refused)
+    ends = np.cumsum([2 * model.config.hidden_size for model in models.values()])
+    features = np.split(np.stack(rows), ends[:-1], axis=1)
+    return Features(table[kept].reset_index(drop=True), dict(zip(models, features, strict=True)))
 
 
 def split_patients(features: Features, task: str, test_fraction: float, seed: int) -> tuple[Features, Features]:

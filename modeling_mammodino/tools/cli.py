@@ -3,8 +3,8 @@
 import argparse
 import logging
 import sys
-from importlib import import_module
 
+from .. import __version__
 from .convert import add_command as add_convert
 from .embed import add_command as add_embed
 from .publish import add_command as add_push
@@ -15,14 +15,13 @@ from .visualize import add_inspect_command as add_inspect
 def main(arguments: list[str] | None = None) -> None:
     """Runs one subcommand. Each comes from a module whose `add_command` names the function that runs it."""
     parser = argparse.ArgumentParser(prog="mammodino", description=__doc__)
-    version = import_module(__package__).__version__
-    parser.add_argument("--version", action="version", version=f"mammodino {version}")
+    parser.add_argument("--version", action="version", version=f"mammodino {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add_command in (add_inspect, add_contact_sheet, add_embed, add_convert, add_push):
         add_command(commands)
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")
-    logging.getLogger(__package__).setLevel(logging.INFO)  # of other libraries, warnings only
+    logging.getLogger("modeling_mammodino").setLevel(logging.INFO)  # of other libraries, warnings only
     try:
         options.run(options)
     except (ImportError, OSError, ValueError) as error:  # InvalidImageError is a ValueError

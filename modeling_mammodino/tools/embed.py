@@ -1,5 +1,4 @@
 """The command `mammodino embed`: features of files in a Parquet table. Research use only."""
-# MERGED: Features out: a Parquet file that pandas, datasets and pyarrow open, whole or absent, and a list of refused files.
 
 import csv
 import json
@@ -7,7 +6,6 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from huggingface_hub.utils import tqdm, validate_repo_id
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .. import __version__
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from .convert import load_encoder
 from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
@@ -227,7 +226,7 @@ def provenance(options: Namespace, model: PreTrainedModel, image_processor: Mamm
         "notice": "Research use only: not a medical device.",
         "model": options.model,
         "model_revision": getattr(model.config, "_commit_hash", None) or "",
-        "mammodino_version": import_module(__package__).__version__,
+        "mammodino_version": __version__,
         "image_processor": json.dumps(image_processor.to_dict(), sort_keys=True),
         "pool": options.pool,
         "pool_volumes": json.dumps(options.pool_volumes),

@@ -1,20 +1,27 @@
-"""Features of files in Python: `embed_files`. Research use only.
+"""From files to images to features: reading in worker processes, frozen encoders, and `embed_files` for whole archives.
 
-Worker processes read and render an image at a time, the encoder takes them in batches across files, and each file's
-features come out in its turn: a volume of any length streams through.
+Three steps, each of which can be used alone:
+
+- `stream_images` and `read_files` give what a picklable callable makes of each file, or why the file was refused. For
+  MammoDINO that callable is a `SliceReader`; for other encoders or for detection it is their own renderer.
+- `extract_features` takes images in batches across files and gives one feature an image.
+- `embed_files` does both for a MammoDINO checkpoint, one `FileEmbeddings` a file.
+
+Research use only.
 """
-# MERGED: Files in, images out: what the encoder needs of many files, read and rendered by worker processes.
 
 import inspect
 import os
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedModel
 
@@ -29,62 +36,39 @@ try:
 except ImportError:  # refused by name where an image is rendered
     cv2 = None  # type: ignore[assignment]
 
-
-class RenderedImage(NamedTuple):
-    """One image ready for the encoder, and its place."""
-
-    file: int  # its number in the stream
-    volume_id: str | None  # where the file is one slice of a volume: equal for its files, meaningless elsewhere
-    slice_index: int
-    num_slices: int  # of the file
-    pixel_values: np.ndarray  # (1, H, W) float32
-    tissue_mask: np.ndarray  # (h, w) float32
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+Inputs = Mapping[str, np.ndarray]  # of a model's forward, for one image
+POOLS = ("class", "patches", "both")
+PREFETCHED_IMAGES = 8
 
 
 class FileEnd(NamedTuple):
     """Follows the last image of a file, or stands where its images break off."""
 
-    file: int
-    refused: str | None = None  # the reason
+    file: int  # its position in the list of files
+    refused: str | None = None  # the reason, one line
 
 
-class ImageStream(IterableDataset):
-    """The images of many files. In a `DataLoader` each worker takes its share of the files."""
+class FileImages(IterableDataset):
+    """The images of many files: (position of the file, image), and behind each file's images its `FileEnd`.
 
-    def __init__(self, paths: Sequence[Path], image_processor: MammoDinoImageProcessor, slices_per_volume: int):
-        self.paths, self.image_processor, self.slices_per_volume = paths, image_processor, slices_per_volume
-        self.hash_key = secrets.token_bytes(32)
+    `read` gives the images of one file, and raises InvalidImageError or OSError for one that cannot be used. A file may
+    be a path or whatever else `read` takes. In a DataLoader each worker takes its share of the files.
+    """
 
-    def __iter__(self) -> Iterator[RenderedImage | FileEnd]:
+    def __init__(self, files: Sequence[Any], read: Callable[[Any], Iterable[Any]]):
+        self.files, self.read = files, read
+
+    def __iter__(self) -> Iterator[tuple[int, Any] | FileEnd]:
         worker = get_worker_info()
-        for file in share(len(self.paths), *((worker.id, worker.num_workers) if worker else (0, 1))):
+        for position in share(len(self.files), *((worker.id, worker.num_workers) if worker else (0, 1))):
             try:
-                yield from self.read(file)
-                yield FileEnd(file)
+                for image in self.read(self.files[position]):
+                    yield position, image
+                yield FileEnd(position)
             except (InvalidImageError, OSError) as refusal:
-                yield FileEnd(file, " ".join(str(refusal).split()))
-
-    def read(self, file: int, chosen: Sequence[int] | None = None) -> Iterator[RenderedImage]:
-        """The images of one file, bit for bit as `image_processor(path)` makes them; `chosen` names slices."""
-        settings = self.image_processor.render_settings
-        slices = self.image_processor.render_source(
-            self.paths[file],
-            settings.canvas,
-            hash_key=self.hash_key,
-            slices_per_volume=self.slices_per_volume,
-            slices=chosen,
-        )
-        for mammogram, rendered in slices:
-            placed = place_on_canvas(rendered.image, rendered.tissue, settings, rendered.placement)
-            is_one_of_many = mammogram.kind == "dbt" and mammogram.num_slices == 1
-            yield RenderedImage(
-                file,
-                mammogram.volume_id if is_one_of_many else None,
-                mammogram.slice_index,
-                mammogram.num_slices,
-                placed.pixel_values,
-                placed.tissue_mask,
-            )
+                yield FileEnd(position, " ".join(str(refusal).split()))
 
 
 def share(num_files: int, worker: int, num_workers: int) -> Iterator[int]:
@@ -96,22 +80,39 @@ def share(num_files: int, worker: int, num_workers: int) -> Iterator[int]:
             yield file
 
 
-def open_stream(stream: ImageStream, num_workers: int, num_ahead: int) -> Iterable[RenderedImage | FileEnd]:
-    """The stream's items, from `num_workers` processes that read about `num_ahead` images ahead; 0: from this one.
+def stream_images(
+    files: Sequence[Any],
+    read: Callable[[Any], Iterable[Any]],
+    num_workers: int = 0,
+    num_ahead: int = PREFETCHED_IMAGES,
+) -> Iterable[tuple[int, Any] | FileEnd]:
+    """Return the items of `FileImages`, from `num_workers` processes that read about `num_ahead` images ahead; 0: from
+    this process.
 
-    Images of a file come in order, and its end behind them; the files of several workers alternate, one item each.
+    Images of a file come in order, and its end behind them; the files of several workers alternate, one item each. A
+    volume of any length streams through. Workers are spawned, so `files` and `read` are pickled.
     """
+    images = FileImages(files, read)
+    num_workers = min(num_workers, len(files))
     if num_workers == 0:
-        return stream
+        return images
     return DataLoader(
-        stream,
+        images,
         batch_size=None,  # items one by one: batches are made across workers
         collate_fn=_unchanged,  # arrays travel through pipes; tensors would need /dev/shm, which containers keep small
-        num_workers=num_workers,
         prefetch_factor=max(2, -(-num_ahead // num_workers)),
-        multiprocessing_context="spawn",  # a fork of a process in which OpenCV or torch has run threads can hang
-        worker_init_fn=_use_one_thread,
+        **worker_options(num_workers),
     )
+
+
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """Return a DataLoader's options for workers that use OpenCV, one thread each.
+
+    They are spawned: a fork of a process in which OpenCV or torch has run threads can hang.
+    """
+    if not num_workers:
+        return {"num_workers": 0}
+    return {"num_workers": num_workers, "multiprocessing_context": "spawn", "worker_init_fn": _use_one_thread}
 
 
 def _unchanged(item: Any) -> Any:
@@ -123,9 +124,168 @@ def _use_one_thread(worker: int) -> None:
         cv2.setNumThreads(1)
 
 
+def read_files(
+    files: Sequence[Any],
+    read: Callable[[Any], Iterable[Any]],
+    num_workers: int = 0,
+    num_ahead: int = PREFETCHED_IMAGES,
+) -> Iterator[list[Any] | str]:
+    """Yield for each file, in order, the list of its images, or the reason why it was refused; see `stream_images`.
+
+    A file counts whole or not at all. Images of later files that other workers have read are held meanwhile.
+    """
+    for images, refused in _in_order(stream_images(files, read, num_workers, num_ahead)):
+        yield images if refused is None else refused
+
+
+def _in_order(items: Iterable[tuple[int, Item] | FileEnd]) -> Iterator[tuple[list[Item], str | None]]:
+    """Yield what belongs to each file, and why it was refused, in the order of the files."""
+    of_files: dict[int, list[Item]] = defaultdict(list)  # of those that are not out yet
+    ends: dict[int, FileEnd] = {}
+    turn = 0
+    for item in items:
+        if isinstance(item, FileEnd):
+            ends[item.file] = item
+        else:
+            of_files[item[0]].append(item[1])
+        while turn in ends:
+            yield of_files.pop(turn, []), ends.pop(turn).refused
+            turn += 1
+
+
+class RenderedSlice(NamedTuple):
+    """One image ready for the encoder, and its place."""
+
+    volume_id: str | None  # where the file is one slice of a volume: equal for its files, meaningless elsewhere
+    slice_index: int
+    num_slices: int  # of the file
+    pixel_values: np.ndarray  # (1, H, W) float32
+    tissue_mask: np.ndarray  # (h, w) float32
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"pixel_values": self.pixel_values, "tissue_mask": self.tissue_mask}
+
+
+@dataclass(frozen=True)
+class SliceReader:
+    """Files to images, bit for bit as `image_processor(file)` makes them; picklable, for `FileImages`.
+
+    Attributes:
+        slices_per_volume: evenly spaced slices of a multi-frame file; 0 takes all.
+        hash_key: of `volume_id`.
+    """
+
+    image_processor: MammoDinoImageProcessor
+    slices_per_volume: int = 0
+    hash_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+
+    def __call__(self, file: str | Path, slices: Sequence[int] | None = None) -> Iterator[RenderedSlice]:
+        """Yield the images of one file; `slices` names those wanted, counted in order of position.
+
+        Raises InvalidImageError or OSError, naming the file.
+        """
+        settings = self.image_processor.render_settings
+        for mammogram, rendered in self.image_processor.render_source(
+            file,
+            settings.canvas,
+            hash_key=self.hash_key,
+            slices_per_volume=self.slices_per_volume,
+            slices=slices,
+        ):
+            placed = place_on_canvas(rendered.image, rendered.tissue, settings, rendered.placement)
+            is_one_of_many = mammogram.kind == "dbt" and mammogram.num_slices == 1
+            yield RenderedSlice(
+                mammogram.volume_id if is_one_of_many else None,
+                mammogram.slice_index,
+                mammogram.num_slices,
+                placed.pixel_values,
+                placed.tissue_mask,
+            )
+
+
+def extract_features(
+    models: nn.Module | Sequence[nn.Module],
+    images: Iterable[tuple[Key, Inputs] | FileEnd],
+    *,
+    pool: str | None = "both",
+    batch_size: int = 8,
+    bf16: bool = False,
+) -> Iterator[tuple[Key, np.ndarray] | FileEnd]:
+    """Yield (key, feature) of each image in order, the feature (F,) float32; a `FileEnd` among the images comes through
+    behind the images before it.
+
+    Args:
+        models: an encoder in eval mode, or several whose features stand side by side. They say device and dtype.
+        images: each with any key, and the arguments of the model's forward without the batch dimension: pixel_values
+            (C, H, W) float32, and for MammoDINO tissue_mask (h, w) float32, without which background is encoded, too.
+            A further entry `weights` (h, w) float32 pools in place of the tissue mask, and is not given to the model.
+        pool: of MammoDINO's tokens, "class", the class token, F = D; "patches", the mean of the patch tokens weighted
+            by breast tissue, F = D; "both", one beside the other, F = 2 * D; "all", and beside these the maximum of
+            the patch tokens with a weight above 0, F = 3 * D. None: the model's own output is the feature, (B, F).
+        batch_size: images that a model takes at a time, of whichever files; the last batch is what is left.
+        bf16: autocast to bfloat16.
+    """
+    models = [models] if isinstance(models, nn.Module) else list(models)
+    batch: list[tuple[Key, Inputs]] = []
+    ends: list[FileEnd] = []
+    for item in images:
+        if isinstance(item, FileEnd):
+            if not batch:
+                yield item
+            else:
+                ends.append(item)
+            continue
+        batch.append(item)
+        if len(batch) == batch_size:
+            yield from _encode_batch(models, batch, pool, bf16)
+            yield from ends
+            batch, ends = [], []
+    if batch:
+        yield from _encode_batch(models, batch, pool, bf16)
+    yield from ends
+
+
+@torch.inference_mode()
+def _encode_batch(
+    models: Sequence[nn.Module], batch: Sequence[tuple[Key, Inputs]], pool: str | None, bf16: bool
+) -> list[tuple[Key, np.ndarray]]:
+    inputs = {name: torch.from_numpy(np.stack([each[name] for _, each in batch])) for name in batch[0][1]}
+    features = []
+    for model in models:
+        parameter = next(model.parameters())
+        device, given = parameter.device, {name: value.to(parameter.device) for name, value in inputs.items()}
+        given["pixel_values"] = given["pixel_values"].to(parameter.dtype)
+        weights = given.pop("weights", None)  # (B, h, w)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = model(**given)
+        if pool is not None:
+            output = _pool(output.last_hidden_state.float(), model.config, given.get("tissue_mask"), weights, pool)
+        features.append(output.float().cpu())
+    return list(zip((key for key, _ in batch), torch.cat(features, dim=1).numpy(), strict=True))
+
+
+def _pool(
+    tokens: torch.Tensor, config: Any, tissue: torch.Tensor | None, weights: torch.Tensor | None, pool: str
+) -> torch.Tensor:
+    """(B, 1 + R + N, D) -> (B, F); see `extract_features`."""
+    registers, width, threshold = config.num_register_tokens, config.hidden_size, config.tissue_threshold
+    if weights is None:
+        weights = tissue
+    else:
+        threshold = 0.0
+    pooled = pool_tokens(tokens, registers, weights, threshold)  # (B, 2 * D)
+    if pool == "all":
+        patches = tokens[:, 1 + registers :]  # (B, N, D)
+        if weights is not None:
+            patches = patches.masked_fill(weights.flatten(1)[:, :, None] <= threshold, -torch.inf)
+        return torch.cat((pooled, patches.amax(dim=1)), dim=1)
+    return {"class": pooled[:, :width], "patches": pooled[:, width:], "both": pooled}[pool]
+
+
 def find_files(sources: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
-    """Every file that may be an image, by an image's or DICOM's suffix or by its content, sorted; and how many others
-    were ignored, by suffix. A file named as a source is always taken; linked folders are not entered.
+    """Return every file that may be an image, by an image's or DICOM's suffix or by its content, sorted; and how many
+    others were ignored, by suffix. A file named as a source is always taken; linked folders are not entered.
 
     Raises OSError where a source or a folder in it cannot be read.
     """
@@ -150,9 +310,6 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-POOLS = ("class", "patches", "both")
-
-
 class FileEmbeddings(NamedTuple):
     """Features of one file, S rows; or why it was refused, and none. A pooled volume has one row, its slice None."""
 
@@ -175,15 +332,14 @@ def embed_files(
     slices_per_volume: int | None = None,
     num_workers: int = 0,
 ) -> Iterator[FileEmbeddings]:
-    """Features of DICOM, PNG, JPEG, PGM and TIFF files, a `FileEmbeddings` each, in the order of `paths`.
+    """Return the features of DICOM, PNG, JPEG, PGM and TIFF files, a `FileEmbeddings` each, in the order of `paths`.
 
     A file that cannot be used comes in its turn too, with the reason in `refused` and without rows: also where only a
     later slice is broken, so that a file counts whole or not at all.
 
     Args:
         model: a MammoDINO encoder, or several whose features stand side by side; each file is read once for all.
-        pool: "class", the class token, F = D; "patches", the mean of the patch tokens weighted by breast tissue, F = D;
-            "both", one beside the other, F = 2 * D.
+        pool: "class", "patches" or "both"; see `extract_features`.
         batch_size: images that an encoder takes at a time, of whichever files.
         slices_per_volume: evenly spaced slices of a multi-frame file; 0 takes all, None what `image_processor` says.
         num_workers: processes that read and render; 0 does it in this one. They are spawned: a script that asks for
@@ -199,15 +355,16 @@ def embed_files(
     count = image_processor.slices_per_volume if slices_per_volume is None else slices_per_volume
     if count < 0:
         raise ValueError(f"slices_per_volume={count}: must be at least 0, which takes all slices")
-    models = [model] if isinstance(model, torch.nn.Module) else list(model)
+    models = [model] if isinstance(model, nn.Module) else list(model)
     for each in models:
         check_fit(each, image_processor)
-    stream = ImageStream([Path(path) for path in paths], image_processor, count)
-    return _embed_stream(stream, models, pool, batch_size, min(num_workers, len(stream.paths)))
+    files = [Path(path) for path in paths]
+    images = stream_images(files, SliceReader(image_processor, count), num_workers, num_ahead=batch_size)
+    return _embed(files, images, models, pool, batch_size)
 
 
 def check_fit(model: PreTrainedModel, image_processor: MammoDinoImageProcessor) -> None:
-    """Raises ValueError where the encoder cannot take what the image processor returns."""
+    """Raise ValueError where the encoder cannot take what the image processor returns."""
     if "tissue_mask" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{type(model).__name__} takes no tissue_mask; give a MammoDINO encoder")
     if model.training:
@@ -223,75 +380,41 @@ def check_fit(model: PreTrainedModel, image_processor: MammoDinoImageProcessor) 
         )
 
 
-def _embed_stream(
-    stream: ImageStream, models: list[PreTrainedModel], pool: str, batch_size: int, num_workers: int
+def _embed(
+    files: Sequence[Path],
+    images: Iterable[tuple[int, RenderedSlice] | FileEnd],
+    models: Sequence[PreTrainedModel],
+    pool: str,
+    batch_size: int,
 ) -> Iterator[FileEmbeddings]:
-    rows: dict[int, list[tuple[RenderedImage, np.ndarray]]] = defaultdict(list)  # of files that are not out yet
-    ends: dict[int, FileEnd] = {}
-    first_paths: dict[str, str] = {}
-    turn = 0
-    for images, ended in _batches(open_stream(stream, num_workers, num_ahead=batch_size), batch_size):
-        for image, features in zip(images, encode(models, images, pool) if images else (), strict=True):
-            rows[image.file].append((image._replace(pixel_values=np.empty(0)), features))  # pixels are let go
-        ends.update((end.file, end) for end in ended)
-        while turn in ends:
-            # a name that is not UTF-8 is escaped: no table holds it otherwise
-            path = str(stream.paths[turn]).encode("utf-8", "backslashreplace").decode()
-            yield _gather(path, rows.pop(turn, []), ends.pop(turn).refused, first_paths)
-            turn += 1
-
-
-def _batches(
-    items: Iterable[RenderedImage | FileEnd], batch_size: int
-) -> Iterator[tuple[list[RenderedImage], list[FileEnd]]]:
-    """Batches of `batch_size` images, the last of what is left, each with the ends of files that it reached."""
-    images: list[RenderedImage] = []
-    ended: list[FileEnd] = []
-    for item in items:
-        if isinstance(item, FileEnd):
-            ended.append(item)
-            continue
-        images.append(item)
-        if len(images) == batch_size:
-            yield images, ended
-            images, ended = [], []
-    yield images, ended
-
-
-@torch.inference_mode()
-def encode(models: Sequence[PreTrainedModel], images: Sequence[RenderedImage], pool: str) -> np.ndarray:
-    """(B, F) float32: the pooled tokens of each image, the models side by side."""
-    pixel_values = torch.from_numpy(np.stack([each.pixel_values for each in images]))  # (B, 1, H, W)
-    tissue_mask = torch.from_numpy(np.stack([each.tissue_mask for each in images]))  # (B, h, w)
-    features = []
-    for model in models:
-        tissue, width = tissue_mask.to(model.device), model.config.hidden_size
-        sequence = model(pixel_values.to(model.device, model.dtype), tissue_mask=tissue).last_hidden_state
-        registers, threshold = model.config.num_register_tokens, model.config.tissue_threshold
-        pooled = pool_tokens(sequence.float(), registers, tissue, threshold)  # (B, 2 * D)
-        features.append({"class": pooled[:, :width], "patches": pooled[:, width:], "both": pooled}[pool].cpu())
-    return torch.cat(features, dim=1).numpy()
-
-
-def _gather(
-    path: str, rows: list[tuple[RenderedImage, np.ndarray]], refused: str | None, first_paths: dict[str, str]
-) -> FileEmbeddings:
-    if refused is not None:
-        return FileEmbeddings(path, refused)
-    images = [image for image, _ in rows]
-    series = images[0].volume_id
-    return FileEmbeddings(
-        path,
-        volume=path if series is None else first_paths.setdefault(series, path),
-        slices=[image.slice_index for image in images],
-        num_slices=images[0].num_slices,
-        embeddings=np.stack([features for _, features in rows]),
-        tissue_fraction=np.array([image.tissue_mask.mean() for image in images], np.float32),
+    # the key holds no pixels, so that they are let go
+    keyed = (
+        item if isinstance(item, FileEnd) else ((item[0], item[1]._replace(pixel_values=np.empty(0))), item[1].inputs)
+        for item in images
     )
+    features = extract_features(models, keyed, pool=pool, batch_size=batch_size)
+    by_file = (item if isinstance(item, FileEnd) else (item[0][0], (item[0][1], item[1])) for item in features)
+    first_paths: dict[str, str] = {}  # of volumes
+    for file, (rows, refused) in zip(files, _in_order(by_file), strict=True):
+        # a name that is not UTF-8 is escaped: no table holds it otherwise
+        path = str(file).encode("utf-8", "backslashreplace").decode()
+        if refused is not None:
+            yield FileEmbeddings(path, refused)
+            continue
+        slices = [each for each, _ in rows]
+        series = slices[0].volume_id
+        yield FileEmbeddings(
+            path,
+            volume=path if series is None else first_paths.setdefault(series, path),
+            slices=[each.slice_index for each in slices],
+            num_slices=slices[0].num_slices,
+            embeddings=np.stack([feature for _, feature in rows]),
+            tissue_fraction=np.array([each.tissue_mask.mean() for each in slices], np.float32),
+        )
 
 
 def pool_volumes(results: Iterable[FileEmbeddings]) -> Iterator[FileEmbeddings]:
-    """One row a volume, the mean over its slices, in the order of their first files; refused files come first.
+    """Yield one row a volume, the mean over its slices, in the order of their first files; refused files come first.
 
     A volume that is stored as one file a slice may go on in any later file, so nothing comes out before all are read:
     one row a volume is held until then.

@@ -45,6 +45,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = {"IHDR", "PLTE", "IDAT", "IEND", "tRNS", "gAMA", "cHRM", "sRGB", "sBIT", "pHYs", "bKGD", "hIST"}
 JPEG_SEGMENTS = {"APP0", "APP14"}  # JFIF's density and Adobe's color transform; EXIF, XMP, ICC, IPTC are others
 SVG = "{http://www.w3.org/2000/svg}"
+PACKAGE = MammoDinoPreTrainedModel.__module__.rpartition(".")[0]
 SVG_ELEMENTS = {
     "svg", "g", "defs", "style", "path", "use", "rect", "circle", "ellipse", "line", "polyline", "polygon", "text",
     "tspan", "clipPath", "mask", "pattern", "marker", "linearGradient", "radialGradient", "stop", "symbol",
@@ -290,7 +291,7 @@ def architecture(config: dict[str, Any]) -> type[PreTrainedModel] | None:
     while classes:
         each = classes.pop()
         found[each.__name__] = each
-        classes += [child for child in each.__subclasses__() if child.__module__.startswith(f"{__package__}.")]
+        classes += [child for child in each.__subclasses__() if child.__module__.startswith(f"{PACKAGE}.")]
     names = config.get("architectures")
     return found.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
 

@@ -33,12 +33,14 @@ from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.features import (
     FileEmbeddings,
     FileEnd,
-    Image,
-    ImageStream,
+    SliceReader,
     embed_files,
+    extract_features,
     find_files,
     pool_volumes,
+    read_files,
     share,
+    stream_images,
 )
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
@@ -131,6 +133,48 @@ def test_workers_and_batches_change_nothing_but_speed(archive, model, processor)
         np.testing.assert_array_equal(a.tissue_fraction, b.tissue_fraction)
 
 
+def test_files_are_read_whole_and_in_order_whatever_the_workers(archive, processor):
+    files, _ = find_files([archive])
+    alone, shared = (list(read_files(files, SliceReader(processor, 2), num_workers)) for num_workers in (0, 2))
+    assert [file.name for file, each in zip(files, alone, strict=True) if isinstance(each, str)] == list(BAD)
+    for a, b in zip(alone, shared, strict=True):
+        assert a == b if isinstance(a, str) else len(a) == len(b)
+        for one, other in zip(*((a, b) if isinstance(a, list) else ((), ())), strict=True):
+            np.testing.assert_array_equal(one.pixel_values, other.pixel_values)
+
+
+def test_weights_pool_in_place_of_tissue_and_a_model_may_pool_itself(archive, model, processor):
+    (images,) = read_files([archive / "b.dcm"], SliceReader(processor))
+    weights = [np.eye(*image.tissue_mask.shape, dtype=np.float32) for image in images]
+    keyed = [
+        (number, {**image.inputs, "weights": each})
+        for number, (image, each) in enumerate(zip(images, weights, strict=True))
+    ]
+    found = list(extract_features(model, keyed, pool="all", batch_size=4))
+    assert [number for number, _ in found] == list(range(len(images)))
+    inputs = {name: torch.from_numpy(np.stack([image.inputs[name] for image in images])) for name in images[0].inputs}
+    with torch.inference_mode():
+        tokens = model(**inputs).last_hidden_state
+    expected = pool_tokens(tokens, model.config.num_register_tokens, torch.from_numpy(np.stack(weights)))
+    features = np.stack([feature for _, feature in found])
+    np.testing.assert_allclose(features[:, :48], expected, atol=1e-6)
+    patches = tokens[:, 1 + model.config.num_register_tokens :]
+    diagonal = torch.from_numpy(weights[0].ravel() > 0)
+    np.testing.assert_allclose(features[:, 48:], patches[:, diagonal].amax(dim=1), atol=1e-6)
+
+    class ClassToken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = model
+
+        def forward(self, pixel_values, tissue_mask=None):
+            return self.encoder(pixel_values, tissue_mask=tissue_mask).last_hidden_state[:, 0]
+
+    plain = [(number, image.inputs) for number, image in enumerate(images)]
+    own = [feature for _, feature in extract_features(ClassToken(), plain, pool=None)]
+    np.testing.assert_array_equal(own, [feature for _, feature in extract_features(model, plain, pool="class")])
+
+
 @pytest.mark.parametrize("num_files, num_workers", [(1, 1), (7, 3), (12, 4), (3, 8)])
 def test_workers_share_every_file_once(num_files, num_workers):
     shares = [list(share(num_files, worker, num_workers)) for worker in range(num_workers)]
@@ -150,10 +194,10 @@ def test_the_stream_is_the_image_processor_bit_for_bit(archive, settings):
     processor = MammoDinoImageProcessor(size={"height": 96, "width": 128}, patch_size=16, **settings)
     for name in GOOD:
         for count in (0, 1, 4):
-            stream = ImageStream([archive / name], processor, count)
-            *images, end = stream
+            *items, end = stream_images([archive / name], SliceReader(processor, count))
+            images = [image for _, image in items]
             expected = processor(archive / name, slices_per_volume=count, return_tensors="np")
-            assert end == FileEnd(0)
+            assert end == FileEnd(0) and {position for position, _ in items} == {0}
             np.testing.assert_array_equal([each.pixel_values for each in images], expected["pixel_values"])
             np.testing.assert_array_equal([each.tissue_mask for each in images], expected["tissue_mask"])
 
@@ -258,8 +302,8 @@ def test_a_volume_streams_and_counts_whole_or_not_at_all(volume, archive, model,
     frames[frame_order(volume)[broken]] = b"\xff" * 64
     image.PixelData = encapsulate(frames)
     image.save_as(tmp_path / "damaged.dcm")
-    items = list(ImageStream([tmp_path / "damaged.dcm"], processor, 0))
-    assert [type(each) for each in items] == [Image] * broken + [FileEnd]
+    items = list(stream_images([tmp_path / "damaged.dcm"], SliceReader(processor)))
+    assert [type(each) for each in items] == [tuple] * broken + [FileEnd]
     damaged, good = embed_files([tmp_path / "damaged.dcm", archive / "a.jpg"], model, processor, batch_size=1)
     assert "damaged.dcm" in damaged.refused and damaged.slices == [] and len(damaged.embeddings) == 0
     assert good.refused is None and good.slices == [0]

@@ -1,15 +1,13 @@
 """k-NN on a labeled set while pretraining runs: whether features become useful, long before the losses say so."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.features import FileEnd, ImageStream, RenderedImage, encode
+from modeling_mammodino.tools.features import RenderedSlice, SliceReader, extract_features, read_files
 from training.evaluation.classifiers import nearest_neighbors
 from training.evaluation.labels import read_labels
 from training.evaluation.metrics import auc
@@ -44,24 +42,25 @@ class KnnProbe:
             )
         folds = StratifiedGroupKFold(min(MAX_FOLDS, *num_patients), shuffle=True, random_state=0)
         self.folds = list(folds.split(self.y, self.y, self.patients))
-        stream = ImageStream(paths, image_processor, slices_per_volume=1)
+        self.paths, self.reader = paths, SliceReader(image_processor, slices_per_volume=1)
         fits = 4 * len(paths) * image_processor.size["height"] * image_processor.size["width"] <= MAX_CACHE_BYTES
-        self.images: Iterable[RenderedImage | FileEnd] = list(self._usable(stream)) if fits else stream
+        self.images = list(self._images()) if fits else None
         if not fits:  # all are read once, so that a bad file is refused now
-            deque(self._usable(stream), maxlen=0)
+            for _ in self._images():
+                pass
 
     def auc(self, encoder: MammoDinoModel) -> float:
-        """AUC over all files, each predicted from other patients' files (of several classes the macro average)."""
-        images, features = self._usable(self.images), []
-        while batch := list(islice(images, BATCH_SIZE)):
-            features.append(encode([encoder], batch, pool="both"))
+        """Return the AUC over all files, each predicted from other patients' files (of several classes the macro
+        average)."""
+        images = self._images() if self.images is None else self.images
+        keyed = ((None, image.inputs) for image in images)
+        features = np.stack([row for _, row in extract_features(encoder, keyed, pool="both", batch_size=BATCH_SIZE)])
         classifier = nearest_neighbors(min(len(learn) for learn, _ in self.folds))
-        return auc(self.y, cross_val_predict(classifier, np.concatenate(features), self.y, cv=self.folds,
-                                             method="predict_proba"))  # fmt: skip
+        probabilities = cross_val_predict(classifier, features, self.y, cv=self.folds, method="predict_proba")
+        return auc(self.y, probabilities)
 
-    def _usable(self, items: Iterable[RenderedImage | FileEnd]) -> Iterator[RenderedImage]:
-        for item in items:
-            if isinstance(item, RenderedImage):
-                yield item
-            elif item.refused is not None:
-                raise ValueError(f"knn_labels={self.labels}: {item.refused}; take that row out")
+    def _images(self) -> Iterator[RenderedSlice]:
+        for images in read_files(self.paths, self.reader):
+            if isinstance(images, str):
+                raise ValueError(f"knn_labels={self.labels}: {images}; take that row out")
+            yield from images

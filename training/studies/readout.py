@@ -30,7 +30,7 @@ from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.image_io import InvalidImageError
 from modeling_mammodino.modeling_mammodino import pool_tokens
 from modeling_mammodino.rendering import standardize
-from modeling_mammodino.tools.features import FileEnd, ImageStream, RenderedImage
+from modeling_mammodino.tools.features import SliceReader, read_files
 from training.evaluation.classifiers import logistic_regression, nearest_neighbors
 from training.evaluation.detection.data import LesionImage, LesionImageRenderer
 from training.evaluation.labels import read_labels
@@ -53,11 +53,14 @@ def whole_slices(paths: Sequence[Path], image_processor: MammoDinoImageProcessor
 
     Raises ValueError for a file that cannot be used: scores of other files are others.
     """
-    items = list(ImageStream(paths, image_processor, slices))
-    if refused := [item.refused for item in items if isinstance(item, FileEnd) and item.refused]:
+    files = list(read_files(paths, SliceReader(image_processor, slices)))
+    if refused := [reason for reason in files if isinstance(reason, str)]:
         raise ValueError(f"{len(refused)} of {len(paths)} files cannot be used: {refused[0]}")
-    images = (item for item in items if isinstance(item, RenderedImage))
-    return [Example(each.file, each.pixel_values, each.tissue_mask, each.tissue_mask) for each in images]
+    return [
+        Example(row, each.pixel_values, each.tissue_mask, each.tissue_mask)
+        for row, images in enumerate(files)
+        for each in images
+    ]
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.tools.features import ImageStream
+from modeling_mammodino.tools.features import SliceReader
 
 from .checkpoint_files import find_beside
 
@@ -46,8 +46,8 @@ class MammoDinoImages:
         self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
     ) -> Iterator[dict[str, np.ndarray]]:
         """Each `pixel_values` (1, H, W) float32 with `tissue_mask` (h, w) float32; see `Backbone.images`."""
-        for image in ImageStream([Path(file)], self.image_processor, slices_per_volume).read(0, slices):
-            yield {"pixel_values": image.pixel_values, "tissue_mask": image.tissue_mask}
+        for image in SliceReader(self.image_processor, slices_per_volume)(file, slices):
+            yield image.inputs
 
     def settings(self) -> dict[str, Any]:
         return {"image_processor": self.image_processor.to_dict()}
