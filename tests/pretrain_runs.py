@@ -1,12 +1,16 @@
-"""Tiny pretraining runs: their options, recipe, log and weights."""
+"""Tiny pretraining runs: their options, recipe, batches, log and weights."""
 
 import json
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from dataset_scripts.corpus.reader import Corpus
+from training import pretrain
 from training.pretraining.recipe import Recipe, load_recipe
+from training.pretraining.views.sample import PretrainingViews, collate
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -22,8 +26,31 @@ SEPARATE = ["--separate_ibot_head", "true", "--ibot_num_prototypes", "24", "--ib
             "--ibot_head_bottleneck_size", "12"]  # fmt: skip
 
 
-def recipe(corpus: Path, output: Path, *arguments: str) -> Recipe:
+def recipe(corpus: Path | str = "c", output: Path | str = "o", *arguments: str) -> Recipe:
     return load_recipe(["demo", "--corpus", str(corpus), "--output_dir", str(output), *TINY, *arguments])
+
+
+def tiny(*arguments: str) -> Recipe:
+    """A recipe of no place."""
+    return recipe("c", "o", *arguments)
+
+
+def tiny_batch(corpus: Path, *arguments: str) -> dict[str, torch.Tensor]:
+    """The first eight samples of a corpus."""
+    views = PretrainingViews(Corpus(corpus), tiny(*arguments).views, 16, seed=0, global_batch_size=8)
+    return collate([views[index] for index in range(8)])
+
+
+def train(chosen: Recipe) -> Path:
+    """Train as a process of its own would: Accelerate keeps one state a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return pretrain.train(chosen)
+
+
+def main(arguments: list[str]) -> None:
+    """The command, as a process of its own would run it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain.main(arguments)
 
 
 def log(output: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The model card of an exported encoder, and its results: refreshed as often as it is evaluated anew.
+"""Put results into the model card of an exported encoder, in place of earlier ones.
 
     python -m training.card ENCODER_FOLDER --results PROBE.json --dataset NAME
 
@@ -9,14 +9,16 @@ are called that, by the name `phantom`.
 import argparse
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from training.pretraining.model_card import PHANTOM
+from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.files import atomic_file
+from training.evaluation.reports import format_interval, markdown_table
+from training.pretraining.export import PHANTOM
 
 from .probe import UNTRAINED
 
@@ -32,15 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True, help="public name of the labeled data, `phantom` if simulated")
     parser.add_argument("--model", help="the encoder's name in the results (default: found by its folder)")
     options = parser.parse_args(arguments)
-    try:
+    with command_line("card"):
         add_results(options.folder, options.results, options.dataset, options.model)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"card: {error}") from error
-    print(options.folder / "README.md")
+        print(options.folder / "README.md")
 
 
 def add_results(folder: Path, results_file: Path, dataset: str, model: str | None = None) -> None:
-    """Writes the results of one probe into the card of `folder`, in place of earlier ones; whole or not at all.
+    """Write the results of one probe into the card of `folder`, in place of earlier ones, atomically.
 
     model: the encoder's name in the results; where None, the one that was evaluated from this folder.
     Raises ValueError or OSError naming the file and the remedy.
@@ -62,13 +62,12 @@ def add_results(folder: Path, results_file: Path, dataset: str, model: str | Non
     card.data.model_name, card.data.eval_results = "MammoDINO encoder", evaluations or None
     if not evaluations:
         del card.data.model_name
-    temporary = card_file.with_name(f".{card_file.name}.tmp")
-    card.save(temporary)
-    os.replace(temporary, card_file)
+    with atomic_file(card_file) as temporary:
+        card.save(temporary)
 
 
 def name_of(folder: Path, results: dict[str, Any]) -> str:
-    """Under which name the encoder in `folder` was evaluated."""
+    """Return the name under which the encoder in `folder` was evaluated."""
     found = [name for name, evaluated in results["models"].items() if Path(evaluated).resolve() == folder.resolve()]
     if len(found) != 1:
         evaluated = ", ".join(f"{name} ({path})" for name, path in results["models"].items())
@@ -79,7 +78,8 @@ def name_of(folder: Path, results: dict[str, Any]) -> str:
 
 
 def results_section(results: dict[str, Any], model: str, dataset: str) -> str:
-    """The AUCs as text and a table: this encoder, the untrained one, the others, and the gain over the untrained."""
+    """Return the AUCs as text and a table: this encoder, the untrained one, the others, and the gain over the
+    untrained."""
     is_phantom = PHANTOM in dataset.lower()
     others = [name for name in results["models"] if name != model]
     lines = ["**Phantom results: simulated breasts, which say nothing about patients.**", ""] if is_phantom else []
@@ -89,28 +89,27 @@ def results_section(results: dict[str, Any], model: str, dataset: str) -> str:
         f"{results['seed']}. *Untrained*: the same architecture with random weights.",
         "",
     ]
-    header = ["task", "head", "learned on", "tested on", "this encoder", "untrained", *others, "over untrained"]
-    rows = [header, ["---"] * len(header)]
+    columns = ["task", "head", "learned on", "tested on", "this encoder", "untrained", *others, "over untrained"]
+    rows = []
     for task, result in results["tasks"].items():
         tested = f"{result['test_images']} files, {result['test_patients']} patients"
         for head, head_name in HEADS.items():
             auc, difference = result[head]["auc"], result[head]["difference"]
             scores = [interval_text(auc[name]) for name in (model, UNTRAINED, *others)]
-            gain = interval_text(difference[f"{model} - {UNTRAINED}"], sign="+")
+            gain = interval_text(difference[f"{model} - {UNTRAINED}"], signed=True)
             rows.append([task, head_name, f"{result['learning_images']} files", tested, *scores, gain])
     if any(UNDEFINED in row for row in rows):
         lines[-1:] = ["", f"*{UNDEFINED}*: the held-out patients lack one of the classes.", ""]
-    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)])
+    return "\n".join([*lines, *markdown_table(columns, rows)])
 
 
-def interval_text(interval: list[float], sign: str = "") -> str:
-    if not all(math.isfinite(number) for number in interval):
-        return UNDEFINED
-    return "{:{s}.3f} [{:{s}.3f}, {:{s}.3f}]".format(*interval, s=sign)
+def interval_text(interval: list[float], signed: bool = False) -> str:
+    """Return an interval as text, or UNDEFINED where one of its numbers is."""
+    return format_interval(interval, signed) if all(map(math.isfinite, interval)) else UNDEFINED
 
 
 def evaluation_results(results: dict[str, Any], model: str, dataset: str) -> list[EvalResult]:
-    """The encoder's AUCs as the Hub's model-index takes them; an undefined one is left out."""
+    """Return the encoder's AUCs as the Hub's model-index takes them; an undefined one is left out."""
     return [
         EvalResult(
             task_type="image-classification",

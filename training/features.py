@@ -1,16 +1,15 @@
-"""What a checkpoint's patch features see of files, as colors. Research use only.
+"""Draw what a checkpoint's patch features see of files, as colors. Research use only.
 
 python -m training.features FILE... --model MODEL --output PNG [--slices_per_volume N]
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 import cv2
 import torch
 
-from modeling_mammodino import InvalidImageError
+from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.visualize import write_png
 from training.pretraining.feature_images import draw_features
@@ -23,8 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--slices_per_volume", type=int, default=1, help="evenly spaced slices (default 1, the middle)")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
+    with command_line("features"):
         model, image_processor = open_encoder(options.model)
         each = [
             image_processor(file, slices_per_volume=options.slices_per_volume, return_tensors="pt")
@@ -33,9 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         inputs = {name: torch.cat([one[name] for one in each]) for name in ("pixel_values", "tissue_mask")}
         drawing = draw_features(model, **inputs, title=Path(options.model).name)
         write_png(cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR), options.output)
-    except (ValueError, OSError, InvalidImageError) as error:
-        raise SystemExit(f"features: {error}") from error
-    print(options.output)
+        print(options.output)
 
 
 if __name__ == "__main__":

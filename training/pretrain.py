@@ -9,16 +9,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
-from torch.utils.data import DataLoader
+from accelerate.utils import ProjectConfiguration, set_seed
 
 from dataset_scripts.corpus.archive import local_corpus
 from dataset_scripts.corpus.reader import Corpus
+from modeling_mammodino.tools.command import command_line
+from training.pretraining import checkpoints
 from training.pretraining.checkpoints import FiniteWatch
 from training.pretraining.compute import keep_freed_memory
 from training.pretraining.export import export_encoder
@@ -30,7 +30,6 @@ from training.pretraining.losses.koleo import koleo_loss
 from training.pretraining.losses.targets import TeacherTargets
 from training.pretraining.monitoring import Monitor, find_tracker
 from training.pretraining.networks import (
-    Batch,
     GramTeacher,
     Network,
     compile_blocks,
@@ -39,11 +38,9 @@ from training.pretraining.networks import (
     shard,
     update_teacher,
 )
-from training.pretraining.optimization import make_schedules, param_groups
+from training.pretraining.optimization import make_schedules, param_groups, set_learning_rates
 from training.pretraining.recipe import Recipe, load_recipe
-from training.pretraining.views.sample import NUM_GLOBAL_CROPS, PretrainingViews, collate
-
-from .pretraining import checkpoints
+from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch, PretrainingViews, load_batches
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ def compute_losses(
     recipe: Recipe,
     gram_teacher: GramTeacher | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """One forward of both networks: unweighted losses by name, and what the monitor looks for collapse in."""
+    """Run both networks forward: return unweighted losses by name, and what the monitor looks for collapse in."""
     with torch.no_grad():
         targets = targets_of(teacher(batch, is_student=False), temperature)
     seen = student(batch, is_student=True)
@@ -79,6 +76,7 @@ def compute_losses(
 
 
 def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """Return the loss that is minimized."""
     weights = recipe.loss
     return (
         weights.dino_weight * (losses["dino_global"] + losses["dino_local"])
@@ -91,7 +89,7 @@ def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tenso
 
 
 def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) -> Path:
-    """Runs or resumes a recipe; returns the folder of the exported encoder. `load` may replace `load_batches`."""
+    """Run or resume a recipe; return the folder of the exported encoder. `load` may replace `load_batches`."""
     run = recipe.run
     accelerator = Accelerator(
         gradient_accumulation_steps=run.gradient_accumulation_steps,
@@ -174,43 +172,9 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     return encoder
 
 
-class StepSampler:
-    """Global sample indices of each forward of one process, from a step on: process r of W takes the r-th part of each
-    forward's W * B indices, so the samples of a step do not depend on W."""
-
-    def __init__(self, recipe: Recipe, first_step: int, process_index: int, num_processes: int):
-        run = recipe.run
-        self.per_process = run.per_device_train_batch_size
-        self.forwards = range(
-            first_step * run.gradient_accumulation_steps, run.max_steps * run.gradient_accumulation_steps
-        )
-        self.process_index, self.num_processes = process_index, num_processes
-
-    def __len__(self) -> int:
-        return len(self.forwards)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for forward in self.forwards:
-            start = (forward * self.num_processes + self.process_index) * self.per_process
-            yield list(range(start, start + self.per_process))
-
-
-def load_batches(views: PretrainingViews, recipe: Recipe, first_step: int, accelerator: Accelerator) -> Iterator[Batch]:
-    cv2.setNumThreads(1)  # crops are small, and a worker forked while OpenCV holds threads can hang
-    loader = DataLoader(
-        views,
-        batch_sampler=StepSampler(recipe, first_step, accelerator.process_index, accelerator.num_processes),
-        num_workers=recipe.run.dataloader_num_workers,
-        collate_fn=collate,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    for batch in loader:
-        yield send_to_device(batch, accelerator.device, non_blocking=True)
-
-
 def resume(recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Goes on from a checkpoint where there is one, else from a former run's if the recipe names one; returns the
-    number of finished steps."""
+    """Load a checkpoint where there is one, else a former run's if the recipe names one; return the number of finished
+    steps."""
     path = checkpoints.find_checkpoint(recipe)
     if path is None:
         if recipe.model.init_from_checkpoint:
@@ -222,25 +186,15 @@ def resume(recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch
     return step
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = now[group["lr_schedule"]] * group["lr_multiplier"]
-        group["weight_decay"] = now["weight_decay"] * group["wd_multiplier"]
-
-
 def seed_forward(*numbers: int) -> None:
-    """Stochastic depth is the only randomness in the networks: made a function of seed, step, forward and process, so
-    that a resumed run draws what the uninterrupted one does."""
+    """Seed stochastic depth, the only randomness in the networks, by seed, step, forward and process, so that a resumed
+    run draws what the uninterrupted one does."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        recipe = load_recipe(sys.argv[1:] if arguments is None else arguments)
-        train(recipe)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"pretrain: {error}") from error
+    with command_line("pretrain"):
+        train(load_recipe(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

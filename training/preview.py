@@ -1,26 +1,25 @@
-"""What student and teacher see of a user's own file, beside plain random views (the paper's figures 1a to 1c).
+"""Draw what student and teacher see of a user's own file, beside plain random views (the paper's figures 1a to 1c).
 
 python -m training.preview FILE --output PNG [--recipe RECIPE] [--seed N]
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
-from matplotlib import patches, pyplot  # noqa: E402 (the backend is chosen first)
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from dataset_scripts.corpus.reader import TISSUE_CELL_PX
-from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
+from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import patch_tissue
+from modeling_mammodino.tools.command import command_line
 from training.pretraining.recipe import Recipe, load_recipe
 from training.pretraining.views.crops import TissueTable, cut, tissue_aware_crops
 from training.pretraining.views.masks import block_mask, maskable_patches
-from training.pretraining.views.slices import SLICE_PAIRINGS
-
-matplotlib.use("Agg")
+from training.pretraining.views.order import neighbor_reach, sample_neighbor
 
 NUM_GLOBAL, NUM_LOCAL = 2, 8
 COLORS = {"global": "#ffb000", "local": "#4fc3f7", "mask": (220, 60, 60)}
@@ -38,35 +37,31 @@ class Sheet:
         self.rng = np.random.default_rng(seed)
 
     def crops(self, count: int, kind: str, aware: bool) -> list[tuple[np.ndarray, float]]:
-        """Boxes (y0, x0, y1, x1) and their breast fractions."""
+        """Draw boxes (y0, x0, y1, x1) and their breast fractions."""
         views = self.recipe.views
         scale, minimum = (
             (views.global_crop_scale, views.global_min_tissue)
             if kind == "global"
             else (views.local_crop_scale, views.local_min_tissue)
         )
-        found = tissue_aware_crops(
-            self.rng, self.table, tuple(scale), tuple(views.crop_ratio), minimum if aware else 0, count
-        )
+        found = tissue_aware_crops(self.rng, self.table, scale, views.crop_ratio, minimum if aware else 0, count)
         return list(zip(found.boxes, found.tissue_fractions.tolist(), strict=True))
 
-    def draw_boxes(self, axis, aware: bool) -> list[tuple[np.ndarray, float]]:
+    def draw_boxes(self, axis: Axes, aware: bool) -> list[tuple[np.ndarray, float]]:
         axis.imshow(self.image, cmap="gray", vmin=0)
         drawn = []
         for kind, count in (("local", NUM_LOCAL), ("global", NUM_GLOBAL)):
             crops = self.crops(count, kind, aware)
             for (y0, x0, y1, x1), _ in crops:
-                axis.add_patch(
-                    patches.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=COLORS[kind], linewidth=1.5)
-                )
+                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=COLORS[kind], linewidth=1.5))
             drawn += crops if kind == "global" else []
             fractions = [fraction for _, fraction in crops]
             axis.plot([], color=COLORS[kind], label=f"{kind}: {min(fractions):.0%} to {max(fractions):.0%} breast")
         axis.legend(loc="upper right", fontsize=7, framealpha=0.8)
         return drawn
 
-    def draw_masked(self, axis, box: np.ndarray, aware: bool) -> None:
-        """A global crop with the patches of an iBOT mask in red."""
+    def draw_masked(self, axis: Axes, box: np.ndarray, aware: bool) -> None:
+        """Draw a global crop with the patches of an iBOT mask in red."""
         size = self.recipe.views.global_crop_size
         grid = (size // self.recipe.model.patch_size,) * 2
         tissue = self.table.grids(box[None], grid)[0]
@@ -80,7 +75,7 @@ class Sheet:
         axis.set_xlabel(f"masked patches: {share:.0%} breast", fontsize=8)
 
 
-def draw_preview(source: str, recipe: Recipe, seed: int) -> pyplot.Figure:
+def draw_preview(source: str, recipe: Recipe, seed: int) -> Figure:
     views = recipe.views
     processor = MammoDinoImageProcessor()
     slices = list(processor.render_source(source, (1024, 1024), upscale=False))
@@ -89,7 +84,8 @@ def draw_preview(source: str, recipe: Recipe, seed: int) -> pyplot.Figure:
     image, tissue = rendered.image, rendered.tissue
     sheet = Sheet(image, tissue, recipe, seed)
 
-    figure, axes = pyplot.subplots(2, 5, figsize=(17, 8.6), layout="constrained")
+    figure = Figure(figsize=(17, 8.6), layout="constrained")
+    axes = figure.subplots(2, 5)
     axes[0, 0].imshow(image, cmap="gray", vmin=0)
     axes[0, 0].set_title("as the encoder sees it")
     axes[1, 0].imshow(tissue, cmap="gray")
@@ -110,25 +106,20 @@ def draw_preview(source: str, recipe: Recipe, seed: int) -> pyplot.Figure:
     return figure
 
 
-def draw_neighbors(axes, slices: list, position: int, recipe: Recipe, sheet: Sheet) -> None:
-    """The student's slice and the teacher's neighbor under one crop; for a 2D image, a word on why there is none."""
+def draw_neighbors(axes: np.ndarray, slices: list, position: int, recipe: Recipe, sheet: Sheet) -> None:
+    """Draw the student's slice and the teacher's neighbor under one crop; of a 2D image, a word on why there is
+    none."""
     mammogram = slices[position][0]
     views = recipe.views
-    other = SLICE_PAIRINGS[views.slice_pairing](
-        sheet.rng,
-        np.array([each.slice_index for each, _ in slices]),
-        position,
-        mammogram.slice_spacing_mm,
-        views.slice_max_distance_mm,
-        views.slice_max_distance_slices,
-    )
+    indices = np.array([each.slice_index for each, _ in slices])
+    other = sample_neighbor(sheet.rng, indices, position, neighbor_reach(views, mammogram.slice_spacing_mm))
     if other is None:
         for axis in axes:
             axis.text(0.5, 0.5, "one slice: no neighbor,\nno adjacent-slice loss", ha="center", va="center")
             axis.set_axis_off()
         return
     crops = tissue_aware_crops(
-        sheet.rng, sheet.table, tuple(views.slice_crop_scale), tuple(views.crop_ratio), views.global_min_tissue
+        sheet.rng, sheet.table, views.slice_crop_scale, views.crop_ratio, views.global_min_tissue
     )
     for axis, place, word in zip(axes, (position, other), ("student", "teacher"), strict=True):
         axis.imshow(cut(slices[place][1].image, crops.boxes[0], views.global_crop_size), cmap="gray", vmin=0)
@@ -142,13 +133,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--recipe", default="mammodino", help="whose crops and masks (default: mammodino)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
+    with command_line("preview"):
         recipe = load_recipe([options.recipe, "--corpus", "none", "--output_dir", "none"])
         draw_preview(options.file, recipe, options.seed).savefig(options.output, dpi=90)
-    except (InvalidImageError, OSError, ValueError) as error:
-        raise SystemExit(f"preview: {error}") from error
-    print(options.output)
+        print(options.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Numbers that depend on a seed and a counter alone."""
-# MERGED: Typed settings: dataclasses whose fields say what they mean and may be, for HfArgumentParser and for YAML.
+"""Typed settings, and random numbers that depend on a seed and a counter alone.
+
+Settings are dataclasses whose fields say what they mean and may be, for HfArgumentParser and for YAML.
+"""
 
 from dataclasses import field, fields
 from typing import Any
@@ -26,17 +28,19 @@ class Range:
 def setting(
     default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
 ) -> Any:
-    """A field with its help text and the values it may take; a list is checked element by element."""
+    """Return a dataclass field with its help text and the values it may take; a list is checked element by element."""
     metadata: dict[str, Any] = {"help": help}
-    if choices or low is not None:
-        metadata["choices"] = choices or Range(low, high)
+    if choices:
+        metadata["choices"] = choices
+    elif low is not None:
+        metadata["choices"] = Range(low, high)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def check_values(section: Any) -> None:
-    """Raises ValueError naming the first field whose value it may not take, and what it may be."""
+    """Raise ValueError naming the first field whose value it may not take, and what it may be."""
     for each in fields(section):
         value, allowed = getattr(section, each.name), each.metadata.get("choices")
         for element in value if isinstance(value, list) else [value]:
@@ -52,5 +56,5 @@ VIEWS_STREAM, ORDER_STREAM, MASK_STREAM, KIND_STREAM = 0, 1, 2, 3
 
 
 def generator(seed: int, stream: int, counter: int) -> np.random.Generator:
-    """numpy's Philox keyed by (seed, stream, counter): the same numbers in any process, worker or run."""
+    """Return numpy's Philox keyed by (seed, stream, counter): the same numbers in any process, worker or run."""
     return np.random.Generator(np.random.Philox(key=[seed, (stream << 56) + counter]))

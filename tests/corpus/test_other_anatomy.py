@@ -14,8 +14,8 @@ from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import find_body
 from modeling_mammodino.tools.publish import check_recipe
 from training.pretrain import train
-from training.pretraining.recipe import load_recipe
-from training.pretraining.views.slices import SLICE_PAIRINGS
+from training.pretraining.recipe import ViewsRecipe, load_recipe
+from training.pretraining.views.order import neighbor_reach, sample_neighbor
 
 SHAPE, SPACING_MM = (128, 160), 5.0
 
@@ -107,11 +107,16 @@ def test_a_body_is_never_flipped():
 
 
 def test_axial_neighbors_are_the_slices_above_and_below():
-    pair, rng, slices = SLICE_PAIRINGS["axial"], np.random.default_rng(0), np.arange(20)
-    assert {pair(rng, slices, 10, 0.5, 3.0, 2) for _ in range(100)} == {9, 11}  # thin slices: still the next ones
-    assert {pair(rng, slices, 0, None, 3.0, 2) for _ in range(20)} == {1}
-    assert pair(rng, slices, 10, 5.0, 3.0, 2) is None  # too thick to show the same thing
-    assert pair(rng, np.array([0, 2]), 0, 1.0, 3.0, 2) is None  # the slice between is missing
+    recipe, rng, slices = ViewsRecipe(slice_pairing="axial"), np.random.default_rng(0), np.arange(20)
+    assert (recipe.slice_max_distance_mm, recipe.slice_max_distance_slices) == (3.0, 2)
+
+    def pair(slices: np.ndarray, position: int, spacing_mm: float | None) -> int | None:
+        return sample_neighbor(rng, slices, position, neighbor_reach(recipe, spacing_mm))
+
+    assert {pair(slices, 10, 0.5) for _ in range(100)} == {9, 11}  # thin slices: still the next ones
+    assert {pair(slices, 0, None) for _ in range(20)} == {1}
+    assert pair(slices, 10, 5.0) is None  # too thick to show the same thing
+    assert pair(np.array([0, 2]), 0, 1.0) is None  # the slice between is missing
 
 
 def test_a_pretraining_run_on_ct(tmp_path):

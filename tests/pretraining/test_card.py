@@ -16,8 +16,11 @@ from dataset_scripts.corpus.reader import Corpus  # noqa: E402
 from modeling_mammodino import MammoDinoConfig, MammoDinoModel, __version__  # noqa: E402
 from modeling_mammodino.tools.publish import check_folder  # noqa: E402
 from training.card import add_results, main  # noqa: E402
-from training.pretraining.export import export_encoder  # noqa: E402
-from training.pretraining.model_card import git_commit, recipe_name  # noqa: E402
+from training.pretraining.export import (  # noqa: E402
+    export_encoder,  # noqa: E402
+    git_commit,
+    recipe_name,
+)
 from training.pretraining.recipe import load_recipe  # noqa: E402
 
 pytest.importorskip("matplotlib")

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from dinov2_checkpoints import MEAN, STD, TINY, inputs, one_thread, randomize, save_source  # noqa: F401 (a fixture)
-from pretrain_runs import log, weights
+from pretrain_runs import log, main, train, weights
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2WithRegistersConfig
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
-from training.pretrain import main, train
 from training.pretraining.networks import Network, load_backbone, make_teacher
 from training.pretraining.recipe import Recipe, load_recipe
 
@@ -28,12 +26,6 @@ ARGUMENTS = [
     "--save_total_limit", "9", "--max_steps", str(MAX_STEPS), "--freeze_backbone_steps", str(FREEZE_STEPS),
     "--layerwise_decay", "0.9", "--weight_decay", "0.4",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state a process; each run here is meant as a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def recipe(source: Path, corpus: Path | str = "c", output: Path | str = "o", *arguments: str) -> Recipe:
@@ -51,7 +43,6 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(source, phantom_corpus, tmp_path_factory) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("run")
     train(recipe(source, phantom_corpus, output))
     return output

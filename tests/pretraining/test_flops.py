@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoConfig, MammoDinoModel
 from training.pretrain import compute_losses, weighted_sum
-from training.pretraining.compute import forward_flops, matmul_peak, step_flops
+from training.pretraining.compute import block_flops, matmul_peak, patch_embedding_flops, step_flops
 from training.pretraining.losses.targets import TeacherTargets
 from training.pretraining.networks import Network, make_teacher
 from training.pretraining.recipe import ModelRecipe, load_recipe
@@ -24,10 +24,15 @@ def counted(call) -> float:
     return counter.get_total_flops()
 
 
+def forward_flops(config: MammoDinoConfig, num_patches: int, num_kept: int) -> float:
+    tokens = 1 + config.num_register_tokens + num_kept
+    return patch_embedding_flops(config, num_patches) + block_flops(config, tokens)
+
+
 def test_dinov2_small_costs_what_is_known_of_it():
     config = MammoDinoConfig(**SMALL)
-    assert forward_flops(config, 256) == pytest.approx(12.25e9, rel=1e-3)  # 224 px
-    assert forward_flops(config, 49) == pytest.approx(2.19e9, rel=1e-3)  # 98 px
+    assert forward_flops(config, 256, 256) == pytest.approx(12.25e9, rel=1e-3)  # 224 px
+    assert forward_flops(config, 49, 49) == pytest.approx(2.19e9, rel=1e-3)  # 98 px
     masks = torch.zeros(2, 16, 16, dtype=torch.bool)
     masks[0].view(-1)[:77] = True  # half of the crops are masked, 10 to 50 % of each
     batch = {"global_tissue": torch.ones(2, 16, 16), "local_tissue": torch.ones(8, 7, 7), "masks": masks,
@@ -43,8 +48,8 @@ def test_a_forward_is_what_the_counter_counts(swiglu):
     model, pixels, tissue = MammoDinoModel(config).eval(), torch.randn(1, 1, 112, 112), torch.zeros(1, 8, 8)
     tissue[:, :3] = 1
     with torch.no_grad():
-        assert forward_flops(config, 64) == counted(lambda: model(pixels))
-        assert forward_flops(config, 64, num_kept=24) == counted(lambda: model(pixels, tissue_mask=tissue))
+        assert forward_flops(config, 64, 64) == counted(lambda: model(pixels))
+        assert forward_flops(config, 64, 24) == counted(lambda: model(pixels, tissue_mask=tissue))
 
 
 @pytest.mark.parametrize("switches", [[], ["--drop_path_rate", "0.3"], ["--tissue_tokens", "true"],

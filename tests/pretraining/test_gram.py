@@ -6,30 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from pretrain_runs import TINY, log, recipe, weights
+from pretrain_runs import log, recipe, tiny, tiny_batch, train, weights
 from safetensors.torch import load_file
 
-from dataset_scripts.corpus.reader import Corpus
-from training.pretrain import train
 from training.pretraining.losses.gram import gram_loss
 from training.pretraining.networks import GramTeacher, Network, resize_patches
-from training.pretraining.recipe import Recipe, load_recipe
-from training.pretraining.views.sample import PretrainingViews, collate
 
 # taken before step 2, anew before 4 and 6, and never again
 SCHEDULE = ["--gram_weight", "2.0", "--gram_start_step", "2", "--gram_update_steps", "2", "--gram_max_updates", "2"]
 PLAIN = ["--jitter_probability", "0", "--blur_probability", "0", "0", "0"]
 MAX_STEPS = 9
-
-
-def tiny(*arguments: str) -> Recipe:
-    return load_recipe(["demo", "--corpus", "c", "--output_dir", "o", *TINY, *arguments])
-
-
-def batch_of(corpus: Path, *arguments: str) -> dict[str, torch.Tensor]:
-    views = PretrainingViews(Corpus(corpus), tiny(*arguments).views, 16, seed=0, global_batch_size=8)
-    return collate([views[index] for index in range(8)])
 
 
 def with_air(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -40,14 +26,8 @@ def with_air(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def run(phantom_corpus, tmp_path_factory) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("gram")
     arguments = ["--max_steps", str(MAX_STEPS), "--save_steps", "1", "--save_total_limit", "9", *SCHEDULE]
     train(recipe(phantom_corpus, output, *arguments, "--gram_crop_size", "128"))
@@ -84,8 +64,8 @@ def test_a_resumed_run_keeps_its_gram_teacher(run, phantom_corpus, tmp_path, las
 
 def test_the_gram_teacher_sees_the_same_boxes_larger_and_undistorted(phantom_corpus):
     larger = ["--gram_weight", "1", "--gram_crop_size", "128"]
-    plain, batch = batch_of(phantom_corpus, *PLAIN), batch_of(phantom_corpus, *larger, *PLAIN)
-    distorted = batch_of(phantom_corpus, *larger)
+    plain, batch = tiny_batch(phantom_corpus, *PLAIN), tiny_batch(phantom_corpus, *larger, *PLAIN)
+    distorted = tiny_batch(phantom_corpus, *larger)
     assert "gram_crops" not in plain and torch.equal(plain["global_crops"], batch["global_crops"])  # nothing else moves
     assert batch["gram_crops"].shape == (16, 1, 128, 128) and batch["gram_tissue"].shape == (16, 8, 8)
     halved = torch.nn.functional.avg_pool2d(batch["gram_crops"], 2)
@@ -103,7 +83,7 @@ def test_the_gram_teacher_sees_the_same_boxes_larger_and_undistorted(phantom_cor
 @pytest.mark.parametrize("tissue_tokens", ["false", "true"])
 def test_features_of_the_gram_teacher_lie_on_the_students_grid(phantom_corpus, arguments, tissue_tokens):
     chosen = tiny("--gram_weight", "1", "--tissue_tokens", tissue_tokens, *arguments)
-    batch = with_air(batch_of(phantom_corpus, "--gram_weight", "1", *arguments))
+    batch = with_air(tiny_batch(phantom_corpus, "--gram_weight", "1", *arguments))
     teacher = Network(chosen).eval()
     gram_teacher = GramTeacher(teacher, chosen)
     patches = gram_teacher(batch)
@@ -115,7 +95,7 @@ def test_features_of_the_gram_teacher_lie_on_the_students_grid(phantom_corpus, a
 
 
 def test_air_counts_only_where_masks_may_fall_on_it(phantom_corpus):
-    batch, keeping = with_air(batch_of(phantom_corpus)), tiny("--gram_weight", "1")
+    batch, keeping = with_air(tiny_batch(phantom_corpus)), tiny("--gram_weight", "1")
     counted = GramTeacher(Network(keeping), keeping).counted_patches(batch)
     assert torch.equal(counted, batch["global_tissue"].flatten(1) > 0) and 0.2 < counted.float().mean() < 0.95
     everywhere = tiny("--gram_weight", "1", "--tissue_aware_masks", "false")

@@ -6,32 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from pretrain_runs import SEPARATE, TINY, recipe, weights
+from pretrain_runs import SEPARATE, recipe, tiny, tiny_batch, train, weights
 from safetensors.torch import load_file
 
-from dataset_scripts.corpus.reader import Corpus
-from training.pretrain import train
 from training.pretraining.losses.targets import TeacherTargets, sinkhorn_knopp
 from training.pretraining.networks import Network, ProjectionHead, make_teacher
 from training.pretraining.optimization import param_groups
-from training.pretraining.recipe import Recipe, load_recipe
-from training.pretraining.views.sample import PretrainingViews, collate
-
-
-def tiny(*arguments: str) -> Recipe:
-    return load_recipe(["demo", "--corpus", "c", "--output_dir", "o", *TINY, *arguments])
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
 def batch(phantom_corpus) -> dict[str, torch.Tensor]:
-    views = PretrainingViews(Corpus(phantom_corpus), tiny().views, 16, seed=0, global_batch_size=8)
-    return collate([views[index] for index in range(8)])
+    return tiny_batch(phantom_corpus)
 
 
 def test_a_head_gives_scaled_cosines_to_its_prototypes():
@@ -114,7 +99,6 @@ def test_a_run_with_separate_heads_resumes_exactly(phantom_corpus, tmp_path, tar
     arguments = [*SEPARATE, "--max_steps", "4", "--save_steps", "2", "--teacher_targets", targets]
     train(recipe(phantom_corpus, tmp_path / "whole", *arguments))
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    AcceleratorState._reset_state(reset_partial_state=True)
     train(recipe(phantom_corpus, tmp_path / "resumed", *arguments))
     whole, resumed = (weights(tmp_path / name / "checkpoint-4") for name in ("whole", "resumed"))
     assert "teacher.ibot_head.last_layer.parametrizations.weight.original1" in whole

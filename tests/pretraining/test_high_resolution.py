@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from pretrain_runs import TINY, log, recipe, weights
+from pretrain_runs import TINY, log, main, recipe, train, weights
 from safetensors.torch import load_file, save_file
 
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoModel
-from training.pretrain import compute_losses, main, train
+from training.pretrain import compute_losses
 from training.pretraining.losses.targets import TeacherTargets
 from training.pretraining.networks import Network, make_teacher
 from training.pretraining.optimization import make_schedules
@@ -27,14 +26,8 @@ LARGER = ["--max_steps", "2", "--save_steps", "1", "--teacher_targets", "centeri
           "--drop_path_rate", "0", "--global_crop_size", "128", "--local_crop_size", "64"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def former(phantom_corpus, tmp_path_factory) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("former")
     train(recipe(phantom_corpus, output, *FORMER))
     return output / f"checkpoint-{FORMER_STEPS}"
@@ -46,7 +39,6 @@ def larger(corpus: Path | str, output: Path | str, former: Path, *arguments: str
 
 @pytest.fixture(scope="module")
 def run(former, phantom_corpus, tmp_path_factory) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("larger")
     train(larger(phantom_corpus, output, former))
     return output
@@ -85,7 +77,6 @@ def test_neither_heads_nor_centers_are_fresh(run, former, phantom_corpus, tmp_pa
             mixed = {key: former_tensors[key] if key.startswith(kept) else value.contiguous()
                      for key, value in module.state_dict().items()}  # fmt: skip
             save_file(mixed, changed / f"{file}.safetensors")
-        AcceleratorState._reset_state(reset_partial_state=True)
         train(larger(phantom_corpus, tmp_path / f"run with fresh {name}", changed))
         for loss in ("loss_dino_local", "loss_ibot"):
             other = log(tmp_path / f"run with fresh {name}")[0][loss]

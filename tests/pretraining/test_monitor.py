@@ -13,25 +13,17 @@ import pandas
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
-from pretrain_runs import ROOT, TINY, log, recipe
+from pretrain_runs import ROOT, TINY, log, recipe, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from training import features
-from training.pretrain import train
+from training.pretraining.export import published_recipe
 from training.pretraining.feature_images import corpus_images, draw_features, feature_colors
 from training.pretraining.knn_probe import KnnProbe
-from training.pretraining.model_card import published_recipe
 from training.pretraining.monitoring import CollapseWatch, feature_rank, read_warnings, target_statistics
 from training.pretraining.recipe import load_recipe
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state a process; each run here is meant as a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,6 @@ def labels(phantom_archive, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(phantom_corpus, labels, tmp_path_factory) -> Path:
-    AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("seen")
     arguments = ["--max_steps", "5", "--logging_steps", "2", "--save_steps", "5", "--report_to", "tensorboard"]
     arguments += ["--knn_labels", str(labels), "--knn_task", "kind", "--knn_steps", "3", "--visualization_steps", "4"]

@@ -11,17 +11,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import draw_breast
-from pretrain_runs import ROOT, TINY, log, recipe, weights
+from pretrain_runs import ROOT, TINY, log, main, recipe, train, weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from training.pretrain import StepSampler, main, train
 from training.pretraining import checkpoints
 from training.pretraining.checkpoints import list_checkpoints
 from training.pretraining.recipe import RECIPES, load_recipe
+from training.pretraining.views.order import StepSampler
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -119,7 +118,6 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stands(run, phantom_corpus,
     with pytest.raises(SystemExit, match="checkpoint-20: cannot be written .*No space left.*Make room"):
         main(arguments)
     assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-10"]
-    AcceleratorState._reset_state(reset_partial_state=True)
     main(arguments)
     whole, resumed = weights(run / "checkpoint-20"), weights(tmp_path / "checkpoint-20")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -150,12 +148,6 @@ def test_processes_share_out_the_same_samples():
     alone = list(StepSampler(one, 1, 0, 1))
     shared = [a + b for a, b in zip(StepSampler(two, 1, 0, 2), StepSampler(two, 1, 1, 2), strict=True)]
     assert alone == shared and alone[0] == list(range(8, 16))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state a process; each run here is meant as a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("switch", [["--tissue_aware_crops", "false", "--tissue_aware_masks", "false"],

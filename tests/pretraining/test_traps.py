@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from pretrain_runs import SEPARATE, log, recipe
+from pretrain_runs import SEPARATE, log, recipe, train
 from safetensors.torch import load_file
 
 from dataset_scripts.corpus.reader import Corpus
@@ -97,18 +96,12 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return seen
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def run(phantom_corpus, tmp_path_factory) -> tuple[Path, Seen]:
     output = tmp_path_factory.mktemp("traps")
-    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as monkeypatch:
         seen = watch(monkeypatch)
-        pretrain.train(recipe(phantom_corpus, output, *ARGUMENTS))
+        train(recipe(phantom_corpus, output, *ARGUMENTS))
     return output, seen
 
 
@@ -129,7 +122,7 @@ def test_a_resumed_run_goes_on_with_the_next_samples(run, phantom_corpus, tmp_pa
     output, seen = run
     shutil.copytree(output / "checkpoint-2", tmp_path / "checkpoint-2")
     again = watch(monkeypatch)
-    pretrain.train(recipe(phantom_corpus, tmp_path, *ARGUMENTS))
+    train(recipe(phantom_corpus, tmp_path, *ARGUMENTS))
     for before, after in zip(seen.batches[2:], again.batches, strict=True):
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -142,10 +135,9 @@ def test_no_step_waits_for_the_device_to_look_at_a_number(phantom_corpus, tmp_pa
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, real=real: looks.append(1) or real(tensor))
     counts = []
     for steps in (2, 6):
-        AcceleratorState._reset_state(reset_partial_state=True)
         rare = ["--logging_steps", "1000", "--save_steps", "1000", "--max_steps", str(steps)]
         before = len(looks)
-        pretrain.train(recipe(phantom_corpus, tmp_path / str(steps), *rare, "--drop_path_rate", "0.2"))
+        train(recipe(phantom_corpus, tmp_path / str(steps), *rare, "--drop_path_rate", "0.2"))
         counts.append(len(looks) - before)
     assert counts[0] == counts[1] > 0
 

@@ -11,10 +11,10 @@ import torch
 from dataset_scripts.corpus.reader import Corpus
 from training.pretraining.monitoring import tissue_shares
 from training.pretraining.recipe import ViewsRecipe
-from training.pretraining.views.crops import TissueTable, cut, halved, sample_boxes, tissue_aware_crops
+from training.pretraining.views.crops import TissueTable, cut, downsample_2x, sample_boxes, tissue_aware_crops
 from training.pretraining.views.masks import block_mask, maskable_patches, stratified_mask_ratios
+from training.pretraining.views.order import neighbor_reach, sample_neighbor
 from training.pretraining.views.sample import PretrainingViews, collate
-from training.pretraining.views.slices import sample_neighbor
 
 SCALE, RATIO = (0.1, 0.8), (0.75, 4 / 3)
 
@@ -97,7 +97,7 @@ def test_a_large_crop_is_read_from_half_the_image_and_looks_the_same():
     image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)
     for dtype in (np.uint8, np.uint16):
         whole = image.astype(dtype) * (257 if dtype == np.uint16 else 1)
-        half = halved(whole)
+        half = downsample_2x(whole)
         assert half.shape == (350, 251) and half.dtype == dtype
         boxes = sample_boxes(rng, 20, whole.shape, (0.4, 1.0), RATIO)
         for box in (*boxes, *(boxes // 2 * 2)):
@@ -105,7 +105,7 @@ def test_a_large_crop_is_read_from_half_the_image_and_looks_the_same():
             shift = 0.02 if (box % 2).any() else 0.004  # odd sides move by a pixel
             assert np.abs(fine - coarse).mean() < shift < 0.1 < fine.std(), box
     small = np.array([3, 5, 190, 200])  # less than twice 98 high: the whole image is read
-    assert np.array_equal(cut(image, small, 98), cut(image, small, 98, np.zeros_like(halved(image))))
+    assert np.array_equal(cut(image, small, 98), cut(image, small, 98, np.zeros_like(downsample_2x(image))))
 
 
 def test_masks_keep_to_what_may_be_masked_and_near_their_ratio():
@@ -204,11 +204,12 @@ def test_mask_ratios_are_stratified_over_the_batch():
 
 def test_neighbors_are_near_and_of_both_sides():
     rng, slices = np.random.default_rng(0), np.arange(20)
-    drawn = {sample_neighbor(rng, slices, 10, 1.0, 3.0, 1) for _ in range(300)}
+    recipe = ViewsRecipe(slice_max_distance_mm=3.0, slice_max_distance_slices=2)
+    drawn = {sample_neighbor(rng, slices, 10, neighbor_reach(recipe, 1.0)) for _ in range(300)}
     assert drawn == {7, 8, 9, 11, 12, 13}
-    assert {sample_neighbor(rng, slices, 0, None, 3.0, 2) for _ in range(100)} == {1, 2}
-    assert {sample_neighbor(rng, slices, 5, 10.0, 3.0, 2) for _ in range(100)} == {4, 6}  # at least one slice
-    assert sample_neighbor(rng, np.array([0, 40]), 0, 1.0, 3.0, 2) is None  # the slices between are missing
+    assert {sample_neighbor(rng, slices, 0, neighbor_reach(recipe, None)) for _ in range(100)} == {1, 2}
+    assert {sample_neighbor(rng, slices, 5, neighbor_reach(recipe, 10.0)) for _ in range(100)} == {4, 6}  # at least one
+    assert sample_neighbor(rng, np.array([0, 40]), 0, neighbor_reach(recipe, 1.0)) is None  # those between are missing
 
 
 @pytest.fixture(scope="module")

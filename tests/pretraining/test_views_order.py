@@ -7,8 +7,8 @@ import torch
 
 from dataset_scripts.corpus.reader import Corpus
 from training.pretraining.losses.koleo import koleo_loss
-from training.pretraining.recipe import ViewsRecipe, load_recipe
-from training.pretraining.views.order import SAMPLES_PER_BLOCK, VolumeOrder, parse_kind_weights
+from training.pretraining.recipe import SAMPLES_PER_BLOCK, ViewsRecipe, load_recipe, parse_kind_weights
+from training.pretraining.views.order import VolumeOrder
 from training.pretraining.views.sample import PretrainingViews, collate
 
 KINDS = ["ffdm"] * 5 + ["dbt"] * 3 + ["synthetic_2d"] * 4

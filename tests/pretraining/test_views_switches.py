@@ -5,11 +5,9 @@ import json
 import cv2
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
-from pretrain_runs import TINY
+from pretrain_runs import TINY, train
 
 from dataset_scripts.corpus.reader import Corpus
-from training.pretrain import train
 from training.pretraining.recipe import ViewsRecipe, load_recipe
 from training.pretraining.views.masks import maskable_patches
 from training.pretraining.views.sample import PretrainingViews, photometric
@@ -79,7 +77,6 @@ def test_each_switch_turns_off_one_idea_alone(phantom_corpus):
 
 
 def test_a_run_with_all_switched_off_has_dinov2s_losses_alone(phantom_corpus, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)  # a run is meant as a process of its own
     off = ["--tissue_aware_crops", "false", "--tissue_aware_masks", "false"]
     off += ["--adjacent_slice_weight", "0", "--adjacent_patch_weight", "0"]
     where = ["--corpus", str(phantom_corpus), "--output_dir", str(tmp_path)]

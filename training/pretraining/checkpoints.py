@@ -1,9 +1,11 @@
-"""The first loss that is no number, found without asking the device in every step."""
-# MERGED: Checkpoints: whole or absent, safetensors only; the last good one is found by itself.
+"""Checkpoints: atomic, safetensors only, the last good one is found by itself; and no step whose loss is not finite.
+
+A run's output_dir holds `checkpoint-N/` (a file a module, the optimizer, and the three files named below), `logs/`,
+`images/` and in the end `encoder/`.
+"""
 
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from modeling_mammodino.tools.files import atomic_folder
 from training.pretraining.views.sample import PretrainingViews
 
 from .recipe import MAY_CHANGE_ON_RESUME, Recipe, RunRecipe
@@ -35,42 +38,34 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main 
 def save_checkpoint(
     directory: Path, step: int, modules: dict[str, nn.Module], optimizer: Optimizer, recipe: Recipe, is_main: bool
 ) -> Path:
-    """Writes `directory/checkpoint-{step}`: one safetensors file a module, the optimizer, the recipe, the step,
-    and the encoder's configuration, by which another run can go on from it.
+    """Write `directory/checkpoint-{step}` atomically: one safetensors file a module, the optimizer, the recipe, the
+    step, and the encoder's configuration, by which another run can go on from it.
 
-    All is written into a folder of a temporary name, which is renamed when everything is on disk. Every process calls
-    it, and the main one writes: tensors that are sharded are gathered. Raises OSError where it cannot be written.
+    Every process calls it, for sharded tensors are gathered, and the main one writes. Raises OSError where it cannot.
     """
-    final, temporary = directory / f"checkpoint-{step}", directory / f".checkpoint-{step}.tmp"
+    final = directory / f"checkpoint-{step}"
     files = {name: get_model_state_dict(module, options=WHOLE) for name, module in modules.items()}
     files["optimizer"] = _flatten(get_optimizer_state_dict(modules["student"], optimizer, options=WHOLE))
     if not is_main:
         return final
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        for name, tensors in files.items():
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
-        recipe.save(temporary / RECIPE_FILE)
-        modules["student"].backbone.config.to_json_file(temporary / CONFIG_FILE)
-        (temporary / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
-        for path in temporary.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        with atomic_folder(final, replace=True) as folder:
+            for name, tensors in files.items():
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+            recipe.save(folder / RECIPE_FILE)
+            modules["student"].backbone.config.to_json_file(folder / CONFIG_FILE)
+            (folder / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
             f"{final}: cannot be written ({error}); what was saved before stands. Make room, and give the same command"
         ) from error
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
     for old in list_checkpoints(directory)[: -recipe.run.save_total_limit]:
         shutil.rmtree(old)
     return final
 
 
 def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> int:
-    """Loads into modules and optimizer in place, sharded or not; returns the number of finished steps."""
+    """Load into modules and optimizer in place, sharded or not; return the number of finished steps."""
     try:
         for name, module in modules.items():
             set_model_state_dict(module, load_file(path / f"{name}.safetensors"), options=WHOLE)
@@ -85,7 +80,7 @@ def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: Optimi
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Whole checkpoints in a run's folder, oldest first."""
+    """Return the whole checkpoints in a run's folder, oldest first."""
     found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(
         (path for path in found if (path / STATE_FILE).is_file()), key=lambda path: int(path.name.rpartition("-")[2])
@@ -93,7 +88,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def find_checkpoint(recipe: Recipe) -> Path | None:
-    """The checkpoint to go on from: the one that the recipe names, else the last whole one in output_dir."""
+    """Return the checkpoint to go on from: the one that the recipe names, else the last whole one in output_dir."""
     if recipe.run.resume_from_checkpoint:
         path = Path(recipe.run.resume_from_checkpoint)
         if not (path / STATE_FILE).is_file():
@@ -104,7 +99,7 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
 
 
 def check_same_recipe(recipe: Recipe, saved: dict[str, Any], path: Path) -> None:
-    """A run that is resumed is the run that was started: refuses fields that would change what is computed."""
+    """Raise ValueError where a resumed run would not be the run that was started, naming the fields that differ."""
     wanted = recipe.flat()
     changed = [
         f"{name} ({saved[name]!r} -> {wanted[name]!r})"
@@ -119,7 +114,7 @@ def check_same_recipe(recipe: Recipe, saved: dict[str, Any], path: Path) -> None
 
 
 def _flatten(optimizer_state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """`{parameter}.{name}`, such as exp_avg, of all parameters."""
+    """Return tensors by `{parameter}.{name}`, such as exp_avg, of all parameters."""
     states = optimizer_state.get("state", {})
     return {f"{parameter}.{name}": value for parameter, state in states.items() for name, value in state.items()}
 
@@ -133,10 +128,9 @@ def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Te
 
 
 class FiniteWatch:
-    """Notes on the device, and is asked where the run waits for the device anyway: at log lines and checkpoints.
-
-    What the loss was made of is then known by number alone, for a sample is a function of its index.
-    """
+    """The first loss that is not finite, found without waiting for the device in every step: noted on the device, and
+    asked for where the run waits anyway, at log lines and checkpoints. What the loss was made of is then known by
+    number alone, for a sample is a function of its index."""
 
     def __init__(self, views: PretrainingViews, run: RunRecipe, accelerator: Accelerator):
         self.views, self.run, self.accelerator = views, run, accelerator
@@ -146,7 +140,7 @@ class FiniteWatch:
         self.first = torch.where(torch.isfinite(loss.detach()), self.first, self.first.clamp(max=forward))
 
     def check(self) -> None:
-        """Raises RuntimeError with the step and the samples at fault. Every process calls it."""
+        """Raise RuntimeError with the step and the samples at fault. Every process calls it."""
         firsts = self.accelerator.gather(self.first.reshape(1)).tolist()
         forward = min(firsts)
         if math.isinf(forward):

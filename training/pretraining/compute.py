@@ -1,9 +1,8 @@
-"""glibc's allocator on a CPU: freed memory is kept for the next step."""
-# MERGED: What a step costs and what the machine could do: for the share of peak (MFU) in the log.
-#
-# Counted are matrix products, a multiplication and an addition as two operations: patch embedding, linear layers,
-# attention, projection heads; not norms, losses, optimizer and moving average, nor what gradient checkpointing repeats.
-#
+"""What a step costs and what the machine can do, for the share of peak (MFU) in the log; and glibc's allocator.
+
+Counted are matrix products, a multiplication and an addition as two operations: patch embedding, linear layers,
+attention, projection heads; not norms, losses, optimizer and moving average, nor what gradient checkpointing repeats.
+"""
 
 import ctypes
 import sys
@@ -14,14 +13,14 @@ import torch
 from modeling_mammodino import MammoDinoConfig
 from modeling_mammodino.modeling_mammodino import as_pair
 
-from .networks import Batch
 from .recipe import ModelRecipe
+from .views.sample import Batch
 
 STUDENT = 3  # a backward costs two forwards: the gradients of inputs and of weights
 
 
 def block_flops(config: MammoDinoConfig, num_tokens: int) -> float:
-    """Forward of all blocks for one image of so many tokens: linear layers, and attention's two products."""
+    """Count the forward of all blocks for one image of so many tokens: linear layers, and attention's two products."""
     width = config.hidden_size
     hidden = width * config.mlp_ratio
     mlp = 3 * ((int(hidden * 2 / 3) + 7) // 8 * 8) if config.use_swiglu_ffn else 2 * hidden
@@ -30,18 +29,13 @@ def block_flops(config: MammoDinoConfig, num_tokens: int) -> float:
 
 
 def patch_embedding_flops(config: MammoDinoConfig, num_patches: int) -> float:
+    """Count the forward of the patch embedding for so many patches."""
     patch_height, patch_width = as_pair(config.patch_size)
     return 2.0 * num_patches * config.num_channels * patch_height * patch_width * config.hidden_size
 
 
-def forward_flops(config: MammoDinoConfig, num_patches: int, num_kept: int | None = None) -> float:
-    """Forward of the encoder for one image of N patches, of which the blocks see `num_kept` (default: all)."""
-    num_tokens = 1 + config.num_register_tokens + (num_patches if num_kept is None else num_kept)
-    return patch_embedding_flops(config, num_patches) + block_flops(config, num_tokens)
-
-
 def head_flops(recipe: ModelRecipe, num_tokens: int) -> float:
-    """Forward of the projection head for so many tokens."""
+    """Count the forward of the projection head for so many tokens."""
     hidden, bottleneck = recipe.head_hidden_size, recipe.head_bottleneck_size
     return 2.0 * num_tokens * (
         hidden * (recipe.hidden_size + hidden + bottleneck) + bottleneck * recipe.num_prototypes
@@ -49,9 +43,9 @@ def head_flops(recipe: ModelRecipe, num_tokens: int) -> float:
 
 
 def step_flops(batch: Batch, config: MammoDinoConfig, recipe: ModelRecipe, tissue_tokens: bool = False) -> float:
-    """Student's forward and backward and teacher's forward on this batch, with its masks, pairs and background.
+    """Count student's forward and backward and teacher's forward on this batch, with its masks, pairs and background.
 
-    Counted from the batch, so that what depends on chance (masked patches, slice pairs, background patches that are
+    By the batch itself, so that what depends on chance (masked patches, slice pairs, background patches that are
     dropped, stochastic depth) is counted as it was. tissue_tokens: whether both drop background patches.
     """
     seen_by_both = (batch["global_tissue"], batch["slice_tissue"])
@@ -65,7 +59,7 @@ def step_flops(batch: Batch, config: MammoDinoConfig, recipe: ModelRecipe, tissu
 
 
 def encode_flops(tissue: torch.Tensor, config: MammoDinoConfig, tissue_tokens: bool, is_student: bool) -> float:
-    """One pass over crops of which `tissue` (n, h, w) is the breast fraction of each patch."""
+    """Count one pass over crops of which `tissue` (n, h, w) is the breast fraction of each patch."""
     if len(tissue) == 0:
         return 0.0
     num_patches = tissue[0].numel()
@@ -79,7 +73,7 @@ def encode_flops(tissue: torch.Tensor, config: MammoDinoConfig, tissue_tokens: b
 
 
 def matmul_peak(device: torch.device | str, dtype: torch.dtype, side: int | None = None) -> float:
-    """FLOP/s of the best of a few square matmuls on this process's device: what the machine gives, not its data sheet.
+    """Measure FLOP/s, the best of a few square matmuls on this process's device: not what its data sheet says.
 
     side: rows and columns (default 8192, on a CPU 2048). Takes well under a second.
     """
@@ -98,6 +92,7 @@ def matmul_peak(device: torch.device | str, dtype: torch.dtype, side: int | None
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for what a device has been given; a CPU waits by itself."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -108,7 +103,7 @@ TOP_PAD_BYTES = 1 << 28
 
 
 def keep_freed_memory() -> bool:
-    """Has the process' heap serve large tensors too, and grow in large steps; whether the C library knows how.
+    """Let the process' heap serve large tensors too, and grow in large steps; return whether the C library knows how.
 
     By default glibc maps each tensor of over 32 MiB anew and gives it back, page by page, in every step: at batch 8
     that makes a step of ViT-S/14 take 1.5 times as long. The heap stays at its peak size until the process ends.

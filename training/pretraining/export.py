@@ -1,60 +1,176 @@
-"""The teacher's encoder as a complete Hub folder: weights, config, image processor, code, card, figure."""
+"""The teacher's encoder as a complete Hub folder: weights, config, image processor, code, card, figure.
+
+Every value in the card is read from the run, the corpus or the checkout.
+"""
 
 import json
-import os
-import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+import numpy as np
+import torch
+import transformers
 import yaml
-from matplotlib import pyplot  # noqa: E402 (the backend is chosen first)
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from matplotlib.figure import Figure
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from dataset_scripts.corpus.reader import Corpus
-from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel, __version__
+from modeling_mammodino.tools.files import atomic_folder
+from modeling_mammodino.tools.publish import LOCAL_RECIPE_FIELDS
 
-from .checkpoints import LOG_FILE, WHOLE
-from .model_card import published_recipe, write_card
-from .recipe import Recipe
+from .checkpoints import LOG_FILE, RECIPE_FILE, WHOLE
+from .recipe import MAY_CHANGE_ON_RESUME, RECIPES, Recipe, load_recipe
 
-matplotlib.use("Agg")
-
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "model_cards" / "template.md"
 FIGURE = "pretraining.png"
+UNPUBLISHED = "UNPUBLISHED"  # in place of a local file's name
+PHANTOM = "phantom"  # the collection of simulated breasts
 
 
 def export_encoder(
     encoder: MammoDinoModel, corpus: Corpus, recipe: Recipe, step: int, folder: Path, is_main: bool = True
 ) -> None:
-    """Writes `folder` whole or not at all; AutoModel and AutoImageProcessor open it with trust_remote_code=True.
+    """Write `folder` atomically; AutoModel and AutoImageProcessor open it with trust_remote_code=True.
 
     Every process calls it, and the main one writes.
     """
     weights = get_model_state_dict(encoder, options=WHOLE)
     if not is_main:
         return
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model = MammoDinoModel(encoder.config)
+    model, processor = MammoDinoModel(encoder.config), image_processor(corpus, recipe)
     model.load_state_dict(weights)
     model.config.drop_path_rate = 0.0
-    model.save_pretrained(temporary)
-    processor = image_processor(corpus, recipe)
-    processor.save_pretrained(temporary)
-    (temporary / "recipe.yaml").write_text(yaml.safe_dump(published_recipe(recipe), sort_keys=False))
-    draw_log(Path(recipe.run.output_dir) / LOG_FILE, temporary / FIGURE)
-    write_card(temporary / "README.md", model, processor, corpus, recipe, step, FIGURE)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with atomic_folder(folder, replace=True) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        (temporary / RECIPE_FILE).write_text(yaml.safe_dump(published_recipe(recipe), sort_keys=False))
+        draw_log(Path(recipe.run.output_dir) / LOG_FILE, temporary / FIGURE)
+        write_card(temporary / "README.md", model, processor, corpus, recipe, step)
 
 
 def image_processor(corpus: Corpus, recipe: Recipe) -> MammoDinoImageProcessor:
-    """The corpus' own preprocessing, on the canvas of the recipe."""
+    """Return the corpus' own preprocessing, on the canvas of the recipe."""
     size = {"height": recipe.model.image_height, "width": recipe.model.image_width}
     return MammoDinoImageProcessor(**corpus.manifest["image_processor"], size=size, patch_size=recipe.model.patch_size)
 
 
+def write_card(
+    path: Path,
+    model: MammoDinoModel,
+    image_processor: MammoDinoImageProcessor,
+    corpus: Corpus,
+    recipe: Recipe,
+    step: int,
+) -> None:
+    """Fill in model_cards/template.md."""
+    manifest, config, size = corpus.manifest, model.config, image_processor.size
+    settings = image_processor.to_dict()
+    for name in ("auto_map", "image_processor_type"):
+        settings.pop(name, None)
+    card = ModelCard.from_template(
+        ModelCardData(
+            license="apache-2.0",
+            library_name="transformers",
+            pipeline_tag="image-feature-extraction",
+            base_model=base_model(recipe),
+            tags=["mammography", "tomosynthesis", "medical-imaging", "self-supervised", "research-use-only"],
+        ),
+        template_path=str(TEMPLATE),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_register_tokens=config.num_register_tokens,
+        patch_size=config.patch_size,
+        num_patches=(size["height"] // config.patch_size) * (size["width"] // config.patch_size),
+        num_parameters=f"{model.num_parameters() / 1e6:.2f} M",
+        canvas=f"{size['height']} x {size['width']}",
+        num_images=manifest["rows"],
+        num_volumes=manifest["volumes"],
+        kinds=", ".join(f"{count} {kind}" for kind, count in manifest["rows_by_kind"].items()),
+        simulated_images=int(np.sum(np.asarray(corpus.rows.data.column("source")) == PHANTOM)),
+        results="Not evaluated yet.",
+        recipe_name=recipe_name(recipe),
+        initial_weights=initial_weights(recipe),
+        steps=step,
+        commit=git_commit(ROOT),
+        versions=f"mammodino {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+        figure=FIGURE,
+        recipe=yaml.safe_dump(published_recipe(recipe), sort_keys=False).rstrip(),
+        image_processor=json.dumps(settings, indent=2, default=list),
+    )
+    card.save(path)
+
+
+def published_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return every field but the places on this machine."""
+    published = {name: value for name, value in recipe.flat().items() if name not in LOCAL_RECIPE_FIELDS}
+    if first_source(recipe):
+        published["init_from"] = base_model(recipe) or UNPUBLISHED
+    return published
+
+
+def base_model(recipe: Recipe) -> str | None:
+    """Return the repository on the Hub that the weights started from, also by way of a former run; None where they were
+    random or local."""
+    name = first_source(recipe)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if "/" in name and not Path(name).exists() else None
+
+
+def initial_weights(recipe: Recipe) -> str:
+    """Say where the weights started from, without a path of this machine."""
+    source = first_source(recipe)
+    origin = f"`{base}` on the Hub" if (base := base_model(recipe)) else "unpublished weights" if source else "random"
+    return f"a former run's, which started from: {origin}" if recipe.model.init_from_checkpoint else origin
+
+
+def first_source(recipe: Recipe) -> str:
+    """Return `init_from` of the run, or of the first of the former runs that it goes on from."""
+    fields = recipe.flat()
+    while former := fields.get("init_from_checkpoint"):
+        fields = yaml.safe_load((Path(former) / RECIPE_FILE).read_text())
+    return fields.get("init_from", "")
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """Name the nearest shipped recipe and the fields that differ from it, but for those that change no result."""
+    differing = {}
+    for shipped in sorted(path.stem for path in RECIPES.glob("*.yaml")):
+        theirs = load_recipe([shipped, "--corpus", "-", "--output_dir", "-"]).flat()
+        differing[shipped] = [
+            name for name, value in recipe.flat().items() if name not in MAY_CHANGE_ON_RESUME and value != theirs[name]
+        ]
+    name = min(differing, key=lambda each: len(differing[each]))
+    changed = differing[name]
+    return f"`{name}` as shipped" if not changed else f"`{name}`, but for {', '.join(f'`{each}`' for each in changed)}"
+
+
+def git_commit(checkout: Path) -> str:
+    """Return the commit of the code, marked where files were changed since; outside of a checkout it is unknown."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout.resolve():
+            return "unknown (not a checkout)"
+        return f"`{git('rev-parse', 'HEAD')}`" + (", with uncommitted changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a checkout)"
+
+
 def draw_log(log: Path, output: Path) -> None:
-    """Losses and signs of collapse over steps, from the run's log."""
+    """Draw losses and signs of collapse over steps, from the run's log."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     scores = [line for line in lines if "knn_auc" in line]  # from step 0 on, where there are no losses yet
     lines = [line for line in lines if "target_entropy" in line]
@@ -66,8 +182,8 @@ def draw_log(log: Path, output: Path) -> None:
     }
     if scores:
         panels["k-NN of the teacher"] = ["knn_auc"]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
-    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+    figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
+    for axis, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for key in keys:
             shown = scores if key == "knn_auc" else lines
             axis.plot([line["step"] for line in shown], [line[key] for line in shown], label=key.removeprefix("loss_"))
@@ -75,4 +191,3 @@ def draw_log(log: Path, output: Path) -> None:
         axis.set_xlabel("step")
         axis.legend(fontsize=7)
     figure.savefig(output, dpi=110, metadata={"Software": None})  # nothing but the image
-    pyplot.close(figure)

@@ -1,10 +1,11 @@
-"""Seeing a run: a JSON line a log step, progress bar and tracker; speed, signs of collapse, k-NN and images."""
-# MERGED: Signs of collapse: what teacher and student say of images, in numbers, and in words once they are bad.
-#
-# A self-distilled network can fail at two ends. At the entropy wall the teacher's targets are uniform and say nothing; in
-# collapse every image gets the same target. `target_information` is 0 at both ends.
-#
-# MERGED: Where a run is followed beside its own log: TensorBoard, trackio or Weights & Biases, through Accelerate.
+"""What a run says of itself: a JSON line a log step, progress bar and tracker; speed, signs of collapse, k-NN, images.
+
+A self-distilled network can fail at two ends. At the entropy wall the teacher's targets are uniform and say nothing; in
+collapse every image gets the same target. `target_information` is 0 at both ends.
+
+All processes measure, the main one writes LOG_FILE and WARNINGS_FILE (`read_warnings`), and alone evaluates the
+teacher. Trackers (TensorBoard, trackio, Weights & Biases) are Accelerate's.
+"""
 
 import importlib.util
 import json
@@ -28,21 +29,26 @@ from modeling_mammodino.tools.visualize import write_png
 
 from .checkpoints import LOG_FILE, WARNINGS_FILE
 from .compute import matmul_peak, step_flops
-from .export import image_processor
+from .export import image_processor, published_recipe
 from .feature_images import corpus_images, draw_features
 from .knn_probe import KnnProbe
-from .model_card import published_recipe
-from .networks import Batch, Network
+from .networks import Network
 from .recipe import Recipe
+from .views.sample import Batch
 
+logger = logging.getLogger(__name__)
+
+PROJECT = "mammodino"  # by which trackers know the runs
 NUM_RANKED = 1024  # rows of which the rank is taken: singular values of more take seconds
+PATIENCE_FRACTION = 0.05  # of a run, for signs of collapse that a fresh network shows, too
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products, by Accelerate's name
 
 
 @torch.no_grad()
 def target_statistics(
     probabilities: torch.Tensor, mean_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda mean: mean
 ) -> dict[str, float]:
-    """Entropies of teacher targets (n, K), as fractions of ln K.
+    """Return entropies of teacher targets (n, K), as fractions of ln K.
 
     `target_entropy`: of each sample's target, averaged; 1 means that the teacher says nothing (the entropy wall).
     `prototype_entropy`: of the mean target; 0 means that every sample has the same, sharp target (collapse).
@@ -59,7 +65,8 @@ def target_statistics(
 
 @torch.no_grad()
 def feature_rank(features: torch.Tensor) -> float:
-    """RankMe (Garrido et al. 2023): exp of the entropy of the singular values of features (n, D), at most min(n, D)."""
+    """Return RankMe (Garrido et al. 2023), exp of the entropy of the singular values of features (n, D): at most
+    min(n, D)."""
     values = torch.linalg.svdvals(features[:NUM_RANKED].float())
     shares = values / values.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
@@ -115,7 +122,7 @@ class CollapseWatch:
         self.told: set[str] = set()
 
     def check(self, step: int, values: dict[str, float]) -> list[str]:
-        """What is to be said of this log line's values."""
+        """Return what is to be said of this log line's values."""
         messages = []
         for sign in SIGNS:
             if not sign.holds(values):
@@ -137,12 +144,9 @@ def read_warnings(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-PROJECT = "mammodino"
-
-
 def find_tracker(report_to: str) -> str | None:
-    """What `Accelerator(log_with=)` takes. Raises ValueError where the tracker is not installed, which Accelerate would
-    pass over in silence."""
+    """Return what `Accelerator(log_with=)` takes. Raises ValueError where the tracker is not installed, which
+    Accelerate would pass over in silence."""
     if report_to == "none":
         return None
     if importlib.util.find_spec(report_to) is None:
@@ -154,7 +158,8 @@ def find_tracker(report_to: str) -> str | None:
 
 
 def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
-    """One run a start of the command, named as output_dir is; it is told the recipe without this machine's paths."""
+    """Start one tracker's run a start of the command, named as output_dir is, with the recipe less this machine's
+    paths."""
     name, logs = Path(recipe.run.output_dir).resolve().name, str(Path(recipe.run.output_dir) / "logs")
     settings = {key: value if isinstance(value, (bool, int, float, str)) else str(value)
                 for key, value in published_recipe(recipe).items()}  # fmt: skip
@@ -168,20 +173,14 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
 
 
 def log_image(accelerator: Accelerator, name: str, image: np.ndarray, step: int) -> None:
-    """An image (H, W, 3) uint8 RGB to TensorBoard, whose files stay here: breasts are not sent to a hosted tracker."""
+    """Show an image (H, W, 3) uint8 RGB in TensorBoard, whose files stay here: breasts go to no hosted tracker."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
 
 
-logger = logging.getLogger(__name__)
-
-PATIENCE_FRACTION = 0.05  # of a run, for signs of collapse that a fresh network shows, too
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products, by Accelerate's name
-
-
 class Monitor:
-    """Meters of one process. All processes measure, the main one writes, and alone draws and evaluates the teacher.
+    """Meters of one process.
 
     Raises ValueError, before the first step, where the labeled set of the recipe cannot be used.
     """
@@ -197,11 +196,8 @@ class Monitor:
     ):
         run = recipe.run
         self.recipe, self.run, self.accelerator, self.encoder = recipe, run, accelerator, teacher.backbone
-        self.first_step, self.global_batch_size, self.is_main = (
-            first_step,
-            global_batch_size,
-            accelerator.is_main_process,
-        )
+        self.first_step, self.global_batch_size = first_step, global_batch_size
+        self.is_main = accelerator.is_main_process
         self.watch = CollapseWatch(round(PATIENCE_FRACTION * run.max_steps))
         self.knn = self.images = self.lines = None
         if self.is_main:
@@ -229,7 +225,7 @@ class Monitor:
         self.started = self.last_log = time.monotonic()
 
     def wait(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
-        """The iterator, with the time spent waiting for it counted."""
+        """Yield from the iterator, with the time spent waiting for it counted."""
         while True:
             started = time.monotonic()
             try:
@@ -240,7 +236,7 @@ class Monitor:
             yield item
 
     def step(self, step: int) -> bool:
-        """Counts a finished step (1-based); True where a log line is due. Nothing here waits for the device."""
+        """Count a finished step (1-based); True where a log line is due. Nothing here waits for the device."""
         self.steps_since_log += 1
         self.progress.update()
         every = (self.run.logging_steps, self.run.knn_steps, self.run.visualization_steps)
@@ -250,7 +246,7 @@ class Monitor:
         return every > 0 and (step % every == 0 or step == self.run.max_steps)
 
     def gather(self, losses: dict[str, torch.Tensor], total: torch.Tensor, batch: Batch) -> dict[str, float]:
-        """What the processes saw at this step, averaged over them; all of them call this."""
+        """Return what the processes saw at this step, averaged over them; all of them call this."""
         flops = step_flops(batch, self.encoder.config, self.recipe.model, self.recipe.views.tissue_tokens)
         own = {f"loss_{name}": float(value.detach()) for name, value in losses.items()}
         own |= {"loss": float(total.detach()), **tissue_shares(batch), "forward_teraflops": flops / 1e12}
@@ -260,7 +256,7 @@ class Monitor:
         return values | {"data_wait_seconds": float(table[:, -1].max())}  # the slowest holds the others up
 
     def log(self, step: int, values: dict[str, float], targets: torch.Tensor, features: torch.Tensor) -> None:
-        """Writes a line. All processes call this. values: what `gather` gave, and what else is to be written;
+        """Write a line. All processes call this. values: what `gather` gave, and what else is to be written;
         targets (G, B, K) of the teacher, features (B, D) of the student: this process's."""
         accelerator = self.accelerator
         values = {**values, **target_statistics(targets, lambda mean: accelerator.reduce(mean, reduction="mean"))}
@@ -286,7 +282,7 @@ class Monitor:
         self.started, self.last_log = self.started + looked, now + looked
 
     def look(self, step: int) -> dict[str, float]:
-        """k-NN and image of the teacher where they are due. On the main process, without the others."""
+        """Evaluate and draw the teacher where that is due, on the main process, without the others."""
         found = {}
         if self.knn and self.is_due(step, self.run.knn_steps):
             with torch.compiler.set_stance("force_eager"):  # whole images are no shapes to compile for
@@ -320,7 +316,7 @@ class Monitor:
 
 
 def tissue_shares(batch: Batch) -> dict[str, float]:
-    """How much breast the views hold, and how much of the masked crops, and of the breast in them, is masked."""
+    """Return how much breast the views hold, and how much of the masked crops, and of the breast in them, is masked."""
     masks, tissue = batch["masks"], batch["global_tissue"]  # (G*B, h, w) each
     is_masked = masks.flatten(1).any(dim=1)
     masked_tissue = (tissue * masks).sum()
@@ -335,7 +331,7 @@ def tissue_shares(batch: Batch) -> dict[str, float]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far: of the device's allocator, on a CPU of the process."""
+    """Return the most memory so far: of the device's allocator, on a CPU of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux

@@ -1,13 +1,8 @@
-"""FSDP2: parameters, gradients and optimizer state spread over processes, for encoders that one device does not hold.
+"""Student and teacher: an encoder with projection heads each, where they start from, and how they are updated.
 
-By torch's `fully_shard` on Accelerate's processes: Accelerate's own plugin turns into DDP on a CPU, where it could not
-be tested. Student and teacher are sharded alike, so that the moving average stays local.
+The teacher of Gram anchoring is an earlier state of the teacher's encoder. Sharding (FSDP2) is torch's `fully_shard` on
+Accelerate's processes: Accelerate's own plugin turns into DDP on a CPU, where it could not be tested.
 """
-# MERGED: Projection head of DINO and iBOT (dinov2/layers/dino_head.py).
-# MERGED: Going on from a former run's checkpoint under another recipe, such as at a higher resolution: networks, heads and
-# centers are its own; optimizer, schedules, order and views are the new run's.
-# MERGED: Student and teacher: one network each, seen side by side by the losses.
-# MERGED: The teacher of Gram anchoring: an earlier state of the teacher's encoder, which may look at larger crops.
 
 import copy
 import logging
@@ -28,14 +23,24 @@ from torch.nn.utils.parametrizations import weight_norm
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.convert import load_encoder, rebuild
-from training.pretraining.views.sample import NUM_GLOBAL_CROPS
+from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch
 
 from .checkpoints import CONFIG_FILE, RECIPE_FILE, WHOLE
 from .recipe import ModelRecipe, Recipe
 
+logger = logging.getLogger(__name__)
+
+# what fixes the shapes of the networks, and of the centers
+SHAPES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_register_tokens", "head_hidden_size",
+    "head_bottleneck_size", "num_prototypes", "separate_ibot_head", "ibot_num_prototypes", "ibot_head_hidden_size",
+    "ibot_head_bottleneck_size", "teacher_targets",
+)  # fmt: skip
+
 
 class ProjectionHead(nn.Module):
-    """MLP D -> hidden -> hidden -> bottleneck, L2-normalized, then weight-normed prototypes: (..., D) -> (..., K)."""
+    """MLP D -> hidden -> hidden -> bottleneck, L2-normalized, then weight-normed prototypes: (..., D) -> (..., K)
+    (dinov2/layers/dino_head.py)."""
 
     def __init__(self, hidden_size: int, head_hidden_size: int, bottleneck_size: int, num_prototypes: int):
         super().__init__()
@@ -61,54 +66,9 @@ class ProjectionHead(nn.Module):
         return self.last_layer(nn.functional.normalize(bottleneck, dim=-1, eps=epsilon))
 
 
-# what fixes the shapes of the networks, and of the centers
-SHAPES = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_register_tokens", "head_hidden_size",
-    "head_bottleneck_size", "num_prototypes", "separate_ibot_head", "ibot_num_prototypes", "ibot_head_hidden_size",
-    "ibot_head_bottleneck_size", "teacher_targets",
-)  # fmt: skip
-
-
-def former_config(recipe: Recipe) -> MammoDinoConfig:
-    """The configuration of the encoder in `init_from_checkpoint`, with this run's stochastic depth. Its position
-    embeddings keep their stored size, from which they are interpolated to any crop.
-
-    Raises ValueError where the folder is no checkpoint, or the recipe's networks are others, naming field and remedy.
-    """
-    folder = Path(recipe.model.init_from_checkpoint)
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"init_from_checkpoint={folder}: holds no {CONFIG_FILE}; give a run's checkpoint-N folder")
-    wanted = recipe.flat()
-    former = Recipe().flat() | yaml.safe_load((folder / RECIPE_FILE).read_text())
-    for name in SHAPES:
-        if wanted[name] != former[name]:
-            raise ValueError(
-                f"{name}={wanted[name]}: init_from_checkpoint={folder} has {name}={former[name]}; give --{name} "
-                f"{former[name]}, or another checkpoint"
-            )
-    config = MammoDinoConfig.from_json_file(folder / CONFIG_FILE)
-    config.drop_path_rate = recipe.model.drop_path_rate
-    return config
-
-
-def load_former_run(recipe: Recipe, modules: dict[str, nn.Module]) -> None:
-    """Loads student, teacher and centers of `init_from_checkpoint` in place; raises ValueError where one is damaged."""
-    folder = Path(recipe.model.init_from_checkpoint)
-    try:
-        for name in ("student", "teacher", "targets"):
-            set_model_state_dict(modules[name], load_file(folder / f"{name}.safetensors"), options=WHOLE)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"init_from_checkpoint={folder}: cannot be read ({error}); give another checkpoint") from error
-
-
-logger = logging.getLogger(__name__)
-
-Batch = dict[str, torch.Tensor]
-
-
 class Outputs(NamedTuple):
-    """Prototype logits of one network for one batch. Letters: see training.pretraining.losses; P slice pairs, N patches. Patches
-    have as many prototypes K as class tokens, unless they have a head of their own."""
+    """Prototype logits of one network for one batch. Letters: see training.pretraining.losses; P slice pairs, N
+    patches. Patches have as many prototypes K as class tokens, unless they have a head of their own."""
 
     global_cls: torch.Tensor  # (G, B, K)
     local_cls: torch.Tensor  # (L, B, K), student only
@@ -143,8 +103,8 @@ class Network(nn.Module):
             )
 
     def forward(self, batch: Batch, is_student: bool) -> Outputs:
-        """The student sees masked global crops, local crops and the slices; the teacher unmasked global crops and
-        the neighbors. Heads see class tokens and the patches that a loss needs, never all patches."""
+        """Encode a batch: for the student masked global crops, local crops and the slices, for the teacher unmasked
+        global crops and the neighbors. Heads see class tokens and the patches that a loss needs, never all patches."""
         masks = batch["masks"].flatten(1)  # (G*B, N)
         global_cls, global_patches = self.encode(
             batch["global_crops"], batch["global_tissue"], masks if is_student else None
@@ -175,7 +135,8 @@ class Network(nn.Module):
         )
 
     def project(self, cls_tokens: list[torch.Tensor], patches: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Logits of each tensor of tokens (n, D), in one call of a head: its prototypes are normalized once."""
+        """Return the logits of each tensor of tokens (n, D), in one call of a head: its prototypes are normalized
+        once."""
         if self.ibot_head is None:
             return project_together(self.head, cls_tokens + patches)
         return project_together(self.head, cls_tokens) + project_together(self.ibot_head, patches)
@@ -192,7 +153,7 @@ def encode(
     tissue_mask: torch.Tensor | None,
     masks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class tokens (n, D) and patch tokens (n, N, D) of crops (n, 1, S, S)."""
+    """Return class tokens (n, D) and patch tokens (n, N, D) of crops (n, 1, S, S)."""
     sequence = backbone(pixels, bool_masked_pos=masks, tissue_mask=tissue_mask).last_hidden_state
     return sequence[:, 0], sequence[:, 1 + backbone.config.num_register_tokens :]
 
@@ -206,7 +167,7 @@ def num_patch_prototypes(model: ModelRecipe) -> int:
 
 
 def start_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | None) -> MammoDinoModel:
-    """The encoder of `init_from`, one of the shape of `init_from_checkpoint`, or a random one."""
+    """Return the encoder of `init_from`, one of the shape of `init_from_checkpoint`, or a random one."""
     if recipe.model.init_from:
         return load_backbone(recipe, image_processor)
     return MammoDinoModel(former_config(recipe)) if recipe.model.init_from_checkpoint else random_backbone(recipe)
@@ -229,9 +190,11 @@ def random_backbone(recipe: Recipe) -> MammoDinoModel:
 
 
 def load_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None) -> MammoDinoModel:
-    """The encoder of `init_from`, for pixels as `image_processor` standardizes them. Its position embeddings stay at
-    their stored size, and reach the crops' by its own rule: so nothing is lost, and the export takes any size as well
-    as the source did. Raises ValueError where the recipe's architecture is another."""
+    """Load the encoder of `init_from`, for pixels as `image_processor` standardizes them.
+
+    Its position embeddings stay at their stored size, and reach the crops' by its own rule: so nothing is lost, and
+    the export takes any size as well as the source did. Raises ValueError where the recipe's architecture is another.
+    """
     model = recipe.model
     encoder = load_encoder(model.init_from, image_processor=image_processor)
     config = encoder.config
@@ -259,14 +222,47 @@ def load_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | Non
     )
 
 
+def former_config(recipe: Recipe) -> MammoDinoConfig:
+    """Return the configuration of the encoder in `init_from_checkpoint`, with this run's stochastic depth. Its
+    position embeddings keep their stored size, from which they are interpolated to any crop.
+
+    Raises ValueError where the folder is no checkpoint, or the recipe's networks are others, naming field and remedy.
+    """
+    folder = Path(recipe.model.init_from_checkpoint)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"init_from_checkpoint={folder}: holds no {CONFIG_FILE}; give a run's checkpoint-N folder")
+    wanted = recipe.flat()
+    former = Recipe().flat() | yaml.safe_load((folder / RECIPE_FILE).read_text())
+    for name in SHAPES:
+        if wanted[name] != former[name]:
+            raise ValueError(
+                f"{name}={wanted[name]}: init_from_checkpoint={folder} has {name}={former[name]}; give --{name} "
+                f"{former[name]}, or another checkpoint"
+            )
+    config = MammoDinoConfig.from_json_file(folder / CONFIG_FILE)
+    config.drop_path_rate = recipe.model.drop_path_rate
+    return config
+
+
+def load_former_run(recipe: Recipe, modules: dict[str, nn.Module]) -> None:
+    """Load student, teacher and centers of `init_from_checkpoint` in place; optimizer, schedules and order are the new
+    run's. Raises ValueError where a file is damaged."""
+    folder = Path(recipe.model.init_from_checkpoint)
+    try:
+        for name in ("student", "teacher", "targets"):
+            set_model_state_dict(modules[name], load_file(folder / f"{name}.safetensors"), options=WHOLE)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"init_from_checkpoint={folder}: cannot be read ({error}); give another checkpoint") from error
+
+
 def make_teacher(student: Network) -> Network:
-    """An exact copy, backbone and head, without gradients and without stochastic depth."""
+    """Return an exact copy, backbone and head, without gradients and without stochastic depth."""
     teacher = copy.deepcopy(student).eval()
     return teacher.requires_grad_(False)
 
 
 def compile_blocks(network: Network) -> None:
-    """Compiles the transformer blocks in place: one graph serves all of one size, and what surrounds them, where crops
+    """Compile the transformer blocks in place: one graph serves all of one size, and what surrounds them, where crops
     of several sizes meet, stays as it is."""
     for block in network.backbone.encoder.layer:
         block.compile()
@@ -274,7 +270,7 @@ def compile_blocks(network: Network) -> None:
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only."""
+    """Update in place: teacher <- momentum * teacher + (1 - momentum) * student, parameters only."""
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
     targets, sources = zip(*pairs, strict=True)
     torch._foreach_lerp_(list(targets), [source.detach() for source in sources], 1 - momentum)
@@ -297,27 +293,27 @@ class GramTeacher(nn.Module):
         return since == 0 or is_update
 
     def at(self, step: int, teacher: Network) -> "GramTeacher | None":
-        """Itself, after taking the teacher's weights where that is due before `step`; None where it has not begun."""
+        """Return itself, after taking the teacher's weights where that is due before `step`; None before it begins."""
         if self.is_taken_at(step):
             self.backbone.load_state_dict(teacher.backbone.state_dict())
         return self if step >= self.loss.gram_start_step else None
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Patch features (G*B, N, D) of the whole global crops, on the student's grid."""
+        """Return patch features (G*B, N, D) of the whole global crops, on the student's grid."""
         crops, tissue = batch.get("gram_crops", batch["global_crops"]), batch.get("gram_tissue", batch["global_tissue"])
         _, patches = encode(self.backbone, crops, tissue if self.tissue_tokens else None)
         return resize_patches(patches, tuple(tissue.shape[1:]), tuple(batch["global_tissue"].shape[1:]))
 
     def counted_patches(self, batch: Batch) -> torch.Tensor | None:
-        """(G*B, N) bool: those with breast, where masks or tokens keep to it (our choice: air resembles air in any
-        teacher); else None, all."""
+        """Return which patches count, (G*B, N) bool: those with breast, where masks or tokens keep to it (our choice:
+        air resembles air in any teacher); else None, all."""
         return batch["global_tissue"].flatten(1) > 0 if self.keeps_to_tissue else None
 
 
 def resize_patches(patches: torch.Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> torch.Tensor:
-    """Features (n, h*w, D) of a patch grid (h, w) on another, (n, h'*w', D): bicubic, float32. Dropped patches are
-    zero, which changes the length of what they are mixed into, not its direction."""
+    """Resize features (n, h*w, D) of a patch grid (h, w) to another, (n, h'*w', D): bicubic, float32. Dropped patches
+    are zero, which changes the length of what they are mixed into, not its direction."""
     if grid == wanted:
         return patches
     maps = patches.float().transpose(1, 2).unflatten(2, grid)  # (n, D, h, w)
@@ -325,7 +321,7 @@ def resize_patches(patches: torch.Tensor, grid: tuple[int, int], wanted: tuple[i
 
 
 def shard(networks: list[Network], device: torch.device) -> None:
-    """Shards in place over all processes, block by block. Before the optimizer is made.
+    """Shard in place over all processes, block by block, before the optimizer is made.
 
     Raises ValueError where there is one process only.
     """

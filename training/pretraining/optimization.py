@@ -1,19 +1,22 @@
-"""Schedules as arrays over steps: `schedule[step]`, pure and inspectable."""
-# MERGED: Parameter groups: layer-wise learning-rate decay, weight-decay exemptions, and the learning-rate schedule of a group,
-# by which backbone and last layer are frozen for a while (dinov2/utils/param_groups.py).
+"""Schedules as arrays over steps, and AdamW's parameter groups (dinov2/utils/param_groups.py).
+
+A group has a layer-wise factor of the learning rate, a factor of the weight decay, and the name of the schedule that it
+follows, by which backbone and last layer are frozen for a while.
+"""
 
 import re
 from collections import defaultdict
 
 import numpy as np
+import torch
 from torch import nn
 
 from .recipe import OptimizerRecipe, Recipe
 
 
 def multipliers(name: str, num_layers: int, recipe: OptimizerRecipe) -> dict:
-    """Learning-rate schedule, and multipliers of it and of the weight decay, of a parameter of
-    `student_teacher.Network`, by its name.
+    """Return the learning-rate schedule of a parameter of `networks.Network`, and the multipliers of it and of the
+    weight decay, by the parameter's name.
 
     Layer 0 are embeddings and tokens, layer i + 1 block i; the final norm and the head get 1. Biases, norms and
     LayerScale are not decayed; position embeddings, tokens and the prototypes' magnitude are, as in DINOv2.
@@ -37,7 +40,7 @@ def multipliers(name: str, num_layers: int, recipe: OptimizerRecipe) -> dict:
 
 
 def param_groups(network: nn.Module, num_layers: int, recipe: OptimizerRecipe) -> list[dict]:
-    """Groups for AdamW; parameters of equal multipliers share one."""
+    """Return groups for AdamW; parameters of equal multipliers share one."""
     groups = defaultdict(list)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -46,8 +49,8 @@ def param_groups(network: nn.Module, num_layers: int, recipe: OptimizerRecipe) -
 
 
 def linear_warmup_cosine(start: float, peak: float, end: float, warmup_steps: int, total_steps: int) -> np.ndarray:
-    """(total_steps,) float64: linear from `start` to `peak` over the warm-up, inclusive, then a cosine that would
-    reach `end` one step after the last: v(i) = end + (peak - end) / 2 * (1 + cos(pi * i / n))
+    """Return (total_steps,) float64: linear from `start` to `peak` over the warm-up, inclusive, then a cosine that
+    would reach `end` one step after the last: v(i) = end + (peak - end) / 2 * (1 + cos(pi * i / n))
     (dinov2/utils/utils.py, CosineScheduler)."""
     warmup_steps = min(warmup_steps, total_steps)
     steps = np.arange(total_steps - warmup_steps)
@@ -56,9 +59,12 @@ def linear_warmup_cosine(start: float, peak: float, end: float, warmup_steps: in
 
 
 def make_schedules(recipe: Recipe, global_batch_size: int) -> dict[str, np.ndarray]:
-    """learning_rate, backbone_learning_rate, last_layer_learning_rate, weight_decay, teacher_momentum,
-    teacher_temperature. The backbone's and the last layer's are the first, but zero while they are frozen:
-    gradients flow all the same, so that Adam's moments have settled when they thaw."""
+    """Return learning_rate, backbone_learning_rate, last_layer_learning_rate, weight_decay, teacher_momentum and
+    teacher_temperature, (max_steps,) each.
+
+    The backbone's and the last layer's learning rates are the first, but zero while they are frozen: gradients flow
+    all the same, so that Adam's moments have settled when they thaw.
+    """
     optimizer, loss, steps = recipe.optimizer, recipe.loss, recipe.run.max_steps
     reference = optimizer.learning_rate_reference_batch
     peak = optimizer.learning_rate * ((global_batch_size / reference) ** 0.5 if reference else 1.0)
@@ -81,3 +87,10 @@ def make_schedules(recipe: Recipe, global_batch_size: int) -> dict[str, np.ndarr
         ),
         "teacher_temperature": temperature,
     }
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> None:
+    """Give each group its learning rate and weight decay of a step."""
+    for group in optimizer.param_groups:
+        group["lr"] = now[group["lr_schedule"]] * group["lr_multiplier"]
+        group["weight_decay"] = now["weight_decay"] * group["wd_multiplier"]

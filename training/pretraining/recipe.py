@@ -5,6 +5,8 @@ names of `transformers.TrainingArguments` where it has one.
 """
 
 import difflib
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,10 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from training.pretraining.views.order import parse_kind_weights
-from training.pretraining.views.slices import SLICE_PAIRINGS
 from training.settings import check_values, setting
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+SAMPLES_PER_BLOCK = 4096  # in which each kind of image has its exact share
 
 
 @dataclass
@@ -79,7 +80,7 @@ class ViewsRecipe:
     slice_pairing: str = setting(
         "within_reach",
         "Neighbor of a slice: any within reach (DBT), or the one above or below (axial: CT, MR).",
-        choices=tuple(SLICE_PAIRINGS),
+        choices=("within_reach", "axial"),
     )
     slice_max_distance_mm: float = setting(3.0, "Farthest neighbor where the slice spacing is known.", low=0)
     slice_max_distance_slices: int = setting(2, "Farthest neighbor where it is not.", low=1)
@@ -218,57 +219,65 @@ def _read_yaml(name: str, known: list[str]) -> dict[str, Any]:
     return values
 
 
+def parse_kind_weights(pairs: Sequence[str]) -> dict[str, float]:
+    """Parse ["dbt=2", "ffdm=1"] to {"dbt": 2.0, "ffdm": 1.0}. Raises ValueError naming the field."""
+    weights: dict[str, float] = {}
+    for pair in pairs:
+        kind, _, number = pair.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not kind or kind in weights or not 0 < weight < math.inf:
+            raise ValueError(
+                f"kind_weights={list(pairs)}: {pair!r} must be KIND=WEIGHT, each kind once and its weight above 0, "
+                "such as dbt=2 ffdm=1"
+            )
+        weights[kind] = weight
+    if any(weight / sum(weights.values()) * SAMPLES_PER_BLOCK < 1 for weight in weights.values()):
+        raise ValueError(
+            f"kind_weights={list(pairs)}: a kind has less than one sample in {SAMPLES_PER_BLOCK}; raise its weight, or "
+            "take it out"
+        )
+    return weights
+
+
 def _check_together(recipe: Recipe) -> None:
+    """Raises ValueError where fields contradict one another."""
     model, views, loss, run = recipe.model, recipe.views, recipe.loss, recipe.run
-    if model.hidden_size % model.num_attention_heads:
-        raise ValueError(f"hidden_size={model.hidden_size}: must be a multiple of num_attention_heads")
+
+    def check(name: str, is_wrong: Any, reason: str) -> None:
+        if is_wrong:
+            raise ValueError(f"{name}={recipe.flat()[name]}: {reason}")
+
+    check("hidden_size", model.hidden_size % model.num_attention_heads, "must be a multiple of num_attention_heads")
     for name in ("ibot_num_prototypes", "ibot_head_hidden_size", "ibot_head_bottleneck_size"):
-        if getattr(model, name) and not model.separate_ibot_head:
-            raise ValueError(f"{name}={getattr(model, name)}: needs --separate_ibot_head true")
-    if model.ibot_num_prototypes == 1:
-        raise ValueError("ibot_num_prototypes=1: must be 2 or more, or 0 for num_prototypes")
-    sizes = {"global_crop_size": views.global_crop_size, "local_crop_size": views.local_crop_size}
-    sizes |= {
-        "gram_crop_size": views.gram_crop_size,
-        "image_height": model.image_height,
-        "image_width": model.image_width,
-    }
-    for name, size in sizes.items():
-        if size % model.patch_size:
-            raise ValueError(f"{name}={size}: must be a multiple of patch_size={model.patch_size}")
-    if views.gram_crop_size and not loss.gram_weight:
-        raise ValueError(f"gram_crop_size={views.gram_crop_size}: needs a gram_weight above 0")
-    if 0 < views.gram_crop_size < views.global_crop_size:
-        raise ValueError(f"gram_crop_size={views.gram_crop_size}: must be at least global_crop_size, or 0")
-    if loss.gram_weight and loss.gram_start_step >= run.max_steps:
-        raise ValueError(f"gram_start_step={loss.gram_start_step}: must be below max_steps={run.max_steps}")
-    if loss.gram_weight and run.fsdp:
+        is_lonely = getattr(model, name) and not model.separate_ibot_head
+        check(name, is_lonely, "needs --separate_ibot_head true")
+    check("ibot_num_prototypes", model.ibot_num_prototypes == 1, "must be 2 or more, or 0 for num_prototypes")
+    for name in ("global_crop_size", "local_crop_size", "gram_crop_size", "image_height", "image_width"):
+        is_cut = recipe.flat()[name] % model.patch_size
+        check(name, is_cut, f"must be a multiple of patch_size={model.patch_size}")
+    gram = loss.gram_weight
+    check("gram_crop_size", views.gram_crop_size and not gram, "needs a gram_weight above 0")
+    is_smaller = 0 < views.gram_crop_size < views.global_crop_size
+    check("gram_crop_size", is_smaller, "must be at least global_crop_size, or 0")
+    is_late = gram and loss.gram_start_step >= run.max_steps
+    check("gram_start_step", is_late, f"must be below max_steps={run.max_steps}")
+    if gram and run.fsdp:
         raise ValueError("gram_weight: the Gram teacher is not sharded yet; give --fsdp false, or --gram_weight 0")
     if model.init_from and model.init_from_checkpoint:
         raise ValueError("init_from_checkpoint: cannot be combined with init_from; give one of them")
-    for name in (
-        "global_crop_scale",
-        "local_crop_scale",
-        "crop_ratio",
-        "mask_ratio",
-        "blur_sigma_px",
-        "slice_crop_scale",
-    ):
+    scales = ("global_crop_scale", "local_crop_scale", "slice_crop_scale")
+    for name in (*scales, "crop_ratio", "mask_ratio", "blur_sigma_px"):
         pair = getattr(views, name)
-        if len(pair) != 2 or pair[0] > pair[1]:
-            raise ValueError(f"{name}={pair}: must be two numbers, the smaller first")
-        if name.endswith("scale") and pair[0] <= 0:
-            raise ValueError(f"{name}={pair}: must be above 0")
-    if len(views.blur_probability) != 3:
-        raise ValueError(f"blur_probability={views.blur_probability}: must be three numbers: global 1, global 2, local")
+        check(name, len(pair) != 2 or pair[0] > pair[1], "must be two numbers, the smaller first")
+        check(name, name in scales and pair[0] <= 0, "must be above 0")
+    check("blur_probability", len(views.blur_probability) != 3, "must be three numbers: global 1, global 2, local")
     parse_kind_weights(views.kind_weights)
     if not (run.corpus and run.output_dir):
         raise ValueError("corpus and output_dir must be given: --corpus DIR --output_dir RUN")
-    if run.knn_steps and run.fsdp:
-        raise ValueError(
-            f"knn_steps={run.knn_steps}: no k-NN with fsdp, where no process holds the whole teacher; give 0"
-        )
-    if run.knn_steps and not (run.knn_labels and run.knn_task):
-        raise ValueError(
-            f"knn_steps={run.knn_steps}: needs knn_labels, a CSV, and knn_task, a column of it; give both, or 0"
-        )
+    is_split = run.knn_steps and run.fsdp
+    check("knn_steps", is_split, "no k-NN with fsdp, where no process holds the whole teacher; give 0")
+    is_bare = run.knn_steps and not (run.knn_labels and run.knn_task)
+    check("knn_steps", is_bare, "needs knn_labels, a CSV, and knn_task, a column of it; give both, or 0")

@@ -7,11 +7,11 @@ from itertools import islice
 import numpy as np
 
 from dataset_scripts.corpus.reader import Corpus
-from training.pretrain import StepSampler, collate
 from training.pretraining.compute import step_flops
 from training.pretraining.networks import random_backbone
 from training.pretraining.recipe import Recipe, load_recipe
-from training.pretraining.views.sample import PretrainingViews
+from training.pretraining.views.order import StepSampler
+from training.pretraining.views.sample import PretrainingViews, collate
 
 # what switches an idea off; the study's recipe has all of them on
 FACTORS = {

@@ -1,6 +1,6 @@
-"""Teacher logits to targets, by Sinkhorn-Knopp or by centering."""
-# MERGED: Teacher targets by centering (Caron et al. 2021, DINO): the short recipe's alternative to Sinkhorn-Knopp.
-# MERGED: Teacher targets by Sinkhorn-Knopp (Caron et al. 2020, SwAV; used by DINOv2's long recipe).
+"""Teacher logits to targets: by Sinkhorn-Knopp (Caron et al. 2020, SwAV; DINOv2's long recipe), or by centering (Caron
+et al. 2021, DINO; its short recipe).
+"""
 
 from typing import NamedTuple
 
@@ -28,8 +28,8 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
-        """logits (n, K) -> probabilities (n, K) float32. Updates the center for the next step by the mean over all
-        processes; each must call it, also with n = 0."""
+        """Return probabilities (n, K) float32 of logits (n, K), and update the center for the next step by the mean
+        over all processes; each must call it, also with n = 0."""
         probabilities = torch.softmax((logits.float() - self.center) / temperature, dim=-1)
         total = torch.cat((logits.float().sum(dim=0), logits.new_tensor([float(logits.shape[0])]).float()))
         total = sum_over_processes(total)
@@ -40,7 +40,7 @@ class Centering(nn.Module):
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: torch.Tensor, temperature: float, num_iterations: int = 3) -> torch.Tensor:
-    """Soft assignments of n samples to K prototypes, every prototype used equally over all processes.
+    """Return soft assignments of n samples to K prototypes, every prototype used equally over all processes.
 
     logits (n, K) -> probabilities (n, K) float32, rows summing to 1. Every process must call it, also with n = 0.
     Row sums and totals are global, so the result does not depend on how samples are spread over processes.

@@ -1,6 +1,7 @@
 """Tissue-aware random resized crops, by summed-area tables (Crow 1984) over the breast mask."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
@@ -30,7 +31,7 @@ class TissueTable:
         self.table = cv2.integral(tissue.astype(np.float32, copy=False))  # (h + 1, w + 1) float64
 
     def area_above_left(self, y_px: np.ndarray, x_px: np.ndarray) -> np.ndarray:
-        """Breast area, in cells, of the rectangle from the origin to (y, x); the arrays broadcast."""
+        """Return the breast area, in cells, of the rectangle from the origin to (y, x); the arrays broadcast."""
         y, x = y_px * self.cells_per_px[0], x_px * self.cells_per_px[1]
         top = np.minimum(y.astype(int), self.table.shape[0] - 2)
         left = np.minimum(x.astype(int), self.table.shape[1] - 2)
@@ -41,7 +42,7 @@ class TissueTable:
         return upper * (1 - down) + lower * down
 
     def fraction(self, boxes: np.ndarray) -> np.ndarray:
-        """Breast fraction (n,) of each box (n, 4) = y0, x0, y1, x1 in pixels."""
+        """Return the breast fraction (n,) of each box (n, 4) = y0, x0, y1, x1 in pixels."""
         y, x = boxes[:, 0::2].T, boxes[:, 1::2].T  # (2, n) each: y0, y1 and x0, x1
         corners = self.area_above_left(y[:, None], x[None, :])  # (2, 2, n)
         cells = corners[1, 1] - corners[0, 1] - corners[1, 0] + corners[0, 0]
@@ -49,7 +50,7 @@ class TissueTable:
         return np.clip(cells / box_cells, 0, 1)
 
     def grids(self, boxes: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        """Breast fraction (n, h, w) float32 of each cell of a patch grid laid over each box (n, 4)."""
+        """Return the breast fraction (n, h, w) float32 of each cell of a patch grid laid over each box (n, 4)."""
         y0, x0, y1, x1 = boxes.T[:, :, None].astype(float)  # (n, 1) each
         y = y0 + (y1 - y0) * (np.arange(grid[0] + 1) / grid[0])  # (n, h + 1)
         x = x0 + (x1 - x0) * (np.arange(grid[1] + 1) / grid[1])  # (n, w + 1)
@@ -64,10 +65,10 @@ def sample_boxes(
     rng: np.random.Generator,
     count: int,
     shape: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    scale: Sequence[float],
+    ratio: Sequence[float],
 ) -> np.ndarray:
-    """`count` boxes of RandomResizedCrop: area uniform in `scale` of the image, aspect log-uniform in `ratio`.
+    """Draw `count` boxes of RandomResizedCrop: area uniform in `scale` of the image, aspect log-uniform in `ratio`.
 
     Returns (n, 4) int, 1 <= n <= count: boxes that do not fit into `shape` are left out, and where none fits all are
     cut to the image.
@@ -92,14 +93,15 @@ def sample_boxes(
 def tissue_aware_crops(
     rng: np.random.Generator,
     table: TissueTable,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    scale: Sequence[float],
+    ratio: Sequence[float],
     min_tissue_fraction: float,
     count: int = 1,
     rounds: int = 7,
 ) -> Crops:
-    """`count` random resized crops with at least `min_tissue_fraction` of breast: the first candidates that hold it, so
-    their law is that of plain crops given the minimum. Where all rounds have too few, those of most tissue fill up.
+    """Draw `count` random resized crops with at least `min_tissue_fraction` of breast: the first candidates that hold
+    it, so their law is that of plain crops given the minimum. Where all rounds have too few, those of most tissue fill
+    up.
 
     A minimum of 0 gives plain crops. The paper publishes the idea, not the rule.
     """
@@ -117,9 +119,9 @@ def tissue_aware_crops(
     return Crops(boxes[chosen], fractions[chosen], fractions[chosen] >= min_tissue_fraction)
 
 
-def halved(image: np.ndarray) -> np.ndarray:
-    """The image (H, W) at half its size, (H // 2, W // 2), each pixel the mean of four; an odd last line is left out.
-    An image one pixel wide or high stays as it is."""
+def downsample_2x(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W) at half its size, (H // 2, W // 2), each pixel the mean of four; an odd last line is left
+    out. An image one pixel wide or high stays as it is."""
     height, width = (side // 2 for side in image.shape)
     if not (height and width):
         return image
@@ -127,10 +129,10 @@ def halved(image: np.ndarray) -> np.ndarray:
 
 
 def cut(image: np.ndarray, box: np.ndarray, size: int, half: np.ndarray | None = None) -> np.ndarray:
-    """The box of an image (H, W) resized to (size, size), same dtype; area-averaged where it shrinks.
+    """Return the box of an image (H, W) resized to (size, size), same dtype; area-averaged where it shrinks.
 
-    half: the image, `halved`. A box of twice the size or more is read from it, at a fourth of the cost; its sides may
-    then move by one pixel.
+    half: the image by `downsample_2x`. A box of twice the size or more is read from it, at a fourth of the cost; its
+    sides may then move by one pixel.
     """
     y0, x0, y1, x1 = box.tolist()
     if half is not None and min(y1 - y0, x1 - x0) >= 2 * size:

@@ -1,6 +1,7 @@
 """Block masks for iBOT (BEiT's generator, as DINOv2 samples it), kept to breast tissue."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,26 +12,27 @@ _LOG_ASPECT = (math.log(BLOCK_ASPECT[0]), math.log(BLOCK_ASPECT[1]))
 
 
 def stratified_mask_ratios(
-    rng: np.random.Generator, num_crops: int, probability: float, ratio: tuple[float, float]
+    rng: np.random.Generator, num_crops: int, probability: float, ratio: Sequence[float]
 ) -> np.ndarray:
-    """Mask ratio of each global crop of a batch: int(probability * num_crops) of them are masked, one drawn from each
-    of as many equal bins of `ratio`, in random order (dinov2/data/collate.py). Returns (num_crops,), 0 = no mask."""
+    """Draw the mask ratio of each global crop of a batch: int(probability * num_crops) of them are masked, one drawn
+    from each of as many equal bins of `ratio`, in random order (dinov2/data/collate.py). Returns (num_crops,), 0 = no
+    mask."""
     num_masked = int(num_crops * probability)
-    edges = np.linspace(*ratio, num_masked + 1)
+    edges = np.linspace(ratio[0], ratio[1], num_masked + 1)
     ratios = np.zeros(num_crops)
     ratios[:num_masked] = rng.uniform(edges[:-1], edges[1:])
     return rng.permutation(ratios)
 
 
 def maskable_patches(tissue: np.ndarray, tissue_aware: bool) -> np.ndarray:
-    """(h, w) bool, the patches that a mask may cover, of breast fractions (h, w): those with breast, where masks keep
-    to it and there is any; else all."""
+    """Return the patches that a mask may cover, (h, w) bool, of breast fractions (h, w): those with breast, where masks
+    keep to it and there is any; else all."""
     breast = tissue > 0
     return breast if tissue_aware and breast.any() else np.ones_like(breast)
 
 
 def block_mask(rng: np.random.Generator, ratio: float, allowed: np.ndarray, max_ratio: float = 0.5) -> np.ndarray:
-    """Rectangular blocks, added until int(ratio * n) of the n allowed patches are masked; never outside `allowed`.
+    """Add rectangular blocks until int(ratio * n) of the n allowed patches are masked; never outside `allowed`.
 
     allowed (h, w) bool: the patches that may be masked, breast tissue or everything. A block is taken where it adds
     at least one patch and no more than are missing, at most max_ratio * n; after ten failures in a row the mask stops

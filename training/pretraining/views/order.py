@@ -1,12 +1,34 @@
-"""Which volume a sample shows: epochs over the volumes, and kinds of image mixed by weight."""
+"""Which sample comes when: indices of each forward, the volume of a sample, and the neighbor of a slice."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from training.pretraining.recipe import SAMPLES_PER_BLOCK, Recipe, ViewsRecipe
 from training.settings import KIND_STREAM, ORDER_STREAM, generator
 
-SAMPLES_PER_BLOCK = 4096  # in which each kind has its exact share
+
+class StepSampler:
+    """Global sample indices of each forward of one process, from a step on.
+
+    Process r of W takes the r-th part of each forward's W * B indices, so the samples of a step do not depend on W.
+    """
+
+    def __init__(self, recipe: Recipe, first_step: int, process_index: int, num_processes: int):
+        run = recipe.run
+        self.per_process = run.per_device_train_batch_size
+        self.forwards = range(
+            first_step * run.gradient_accumulation_steps, run.max_steps * run.gradient_accumulation_steps
+        )
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __len__(self) -> int:
+        return len(self.forwards)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for forward in self.forwards:
+            start = (forward * self.num_processes + self.process_index) * self.per_process
+            yield list(range(start, start + self.per_process))
 
 
 class VolumeOrder:
@@ -27,8 +49,10 @@ class VolumeOrder:
             )
         self.seed = seed
         self.groups = [np.flatnonzero(present == kind) for kind in weights] or [np.arange(len(present))]
-        self.block = _block(weights or {"": 1.0})  # group of each sample, sorted
-        self.per_block = np.bincount(self.block)
+        ends = np.cumsum(list(weights.values()) or [1.0])
+        ends = np.rint(ends / ends[-1] * SAMPLES_PER_BLOCK).astype(int)  # so that rounded shares add up
+        self.per_block = np.diff(ends, prepend=0)  # samples of each group
+        self.block = np.repeat(np.arange(len(ends)), self.per_block)  # group of each sample, sorted
         self._mix: tuple[int, np.ndarray, np.ndarray] = (-1, self.block, self.block)  # of the last block asked for
         self._epochs = [(-1, group) for group in self.groups]
 
@@ -54,32 +78,26 @@ class VolumeOrder:
         return int(self._epochs[group][1][place])
 
 
-def parse_kind_weights(pairs: Sequence[str]) -> dict[str, float]:
-    """["dbt=2", "ffdm=1"] -> {"dbt": 2.0, "ffdm": 1.0}. Raises ValueError naming the field."""
-    weights: dict[str, float] = {}
-    for pair in pairs:
-        kind, _, number = pair.partition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = np.nan
-        if not kind or kind in weights or not 0 < weight < np.inf:
-            raise ValueError(
-                f"kind_weights={list(pairs)}: {pair!r} must be KIND=WEIGHT, each kind once and its weight above 0, "
-                "such as dbt=2 ffdm=1"
-            )
-        weights[kind] = weight
-    shares = np.array(list(weights.values())) / sum(weights.values(), 0.0)
-    if (shares * SAMPLES_PER_BLOCK < 1).any():
-        raise ValueError(
-            f"kind_weights={list(pairs)}: a kind has less than one sample in {SAMPLES_PER_BLOCK}; raise its weight, or "
-            "take it out"
-        )
-    return weights
+def neighbor_reach(recipe: ViewsRecipe, slice_spacing_mm: float | None) -> int:
+    """Return how many slices away a neighbor may lie, by the recipe's `slice_pairing`; 0: none is near enough.
+
+    `within_reach`, for tomosynthesis, whose slices blur into one another: `slice_max_distance_mm` in slices, at least
+    one; `slice_max_distance_slices` where the spacing is unknown. The paper says "nearby"; the distance is our choice.
+    `axial`, for CT and MR, whose slices are sharp: one; 0 where that is farther than `slice_max_distance_mm`.
+    """
+    if recipe.slice_pairing == "axial":
+        return 0 if slice_spacing_mm and slice_spacing_mm > recipe.slice_max_distance_mm else 1
+    if not slice_spacing_mm:
+        return recipe.slice_max_distance_slices
+    return max(1, int(recipe.slice_max_distance_mm / slice_spacing_mm))
 
 
-def _block(weights: Mapping[str, float]) -> np.ndarray:
-    """Group of each sample of a block, sorted: shares rounded so that they add up (by cumulative sums)."""
-    ends = np.cumsum(list(weights.values()))
-    ends = np.rint(ends / ends[-1] * SAMPLES_PER_BLOCK).astype(int)
-    return np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+def sample_neighbor(rng: np.random.Generator, slice_indices: np.ndarray, position: int, reach: int) -> int | None:
+    """Draw a neighbor of a slice, uniformly among the others at most `reach` slices away; None where there is none.
+
+    slice_indices (n,) int: place of each stored slice in its volume, ascending; position: the slice's row in it.
+    Returns another row.
+    """
+    distance = np.abs(slice_indices - slice_indices[position])
+    candidates = np.flatnonzero((distance > 0) & (distance <= reach))
+    return int(candidates[rng.integers(len(candidates))]) if len(candidates) else None

@@ -1,27 +1,33 @@
-"""One training sample: everything that student and teacher see of one image, a pure function of (seed, index)."""
-# MERGED: Changes of brightness and sharpness of one crop.
+"""Samples and batches: what student and teacher see of one image, a pure function of (seed, global sample index)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Dataset
 
-from training.pretraining.recipe import ViewsRecipe
+from dataset_scripts.corpus.reader import Corpus
+from training.pretraining.recipe import Recipe, ViewsRecipe, parse_kind_weights
 from training.settings import MASK_STREAM, VIEWS_STREAM, generator
 
-from .crops import Crops, TissueTable, cut, halved, tissue_aware_crops
+from .crops import Crops, TissueTable, cut, downsample_2x, tissue_aware_crops
 from .masks import block_mask, maskable_patches, stratified_mask_ratios
-from .order import VolumeOrder, parse_kind_weights
-from .slices import SLICE_PAIRINGS
+from .order import StepSampler, VolumeOrder, neighbor_reach, sample_neighbor
 
+Batch = dict[str, torch.Tensor]  # what `collate` returns
+
+NUM_GLOBAL_CROPS = 2
 BLUR_KERNEL_PX = 9
 
 
 def photometric(rng: np.random.Generator, pixels: np.ndarray, recipe: ViewsRecipe, number: int) -> np.ndarray:
-    """Crop `number` (0, 1: global; 2: local), (S, S) uint8 or uint16, as float32 in 0..1, with the jitter, blur and
-    solarization of the recipe (dinov2/data/augmentations.py, less what needs color).
+    """Return crop `number` (0, 1: global; 2: local), (S, S) uint8 or uint16, as float32 in 0..1, with the jitter, blur
+    and solarization of the recipe (dinov2/data/augmentations.py, less what needs color).
 
     As many numbers are drawn whatever is switched on, so that a switch changes nothing but what it names.
     """
@@ -38,23 +44,20 @@ def photometric(rng: np.random.Generator, pixels: np.ndarray, recipe: ViewsRecip
 
 
 def to_unit(pixels: np.ndarray) -> np.ndarray:
+    """Scale uint8 or uint16 to float32 in 0..1."""
     unit = pixels.astype(np.float32)
     unit *= np.float32(1 / np.iinfo(pixels.dtype).max)
     return unit
 
 
 def jitter(unit: np.ndarray, brightness: float, contrast: float) -> None:
-    """Factors for brightness, then for contrast about the mean, each clipped to 0..1 (torchvision's ColorJitter); in
-    place."""
+    """Scale brightness, then contrast about the mean, each clipped to 0..1, in place (torchvision's ColorJitter)."""
     unit *= np.float32(brightness)
     np.minimum(unit, 1, out=unit)
     mean = cv2.mean(unit)[0]
     unit *= np.float32(contrast)
     unit += np.float32(mean * (1 - contrast))
     np.clip(unit, 0, 1, out=unit)
-
-
-NUM_GLOBAL_CROPS = 2
 
 
 @dataclass(frozen=True)
@@ -79,19 +82,19 @@ class Views(NamedTuple):
     flips: list[tuple[slice, slice]]
 
 
-class PretrainingViews(torch.utils.data.Dataset):
+class PretrainingViews(Dataset):
     """Views by global sample index. `index // global_batch_size` is the step; an epoch is a permutation of the
     volumes (a 2D image is a volume of one slice), or of those of each kind where the recipe weighs kinds, and each
     visit draws one slice, so that near-duplicates do not fill a batch.
 
-    corpus: a `dataset_scripts.corpus.reader.Corpus`. global_batch_size: images a step over all processes; it fixes how
+    global_batch_size: images a step over all processes; it fixes how
     mask ratios are stratified, so the number of processes does not matter. slice_pairs: whether to draw neighbors.
     Raises ValueError where the recipe weighs a kind that the corpus lacks.
     """
 
     def __init__(
         self,
-        corpus,
+        corpus: Corpus,
         recipe: ViewsRecipe,
         patch_size: int,
         seed: int,
@@ -107,19 +110,14 @@ class PretrainingViews(torch.utils.data.Dataset):
 
     def image(self, row: int) -> Image:
         pixels, tissue = self.corpus.image(row)
-        return Image(pixels, halved(pixels), TissueTable(tissue, pixels.shape))
+        return Image(pixels, downsample_2x(pixels), TissueTable(tissue, pixels.shape))
 
     def mask_ratios(self, index: int) -> np.ndarray:
-        """Mask ratio of each global crop of this sample, stratified over the whole step."""
+        """Return the mask ratio of each global crop of this sample, stratified over the whole step."""
         step, place = divmod(index, self.global_batch_size)
         if self._mask_ratios[0] != step:
-            low, high = self.recipe.mask_ratio
-            ratios = stratified_mask_ratios(
-                generator(self.seed, MASK_STREAM, step),
-                NUM_GLOBAL_CROPS * self.global_batch_size,
-                self.recipe.mask_probability,
-                (low, high),
-            )
+            rng, count = generator(self.seed, MASK_STREAM, step), NUM_GLOBAL_CROPS * self.global_batch_size
+            ratios = stratified_mask_ratios(rng, count, self.recipe.mask_probability, self.recipe.mask_ratio)
             self._mask_ratios = (step, ratios.reshape(self.global_batch_size, NUM_GLOBAL_CROPS))
         return self._mask_ratios[1][place]
 
@@ -130,18 +128,18 @@ class PretrainingViews(torch.utils.data.Dataset):
         return origin | self.draw(rng, image, index) | {"slice_pair": self.slice_pair(rng, rows, position, image)}
 
     def place(self, index: int) -> tuple[np.random.Generator, int, range, int]:
-        """The sample's generator, its volume, the volume's rows, and which of them was drawn."""
+        """Return the sample's generator, its volume, the volume's rows, and which of them was drawn."""
         rng, volume = generator(self.seed, VIEWS_STREAM, index), self.order[index]
         rows = self.corpus.rows_of(volume)
         return rng, volume, rows, int(rng.integers(len(rows)))
 
     def row_of(self, index: int) -> int:
-        """The corpus row of a sample, without reading it."""
+        """Return the corpus row of a sample, without reading it."""
         _, _, rows, position = self.place(index)
         return rows[position]
 
     def draw(self, rng: np.random.Generator, image: Image, index: int) -> dict[str, Any]:
-        """Crops and masks of an image, as sample `index`."""
+        """Draw crops and masks of an image, as sample `index`."""
         recipe = self.recipe
         globals_, locals_ = self.views(rng, image, is_global=True), self.views(rng, image, is_global=False)
         masks = [
@@ -162,7 +160,7 @@ class PretrainingViews(torch.utils.data.Dataset):
         }
 
     def views(self, rng: np.random.Generator, image: Image, is_global: bool) -> Views:
-        """All global or all local crops with their photometric changes."""
+        """Draw all global or all local crops with their photometric changes."""
         recipe = self.recipe
         if is_global:
             count, size = NUM_GLOBAL_CROPS, recipe.global_crop_size
@@ -179,8 +177,8 @@ class PretrainingViews(torch.utils.data.Dataset):
         return Views(self.standardize(pixels), tissue, crops, flips)
 
     def gram_views(self, image: Image, globals_: Views) -> dict[str, Any]:
-        """The global crops' boxes and flips at the size of the gram teacher, without photometric changes; nothing
-        where it sees the global crops themselves."""
+        """Cut the global crops at the size of the gram teacher, without photometric changes; nothing where it sees
+        the global crops themselves."""
         size = self.recipe.gram_crop_size
         if not size:
             return {}
@@ -192,7 +190,7 @@ class PretrainingViews(torch.utils.data.Dataset):
         }
 
     def standardize(self, unit: np.ndarray) -> np.ndarray:
-        """Pixels of 0..1, in place."""
+        """Standardize pixels of 0..1, in place."""
         unit -= self.mean
         unit *= 1 / self.std
         return unit
@@ -201,8 +199,7 @@ class PretrainingViews(torch.utils.data.Dataset):
         self, rng: np.random.Generator, image: Image, scale: list[float], minimum: float, count: int = 1
     ) -> Crops:
         least = minimum if self.recipe.tissue_aware_crops else 0.0
-        low, high = self.recipe.crop_ratio
-        return tissue_aware_crops(rng, image.tissue, (scale[0], scale[1]), (low, high), least, count)
+        return tissue_aware_crops(rng, image.tissue, scale, self.recipe.crop_ratio, least, count)
 
     def flips(self, rng: np.random.Generator) -> tuple[slice, slice]:
         left_right, up_down = rng.random(2).tolist()
@@ -212,20 +209,14 @@ class PretrainingViews(torch.utils.data.Dataset):
         )
 
     def slice_pair(self, rng: np.random.Generator, rows: range, position: int, image: Image) -> dict[str, Any] | None:
-        """A slice and a neighbor under one conservative transform: one crop with enough breast, one flip, one mild
-        jitter. pixels (2, 1, S, S): the student's slice, the teacher's neighbor; tissue (h, w) of both. None where
-        the image has no neighbor (2D)."""
+        """Draw a neighbor and show both slices under one conservative transform: one crop with enough breast, one
+        flip, one mild jitter. pixels (2, 1, S, S): the student's slice, the teacher's neighbor; tissue (h, w) of both.
+        None where the image has no neighbor (2D)."""
         recipe, corpus = self.recipe, self.corpus
         if len(rows) < 2 or not self.with_slice_pairs:
             return None
-        neighbor = SLICE_PAIRINGS[recipe.slice_pairing](
-            rng,
-            corpus.slice_indices(rows),
-            position,
-            corpus.slice_spacing_mm(rows[0]),
-            recipe.slice_max_distance_mm,
-            recipe.slice_max_distance_slices,
-        )
+        reach = neighbor_reach(recipe, corpus.slice_spacing_mm(rows[0]))
+        neighbor = sample_neighbor(rng, corpus.slice_indices(rows), position, reach)
         if neighbor is None:
             return None
         other = self.image(rows[neighbor])
@@ -243,25 +234,39 @@ class PretrainingViews(torch.utils.data.Dataset):
         }
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Samples to a batch. Crops come crop-major: (G * B, 1, H, W), all first crops before all second ones, as the
-    losses reshape them to (G, B, ...). Slice pairs (P, 2, 1, S, S) of those P <= B samples that have one."""
+def collate(samples: list[dict[str, Any]]) -> Batch:
+    """Stack samples to a batch.
 
-    def crop_major(key: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([sample[key] for sample in samples], axis=1)).flatten(0, 1)
-
+    Crops come crop-major: (G * B, 1, H, W), all first crops before all second ones, as the losses reshape them to
+    (G, B, ...). Slice pairs (P, 2, 1, S, S) of those P <= B samples that have one.
+    """
     of_crops = ["global_crops", "global_tissue", "local_crops", "local_tissue", "masks", "gram_crops", "gram_tissue"]
-    batch = {key: crop_major(key) for key in of_crops if key in samples[0]}
+    batch = {
+        key: torch.from_numpy(np.stack([sample[key] for sample in samples], axis=1)).flatten(0, 1)
+        for key in of_crops
+        if key in samples[0]
+    }
     for key in ("index", "row", "volume", "crops_below_minimum"):
         batch[key] = torch.tensor([sample[key] for sample in samples])
     for key in ("crop_tissue", "boxes"):
         batch[key] = torch.from_numpy(np.stack([sample[key] for sample in samples]))
-    pairs = [sample["slice_pair"] for sample in samples if sample["slice_pair"]]
     size, grid = samples[0]["global_crops"].shape[-1], samples[0]["masks"].shape[-1]
-    batch["slice_pairs"] = torch.from_numpy(
-        np.stack([pair["pixels"] for pair in pairs]) if pairs else np.zeros((0, 2, 1, size, size), np.float32)
-    )
-    batch["slice_tissue"] = torch.from_numpy(
-        np.stack([pair["tissue"] for pair in pairs]) if pairs else np.zeros((0, grid, grid), np.float32)
-    )
+    for key, shape in (("pixels", (2, 1, size, size)), ("tissue", (grid, grid))):
+        of_pairs = [sample["slice_pair"][key] for sample in samples if sample["slice_pair"]]
+        stacked = np.stack(of_pairs) if of_pairs else np.zeros((0, *shape), np.float32)
+        batch["slice_pairs" if key == "pixels" else "slice_tissue"] = torch.from_numpy(stacked)
     return batch
+
+
+def load_batches(views: PretrainingViews, recipe: Recipe, first_step: int, accelerator: Accelerator) -> Iterator[Batch]:
+    """Yield this process's batches on its device, one a forward, from a step on."""
+    cv2.setNumThreads(1)  # crops are small, and a worker forked while OpenCV holds threads can hang
+    loader = DataLoader(
+        views,
+        batch_sampler=StepSampler(recipe, first_step, accelerator.process_index, accelerator.num_processes),
+        num_workers=recipe.run.dataloader_num_workers,
+        collate_fn=collate,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    for batch in loader:
+        yield send_to_device(batch, accelerator.device, non_blocking=True)
