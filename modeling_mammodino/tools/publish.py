@@ -17,10 +17,11 @@ import argparse
 import inspect
 import io
 import json
+import logging
 import re
 import xml.etree.ElementTree as ElementTree
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.hf_api import RepoFile
 from PIL import Image
+from PIL.PngImagePlugin import ChunkStream
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -38,9 +41,12 @@ from ..dicom import is_dicom
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..modeling_mammodino import MammoDinoPreTrainedModel
 
+logger = logging.getLogger(__name__)
+
+SHARDS_A_COMMIT = 20  # some 4 to 10 GB; the Hub limits commits an hour
 # a page is about 800 px wide; full-field mammograms start at 4 MP
 MAX_FIGURE_PX, MAX_FIGURE_BYTES = 3_000_000, 3 * 2**20
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 # what a decoder needs; the others hold text, dates, EXIF, color profiles or private data (PNG specification, 11.3)
 PNG_CHUNKS = {"IHDR", "PLTE", "IDAT", "IEND", "tRNS", "gAMA", "cHRM", "sRGB", "sBIT", "pHYs", "bKGD", "hIST"}
 JPEG_SEGMENTS = {"APP0", "APP14"}  # JFIF's density and Adobe's color transform; EXIF, XMP, ICC, IPTC are others
@@ -76,7 +82,14 @@ def _check_image(kind: str, data: bytes) -> Iterator[str]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         yield f"not a readable {kind}, whatever its name says; remove it"
         return
-    yield from _check_png_chunks(data) if kind == "PNG" else _check_jpeg_segments(image, data)
+    if kind == "JPEG":
+        yield from _check_jpeg_segments(image, data)
+    else:
+        try:
+            if hidden := sorted(set(png_chunks(data)) - PNG_CHUNKS):
+                yield f"metadata in the PNG chunks {', '.join(hidden)}; {REMEDY}"
+        except ValueError as error:
+            yield f"{error}; {REMEDY}"
     if image.mode not in ("RGB", "RGBA", "P"):
         yield f"color mode {image.mode}, as mammograms have; a figure is drawn in 8-bit color"
     else:
@@ -85,23 +98,23 @@ def _check_image(kind: str, data: bytes) -> Iterator[str]:
             yield "gray throughout, as mammograms are; draw the figure with a color, or leave it out"
 
 
-def _check_png_chunks(data: bytes) -> Iterator[str]:
-    position = len(PNG_SIGNATURE)
-    chunks: list[str] = []
-    while position + 12 <= len(data) and chunks[-1:] != ["IEND"]:
-        length = int.from_bytes(data[position : position + 4], "big")
-        body = data[position + 4 : position + 8 + length]
-        if zlib.crc32(body) != int.from_bytes(data[position + 8 + length : position + 12 + length], "big"):
-            yield f"damaged at byte {position}; {REMEDY}"
-            return
-        chunks.append(body[:4].decode("latin-1"))
-        position += 12 + length
-    if hidden := sorted(set(chunks) - PNG_CHUNKS):
-        yield f"metadata in the PNG chunks {', '.join(hidden)}; {REMEDY}"
-    if chunks[-1:] != ["IEND"]:
-        yield f"cut short; {REMEDY}"
-    elif position != len(data):
-        yield f"{len(data) - position} bytes after the image's end; {REMEDY}"
+def png_chunks(data: bytes) -> list[str]:
+    """Return the names of a PNG's chunks but the last, IEND.
+
+    Raises ValueError where a chunk is damaged or cut off, and where bytes stand behind the image's end.
+    """
+    stream = io.BytesIO(data)
+    if stream.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+        raise ValueError("not a PNG")
+    try:
+        names = ChunkStream(stream).verify()  # up to the header of IEND
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError("damaged or cut short") from error
+    if more := len(data) - 4 - stream.tell():
+        raise ValueError(f"{more} bytes after the image's end" if more > 0 else "cut short")
+    if not data.endswith(PNG_END):
+        raise ValueError("damaged in its last chunk")
+    return [name.decode("latin-1") for name in names]
 
 
 def _check_jpeg_segments(image: Image.Image, data: bytes) -> Iterator[str]:
@@ -394,7 +407,7 @@ def push_folder(
     commit_message: str = "Upload model",
     token: str | None = None,
 ) -> CommitInfo:
-    """Publishes a complete model folder in one commit; files of the repository that are not in it stay.
+    """Publish a complete model folder in one commit; files of the repository that are not in it stay.
 
     private: the repository must be private. It is made so where it does not exist; a public one is refused.
     revision: a branch, made from main where it does not exist.
@@ -408,33 +421,94 @@ def push_folder(
         listed = "\n".join(f"  {complaint}" for complaint in complaints)
         raise ValueError(f"{folder}: nothing was sent.\n{listed}")
     # by name, never a whole folder: a file that appears from now on is not sent
-    additions = [
-        CommitOperationAdd(path.name, path if WEIGHTS.fullmatch(path.name) else path.read_bytes())
-        for path in sorted(folder.iterdir())
-    ]
+    files = {
+        path.name: path if WEIGHTS.fullmatch(path.name) else path.read_bytes() for path in sorted(folder.iterdir())
+    }
+    return upload(
+        repo_id, files, private=private or None, revision=revision, commit_message=commit_message, token=token
+    )
+
+
+def upload(
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    shards: Mapping[str, tuple[Path, str]] | None = None,
+    shard_pattern: str = "",
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str,
+    token: str | None = None,
+) -> CommitInfo:
+    """Send files to a repository on the Hub, which is made where it does not exist; other files of it stay.
+
+    Shards go first, in commits of SHARDS_A_COMMIT, then `files` in one commit, which is returned: half of a data set is
+    not taken for one, and the same call goes on after a stop, for shards that are there are not sent again.
+
+    Args:
+        files: path in the repository -> content, or the file that holds it.
+        shards: path in the repository -> file and its sha256 (hexadecimal).
+        shard_pattern: what shards are called, such as "data-*.arrow": readers take all files of that name for one data
+            set, so a repository with others is refused.
+        repo_type: "model" or "dataset".
+        private: True: the repository must be private, and is made so; False: it is made public; None: as the account's
+            settings say.
+        revision: a branch, made from main where it does not exist.
+
+    Raises ValueError where the repository is public and should not be, where it holds other shards, where a shard is
+    not what its sha256 says, and where the repository's .gitignore leaves out a file; ConnectionError where the Hub is
+    out of reach; huggingface_hub's HfHubHTTPError where it refuses.
+    """
+    api = HfApi(token=token, library_name="mammodino")
+    shards = shards or {}
     try:
-        return _push(
-            HfApi(token=token, library_name="mammodino"), additions, repo_id, private, revision, commit_message
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+            remedy = "name another" if repo_type == "model" else "pass --public"
+            raise ValueError(f"{repo_id} exists and is public; nothing was sent. Make it private there, or {remedy}")
+        if revision and not revision.startswith("refs/"):
+            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+        if shards:
+            _upload_shards(api, repo_id, repo_type, revision, shards, shard_pattern)
+        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+        commit = api.create_commit(
+            repo_id, additions, commit_message=commit_message, repo_type=repo_type, revision=revision
         )
+        there = set(api.list_repo_files(repo_id, repo_type=repo_type, revision=commit.oid))
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError):  # says itself what is wrong
             raise
         raise ConnectionError(f"the Hub cannot be reached ({error}); check the network and HF_ENDPOINT") from error
-
-
-def _push(
-    api: HfApi, additions: list[CommitOperationAdd], repo_id: str, private: bool, revision: str | None, message: str
-) -> CommitInfo:
-    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    if private and not api.repo_info(repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public; nothing was sent. Make it private there, or name another")
-    if revision and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.create_commit(repo_id, additions, commit_message=message, revision=revision)
-    there = set(api.list_repo_files(repo_id, revision=commit.oid))
-    if absent := [each.path_in_repo for each in additions if each.path_in_repo not in there]:
+    if absent := sorted({*shards, *files} - there):
         raise ValueError(f"{repo_id}: its .gitignore left out {', '.join(absent)}; remove these lines and push again")
     return commit
+
+
+def _upload_shards(
+    api: HfApi,
+    repo_id: str,
+    repo_type: str,
+    revision: str | None,
+    shards: Mapping[str, tuple[Path, str]],
+    pattern: str,
+) -> None:
+    entries = api.list_repo_tree(repo_id, repo_type=repo_type, revision=revision, recursive=True)
+    there = {each.path: each.lfs.sha256 if each.lfs else "" for each in entries if isinstance(each, RepoFile)}
+    known = {name: sha256 for name, (_, sha256) in shards.items()}
+    if others := sorted(name for name in there if fnmatch(name, pattern) and there[name] != known.get(name)):
+        raise ValueError(
+            f"{repo_id} holds {len(others)} files of another data set, {others[0]} first; nothing was sent. Push to "
+            "another name, or delete them there"
+        )
+    missing = [name for name in shards if name not in there]
+    logger.info("%d of %d shards are there, %d to send", len(shards) - len(missing), len(shards), len(missing))
+    for start in range(0, len(missing), SHARDS_A_COMMIT):
+        additions = [CommitOperationAdd(name, shards[name][0]) for name in missing[start : start + SHARDS_A_COMMIT]]
+        for each in additions:
+            if each.upload_info.sha256.hex() != known[each.path_in_repo]:
+                raise ValueError(f"{each.path_in_repo} changed since it was checked, and was not sent; verify again")
+        api.create_commit(repo_id, additions, commit_message="Add shards", repo_type=repo_type, revision=revision)
 
 
 def check_folder(folder: str | Path) -> list[str]:

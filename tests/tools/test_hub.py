@@ -1,5 +1,6 @@
 """Publishing: a whole model folder goes to the Hub in one commit and opens from there where the package is missing."""
 
+import hashlib
 import importlib.metadata
 import json
 import subprocess
@@ -16,7 +17,7 @@ from PIL import Image
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.cli import main
-from modeling_mammodino.tools.publish import check_folder, push_folder
+from modeling_mammodino.tools.publish import check_folder, push_folder, upload
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +103,52 @@ def test_the_loopback_hub_verifies_what_it_is_sent(hub):
     assert (info.path, info.size) == ("in/a.txt", 4) and api.list_repo_files("me/server") == ["in/a.txt"]
 
 
-# The entry_points of transformers itself, and back, each in a process of its own
+@pytest.fixture
+def shards(tmp_path) -> dict[str, tuple[Path, str]]:
+    for number in range(3):
+        (tmp_path / f"{number}.arrow").write_bytes(bytes([number, 0]) * 100)
+    files = {f"data-{path.name}": path for path in sorted(tmp_path.glob("*.arrow"))}
+    return {name: (path, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in files.items()}
+
+
+def upload_shards(shards, **options) -> str:
+    settings = {"repo_type": "dataset", "private": True, "commit_message": "Add card", "shard_pattern": "data-*.arrow"}
+    return str(upload("me/shards", {"README.md": b"A card."}, shards=shards, **settings | options).repo_url)
+
+
+def test_shards_go_first_and_are_not_sent_twice(shards, hub, monkeypatch):
+    monkeypatch.setattr("modeling_mammodino.tools.publish.SHARDS_A_COMMIT", 2)
+    hub.commits_left = 1
+    try:
+        with pytest.raises(huggingface_hub.errors.HfHubHTTPError, match="429"):
+            upload_shards(shards)
+    finally:
+        hub.commits_left = None
+    assert list(hub.files("me/shards", kind="dataset")) == ["data-0.arrow", "data-1.arrow"]
+    hub.requests.clear()
+    assert upload_shards(shards).endswith("me/shards")
+    assert sum("/commit/" in path for _, path in hub.requests) == 2  # one shard, and the card
+    hub.requests.clear()
+    upload_shards(shards)
+    assert not any("lfs" in path for _, path in hub.requests)
+    expected = {name: path.read_bytes() for name, (path, _) in shards.items()}
+    assert hub.files("me/shards", kind="dataset") == {"README.md": b"A card.", **expected}
+
+
+def test_shards_of_two_data_sets_are_not_mixed_and_a_changed_one_is_not_sent(shards, hub):
+    upload_shards({"data-0.arrow": shards["data-0.arrow"], "data-9.arrow": shards["data-1.arrow"]})
+    with pytest.raises(ValueError, match="holds 1 files of another data set, data-9.arrow first; nothing was sent"):
+        upload_shards(shards)
+    shards["data-2.arrow"][0].write_bytes(b"DOE^JANE")
+    with pytest.raises(ValueError, match="data-2.arrow changed since it was checked"):
+        upload_shards(shards, shard_pattern="")
+    assert list(hub.files("me/shards", kind="dataset")) == ["README.md", "data-0.arrow", "data-9.arrow"]
+    huggingface_hub.HfApi().create_repo("me/open", repo_type="dataset")
+    with pytest.raises(ValueError, match="me/open exists and is public; nothing was sent. .* pass --public"):
+        upload("me/open", {}, repo_type="dataset", private=True, commit_message="None")
+
+
+# The entry points of transformers itself, and back, each in a process of its own
 
 PUSH = """
 import sys, torch

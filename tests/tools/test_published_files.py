@@ -89,7 +89,7 @@ REFUSALS = {
     "other json": (write("all_results.json", "{}"), "all_results.json: no file of a model"),
     # code
     "changed code": (write("dicom.py", "\nimport os\n", add=True), "dicom.py: differs from this package's"),
-    "missing code": (lambda folder: (folder / "tissue.py").unlink(), "tissue.py: missing"),
+    "missing code": (lambda folder: (folder / "rendering.py").unlink(), "rendering.py: missing"),
     # weights
     "half weights": (write("model.safetensors", b"12345678{}"), "model.safetensors: not a whole safetensors file"),
     "header text": (tensors({}, {"format": "pt", "site": "St. Mary"}), "model.safetensors: text in its header (site)"),
@@ -122,7 +122,7 @@ REFUSALS = {
     "recipe comment": (write("recipe.yaml", "# of Dr. A\n", add=True), "recipe.yaml: holds comments; take them out"),
     # card
     "no card": (lambda folder: (folder / "README.md").unlink(), "README.md: missing"),
-    "no license": (write("README.md", CARD.replace("license", "license")), "README.md: states no license"),
+    "no license": (write("README.md", CARD.replace("license:", "terms:")), "README.md: states no license"),
     "no warning": (write("README.md", CARD.replace("Research", "Any")), "README.md: does not say `research use only`"),
     "path in card": (
         write("README.md", "From /data/patients\n", add=True),
