@@ -111,9 +111,9 @@ def shards(tmp_path) -> dict[str, tuple[Path, str]]:
     return {name: (path, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in files.items()}
 
 
-def upload_shards(shards, **options) -> str:
+def upload_shards(shards, repo_id="me/shards", **options) -> str:
     settings = {"repo_type": "dataset", "private": True, "commit_message": "Add card", "shard_pattern": "data-*.arrow"}
-    return str(upload("me/shards", {"README.md": b"A card."}, shards=shards, **settings | options).repo_url)
+    return str(upload(repo_id, {"README.md": b"A card."}, shards=shards, **settings | options).repo_url)
 
 
 def test_shards_go_first_and_are_not_sent_twice(shards, hub, monkeypatch):
@@ -136,16 +136,16 @@ def test_shards_go_first_and_are_not_sent_twice(shards, hub, monkeypatch):
 
 
 def test_shards_of_two_data_sets_are_not_mixed_and_a_changed_one_is_not_sent(shards, hub):
-    upload_shards({"data-0.arrow": shards["data-0.arrow"], "data-9.arrow": shards["data-1.arrow"]})
+    upload_shards({"data-0.arrow": shards["data-0.arrow"], "data-9.arrow": shards["data-1.arrow"]}, "me/two")
     with pytest.raises(ValueError, match="holds 1 files of another data set, data-9.arrow first; nothing was sent"):
-        upload_shards(shards)
+        upload_shards(shards, "me/two")
     shards["data-2.arrow"][0].write_bytes(b"DOE^JANE")
     with pytest.raises(ValueError, match="data-2.arrow changed since it was checked"):
-        upload_shards(shards, shard_pattern="")
-    assert list(hub.files("me/shards", kind="dataset")) == ["README.md", "data-0.arrow", "data-9.arrow"]
-    huggingface_hub.HfApi().create_repo("me/open", repo_type="dataset")
-    with pytest.raises(ValueError, match="me/open exists and is public; nothing was sent. .* pass --public"):
-        upload("me/open", {}, repo_type="dataset", private=True, commit_message="None")
+        upload_shards(shards, "me/two", shard_pattern="")
+    assert set(hub.files("me/two", kind="dataset")) == {"README.md", "data-0.arrow", "data-9.arrow"}
+    huggingface_hub.HfApi().create_repo("me/open_data", repo_type="dataset")
+    with pytest.raises(ValueError, match="me/open_data exists and is public; nothing was sent. .* pass --public"):
+        upload("me/open_data", {}, repo_type="dataset", private=True, commit_message="None")
 
 
 # The entry points of transformers itself, and back, each in a process of its own
