@@ -1,25 +1,23 @@
 """BCS-DBT, Breast Cancer Screening - Digital Breast Tomosynthesis (TCIA, doi 10.7937/E4WT-CD02): labels and boxes.
 
 data_dir holds the collection's CSV files, of one split or more, and its download. A row of the index is a volume. Boxes
-are in the coordinates of the pixels that `bcs_dbt.BcsDbtViews.correct` turns right; their slice counts frames of the
+are in the coordinates of the pixels that `read_views` turns right; their slice counts frames of the
 file from 0, as in the collection's own reading code.
 """
 
 import logging
 from pathlib import Path
 
-import pandas
+import pandas as pd
 
-from dataset_scripts.corpus.bcs_dbt_volumes import View
+from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews, View
 
-from .index import Benchmark, Box, by_value, make_index, single_type
-from .tables import MetadataTable, collection_roots, read_csv, relative
+from .index import SPLITS, Benchmark, Box, MetadataTable, collection_roots, make_index, read_csv, relative
 
 logger = logging.getLogger(__name__)
 
 COLLECTION = "Breast-Cancer-Screening-DBT"
 REMEDY = "give the folder with BCS-DBT-labels-*.csv, BCS-DBT-file-paths-*.csv and BCS-DBT-boxes-*.csv of the collection"
-SPLITS = ("train", "validation", "test")
 LISTS = ("labels", "boxes", "file-paths")
 KEY = ("PatientID", "StudyUID", "View")
 GROUPS = ("Normal", "Actionable", "Benign", "Cancer")
@@ -27,7 +25,7 @@ CORNER = ("X", "Y", "Width", "Height")
 BOX_COLUMNS = (*KEY, "Slice", *CORNER, "Class", "VolumeSlices")
 
 
-def read_index(data_dir: Path) -> pandas.DataFrame:
+def read_index(data_dir: Path) -> pd.DataFrame:
     """SCHEMA rows of the volumes of each split whose labels are there.
 
     `path` is the descriptive one, missing where the list of paths is. Raises FileNotFoundError without any labels,
@@ -46,7 +44,7 @@ def read_index(data_dir: Path) -> pandas.DataFrame:
             view = View.parse(key[2])
             if view is None:
                 raise labels.fault(row, "View", "not one of lcc, lmlo, rcc, rmlo, perhaps with a number")
-            unboxed = [] if group[row] == "Normal" else None  # nothing there, or nobody boxed it
+            unboxed: list | None = [] if group[row] == "Normal" else None  # nothing there, or nobody boxed it
             rows.append(
                 {
                     "patient_id": key[0],
@@ -86,7 +84,7 @@ def _labels(data_dir: Path) -> dict[str, MetadataTable]:
 
 def _groups(labels: MetadataTable) -> list[str]:
     """The one of GROUPS that is 1 in each row."""
-    flags = pandas.DataFrame({group: labels.choice(group, {"0": 0, "1": 1}).astype(int) for group in GROUPS})
+    flags = pd.DataFrame({group: labels.choice(group, {"0": 0, "1": 1}).astype(int) for group in GROUPS})
     wrong = flags.sum(axis=1) != 1
     if wrong.any():
         raise labels.fault(int(wrong.argmax()), "Normal", f"but one of {', '.join(GROUPS)} must be 1")
@@ -142,7 +140,7 @@ def _paths(data_dir: Path, split: str) -> dict[tuple, tuple[str, str]] | None:
     return dict(zip(keys, zip(*both, strict=True), strict=True))
 
 
-def locate(index: pandas.DataFrame, data_dir: Path) -> pandas.DataFrame:
+def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
     """The index with each `path` as it is on disk, descriptive or classic, also in a manifest-* folder."""
     data_dir = Path(data_dir)
     listed = {f"{key[1]}_{key[2]}": both for split in SPLITS for key, both in (_paths(data_dir, split) or {}).items()}
@@ -156,92 +154,32 @@ def locate(index: pandas.DataFrame, data_dir: Path) -> pandas.DataFrame:
     return index.assign(path=index["image_id"].map(on_disk).astype("string"))
 
 
-def count(data_dir: Path) -> dict[str, int]:
-    """Volumes, studies, patients and boxes of each split that is there; of all where all three are."""
-    tables = _labels(data_dir)
-    counts: dict[str, int] = {}
-    parts = []
-    for split, labels in tables.items():
-        rows = labels.rows.assign(group=_groups(labels))
-        parts.append(rows)
-        counts |= _count(split, rows)
-        path = _find(data_dir, "boxes", split)
-        if path is not None:
-            classes = read_csv(path, BOX_COLUMNS, REMEDY).rows["Class"]
-            counts[f"{split}: boxes"] = len(classes)
-            counts |= {f"{split}: boxes of {name}": (classes == name).sum() for name in ("benign", "cancer")}
-    if len(parts) == len(SPLITS):
-        counts |= _count("all", pandas.concat(parts, ignore_index=True))
-    return {name: int(value) for name, value in counts.items()}
+def read_views(data_dir: Path) -> BcsDbtViews:
+    """Return what sets side and orientation of the volumes right, from the lists of paths that are there."""
+    return BcsDbtViews.from_csv(sorted(Path(data_dir).glob("BCS-DBT?file-paths-*.csv")))
 
 
-def _count(split: str, rows: pandas.DataFrame) -> dict[str, int]:
-    """A study counts in the worst of its volumes' groups."""
-    worst = rows["group"].map(GROUPS.index).groupby(rows["StudyUID"]).max()
-    return {
-        f"{split}: volumes": len(rows),
-        f"{split}: studies": rows["StudyUID"].nunique(),
-        f"{split}: patients": rows["PatientID"].nunique(),
-        **{f"{split}: {group}": (rows["group"] == group).sum() for group in GROUPS},
-        **{f"{split}: studies {group}": (worst == rank).sum() for rank, group in enumerate(GROUPS)},
+def read_tables(data_dir: Path) -> dict[str, pd.DataFrame]:
+    """Return `volumes` and `studies` of each split that is there, of all where all three are, and `boxes`.
+
+    A study is in the worst of its volumes' groups.
+    """
+    labels = {
+        split: labels.rows.assign(part=split, group=_groups(labels)) for split, labels in _labels(data_dir).items()
     }
+    if len(labels) == len(SPLITS):
+        labels["all"] = pd.concat(labels.values()).assign(part="all")
+    volumes = pd.concat(labels.values(), ignore_index=True)
+    volumes["group"] = pd.Categorical(volumes["group"], GROUPS, ordered=True)
+    studies = volumes.groupby(["part", "StudyUID"], as_index=False)["group"].max()
+    paths = {split: path for split in SPLITS if split in labels and (path := _find(data_dir, "boxes", split))}
+    boxes = [read_csv(path, BOX_COLUMNS, REMEDY).rows.assign(part=split) for split, path in paths.items()]
+    tables = {"volumes": volumes, "studies": studies}
+    if boxes:
+        tables["boxes"] = pd.concat(boxes).assign(kind=lambda rows: pd.Categorical(rows["Class"], ("benign", "cancer")))
+    return tables
 
 
-PUBLISHED = {
-    "train: volumes": 19148, "train: studies": 4838, "train: patients": 4362,
-    "train: Normal": 18232, "train: Actionable": 716, "train: Benign": 124, "train: Cancer": 76,
-    "validation: volumes": 1163,
-    "validation: Normal": 928, "validation: Actionable": 160, "validation: Benign": 38, "validation: Cancer": 37,
-    "test: volumes": 1721, "test: Normal": 1356, "test: Actionable": 244, "test: Benign": 61, "test: Cancer": 60,
-    "train: boxes": 224, "validation: boxes": 75, "test: boxes": 136,
-    "all: volumes": 22032, "all: studies": 5610, "all: patients": 5060,
-    "all: studies Normal": 5129, "all: studies Actionable": 280, "all: studies Benign": 112, "all: studies Cancer": 89,
-    # published nowhere: counted in the released files
-    "train: boxes of benign": 137, "train: boxes of cancer": 87,
-    "train: studies Normal": 4558, "train: studies Actionable": 179, "train: studies Benign": 62,
-    "train: studies Cancer": 39,
-}  # fmt: skip
-
-BENCHMARK = Benchmark(
-    name="bcs_dbt",
-    title="BCS-DBT: Breast Cancer Screening - Digital Breast Tomosynthesis",
-    homepage="https://doi.org/10.7937/E4WT-CD02",
-    license="CC BY-NC 4.0",
-    citation="Buda et al., Detection of masses and architectural distortions in digital breast tomosynthesis, "
-    "JAMA Network Open 4(8), e2119100, 2021",
-    read_index=read_index,
-    definitions=(
-        by_value(
-            "cancer",
-            "biopsy",
-            "positive: the view shows a cancer proven by biopsy; negative: benign by biopsy, actionable and normal",
-            "cancer",
-            {0: "no cancer", 1: "cancer"},
-        ),
-        by_value(
-            "lesion",
-            "biopsied",
-            "positive: the view shows a lesion that was biopsied, benign or cancer; negative: normal; left out: "
-            "actionable, recalled without a biopsy, so that nobody boxed what was seen",
-            "lesion",
-            {0: "normal", 1: "lesion"},
-        ),
-        single_type(
-            "mass_or_distortion",
-            "AD of the view's boxes: 1 architectural distortion, 0 taken as mass, the two kinds that were boxed; left "
-            "out: views without a box or with both",
-            {"mass": "mass", "architectural distortion": "architectural distortion"},
-        ),
-    ),
-    count=count,
-    published=PUBLISHED,
-    locate=locate,
-    notes=(
-        "CC BY-NC: sharing needs attribution and is for non-commercial use only.",
-        "Volumes: side and orientation of some files are wrong; dataset_scripts.corpus.bcs_dbt_volumes sets them right, and the boxes "
-        "are in those coordinates.",
-        "Official split into train, validation and test; which of them is there is said.",
-        "No BI-RADS and no density in the labels, so neither task.",
-        "A box stands on the slice where the lesion is seen best; other slices of the lesion have none.",
-    ),
+BENCHMARK = Benchmark.from_yaml(
+    __file__, read_index=read_index, read_tables=read_tables, locate=locate, read_views=read_views
 )

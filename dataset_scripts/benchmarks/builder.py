@@ -1,4 +1,4 @@
-"""A labeled data set for `datasets`, its images embedded as lossless PNG; see `benchmark_images`.
+"""A labeled data set for `datasets`, its images embedded as lossless PNG.
 
     builder = BenchmarkBuilder(dataset_name="vindr_mammo", config_name="density", data_dir="vindr-mammo")
     builder.download_and_prepare(num_proc=8)
@@ -8,13 +8,12 @@ or, after `import dataset_scripts.benchmarks`, `load_dataset("vindr_mammo", "den
 
 The configuration `default` has every image with a label column for each definition, in its official split, or all in
 train where there is none. A task's configuration has the images with a label of it, in the splits of `load_task`.
+
+An image is what the reader makes of a file, before crop, contrast and size. DICOM: modality LUT, padding, VOI,
+MONOCHROME1 inversion, as `modeling_mammodino.dicom` does them. An image after a window is a fraction of full scale and
+goes into 16 bits; stored values of 8 to 16 bits stay as they are. Of other images the one gray plane is kept, at its
+depth. Nothing else of a file travels.
 """
-# MERGED: The images of a labeled data set as lossless PNG: what the reader makes of a file, before crop, contrast and size.
-#
-# DICOM: modality LUT, padding, VOI, MONOCHROME1 inversion, as `modeling_mammodino.dicom` does them. An image after a
-# window is a fraction of full scale and goes into 16 bits; stored values of 8 to 16 bits stay as they are. Of other
-# images the one gray plane is kept, at its depth. Nothing else of a file travels.
-#
 
 import hashlib
 import json
@@ -30,16 +29,15 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pandas
+import pandas as pd
 
 import modeling_mammodino
-from dataset_scripts.benchmarks import bcs_dbt as bcs_dbt_index
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews
 from dataset_scripts.corpus.reader import encode_png
 from modeling_mammodino.dicom import frame_order, is_dicom, iter_slices
 from modeling_mammodino.image_io import InvalidImageError, read_image
 
-from .index import SPLITS, TASKS, Benchmark, Box
+from .index import SPLITS, TASKS, Box
 from .task import (
     INDEX_FEATURES,
     MISSING,
@@ -52,7 +50,11 @@ from .task import (
     to_rows,
 )
 
+logger = logging.getLogger(__name__)
+
 FULL_SCALE = 65535
+DEFAULT = "default"
+REFUSED = "refused.jsonl"  # beside the data: a line an image that could not be read
 
 
 class SliceImage(NamedTuple):
@@ -77,18 +79,22 @@ class BenchmarkImageReader:
     views: BcsDbtViews | None = field(default=None, repr=False)
 
     def read(self, file: str | Path, boxes: list[Box] | None = None) -> list[SliceImage]:
-        """All images of a file, or none. Raises InvalidImageError or OSError where one cannot be read."""
+        """Return all images of a file, or none. Raises InvalidImageError or OSError where one cannot be read."""
         if not is_dicom(file):
             return [SliceImage(as_png(read_image(file), str(file)), -1, 1, boxes)]
         order = frame_order(file)
-        wanted = self._positions(str(file), order, boxes or ())
-        slices = iter_slices(file, indices=wanted)
+        slices = iter_slices(file, indices=self._positions(str(file), order, boxes or ()))
         if self.views is not None:
             slices = self.views.correct(file, slices)
-        return list(_images(str(file), slices, order, boxes))
+        images = []
+        for each in slices:
+            place = order[each.slice_index] if len(order) > 1 else -1
+            of_slice = boxes if boxes is None or place == -1 else [box for box in boxes if box["slice"] == place]
+            images.append(SliceImage(as_png(each.pixels, str(file)), place, len(order), of_slice))
+        return images
 
     def _positions(self, file: str, order: tuple[int, ...], boxes: Iterable[Box]) -> list[int]:
-        """Which slices, counted in order of position."""
+        """Return which slices to read, counted in order of position."""
         boxed = sorted({box["slice"] for box in boxes})
         if len(order) > 1 and (outside := [place for place in boxed if not 0 <= place < len(order)]):
             raise InvalidImageError(file, f"a box is on slice {outside[0]} of {len(order)}; correct the boxes")
@@ -98,15 +104,8 @@ class BenchmarkImageReader:
         return ((np.arange(count) + 0.5) * len(order) / count).astype(int).tolist()
 
 
-def _images(file: str, slices: Iterable, order: tuple[int, ...], boxes: list[Box] | None) -> Iterator[SliceImage]:
-    for mammogram in slices:
-        place = order[mammogram.slice_index] if len(order) > 1 else -1
-        of_slice = boxes if boxes is None or place == -1 else [box for box in boxes if box["slice"] == place]
-        yield SliceImage(as_png(mammogram.pixels, file), place, len(order), of_slice)
-
-
 def as_png(pixels: np.ndarray, name: str = "image") -> bytes:
-    """A gray plane (H, W): uint8 and uint16 as they are, float32 in 0..1 in 16 bits, to the nearest 1/65535.
+    """Encode a gray plane (H, W): uint8 and uint16 as they are, float32 in 0..1 in 16 bits, to the nearest 1/65535.
 
     Raises InvalidImageError for other values: without a window they have no full scale.
     """
@@ -118,12 +117,6 @@ def as_png(pixels: np.ndarray, name: str = "image") -> bytes:
             )
         pixels = np.rint(pixels.astype(np.float64) * FULL_SCALE).astype(np.uint16)
     return encode_png(pixels)
-
-
-logger = logging.getLogger(__name__)
-
-DEFAULT = "default"
-REFUSED = "refused.jsonl"  # beside the data: a line an image that could not be read
 
 
 @dataclass
@@ -176,7 +169,7 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
         if self.config.slices_per_volume < 0:
             raise ValueError(f"slices_per_volume={self.config.slices_per_volume}: must be 0 (all slices) or more")
         data_dir = Path(self.config.data_dir).expanduser().absolute()
-        self.benchmark: Benchmark = open_benchmark(self.dataset_name, data_dir)
+        self.benchmark = open_benchmark(self.dataset_name, data_dir)
         if self.config.name == DEFAULT:
             self._read_all(data_dir)
         else:
@@ -220,7 +213,7 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
         self.official = official_splits(index)
         is_there = find_files(index, data_dir, self.config.allow_missing)
         self.left_out = {MISSING: int((~is_there).sum())} if not is_there.all() else {}
-        labels = {name: class_numbers(each, index, self.benchmark.name) for name, each in self.definitions.items()}
+        labels = {name: class_numbers(each, index) for name, each in self.definitions.items()}
         index = index.assign(split=index["split"].fillna("train"), **labels)
         self.table = index[is_there].reset_index(drop=True)
 
@@ -233,7 +226,12 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
         ]
 
     def _generate_examples(self, rows: list[dict]) -> Iterator[tuple[str, dict[str, Any]]]:
-        reader = self._reader()
+        read_views = self.benchmark.read_views
+        reader = BenchmarkImageReader(
+            self.config.slices_per_volume,
+            self.config.boxed_slices,
+            read_views(Path(self.config.data_dir).expanduser()) if read_views else None,
+        )
         for row in rows:
             try:
                 images = reader.read(row["file"], row["boxes"])  # a volume enters whole or not at all
@@ -251,16 +249,11 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
                 cells = row | about | {"image": image}
                 yield f"{row['image_id']} {each.slice_index}", {name: cells[name] for name in self.info.features}
 
-    def _reader(self) -> BenchmarkImageReader:
-        views = None
-        if self.dataset_name == bcs_dbt_index.BENCHMARK.name:
-            views = BcsDbtViews.from_csv(
-                sorted(Path(self.config.data_dir).expanduser().glob("BCS-DBT?file-paths-*.csv"))
-            )
-        return BenchmarkImageReader(self.config.slices_per_volume, self.config.boxed_slices, views)
-
     def download_and_prepare(self, output_dir: str | None = None, **options: Any) -> None:
-        """As `datasets` does it; says how many images were left out. Raises ValueError where none can be read."""
+        """Build as `datasets` does, and say how many images were left out.
+
+        Raises ValueError where none can be read.
+        """
         self._place = output_dir or self.cache_dir
         with tempfile.TemporaryDirectory() as folder:  # `datasets` renames the place when it is done
             self._log = str(Path(folder) / REFUSED)
@@ -282,13 +275,13 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
             raise ValueError(f"{self.dataset_name}: none of {len(refused)} images can be read: {refused[0]['reason']}")
 
     def refused(self) -> list[dict[str, str]]:
-        """What a finished build left out: image_id, split and reason of each."""
+        """Return what a finished build left out: image_id, split and reason of each."""
         log = Path(self._place or self.cache_dir) / REFUSED
         return sorted(map(json.loads, log.read_text().splitlines()), key=str) if log.is_file() else []
 
 
-def fingerprint(table: pandas.DataFrame, classes: dict[str, tuple[str, ...]]) -> str:
-    """Changes with any cell of the table, with the classes, and with size or time of change of any file."""
+def fingerprint(table: pd.DataFrame, classes: dict[str, tuple[str, ...]]) -> str:
+    """Return a hash that changes with any cell of the table, with the classes, and with size or time of any file."""
     digest = hashlib.sha256(json.dumps([modeling_mammodino.__version__, classes]).encode())
     for row in to_rows(table):
         found = os.stat(row["file"])

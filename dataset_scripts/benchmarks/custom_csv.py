@@ -1,8 +1,8 @@
-"""A custom CSV data set as a data set: any hospital's images and labels, by the columns of the schema.
+"""A custom CSV data set, `table`: any hospital's images and labels, by the columns of the schema.
 
 data_dir is a CSV or Parquet file, or a folder with index.csv or index.parquet. It needs the columns `patient_id` and
-`path` (relative to the table, or absolute) and one label or more; whatever else of benchmark_index.SCHEMA it has is
-read too. Empty cells are unknown. In a CSV, `lesion_types` is names with ";" between, or `none` where a reader found
+`path` (relative to the table, or absolute) and one label or more; whatever else of `index.SCHEMA` it has is read
+too. Empty cells are unknown. In a CSV, `lesion_types` is names with ";" between, or `none` where a reader found
 none, and `boxes` is JSON: [{"x0": 10, "y0": 20, "x1": 50, "y1": 60, "slice": 12, "label": "mass"}], or [].
 
     patient_id,path,laterality,view,cancer,density
@@ -17,10 +17,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import pandas
+import pandas as pd
 
-from .index import DENSITIES, SCHEMA, Benchmark, Box, Definition, by_value, dense, make_index, single_type
-from .tables import MetadataTable, find_file
+from .index import DENSITIES, SCHEMA, TASKS, Benchmark, Box, Count, Definition, MetadataTable, find_file, make_index
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +31,8 @@ LEVELS = (1, 2, 3, 4, 5)  # 0, incomplete, and 6, known cancer, are no levels of
 NO_LESION = "none"
 
 
-def read_index(data_dir: Path) -> pandas.DataFrame:
-    """SCHEMA rows of a table. Raises FileNotFoundError, ValueError naming file, row, column and remedy."""
+def read_index(data_dir: Path) -> pd.DataFrame:
+    """Return the index of a table. Raises FileNotFoundError, ValueError naming file, row, column and remedy."""
     table = _read(table_file(data_dir))
     columns = {name: _cells(table, name) for name in SCHEMA if name in table.rows}
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
@@ -51,14 +50,14 @@ def read_index(data_dir: Path) -> pandas.DataFrame:
 
 
 def table_file(data_dir: Path) -> Path:
-    """The file of a table. Raises FileNotFoundError where there is none."""
+    """Return the file of a table. Raises FileNotFoundError where there is none."""
     if Path(data_dir).is_file():
         return Path(data_dir)
     return find_file(data_dir, FILES, "give a table, or the folder of one of these names")
 
 
 def table_benchmark(data_dir: Path) -> Benchmark:
-    """The data set of a table, with the definitions that its labels allow and the classes that occur.
+    """Return the data set of a table, with the definitions that its labels allow and the classes that occur.
 
     Raises as `read_index`, and ValueError where there are no labels.
     """
@@ -72,25 +71,25 @@ def table_benchmark(data_dir: Path) -> Benchmark:
     return _benchmark(has, levels, densities, types)
 
 
-def count(data_dir: Path) -> dict[str, int]:
-    index = read_index(data_dir)
-    return {"images": len(index), "patients": int(index["patient_id"].nunique())}
+def read_tables(data_dir: Path) -> dict[str, pd.DataFrame]:
+    """Return `images`, the index."""
+    return {"images": read_index(data_dir)}
 
 
 def _read(path: Path) -> MetadataTable:
     try:
         if path.suffix.lower() == ".parquet":
-            frame = pandas.read_parquet(path)
+            frame = pd.read_parquet(path)
             frame = frame.apply(lambda column: [_as_text(cell) for cell in column]) if len(frame) else frame
         else:
-            frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (ValueError, OSError) as error:  # pandas' parser and pyarrow raise kinds of both
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read ({reason}); save it as CSV in UTF-8 or as Parquet") from error
     if missing := [name for name in NEEDED if name not in frame]:
         raise ValueError(
             f"{path}: no column {' and '.join(missing)}; it has {', '.join(map(str, frame.columns))}; name its columns "
-            "as benchmark_index.SCHEMA does"
+            "as dataset_scripts.benchmarks.index.SCHEMA does"
         )
     if frame.empty:
         raise ValueError(f"{path}: no rows")
@@ -101,16 +100,16 @@ def _read(path: Path) -> MetadataTable:
 
 
 def _as_text(cell: Any) -> str:
-    """A cell of a Parquet file as a CSV would have it."""
+    """Return a cell of a Parquet file as a CSV would have it."""
     if isinstance(cell, str) or not hasattr(cell, "__len__"):
-        return "" if cell is None or cell is pandas.NA or cell != cell else str(cell)
+        return "" if cell is None or cell is pd.NA or cell != cell else str(cell)
     if all(isinstance(each, str) for each in cell):
         return ";".join(cell) or NO_LESION
     return json.dumps(list(cell))
 
 
 def _cells(table: MetadataTable, name: str) -> list[Any]:
-    """The cells of a column as the schema wants them, None where unknown."""
+    """Return the cells of a column as the schema wants them, None where unknown."""
     if SCHEMA[name] == "Int8":
         numbers = table.whole(name)
         if (beyond := numbers.abs() > 127).any():
@@ -127,8 +126,8 @@ def _cells(table: MetadataTable, name: str) -> list[Any]:
     return cells
 
 
-def _none_where_missing(cells: pandas.Series) -> list[Any]:
-    return [None if pandas.isna(cell) else cell for cell in cells]
+def _none_where_missing(cells: pd.Series) -> list[Any]:
+    return [None if pd.isna(cell) else cell for cell in cells]
 
 
 def _boxes(table: MetadataTable, row: int, cell: str) -> list[Box]:
@@ -137,7 +136,10 @@ def _boxes(table: MetadataTable, row: int, cell: str) -> list[Box]:
     try:
         boxes = [
             Box(
-                **{name: float(box[name]) for name in ("x0", "y0", "x1", "y1")},
+                x0=float(box["x0"]),
+                y0=float(box["y0"]),
+                x1=float(box["x1"]),
+                y1=float(box["y1"]),
                 slice=int(box.get("slice", -1)),
                 label=str(box.get("label", "lesion")),
             )
@@ -151,37 +153,43 @@ def _boxes(table: MetadataTable, row: int, cell: str) -> list[Box]:
 
 
 def _benchmark(has: list[str], levels: list[int], densities: list[str], types: list[str]) -> Benchmark:
-    def by_column(name: str, meaning: str, classes: dict[Any, str]) -> Definition:
-        return by_value(name, "column", f"{meaning}, by the table's column `{name}`", name, classes)
-
-    of_column = {
-        "cancer": [by_column("cancer", "positive: 1", {0: "no cancer", 1: "cancer"})],
-        "lesion": [by_column("lesion", "positive: 1", {0: "no lesion", 1: "lesion"})],
-        "birads": [by_column("birads", "left out: 0 and 6", {level: str(level) for level in levels})],
-        "density": [
-            by_column("density", "the classes that occur", {letter: letter for letter in densities}),
-            dense("by the table's column `density`"),
-        ],
-        "lesion_types": [
-            single_type(
-                "column",
-                "left out: images with several types or none, by the table's column `lesion_types`",
-                {name: name for name in types},
-            )
-        ],
-    }
+    dense = {"A": "not dense", "B": "not dense", "C": "dense", "D": "dense"}
+    # column, name of the definition, meaning, classes
+    known: list[tuple[str, str, str, dict[Any, str]]] = [
+        ("cancer", "column", "positive: 1, by {}", {0: "no cancer", 1: "cancer"}),
+        ("lesion", "column", "positive: 1, by {}", {0: "no lesion", 1: "lesion"}),
+        ("birads", "column", "left out: 0 and 6, by {}", {level: str(level) for level in levels}),
+        ("density", "column", "the classes that occur, by {}", {letter: letter for letter in densities}),
+        ("density", "dense", "dense: C or D, by {}; images without it are left out", dense),
+        (
+            "lesion_types",
+            "column",
+            "left out: images with several types or none, by {}",
+            {name: name for name in types},
+        ),
+    ]
     return Benchmark(
         name="table",
         title="A custom CSV data set",
         homepage="",
         license="that of the images",
         citation="",
-        read_index=read_index,
-        definitions=tuple(each for name in has for each in of_column[name]),
-        count=count,
-        published={},
-        no_sharing="its ids and file names may name patients, and it does not say whose images they are",
+        definitions=tuple(
+            Definition(
+                column if column in TASKS else "lesion_type",
+                name,
+                meaning.format(f"the table's column `{column}`"),
+                column,
+                classes,
+            )
+            for column, name, meaning, classes in known
+            if column in has
+        ),
         notes=("Labels mean what whoever made the table meant.",),
+        read_index=read_index,
+        read_tables=read_tables,
+        counts=(Count("images"), Count("patients", count="distinct patient_id")),
+        no_sharing="its ids and file names may name patients, and it does not say whose images they are",
     )
 
 

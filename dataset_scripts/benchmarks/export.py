@@ -4,11 +4,9 @@
     python -m dataset_scripts.benchmarks.export cmmd --data-dir DIR --push-to-hub OWNER/NAME
 
 Without --task every image is exported, with a label column for each definition and the official splits; with it the
-images that have a label of the task, in its splits. Refused where a license forbids passing the data on. A folder is
-written whole or not at all. Research use only.
+images that have a label of the task, in its splits. Refused where a license forbids passing the data on. Writing a
+folder is atomic. On the Hub an export is private unless --public is given. Research use only.
 """
-# MERGED: The card of an exported data set: what it is, what its labels mean, what it holds, what was left out.
-# MERGED: Publish an exported data set on the Hugging Face Hub, private unless said otherwise.
 
 import argparse
 import logging
@@ -23,24 +21,32 @@ from typing import Any
 
 import datasets
 import jinja2
-import pandas
+import pandas as pd
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 import modeling_mammodino
-from dataset_scripts.benchmarks import BENCHMARKS, get_benchmark
+from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.files import atomic_folder
 
+from . import BENCHMARKS, get_benchmark
 from .builder import DEFAULT, BenchmarkBuilder, BenchmarkConfig
 from .index import SPLITS, TASKS
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "dataset_template.md"
 CREATIVE_COMMONS = re.compile(r"CC0 1\.0|CC BY(-NC)?(-SA|-ND)? [1-4]\.0")
+CARD, DATA = "README.md", "data"
+SHARD_SIZE = "500MB"
+FILES_A_COMMIT = 20  # some 10 GB; the Hub limits commits an hour
+FIELDS = [
+    each for each in fields(BenchmarkConfig) if each.name not in {of.name for of in fields(datasets.BuilderConfig)}
+]
 
 
 def make_card(builder: BenchmarkBuilder, data: Path, left_out: dict[str, int], place: str) -> str:
-    """Of the Parquet files in `data`, whose rows it counts; `place` is by what name they are opened."""
+    """Return the card of the Parquet files in `data`, whose rows it counts; `place` is the name that opens them."""
     columns = ["split", "image_id", "breast_id", "patient_id", "boxes", *builder.definitions]
-    rows = pandas.read_parquet(data, columns=columns)
+    rows = pd.read_parquet(data, columns=columns)
     split_rows = {split: of for split in SPLITS if len(of := rows[rows["split"] == split])}
     template = jinja2.Template(TEMPLATE.read_text(), keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     return template.render(
@@ -63,11 +69,11 @@ def make_card(builder: BenchmarkBuilder, data: Path, left_out: dict[str, int], p
 
 
 def license_id(license: str) -> str:
-    """The Hub's identifier of a Creative Commons license, such as cc-by-nc-4.0 of CC BY-NC 4.0; else "other"."""
+    """Return the Hub's identifier of a Creative Commons license, such as cc-by-nc-4.0 of CC BY-NC 4.0; else "other"."""
     return license.lower().replace(" ", "-") if CREATIVE_COMMONS.fullmatch(license) else "other"
 
 
-def _counts(rows: pandas.DataFrame) -> dict[str, Any]:
+def _counts(rows: pd.DataFrame) -> dict[str, Any]:
     return {"rows": len(rows)} | {f"{name}s": rows[f"{name}_id"].nunique() for name in ("image", "breast", "patient")}
 
 
@@ -85,10 +91,6 @@ def _split_rule(builder: BenchmarkBuilder) -> str:
     if not ours:
         return of_data_set.strip()
     return f"{of_data_set}Held out here by patient, stratified, with seed {builder.config.seed}: {' and '.join(ours)}."
-
-
-FILES_A_COMMIT = 20  # some 10 GB; the Hub limits commits an hour
-CARD, DATA = "README.md", "data"
 
 
 def push_export(folder: str | Path, repo_id: str, *, public: bool = False, token: str | None = None) -> str:
@@ -142,12 +144,6 @@ def _parquet_files(api: HfApi, repo_id: str) -> dict[str, str | None]:
     return {each.path: each.lfs.sha256 if each.lfs else None for each in entries if each.path.endswith(".parquet")}
 
 
-SHARD_SIZE = "500MB"
-FIELDS = [
-    each for each in fields(BenchmarkConfig) if each.name not in {of.name for of in fields(datasets.BuilderConfig)}
-]
-
-
 def export(
     name: str,
     data_dir: str | Path,
@@ -158,40 +154,41 @@ def export(
     place: str | None = None,
     **settings: Any,
 ) -> Path:
-    """Writes the folder `output`: data/*.parquet and README.md; returns it.
+    """Write the folder `output`, data/*.parquet and README.md, and return it.
 
     place: as what the card opens it; the folder's name where None. settings: fields of `BenchmarkConfig`.
 
-    Raises ValueError where the data set may not be passed on or `output` is there already, and as `BenchmarkBuilder`.
+    Raises ValueError where the data set may not be passed on, FileExistsError where `output` holds files already, else
+    as `BenchmarkBuilder`.
     """
-    output = Path(output)
     check_sharing(name)
-    if output.exists():
-        raise ValueError(f"{output}: exists already; give a new folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        builder = BenchmarkBuilder(
-            cache_dir=str(Path(temporary) / "cache"),
-            dataset_name=name,
-            config_name=task or DEFAULT,
-            data_dir=str(data_dir),
-            **settings,
-        )
-        built, folder = Path(temporary) / "built", Path(temporary) / "export"
-        builder.download_and_prepare(str(built), file_format="parquet", num_proc=num_proc, max_shard_size=SHARD_SIZE)
-        (folder / DATA).mkdir(parents=True)
-        for split in builder.info.splits:  # without the notes that lie beside
-            shards = sorted(built.glob(f"*-{split}*.parquet"))
-            for number, shard in enumerate(shards):
-                os.rename(shard, folder / DATA / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
-        left_out = Counter(builder.left_out) + Counter(each["reason"] for each in builder.refused())
-        (folder / CARD).write_text(make_card(builder, folder / DATA, left_out, place or output.name))
-        os.rename(folder, output)
+    output = Path(output)
+    with atomic_folder(output) as folder:
+        data = folder / DATA
+        data.mkdir()
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            builder = BenchmarkBuilder(
+                cache_dir=f"{scratch}/cache",
+                dataset_name=name,
+                config_name=task or DEFAULT,
+                data_dir=str(data_dir),
+                **settings,
+            )
+            built = Path(scratch) / "built"
+            builder.download_and_prepare(
+                str(built), file_format="parquet", num_proc=num_proc, max_shard_size=SHARD_SIZE
+            )
+            for split in builder.info.splits:  # without the notes that lie beside
+                shards = sorted(built.glob(f"*-{split}*.parquet"))
+                for number, shard in enumerate(shards):
+                    os.rename(shard, data / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
+            left_out = Counter(builder.left_out) + Counter(each["reason"] for each in builder.refused())
+        (folder / CARD).write_text(make_card(builder, data, left_out, place or output.name))
     return output
 
 
 def check_sharing(name: str) -> None:
-    """Raises ValueError, with the reason, where a data set may not be passed on."""
+    """Raise ValueError, with the reason, where a data set may not be passed on."""
     if reason := get_benchmark(name).no_sharing:
         raise ValueError(
             f"{name} is not exported: {reason}. For your own use read it where it lies, after import "
@@ -201,7 +198,7 @@ def check_sharing(name: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dataset_scripts.benchmarks.export",
+        "python -m dataset_scripts.benchmarks.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -224,28 +221,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not (options.output or options.push_to_hub):
         parser.error("give --output, --push-to-hub or both")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     settings = {each.name: getattr(options, each.name) for each in FIELDS}
-    try:
-        with ExitStack() as stack:
-            output = options.output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.name
-            place = options.push_to_hub or options.output.name
-            export(
-                options.name,
-                options.data_dir,
-                output,
-                options.task,
-                num_proc=options.num_proc,
-                place=place,
-                **settings,
-            )
-            if options.output:
-                print(options.output)
-            if options.push_to_hub:
-                print(push_export(output, options.push_to_hub, public=options.public))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise SystemExit(f"export: {error}") from error
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with command_line("export"), ExitStack() as stack:
+        output = options.output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.name
+        place = options.push_to_hub or options.output.name
+        export(options.name, options.data_dir, output, options.task, num_proc=options.num_proc, place=place, **settings)
+        if options.output:
+            print(options.output)
+        if options.push_to_hub:
+            print(push_export(output, options.push_to_hub, public=options.public))
 
 
 if __name__ == "__main__":

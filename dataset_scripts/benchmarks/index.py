@@ -1,17 +1,22 @@
-"""Labels that data sets define alike: by the value of a column, by density, by the one type of lesion."""
-# MERGED: One schema for every labeled data set, and what a data set must say to be a benchmark.
-#
-# A data set is one file here with a `BENCHMARK`: where it comes from, how its metadata become an index, what counts as
-# positive, and what was published about its size. `dataset_scripts.benchmarks` lists them.
-#
+"""One schema for all labeled data sets, what a data set must say to be a benchmark, and how its metadata are read.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+A data set is two files of one name. `NAME.py` reads its metadata into an index, a table of SCHEMA with a row an image.
+`NAME.yaml` says what it is: its terms, what a user must know, what its tasks mean, and which counts were published.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, TypedDict
 
-import pandas
+import pandas as pd
+import yaml
+
+from modeling_mammodino.dicom import open_header
+from modeling_mammodino.image_io import InvalidImageError
 
 TASKS = ("cancer", "lesion", "birads", "density", "lesion_type")
 SPLITS = ("train", "validation", "test")
@@ -35,6 +40,14 @@ SCHEMA = {
     "density": "string",  # A to D
     "boxes": "object",  # list of Box
 }
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "laterality": ("L", "R"),
+    "split": SPLITS,
+    "cancer": (0, 1),
+    "lesion": (0, 1),
+    "birads": tuple(range(7)),
+    "density": DENSITIES,
+}
 
 
 class Box(TypedDict):
@@ -48,65 +61,18 @@ class Box(TypedDict):
     label: str  # as the data set names the finding
 
 
-@dataclass(frozen=True)
-class Definition:
-    """What a task means on a data set: a class for each image, or none where the case is unclear."""
-
-    task: str  # one of TASKS
-    name: str  # chosen by --definition
-    meaning: str  # what counts as positive, and which cases are left out
-    classes: tuple[str, ...]  # in order; of two the second is positive
-    label: Callable[[pandas.DataFrame], pandas.Series]  # index -> class name or missing, a row an image
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    name: str
-    title: str
-    homepage: str
-    license: str
-    citation: str
-    read_index: Callable[[Path], pandas.DataFrame]  # needs the metadata files only
-    definitions: tuple[Definition, ...]  # the first of a task is its default
-    count: Callable[[Path], dict[str, int]]  # what verification compares with `published`; metadata files only
-    published: dict[str, int]  # same keys
-    locate: Callable[[pandas.DataFrame, Path], pandas.DataFrame] | None = None  # fills `path` from the files on disk
-    no_sharing: str = ""  # why an export is refused; empty where the license allows sharing
-    notes: tuple[str, ...] = field(default=())  # what a user must know: unclear labels, leaks removed
-
-    def definition(self, task: str, name: str | None = None) -> Definition:
-        """The definition of a task by name, or its default. Raises ValueError that says what there is."""
-        of_task = {each.name: each for each in self.definitions if each.task == task}
-        if not of_task:
-            has = ", ".join(dict.fromkeys(each.task for each in self.definitions))
-            raise ValueError(f"task {task!r}: {self.name} has no labels for it; it has {has}")
-        if name is None:
-            return next(iter(of_task.values()))
-        if name not in of_task:
-            raise ValueError(f"definition {name!r}: {self.name} defines {task} as {', '.join(of_task)}")
-        return of_task[name]
-
-
-def make_index(rows: list[dict], name: str) -> pandas.DataFrame:
-    """An index of SCHEMA's columns and types from one dict an image; keys that a row lacks are missing cells.
+def make_index(rows: list[dict], name: str) -> pd.DataFrame:
+    """Return an index of SCHEMA's columns and types from one dict an image; keys that a row lacks are missing cells.
 
     Raises ValueError for an unknown key, a repeated image_id or a value out of range, naming image and column.
     """
-    index = pandas.DataFrame(rows, columns=[*SCHEMA, *({key for row in rows for key in row} - set(SCHEMA))])
+    index = pd.DataFrame(rows, columns=[*SCHEMA, *({key for row in rows for key in row} - set(SCHEMA))])
     if extra := [column for column in index if column not in SCHEMA]:
         raise ValueError(f"{name}: {', '.join(map(str, extra))}: no column of the schema")
     for column in ("lesion_types", "boxes"):
         index[column] = index[column].astype(object).where(index[column].notna(), None)
     index = index.astype({column: kind for column, kind in SCHEMA.items() if kind != "object"})
-    ranges = {
-        "laterality": ("L", "R"),
-        "split": SPLITS,
-        "cancer": (0, 1),
-        "lesion": (0, 1),
-        "birads": tuple(range(7)),
-        "density": DENSITIES,
-    }
-    for column, allowed in ranges.items():
+    for column, allowed in ALLOWED.items():
         wrong = index[column].notna() & ~index[column].isin(allowed)
         if wrong.any():
             first = index[wrong].iloc[0]
@@ -122,40 +88,331 @@ def make_index(rows: list[dict], name: str) -> pandas.DataFrame:
     return index
 
 
-def by_value(task: str, name: str, meaning: str, column: str, classes: Mapping[Any, str]) -> Definition:
-    """A definition that gives each value of an index column its class; values not named are left out."""
-    return Definition(task, name, meaning, tuple(dict.fromkeys(classes.values())), partial(_by_value, column, classes))
+# ---- what a data set says of itself -----------------------------------------------------------------------------
 
 
-def _by_value(column: str, classes: Mapping[Any, str], index: pandas.DataFrame) -> pandas.Series:
-    values = index[column].astype(object)
-    return values.map(lambda value: None if pandas.isna(value) else classes.get(value)).astype("string")
+@dataclass(frozen=True)
+class Definition:
+    """What a task means on a data set: a class for each image, or none where the case is unclear.
 
-
-def four_densities(source: str) -> Definition:
-    """ACR densities A to D as they are."""
-    classes = {letter: letter for letter in DENSITIES}
-    return by_value("density", "four", f"{source}; images without it are left out", "density", classes)
-
-
-def dense(source: str) -> Definition:
-    """Heterogeneously or extremely dense against the rest, as breast density notification laws divide."""
-    classes = {"A": "not dense", "B": "not dense", "C": "dense", "D": "dense"}
-    return by_value("density", "dense", f"dense: C or D, {source}; images without it are left out", "density", classes)
-
-
-def single_type(name: str, meaning: str, classes: Mapping[str, str]) -> Definition:
-    """The lesion's type among images with types of one class only; `classes` by the names in `lesion_types`.
-
-    Images without a lesion, with types of several classes or with a type that is not named are left out.
+    Attributes:
+        task: one of TASKS.
+        name: chosen by --definition.
+        meaning: what counts as positive, and which cases are left out.
+        column: of the index. An image with `lesion_types` has the one class of all its types, or none.
+        values: class of each value of the column; others are left out. Of two classes the second is positive.
+        otherwise: class of the images whose value is missing, in place of leaving them out.
+        needs: another column; images where it is missing are left out.
     """
-    of_types = partial(_single_type, classes)
-    return Definition("lesion_type", name, meaning, tuple(dict.fromkeys(classes.values())), of_types)
+
+    task: str
+    name: str
+    meaning: str
+    column: str
+    values: Mapping[Any, str]
+    otherwise: str | None = None
+    needs: str | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.values.values()))
+
+    def label(self, index: pd.DataFrame) -> pd.Series:
+        """Return the name of each row's class, of type string, missing where it has none."""
+        label = index[self.column].astype(object).map(self._class_of).astype("string")
+        if self.otherwise is not None:
+            label = label.fillna(self.otherwise)
+        return label if self.needs is None else label.where(index[self.needs].notna())
+
+    def _class_of(self, cell: Any) -> str | None:
+        if isinstance(cell, list):
+            found = {self.values.get(each) for each in cell}
+            return found.pop() if len(found) == 1 else None
+        return None if pd.isna(cell) else self.values.get(cell)
 
 
-def _single_type(classes: Mapping[str, str], index: pandas.DataFrame) -> pandas.Series:
-    def one(types: list[str] | None) -> str | None:
-        found = {classes.get(each) for each in types or ()}
-        return found.pop() if len(found) == 1 else None
+@dataclass(frozen=True)
+class Count:
+    """How often something occurs in the metadata of a data set, and how often it does by what was published.
 
-    return index["lesion_types"].map(one).astype("string")
+    Attributes:
+        name: with columns in braces, as in "view {view}", one count for each of their values, a missing one included. A
+            value that was published and does not occur counts 0; a {part} of the data set that is not here is unknown.
+        table: by its name in `Benchmark.read_tables`; unknown where that is not here. The first where None. Where rows
+            stand in a `part` and in the part "all", a name without {part} is of the latter.
+        where: which rows, as a pandas query.
+        count: rows, or distinct, sum, min or max and the column that is meant.
+        published: the number, or numbers by the values of the columns in braces, one level each.
+    """
+
+    name: str
+    table: str | None = None
+    where: str | None = None
+    count: str = "rows"
+    published: Any = None
+
+    @property
+    def columns(self) -> list[str]:
+        return [column for _, column, _, _ in Formatter().parse(self.name) if column]
+
+    def of(self, tables: dict[str, pd.DataFrame]) -> dict[str, int]:
+        """Return each count by its name; none of what the tables cannot tell."""
+        rows = next(iter(tables.values())) if self.table is None else tables.get(self.table)
+        if rows is None:
+            return {}
+        if "part" in rows and "part" not in self.columns:
+            rows = rows[rows["part"] == "all"]
+        parts = set(rows["part"]) if "part" in self.columns else None
+        counts = {name: 0 for name, values, _ in self._published() if parts is None or values[0] in parts}
+        rows = rows if self.where is None else rows.query(self.where, engine="python")
+        how, _, column = self.count.partition(" ")
+        how = "nunique" if how == "distinct" else how
+        if not self.columns:
+            return {self.name: int(len(rows) if how == "rows" else rows[column].agg(how))}
+        groups = rows.groupby(self.columns, sort=False, dropna=False, observed=False)
+        counted = groups.size() if how == "rows" else groups[column].agg(how)
+        for key, number in counted.items():
+            values = ["missing" if pd.isna(each) else str(each) for each in (key if isinstance(key, tuple) else [key])]
+            counts[self._name(values)] = int(number)
+        return counts
+
+    def published_counts(self) -> dict[str, int]:
+        """Return each number that was published, by the name of its count."""
+        return {name: number for name, _, number in self._published()}
+
+    def _published(self) -> Iterator[tuple[str, tuple[str, ...], int]]:
+        def walk(values: tuple[str, ...], published: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
+            if isinstance(published, Mapping):
+                for value, below in published.items():
+                    yield from walk((*values, str(value)), below)
+            elif published is not None:
+                yield self._name(values), values, published
+
+        return walk((), self.published)
+
+    def _name(self, values: Sequence[str]) -> str:
+        return self.name.format(**dict(zip(self.columns, values, strict=True)))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A labeled data set.
+
+    Attributes:
+        definitions: of its tasks; the first of a task is its default.
+        notes: what a user must know: unclear labels, leaks removed.
+        read_index: folder of the data set -> index; needs the metadata files only.
+        read_tables: folder -> tables by name, in which `counts` are counted; needs the metadata files only.
+        locate: (index, folder) -> index with `path` from the files on disk, where the metadata do not name them.
+        read_views: folder -> what sets right the volumes in whose true orientation the boxes are.
+        no_sharing: why an export is refused; empty where the license allows sharing.
+    """
+
+    name: str
+    title: str
+    homepage: str
+    license: str
+    citation: str
+    definitions: tuple[Definition, ...]
+    notes: tuple[str, ...]
+    read_index: Callable[[Path], pd.DataFrame]
+    read_tables: Callable[[Path], dict[str, pd.DataFrame]]
+    counts: tuple[Count, ...] = ()
+    locate: Callable[[pd.DataFrame, Path], pd.DataFrame] | None = None
+    read_views: Callable[[Path], Any] | None = None
+    no_sharing: str = ""
+
+    @classmethod
+    def from_yaml(cls, module: str, **functions: Any) -> "Benchmark":
+        """Return the data set that the YAML file beside a module describes; `functions` are its callables."""
+        path = Path(module).with_suffix(".yaml")
+        about = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for each in about["definitions"]:
+            each["values"] = {value: str(name) for value, name in each["values"].items()}
+        about["definitions"] = tuple(Definition(**each) for each in about["definitions"])
+        about["counts"] = tuple(Count(**each) for each in about["counts"])
+        return cls(name=path.stem, **{**about, "notes": tuple(about["notes"])}, **functions)
+
+    @property
+    def published(self) -> dict[str, int]:
+        """What was published about its size, by the names of `count`."""
+        return {name: number for each in self.counts for name, number in each.published_counts().items()}
+
+    def count(self, data_dir: Path) -> dict[str, int]:
+        """Return what is here, of what its metadata files that are here can tell. Raises as `read_index`."""
+        tables = self.read_tables(data_dir)
+        return {name: number for each in self.counts for name, number in each.of(tables).items()}
+
+    def definition(self, task: str, name: str | None = None) -> Definition:
+        """Return the definition of a task by name, or its default. Raises ValueError that says what there is."""
+        of_task = {each.name: each for each in self.definitions if each.task == task}
+        if not of_task:
+            has = ", ".join(dict.fromkeys(each.task for each in self.definitions))
+            raise ValueError(f"task {task!r}: {self.name} has no labels for it; it has {has}")
+        if name is None:
+            return next(iter(of_task.values()))
+        if name not in of_task:
+            raise ValueError(f"definition {name!r}: {self.name} defines {task} as {', '.join(of_task)}")
+        return of_task[name]
+
+
+# ---- metadata files, CSV or Excel: every cell stripped text, every fault one line with its remedy ----------------
+
+Columns = Sequence[str] | Mapping[str, Sequence[str]]  # names; or our name for a column, and how files spell it
+
+
+@dataclass(frozen=True)
+class MetadataTable:
+    path: Path
+    rows: pd.DataFrame  # of str, stripped, "" where empty; a RangeIndex
+    remedy: str
+    sheet: str = ""
+
+    def fault(self, row: int, column: str, expected: str) -> ValueError:
+        """Return an error that says what is wrong with a cell; rows count from 1, without the header."""
+        value = self.rows[column].iloc[row]
+        return ValueError(f"{self.place}, row {row + 1}: {column} is {value!r}, {expected}; {self.remedy}")
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}, sheet {self.sheet!r}" if self.sheet else str(self.path)
+
+    def text(self, column: str, required: bool = False) -> pd.Series:
+        """Return cells of type string, missing where empty. Raises ValueError for an empty cell that is `required`."""
+        cells = self.rows[column].astype("string")
+        empty = cells == ""
+        if required and empty.any():
+            raise self.fault(int(empty.argmax()), column, "but must not be empty")
+        return cells.mask(empty)
+
+    def number(self, column: str, required: bool = False) -> pd.Series:
+        """Return cells of type Float64, missing where empty. Raises ValueError for what is no finite number."""
+        cells = self.text(column, required)
+        numbers = pd.to_numeric(cells, errors="coerce").astype("Float64")
+        wrong = cells.notna() & ~numbers.abs().lt(float("inf")).fillna(False)
+        if wrong.any():
+            raise self.fault(int(wrong.argmax()), column, "not a number")
+        return numbers
+
+    def whole(self, column: str, required: bool = False) -> pd.Series:
+        """Return cells of type Int64, missing where empty; "2.0" is 2. Raises ValueError for other numbers."""
+        numbers = self.number(column, required)
+        broken = (numbers % 1 != 0).fillna(False)
+        if broken.any():
+            raise self.fault(int(broken.argmax()), column, "not a whole number")
+        return numbers.astype("Int64")
+
+    def choice(self, column: str, meanings: Mapping[str, Any]) -> pd.Series:
+        """Return what each cell means, objects; "" is an empty cell. Raises ValueError for a cell that is no key."""
+        cells = self.rows[column]
+        unknown = ~cells.isin(list(meanings))
+        if unknown.any():
+            names = ", ".join(key or "empty" for key in meanings)
+            raise self.fault(int(unknown.argmax()), column, f"not one of {names}")
+        return pd.Series([meanings[cell] for cell in cells], index=cells.index, dtype=object)
+
+
+def in_parts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a table once in their `part` and once in the part "all", as `Count` wants them."""
+    return pd.concat([table, table.assign(part="all")], ignore_index=True)
+
+
+def find_file(data_dir: Path, names: Sequence[str], remedy: str) -> Path:
+    """Return the first of `names` in the folder. Raises FileNotFoundError that names folder, file and remedy."""
+    if not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"{data_dir}: no such folder; {remedy}")
+    for name in names:
+        if (path := Path(data_dir) / name).is_file():
+            return path
+    raise FileNotFoundError(f"{data_dir}: no {' or '.join(names)}; {remedy}")
+
+
+def read_csv(path: Path, columns: Columns, remedy: str, optional: Columns = ()) -> MetadataTable:
+    """Read a CSV file with at least `columns`; columns that are not named are left out.
+
+    Raises ValueError naming file, column and remedy.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (ValueError, pd.errors.ParserError) as error:  # empty file, broken quotes, not text
+        raise ValueError(f"{path}: not a CSV file ({type(error).__name__}); {remedy}") from error
+    return _select(MetadataTable(path, table, remedy), columns, optional)
+
+
+def read_sheets(path: Path, columns: Mapping[str, Columns], remedy: str) -> dict[str, MetadataTable]:
+    """Read sheets of an Excel file by the names in `columns`, as `read_csv`; names of sheets match as columns do."""
+    try:
+        sheets = pd.read_excel(path, sheet_name=None, dtype=str, keep_default_na=False, engine="openpyxl")
+    except ImportError as error:
+        raise ImportError(f"{path}: reading Excel needs openpyxl: pip install openpyxl") from error
+    except Exception as error:  # openpyxl raises what zip, XML and its own checks raise
+        raise ValueError(f"{path}: not a readable Excel file ({type(error).__name__}); {remedy}") from error
+    found = {}
+    for name, of_sheet in columns.items():
+        matching = [sheet for sheet in sheets if _plain(sheet) == _plain(name)]
+        if not matching:
+            raise ValueError(f"{path}: no sheet {name!r}; it has {', '.join(map(repr, sheets))}; {remedy}")
+        found[name] = _select(MetadataTable(path, sheets[matching[0]], remedy, name), of_sheet)
+    return found
+
+
+def _select(table: MetadataTable, columns: Columns, optional: Columns = ()) -> MetadataTable:
+    spelt = {_plain(name): name for name in reversed(table.rows.columns)}  # the first where two are alike
+    kept = {}
+    for wanted, is_required in ((columns, True), (optional, False)):
+        for name, spellings in (wanted if isinstance(wanted, Mapping) else {each: [each] for each in wanted}).items():
+            source = next((spelt[_plain(each)] for each in spellings if _plain(each) in spelt), None)
+            if source is not None:
+                kept[name] = table.rows[source].fillna("").astype(str).str.strip()
+            elif is_required:
+                has = ", ".join(map(str, table.rows.columns))
+                raise ValueError(f"{table.place}: no column {' or '.join(spellings)}; it has {has}; {table.remedy}")
+    rows = pd.DataFrame(kept).reset_index(drop=True)
+    if rows.empty:
+        raise ValueError(f"{table.place}: no rows; {table.remedy}")
+    return MetadataTable(table.path, rows, table.remedy, table.sheet)
+
+
+def _plain(name: Any) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+
+# ---- where NBIA's data retriever puts a TCIA collection ----------------------------------------------------------
+
+
+def collection_roots(data_dir: Path, collection: str) -> list[Path]:
+    """Return data_dir itself, its folder of the collection, and that of the retriever's manifest-* folders."""
+    data_dir = Path(data_dir)
+    roots = [data_dir, data_dir / collection, *sorted(data_dir.glob(f"manifest-*/{collection}"))]
+    return [root for root in roots if root.is_dir()]
+
+
+def subject_folders(data_dir: Path, collection: str) -> dict[str, Path]:
+    """Return the folders directly below the roots, by name; of two with a name the first."""
+    folders: dict[str, Path] = {}
+    for root in collection_roots(data_dir, collection):
+        for entry in sorted(os.scandir(root), key=lambda each: each.name):
+            if entry.is_dir():
+                folders.setdefault(entry.name, Path(entry.path))
+    return folders
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """Return the files below a subject's folder, whatever study and series are called, in order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".dcm" and path.is_file())
+
+
+def read_headers(paths: list[Path]) -> dict[Path, Any]:
+    """Return a pydicom Dataset without pixels for each file; without those that are no readable DICOM."""
+    headers = {}
+    for path in paths:
+        try:
+            headers[path] = open_header(path).header
+        except InvalidImageError:  # whoever reads its pixels says why
+            continue
+    return headers
+
+
+def relative(path: Path, data_dir: Path) -> str:
+    """Return the path as the index has it: relative to data_dir, forward slashes."""
+    return path.relative_to(data_dir).as_posix()

@@ -1,14 +1,12 @@
 """A data set for one task: its labeled images with their files, classes and splits.
 
+Splits are by patient: official ones stay, what is missing is held out of train, with every class in its share. Who is
+held out is a function of seed, patients and their labels: patients of a class are ordered by a hash of seed and id, so
+that neither the order of rows nor the version of a library matters, and a patient more moves few others.
+
 task = load_task("phantom", "runs/demo/phantom", "cancer")
 task.table[task.table["split"] == "train"][["file", "label"]]
 """
-# MERGED: The columns of an index as `datasets` knows them.
-# MERGED: Splits by patient: official ones stay, what is missing is held out of train, with every class in its share.
-#
-# Who is held out is a function of seed, patients and their labels: patients of a class are ordered by a hash of seed and
-# id, so that neither the order of rows nor the version of a library matters, and a patient more moves few others.
-#
 
 import hashlib
 import logging
@@ -17,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas
+import pandas as pd
 
-from dataset_scripts.benchmarks import get_benchmark
-
-from .custom_csv import BENCHMARK as OWN_TABLE
+from . import get_benchmark
+from .custom_csv import BENCHMARK as CUSTOM_CSV
 from .custom_csv import table_benchmark
 from .index import SCHEMA, SPLITS, Benchmark, Box, Definition
 
+logger = logging.getLogger(__name__)
+
+MISSING = "image file missing"
 _KINDS = {"string": datasets.Value("string"), "Int8": datasets.Value("int8")}
 _BOX = {int: datasets.Value("int32"), float: datasets.Value("float64"), str: datasets.Value("string")}
 _LISTS = {
@@ -36,22 +36,22 @@ INDEX_FEATURES = datasets.Features(
 )
 
 
-def to_rows(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """The rows of an index as dicts; missing cells are None."""
+def to_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of an index as dicts; missing cells are None."""
     cells = table.astype(object)
     return cells.where(table.notna(), None).to_dict("records")
 
 
 def complete_splits(
-    patients: pandas.Series,
-    labels: pandas.Series,
-    official: pandas.Series,
+    patients: pd.Series,
+    labels: pd.Series,
+    official: pd.Series,
     *,
     seed: int,
     validation_fraction: float,
     test_fraction: float,
-) -> pandas.Series:
-    """The split of each row, one of SPLITS.
+) -> pd.Series:
+    """Return the split of each row, one of SPLITS.
 
     official: split of a row, all missing where the data set has none. test_fraction is of all patients, or of those in
     train where only test is missing; validation_fraction is of the patients that then are in train.
@@ -81,8 +81,8 @@ def complete_splits(
     return split
 
 
-def _held_out(patients: pandas.Series, labels: pandas.Series, fraction: float, seed: int) -> set[str]:
-    """The share of each class' patients, at least one but never the last; a patient counts for its rarest class."""
+def _held_out(patients: pd.Series, labels: pd.Series, fraction: float, seed: int) -> set[str]:
+    """Return a share of each class' patients, at least one, never the last; a patient counts for its rarest class."""
     by_label = patients.groupby(labels).nunique()
     rarity = by_label.sort_index().sort_values(kind="stable").index
     held_out: set[str] = set()
@@ -98,11 +98,6 @@ def _rank(seed: int, patient: str) -> bytes:
     return hashlib.sha256(f"{seed} {patient}".encode()).digest()
 
 
-logger = logging.getLogger(__name__)
-
-MISSING = "image file missing"
-
-
 @dataclass(frozen=True, eq=False)
 class TaskTable:
     """The labeled images of a task.
@@ -114,7 +109,7 @@ class TaskTable:
         official: the splits that the data set itself has; the others were held out here.
     """
 
-    table: pandas.DataFrame
+    table: pd.DataFrame
     classes: tuple[str, ...]
     benchmark: Benchmark
     definition: Definition
@@ -133,7 +128,7 @@ def load_task(
     test_fraction: float = 0.2,
     allow_missing: bool = False,
 ) -> TaskTable:
-    """The images of a data set that have a label of the task, split by patient.
+    """Return the images of a data set that have a label of the task, split by patient.
 
     Official splits stay; what is missing of them is held out of train by `complete_splits`, a function of `seed`, the
     patients and their labels.
@@ -151,7 +146,7 @@ def load_task(
     benchmark = open_benchmark(name, data_dir)
     chosen = benchmark.definition(task, definition)
     index = located(benchmark, data_dir)
-    label = class_numbers(chosen, index, benchmark.name)
+    label = class_numbers(chosen, index)
     has_split = index["split"].notna() | index["split"].isna().all()
     left_out = {
         "no label by this definition": int(label.isna().sum()),
@@ -179,8 +174,10 @@ def load_task(
 def load_benchmark(
     name: str, data_dir: str | Path, task: str, definition: str | None = None, **options: Any
 ) -> datasets.DatasetDict:
-    """The same for code that takes `datasets`: train, validation and test, each with `file`, `label` (ClassLabel) and
-    SCHEMA's columns. Options and errors are those of `load_task`. For the images themselves: `benchmark_builder`."""
+    """Return the same as `datasets` has it: train, validation and test, each with `file`, `label` and SCHEMA's columns.
+
+    Options and errors are those of `load_task`. For the images themselves: `builder`.
+    """
     loaded = load_task(name, data_dir, task, definition, **options)
     features = datasets.Features(
         {"file": datasets.Value("string"), "label": datasets.ClassLabel(names=list(loaded.classes)), **INDEX_FEATURES}
@@ -194,12 +191,12 @@ def load_benchmark(
 
 
 def open_benchmark(name: str, data_dir: Path) -> Benchmark:
-    """The data set of a name; for a custom CSV data set, with the definitions that its columns allow."""
-    return table_benchmark(data_dir) if name == OWN_TABLE.name else get_benchmark(name)
+    """Return the data set of a name; for a custom CSV data set, with the definitions that its columns allow."""
+    return table_benchmark(data_dir) if name == CUSTOM_CSV.name else get_benchmark(name)
 
 
-def located(benchmark: Benchmark, data_dir: Path) -> pandas.DataFrame:
-    """The index, in order of image_id, with the column `file`: absolute paths, missing where no file is known."""
+def located(benchmark: Benchmark, data_dir: Path) -> pd.DataFrame:
+    """Return the index, in order of image_id, with `file`: absolute paths, missing where no file is known."""
     index = benchmark.read_index(data_dir)
     if benchmark.locate is not None:
         index = benchmark.locate(index, data_dir)
@@ -208,16 +205,16 @@ def located(benchmark: Benchmark, data_dir: Path) -> pandas.DataFrame:
     return index.assign(file=file).sort_values("image_id", ignore_index=True)
 
 
-def official_splits(index: pandas.DataFrame) -> tuple[str, ...]:
+def official_splits(index: pd.DataFrame) -> tuple[str, ...]:
     return tuple(split for split in SPLITS if (index["split"] == split).any())
 
 
-def find_files(table: pandas.DataFrame, data_dir: Path, allow_missing: bool) -> pandas.Series:
-    """Whether the file of each row is there. Raises ValueError where one is not, unless `allow_missing`."""
-    is_there = table["file"].map(lambda file: not pandas.isna(file) and Path(file).is_file()).astype(bool)
+def find_files(table: pd.DataFrame, data_dir: Path, allow_missing: bool) -> pd.Series:
+    """Return whether the file of each row is there. Raises ValueError where one is not, unless `allow_missing`."""
+    is_there = table["file"].map(lambda file: not pd.isna(file) and Path(file).is_file()).astype(bool)
     if not is_there.all() and not allow_missing:
         first = table[~is_there].iloc[0]
-        where = f"of image {first['image_id']}" if pandas.isna(first["file"]) else first["file"]
+        where = f"of image {first['image_id']}" if pd.isna(first["file"]) else first["file"]
         raise ValueError(
             f"{data_dir}: {int((~is_there).sum())} of {len(table)} image files are missing, first {where}; complete "
             "the download, or leave them out with allow_missing"
@@ -225,16 +222,13 @@ def find_files(table: pandas.DataFrame, data_dir: Path, allow_missing: bool) -> 
     return is_there
 
 
-def class_numbers(definition: Definition, index: pandas.DataFrame, name: str) -> pandas.Series:
-    """Place in the definition's classes of each row, Int64, missing where it has no label."""
-    label = definition.label(index)
-    if unknown := sorted(set(label.dropna()) - set(definition.classes)):
-        raise ValueError(f"{name}, {definition.task} ({definition.name}): {unknown[0]!r} is none of its classes")
+def class_numbers(definition: Definition, index: pd.DataFrame) -> pd.Series:
+    """Return the place in the definition's classes of each row, Int64, missing where it has no label."""
     places = {each: place for place, each in enumerate(definition.classes)}
-    return label.map(places, na_action="ignore").astype("Int64")
+    return definition.label(index).map(places, na_action="ignore").astype("Int64")
 
 
-def _counts(table: pandas.DataFrame, classes: tuple[str, ...]) -> dict[str, Any]:
+def _counts(table: pd.DataFrame, classes: tuple[str, ...]) -> dict[str, Any]:
     counts: dict[str, Any] = {}
     for split in SPLITS:
         of = table[table["split"] == split]

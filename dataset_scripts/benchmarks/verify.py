@@ -1,13 +1,20 @@
-"""Is a labeled data set whole? What is on disk against what was published, and against its own metadata."""
+"""Is a labeled data set whole? What is on disk against what was published, and against its own metadata.
 
-import logging
+    python -m dataset_scripts.benchmarks.verify NAME --data-dir DIR
+
+Exit status 1 where there are faults.
+"""
+
+import argparse
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_mammodino.image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES
+from modeling_mammodino.tools.command import command_line
 
+from . import BENCHMARKS, get_benchmark
 from .index import Benchmark
 
 SHOWN = 5
@@ -68,13 +75,11 @@ class BenchmarkReport:
 
 
 def verify_benchmark(benchmark: str | Benchmark, data_dir: str | Path) -> BenchmarkReport:
-    """Reads the metadata, looks for every image and, where only headers tell which file is which, reads those.
+    """Read the metadata, look for every image and, where only headers tell which file is which, read those.
 
     Raises ValueError for an unknown name or metadata that cannot be read as such, OSError where there are none.
     """
     if isinstance(benchmark, str):
-        from dataset_scripts.benchmarks import get_benchmark  # which imports every data set
-
         benchmark = get_benchmark(benchmark)
     data_dir = Path(data_dir)
     index = benchmark.read_index(data_dir)
@@ -107,11 +112,20 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def main(name: str, data_dir: Path) -> None:
-    """Prints the report; exits with status 1 and a line where there are faults."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    report = verify_benchmark(name, data_dir)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset_scripts.benchmarks.verify", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("name", help=f"data set: {', '.join(BENCHMARKS)}")
+    parser.add_argument("--data-dir", "--data_dir", type=Path, required=True, help="its folder as downloaded")
+    options = parser.parse_args(arguments)
+    with command_line("verify"):
+        report = verify_benchmark(options.name, options.data_dir)
     for line in (*report.lines, *report.faults):
         print(line)
     if faults := len(report.faults):
-        raise SystemExit(f"verify: {faults} fault{'s' * (faults > 1)} in {data_dir}")
+        raise SystemExit(f"verify: {faults} fault{'s' * (faults > 1)} in {options.data_dir}")
+
+
+if __name__ == "__main__":
+    main()

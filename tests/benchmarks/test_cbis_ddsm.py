@@ -3,7 +3,7 @@
 import os
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 from conftest import REAL_DATA
 from dicom_builders import CAPTURE, build, save
@@ -13,8 +13,6 @@ from dataset_scripts.benchmarks.cbis_ddsm import (
     BENCHMARK,
     CACHE,
     FILES,
-    PUBLISHED,
-    count,
     locate,
     read_cases,
     read_index,
@@ -32,7 +30,7 @@ def real():
 
 
 def test_the_real_files_have_the_published_counts(real):
-    assert count(real) == PUBLISHED
+    assert BENCHMARK.count(real) == BENCHMARK.published
 
 
 def test_the_real_index(real, caplog):
@@ -95,9 +93,9 @@ def test_images_that_are_filed_twice_are_one_and_patients_in_test_leave_train(tm
     assert one["lesion_types"] == ["calcification", "mass"] and one["breast_id"] == "P_1_L"
     assert (two["cancer"], two["birads"]) == (1, 4)  # of the mass in train, too
     assert two["path"].startswith("Calc-Test_P_2_RIGHT_CC/")
-    assert pandas.isna(three["density"])  # stated as 0
+    assert pd.isna(three["density"])  # stated as 0
     assert three["birads"] == 2  # 0, not complete, is not the higher
-    counted = count(tmp_path)
+    counted = BENCHMARK.count(tmp_path)
     assert counted["images"] == 4 and counted["all: full images"] == 7 and counted["patients in train and test"] == 1
 
 

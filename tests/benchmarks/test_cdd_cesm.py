@@ -1,6 +1,6 @@
 """CDD-CESM: the real annotation file's counts; a made-up one with its quirks, in both names and spellings."""
 
-import pandas
+import pandas as pd
 import pytest
 from conftest import REAL_DATA
 
@@ -10,8 +10,6 @@ from dataset_scripts.benchmarks.cdd_cesm import (
     FOLDERS,
     LESION_SHEETS,
     OTHER_SHEETS,
-    PUBLISHED,
-    count,
     locate,
     read_index,
 )
@@ -28,7 +26,7 @@ def real():
 
 
 def test_the_real_file_has_the_published_counts(real):
-    assert count(real) == PUBLISHED
+    assert BENCHMARK.count(real) == BENCHMARK.published
 
 
 def test_the_real_index(real, caplog):
@@ -70,12 +68,12 @@ SHEETS = {
 
 
 def write(folder, rows=ROWS, columns=COLUMNS, name=ANNOTATIONS[0], without=()):
-    with pandas.ExcelWriter(folder / name) as writer:
-        pandas.DataFrame(rows, columns=columns).to_excel(writer, sheet_name="all", index=False)
+    with pd.ExcelWriter(folder / name) as writer:
+        pd.DataFrame(rows, columns=columns).to_excel(writer, sheet_name="all", index=False)
         for sheet in (*LESION_SHEETS, *OTHER_SHEETS):
             if sheet not in without:
                 names = SHEETS.get(sheet, ["P9_L_DM_CC"])
-                pandas.DataFrame({"Image_name": names}).to_excel(writer, sheet_name=sheet, index=False)
+                pd.DataFrame({"Image_name": names}).to_excel(writer, sheet_name=sheet, index=False)
     return folder
 
 

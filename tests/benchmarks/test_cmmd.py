@@ -1,12 +1,12 @@
 """CMMD: the real clinical file's and manifest's counts; a made-up collection whose headers say which view is where."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 from conftest import REAL_DATA
 from dicom_builders import build, item, save
 
-from dataset_scripts.benchmarks.cmmd import BENCHMARK, CLINICAL, COLUMNS, MANIFEST, PUBLISHED, count, locate, read_index
+from dataset_scripts.benchmarks.cmmd import BENCHMARK, CLINICAL, COLUMNS, MANIFEST, locate, read_index
 
 VIEW = {"CC": "cranio-caudal", "MLO": "medio-lateral oblique"}
 # ID1, side, age, number, abnormality, classification, subtype
@@ -28,7 +28,7 @@ def real():
 
 
 def test_the_real_files_have_the_published_counts(real):
-    assert count(real) == PUBLISHED
+    assert BENCHMARK.count(real) == BENCHMARK.published
 
 
 def test_the_real_index(real):
@@ -46,7 +46,7 @@ def test_the_real_index(real):
 
 
 def write(folder, clinical=CLINICAL_ROWS, manifest=MANIFEST_ROWS):
-    pandas.DataFrame(clinical, columns=list(COLUMNS)).to_excel(folder / CLINICAL, sheet_name="Sheet1", index=False)
+    pd.DataFrame(clinical, columns=list(COLUMNS)).to_excel(folder / CLINICAL, sheet_name="Sheet1", index=False)
     if manifest:
         lines = [f"{patient},{number},.\\CMMD\\{patient}\\study\\1.0-NA" for patient, number in manifest]
         (folder / MANIFEST).write_text("\n".join(["Subject ID,Number of Images,File Location", *lines, ""]))
@@ -80,7 +80,7 @@ def test_without_the_manifest_only_labeled_breasts_are_known(tmp_path, caplog):
     index = read_index(write(tmp_path, manifest=None))
     assert len(index) == 8 and index["cancer"].notna().all()
     assert "no metadata.csv, so unlabeled breasts are not known; the index has the 8 labeled images only" in caplog.text
-    counted = count(tmp_path)
+    counted = BENCHMARK.count(tmp_path)
     assert counted["labeled breasts"] == 4 and not any("images" in name for name in counted)
 
 

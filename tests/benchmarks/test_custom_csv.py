@@ -3,7 +3,7 @@
 import json
 import logging
 
-import pandas
+import pandas as pd
 import pytest
 
 from dataset_scripts.benchmarks.custom_csv import BENCHMARK, read_index, table_benchmark
@@ -15,7 +15,7 @@ BOX = {"x0": 1.0, "y0": 2.0, "x1": 3.5, "y1": 4.0, "slice": 7, "label": "mass"}
 def write(folder, name="index.csv", **columns):
     """A table of columns; two patients where nothing else is said."""
     table = {"patient_id": ["a", "b"], "path": ["a.png", "b.png"], **columns}
-    frame = pandas.DataFrame({name: cells for name, cells in table.items() if cells is not None})
+    frame = pd.DataFrame({name: cells for name, cells in table.items() if cells is not None})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     frame.to_csv(path, index=False) if path.suffix == ".csv" else frame.to_parquet(path)
@@ -42,10 +42,10 @@ def test_csv_and_parquet_are_the_same_index(tmp_path):
     texts = {"lesion_types": ["mass; calcification", "none"], "boxes": [json.dumps([BOX]), "[]"]}
     csv = read_index(write(tmp_path / "csv", **columns, **texts))
     parquet = read_index(write(tmp_path / "parquet", "index.parquet", **columns, **lists))
-    pandas.testing.assert_frame_equal(csv, parquet)
+    pd.testing.assert_frame_equal(csv, parquet)
     assert list(csv["patient_id"]) == ["007", "b"] and list(csv["image_id"]) == ["a.png", "b.png"]
     assert list(csv["breast_id"]) == ["007_s1_L", "b.png"]  # of the second the side is not known
-    assert csv["cancer"][0] == 1 and pandas.isna(csv["cancer"][1])
+    assert csv["cancer"][0] == 1 and pd.isna(csv["cancer"][1])
     assert list(csv["lesion_types"]) == [["calcification", "mass"], []]
     assert csv["boxes"][0] == [BOX] and csv["boxes"][1] == []
 
@@ -62,9 +62,9 @@ def test_definitions_are_of_the_labels_that_are_there(tmp_path):
     assert {each.task for each in benchmark.definitions} == {"birads", "density", "lesion_type"}
     index = benchmark.read_index(tmp_path)
     birads, density, types = (benchmark.definition(task) for task in ("birads", "density", "lesion_type"))
-    assert birads.classes == ("2",) and birads.label(index).tolist() == [pandas.NA, "2"]
+    assert birads.classes == ("2",) and birads.label(index).tolist() == [pd.NA, "2"]
     assert density.classes == ("B", "C") and density.label(index).tolist() == ["B", "C"]
-    assert types.classes == ("cyst", "mass") and types.label(index).tolist() == ["mass", pandas.NA]
+    assert types.classes == ("cyst", "mass") and types.label(index).tolist() == ["mass", pd.NA]
     assert benchmark.definition("density", "dense").label(index).tolist() == ["not dense", "dense"]
     with pytest.raises(ValueError, match="task 'cancer': table has no labels for it; it has birads, density, lesion_t"):
         benchmark.definition("cancer")
@@ -79,7 +79,7 @@ def test_a_file_and_its_folder_are_the_same_table(tmp_path):
     columns = {"patient_id": files, "cancer": [number % 2 for number in range(30)]}
     path = write(tmp_path, path=files, **columns)
     of_file, of_folder = (load_task("table", place, "cancer") for place in (path, tmp_path))
-    pandas.testing.assert_frame_equal(of_file.table, of_folder.table)
+    pd.testing.assert_frame_equal(of_file.table, of_folder.table)
     assert set(of_file.table["file"]) == {str(tmp_path / file) for file in files}
     elsewhere = write(tmp_path / "elsewhere", path=[str(tmp_path / file) for file in files], **columns)
     assert set(load_task("table", elsewhere, "cancer").table["file"]) == set(of_file.table["file"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dataset_scripts.benchmarks.rsna import BENCHMARK, COLUMNS, PUBLISHED, count, read_index
+from dataset_scripts.benchmarks.rsna import BENCHMARK, COLUMNS, read_index
 
 # site, patient, image, side, view, age, cancer, biopsy, invasive, BIRADS, implant, density, machine, difficult
 ROWS = """
@@ -47,7 +47,7 @@ def test_rows(folder):
 
 
 def test_counts(folder):
-    counted = {name: number for name, number in count(folder).items() if number}
+    counted = {name: number for name, number in BENCHMARK.count(folder).items() if number}
     assert counted == {
         "images": 13, "patients": 3, "breasts": 6, "fewest images of a patient": 4, "most images of a patient": 5,
         "site 1": 8, "site 2": 5, "patients of site 1": 2, "patients of site 2": 1,
@@ -79,11 +79,11 @@ def test_counts(folder):
     ],
 )
 def test_the_published_counts_are_whole(name, values, total):
-    assert sum(PUBLISHED[name.format(value)] for value in values) == PUBLISHED[total]
+    assert sum(BENCHMARK.published[name.format(value)] for value in values) == BENCHMARK.published[total]
 
 
 def test_all_that_is_published_is_counted(folder):
-    assert set(PUBLISHED) <= set(count(folder))
+    assert set(BENCHMARK.published) <= set(BENCHMARK.count(folder))
 
 
 def test_labels(folder):

@@ -10,8 +10,6 @@ from dataset_scripts.benchmarks.vindr_mammo import (
     BREASTS,
     CATEGORIES,
     FINDINGS,
-    PUBLISHED,
-    count,
     read_index,
 )
 
@@ -82,7 +80,7 @@ def test_an_image_that_no_finding_row_names(tmp_path):
 
 
 def test_counts(tmp_path):
-    counted = {name: number for name, number in count(write(tmp_path)).items() if number}
+    counted = {name: number for name, number in BENCHMARK.count(write(tmp_path)).items() if number}
     only = {name.removeprefix("all: "): number for name, number in counted.items() if name.startswith("all: ")}
     assert only == {
         "studies": 2, "images": 8, "breasts": 4, "BI-RADS 1": 2, "BI-RADS 2": 2, "BI-RADS 4": 2, "BI-RADS 5": 2,
@@ -99,20 +97,27 @@ def test_counts(tmp_path):
 
 
 def test_the_published_counts_are_whole(tmp_path):
-    assert set(PUBLISHED) == set(count(write(tmp_path)))
+    assert set(BENCHMARK.published) == set(BENCHMARK.count(write(tmp_path)))
     for split in ("training", "test", "all"):
-        of = {name.removeprefix(f"{split}: "): n for name, n in PUBLISHED.items() if name.startswith(f"{split}: ")}
+        of = {
+            name.removeprefix(f"{split}: "): n
+            for name, n in BENCHMARK.published.items()
+            if name.startswith(f"{split}: ")
+        }
         assert of["images"] == 4 * of["studies"] == 2 * of["breasts"]
         assert sum(of[f"BI-RADS {level}"] for level in range(1, 6)) == of["images"]
         assert sum(of[f"DENSITY {letter}"] for letter in "ABCD") == of["images"]
         assert of["No Finding rows"] + of["images with a finding"] == of["images"]
         assert sum(of[name] for name in CATEGORIES) >= of["finding rows with box"]
         if split != "all":
-            others = {name: PUBLISHED[f"all: {name}"] - n for name, n in of.items()}
+            others = {name: BENCHMARK.published[f"all: {name}"] - n for name, n in of.items()}
             other = "test" if split == "training" else "training"
-            assert others == {name: PUBLISHED[f"{other}: {name}"] for name in of}
-    assert PUBLISHED["finding rows"] == PUBLISHED["all: finding rows with box"] + PUBLISHED["all: No Finding rows"]
-    assert PUBLISHED["view CC"] + PUBLISHED["view MLO"] == PUBLISHED["all: images"]
+            assert others == {name: BENCHMARK.published[f"{other}: {name}"] for name in of}
+    assert (
+        BENCHMARK.published["finding rows"]
+        == BENCHMARK.published["all: finding rows with box"] + BENCHMARK.published["all: No Finding rows"]
+    )
+    assert BENCHMARK.published["view CC"] + BENCHMARK.published["view MLO"] == BENCHMARK.published["all: images"]
 
 
 def test_labels(tmp_path):

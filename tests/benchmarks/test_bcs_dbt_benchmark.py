@@ -3,7 +3,7 @@
 import pytest
 from conftest import REAL_DATA
 
-from dataset_scripts.benchmarks.bcs_dbt import BENCHMARK, PUBLISHED, count, locate, read_index
+from dataset_scripts.benchmarks.bcs_dbt import BENCHMARK, locate, read_index
 
 
 @pytest.fixture
@@ -15,7 +15,9 @@ def real():
 
 
 def test_the_real_files_have_the_published_counts(real):
-    assert count(real) == {name: number for name, number in PUBLISHED.items() if name.startswith("train: ")}
+    assert BENCHMARK.count(real) == {
+        name: number for name, number in BENCHMARK.published.items() if name.startswith("train: ")
+    }
 
 
 def test_the_real_index(real, caplog):
@@ -81,31 +83,34 @@ def test_rows(tmp_path):
 
 
 def test_counts(tmp_path):
-    counted = {name: number for name, number in count(write(tmp_path)).items() if number}
+    counted = {name: number for name, number in BENCHMARK.count(write(tmp_path)).items() if number}
     assert {name.removeprefix("all: "): number for name, number in counted.items() if name.startswith("all: ")} == {
         "volumes": 5, "studies": 3, "patients": 3, "Normal": 2, "Actionable": 1, "Benign": 1, "Cancer": 1,
         "studies Normal": 1, "studies Benign": 1, "studies Cancer": 1,
     }  # fmt: skip
     assert counted["train: boxes"] == 2 and counted["validation: boxes of benign"] == 1 and "test: boxes" not in counted
     (tmp_path / "BCS-DBT-labels-test.csv").unlink()
-    assert not any(name.startswith(("all: ", "test: ")) for name in count(tmp_path))
+    assert not any(name.startswith(("all: ", "test: ")) for name in BENCHMARK.count(tmp_path))
 
 
 def test_the_published_counts_are_whole():
     def of(name):
-        return [PUBLISHED[f"{split}: {name}"] for split in ("train", "validation", "test")]
+        return [BENCHMARK.published[f"{split}: {name}"] for split in ("train", "validation", "test")]
 
     groups = ("Normal", "Actionable", "Benign", "Cancer")
-    assert sum(of("volumes")) == PUBLISHED["all: volumes"]
+    assert sum(of("volumes")) == BENCHMARK.published["all: volumes"]
     assert of("volumes") == [sum(each) for each in zip(*(of(group) for group in groups), strict=True)]
     for split in ("train", "all"):
-        assert sum(PUBLISHED[f"{split}: studies {group}"] for group in groups) == PUBLISHED[f"{split}: studies"]
+        assert (
+            sum(BENCHMARK.published[f"{split}: studies {group}"] for group in groups)
+            == BENCHMARK.published[f"{split}: studies"]
+        )
 
 
 def test_of_two_releases_the_newer_is_read(tmp_path):
     old = [LABELS, "P2,S2,rmlo,1,0,0,0"]
     write(tmp_path, **{"labels-validation": old, "labels-validation-v2": old})
-    assert count(tmp_path)["validation: Benign"] == 1
+    assert BENCHMARK.count(tmp_path)["validation: Benign"] == 1
 
 
 @pytest.mark.parametrize("place", ["", "manifest-161/Breast-Cancer-Screening-DBT/../"])

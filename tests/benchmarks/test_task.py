@@ -6,13 +6,12 @@ import logging
 
 import datasets
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 
 from dataset_scripts.benchmarks import BENCHMARKS, get_benchmark
-from dataset_scripts.benchmarks import task as benchmark_task
-from dataset_scripts.benchmarks.index import SCHEMA, SPLITS, TASKS, Definition
-from dataset_scripts.benchmarks.task import complete_splits, load_benchmark, load_task
+from dataset_scripts.benchmarks.index import SCHEMA, SPLITS, TASKS
+from dataset_scripts.benchmarks.task import complete_splits, find_files, load_benchmark, load_task
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def own(tmp_path):
     """A function that writes a table of the given rows and, empty, the files that it names."""
 
     def write(rows):
-        frame = pandas.DataFrame(rows)
+        frame = pd.DataFrame(rows)
         for path in frame["path"]:
             (tmp_path / path).touch()
         frame.to_csv(tmp_path / "index.csv", index=False)
@@ -68,8 +67,8 @@ def test_splits_are_stratified_and_patients_are_in_one(own, task):
 def test_a_patient_counts_for_its_rarest_class():
     """Ten patients have cancer on one side: five are held out, though their other sides are of the common class."""
     ill, well = [f"i{number}" for number in range(10)], [f"w{number}" for number in range(30)]
-    of, labels = pandas.Series(ill + ill + well), pandas.Series([1] * 10 + [0] * 40)
-    none = pandas.Series([pandas.NA] * 50, dtype="string")
+    of, labels = pd.Series(ill + ill + well), pd.Series([1] * 10 + [0] * 40)
+    none = pd.Series([pd.NA] * 50, dtype="string")
     split = complete_splits(of, labels, none, seed=3, validation_fraction=0.2, test_fraction=0.5)
     assert of[(split == "test") & (labels == 1)].nunique() == 5
     assert of[(split == "test") & (labels == 0)].nunique() == 5 + 15
@@ -78,8 +77,8 @@ def test_a_patient_counts_for_its_rarest_class():
 
 def test_who_is_held_out_is_a_hash_of_seed_and_patient():
     """By another way: of 20 patients the 4 whose SHA-256 is lowest, then 2 of the rest."""
-    of = pandas.Series([f"p{number}" for number in range(20)])
-    none, labels = pandas.Series([pandas.NA] * 20, dtype="string"), pandas.Series([0] * 20)
+    of = pd.Series([f"p{number}" for number in range(20)])
+    none, labels = pd.Series([pd.NA] * 20, dtype="string"), pd.Series([0] * 20)
     for seed in (0, 1):
         split = complete_splits(of, labels, none, seed=seed, validation_fraction=0.15, test_fraction=0.2)
         order = sorted(of, key=lambda each: hashlib.sha256(f"{seed} {each}".encode()).hexdigest())
@@ -90,7 +89,7 @@ def test_the_order_of_rows_says_nothing(own):
     rows = population(120)
     loaded = load_task("table", own(rows), "cancer", seed=5)
     shuffled = [rows[place] for place in np.random.default_rng(1).permutation(len(rows))]
-    pandas.testing.assert_frame_equal(loaded.table, load_task("table", own(shuffled), "cancer", seed=5).table)
+    pd.testing.assert_frame_equal(loaded.table, load_task("table", own(shuffled), "cancer", seed=5).table)
     other = load_task("table", own(rows), "cancer", seed=6)
     assert patients(other.table, "test") != patients(loaded.table, "test")
     less = load_task("table", own(rows), "cancer", seed=5, validation_fraction=0.3)
@@ -164,13 +163,13 @@ def test_missing_files_are_counted_or_left_out_with_the_split_as_it_was(own, cap
         rest = load_task("table", folder, "cancer", allow_missing=True)
     assert rest.counts["left_out"] == {"image file missing": 4} and "image file missing" in caplog.text
     left = whole.table[~whole.table["image_id"].isin(gone)].reset_index(drop=True)
-    pandas.testing.assert_frame_equal(rest.table, left)
+    pd.testing.assert_frame_equal(rest.table, left)
 
 
 def test_images_whose_file_nobody_can_tell_count_as_missing(tmp_path):
-    index = pandas.DataFrame({"image_id": ["x", "y"], "file": pandas.array([None, str(tmp_path)], dtype="string")})
+    index = pd.DataFrame({"image_id": ["x", "y"], "file": pd.array([None, str(tmp_path)], dtype="string")})
     with pytest.raises(ValueError, match="2 of 2 image files are missing, first of image x; complete the download"):
-        benchmark_task.find_files(index, tmp_path, False)  # the second is a folder
+        find_files(index, tmp_path, False)  # the second is a folder
 
 
 @pytest.mark.parametrize(("ill", "split"), [(0, "train"), (1, "validation"), (2, "validation")])
@@ -213,15 +212,6 @@ def test_what_is_asked_wrongly_is_said(phantom_archive, name, task, options, mes
     with pytest.raises(ValueError) as caught:
         load_task(name, phantom_archive, task, **options)
     assert str(caught.value).startswith(message)
-
-
-def test_a_definition_that_gives_no_class_of_its_own_is_a_fault():
-    definition = Definition("density", "four", "", ("A", "B"), lambda index: index["density"])
-    index = pandas.DataFrame({"density": pandas.array(["B", None, "A"], dtype="string")})
-    assert benchmark_task.class_numbers(definition, index, "phantom").tolist() == [1, pandas.NA, 0]
-    index.loc[1, "density"] = "E"
-    with pytest.raises(ValueError, match=r"phantom, density \(four\): 'E' is none of its classes"):
-        benchmark_task.class_numbers(definition, index, "phantom")
 
 
 def test_the_phantom(phantom_archive):

@@ -1,9 +1,9 @@
 """Metadata files: cells are stripped text, names of columns and sheets are matched kindly, faults are one line."""
 
-import pandas
+import pandas as pd
 import pytest
 
-from dataset_scripts.benchmarks.tables import find_file, read_csv, read_sheets
+from dataset_scripts.benchmarks.index import find_file, read_csv, read_sheets
 
 REMEDY = "download it again"
 
@@ -19,7 +19,7 @@ def test_cells_columns_and_empty_cells(tmp_path):
     assert list(table.rows.columns) == ["density", "note", "n"]
     assert table.rows.to_dict("list") == {"density": ["B", "_"], "note": ["a", ""], "n": ["2.0", ""]}
     assert table.choice("density", {"B": 2, "_": None}).tolist() == [2, None]
-    assert table.whole("n").tolist() == [2, pandas.NA]
+    assert table.whole("n").tolist() == [2, pd.NA]
     assert table.text("note").isna().tolist() == [False, True]
 
 
@@ -57,10 +57,10 @@ def test_files_and_folders_that_are_not_there(tmp_path):
 
 def test_sheets(tmp_path):
     path = tmp_path / "a.xlsx"
-    with pandas.ExcelWriter(path) as writer:
-        pandas.DataFrame({"ID 1": [7, None, 9]}).to_excel(writer, sheet_name="All", index=False)
+    with pd.ExcelWriter(path) as writer:
+        pd.DataFrame({"ID 1": [7, None, 9]}).to_excel(writer, sheet_name="All", index=False)
     (table,) = read_sheets(path, {"all": {"id": ("id1",)}}, REMEDY).values()
-    assert table.whole("id").tolist() == [7, pandas.NA, 9]
+    assert table.whole("id").tolist() == [7, pd.NA, 9]
     with pytest.raises(ValueError, match="a.xlsx, sheet 'all': no column x; it has ID 1"):
         read_sheets(path, {"all": ["x"]}, REMEDY)
     with pytest.raises(ValueError, match="no sheet 'mass'; it has 'All'"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pandas
+import pandas as pd
 import pydicom
 import pytest
 from bcs_dbt_files import CLASSIC, DESCRIPTIVE, RIGHT, half_turn, write_list, write_volume
@@ -49,7 +49,7 @@ def own(tmp_path):
     for number in range(30):
         Image.fromarray(draw_breast(64, 48, seed=number)).save(folder / f"p{number}.png")
     rows = [{"patient_id": f"p{n}", "path": f"p{n}.png", "cancer": int(n % 3 == 0)} for n in range(30)]
-    pandas.DataFrame(rows).to_csv(folder / "index.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
     return folder
 
 
@@ -199,7 +199,7 @@ def test_the_cache_goes_by_content(own, build_rows, tmp_path):
     first = builder()
     assert first.hash == builder().hash
 
-    table = pandas.read_csv(own / "index.csv")
+    table = pd.read_csv(own / "index.csv")
     Image.fromarray(draw_breast(64, 48, seed=99)).save(own / "more.png")
     table.loc[30] = ["more", "more.png", 1]
     table.to_csv(own / "index.csv", index=False)
@@ -322,7 +322,7 @@ def test_real_slices_stay_as_they_are(real_slices, build_rows, tmp_path):
     """Gray JPEGs stored as RGB: one of the three equal planes."""
     files = real_slices[:4]
     rows = [{"patient_id": path.name[:10], "path": str(path), "density": "ABCD"[n]} for n, path in enumerate(files)]
-    pandas.DataFrame(rows).to_csv(tmp_path / "slices.csv", index=False)
+    pd.DataFrame(rows).to_csv(tmp_path / "slices.csv", index=False)
     built = build_rows("table", tmp_path / "slices.csv")["train"]
     assert len(built) == len(files)
     for row in built:
