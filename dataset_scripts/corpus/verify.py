@@ -389,7 +389,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         if options.data_dir is not None:
-            return verify_benchmark.main(str(options.corpus), options.data_dir)
+            return verify_benchmark.main([str(options.corpus), "--data-dir", str(options.data_dir)])
         complaints = verify_corpus(options.corpus, options.num_proc)
     except (OSError, ValueError) as error:
         raise SystemExit(f"verify: {error}") from error

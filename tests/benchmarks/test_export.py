@@ -132,14 +132,14 @@ def test_an_export_that_fails_leaves_nothing(phantom_archive, tmp_path, monkeypa
         raise error
 
     monkeypatch.setattr(module, "make_card", fail)
-    with pytest.raises(SystemExit if isinstance(error, OSError) else KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="export: No space left" if isinstance(error, OSError) else "130"):
         main(["phantom", "--data-dir", str(phantom_archive), "--output", str(tmp_path / "out"), "--num_proc", "1"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_exported_is_one_line(exported, phantom_archive, tmp_path):
     for arguments, message in (
-        (["phantom", "--output", str(exported)], "exists already; give a new folder"),
+        (["phantom", "--output", str(exported)], "exists and is not an empty folder; give another output"),
         (["fantom", "--output", str(tmp_path / "out")], "data set 'fantom': must be one of rsna"),
         (["cmmd", "--output", str(tmp_path / "out")], "CMMD_clinicaldata_revision.xlsx; give the folder"),
         (["phantom", "--output", str(tmp_path / "o"), "--task", "birads", "--definition", "x"], "definition 'x'"),
