@@ -1,8 +1,10 @@
-"""Where the tissue is, by anatomy: the breast by default, and the body in an axial slice of CT or MR."""
-# MERGED: Breast, air and what is neither, in a thumbnail: the segmentation behind `tissue.find_breast`.
-# MERGED: Where the breast is: a mask, its box, the side of its chest wall and the tissue in each patch.
+"""Where the tissue is: the breast by default, or the body in an axial slice of CT or MR; its box and its patches.
 
-from typing import NamedTuple, Protocol
+Everything is found on a thumbnail, so that it does not depend on the resolution of the output.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +13,8 @@ try:
 except ImportError:  # transformers imports remote code before its packages are checked
     cv2 = None  # type: ignore[assignment]
 
+THUMBNAIL_PX = 512  # longer side of the image that is segmented
+LOW_CONFIDENCE = 0.5  # below it, a mask is looked at
 BINS = 256  # in which modes are looked for
 FINE_BINS = 16 * BINS  # in which levels are read
 MIN_BREAST_FRACTION = 0.02  # of the image, twice that away from the sides; anything smaller is a label or noise
@@ -29,6 +33,165 @@ MIN_CIRCLE = 0.98  # the same of a circle, as far as it lies in the image; those
 MIN_STRAIGHT_FRACTION = 0.35  # of the longer side: an edge along rows or columns that no breast has
 MIN_LABEL_FRACTION, MAX_LABEL_FRACTION = 0.001, 0.15  # of the image
 MAX_LOOKS = 3  # black margin, film base and paddle can lie one inside the other
+MIN_BODY_FRACTION = 0.02  # of the image; anything smaller is noise
+TABLE_FRACTION = 0.012  # radius of the opening, of the longer side: the table, its rails and tubes go
+
+
+class TissueMask(NamedTuple):
+    """Where the tissue is, and how sure that is."""
+
+    mask: np.ndarray  # (H, W) bool
+    confidence: float  # 0 to 1, see find_breast
+    outside_fraction: float  # of all that is brighter than air, the share outside the mask: labels, markers, borders
+    warning: str  # what limits the confidence, in words; empty where nothing does
+
+
+def find_breast(image: np.ndarray) -> TissueMask:
+    """Find the breast in a gray image (H, W), 8 to 16 bits or float, in which tissue is brighter than air.
+
+    On a thumbnail: scanner borders (uniform strips along the sides, straight or slanted, black or white) and bright
+    rectangles (labels, stickers) are set aside. Air is the lowest significant mode of the histogram, less its slope
+    where it slopes, as on film. The threshold stands just above that mode, so that the skin line stays in; an opening
+    cuts tape, lines and labels off; the largest component wins, one that touches a vertical side counting double, and
+    its small holes are filled. Where that is a rectangle, a circle or has a long straight edge, it is a film, a paddle
+    or a collimated field, and the breast is looked for inside, against the air that is there. This is the usual
+    "threshold, open, largest component" of mammogram preprocessing (Nagi et al., IECBES 2010; Wu et al., IEEE TMI 2020)
+    with a threshold of our own: zero fails on film, Otsu splits fat from gland.
+
+    Where the darkest mode is as rough as tissue there is no air: a crop inside the breast, all True. An image with no
+    breast (constant, or white noise) is all False, with confidence 0. NaN and infinite pixels are air.
+
+    `confidence` is the weakest of the `quality_checks`, our choice and no probability; below LOW_CONFIDENCE, look at
+    the image.
+    Research use only.
+    """
+    if image.ndim != 2:
+        raise ValueError(f"find_breast takes a 2-D gray image, got shape {image.shape}; pass one plane (H, W).")
+    H, W = image.shape
+    values = unit_thumbnail(image)
+    look = None if values is None else _segment(values)
+    if look is None or not look.mask.any():
+        return TissueMask(np.zeros((H, W), bool), 0.0, 0.0, "no breast found")
+    checks = quality_checks(look)
+    weakest = min(checks, key=checks.__getitem__)
+    above = look.mask | (look.smooth > look.threshold)  # no air: NaN compares False
+    outside_fraction = 1 - float(look.mask.sum() / above.sum())
+    mask = look.mask
+    if mask.all():
+        mask = np.ones((H, W), bool)
+    elif mask.shape != (H, W):
+        mask = cv2.resize(mask.astype(np.uint8) * 255, (W, H), interpolation=cv2.INTER_LINEAR) > 127
+    return TissueMask(mask, checks[weakest], outside_fraction, weakest if checks[weakest] < 1 else "")
+
+
+def segment_breast(image: np.ndarray) -> np.ndarray:
+    """Return the mask (H, W) bool of `find_breast` alone."""
+    return find_breast(image).mask
+
+
+def find_body(image: np.ndarray) -> TissueMask:
+    """Find the body in an axial slice, with the air inside it: lungs and bowel belong to it.
+
+    Otsu's threshold (1979) on a thumbnail, an opening that cuts the table off, the largest component, and its holes
+    filled. `confidence` is the share of all that is brighter than the threshold that lies in the mask. Research use
+    only.
+    """
+    if image.ndim != 2:
+        raise ValueError(f"find_body takes a 2-D gray image, got shape {image.shape}; pass one plane (H, W).")
+    H, W = image.shape
+    values = unit_thumbnail(image)
+    nothing = TissueMask(np.zeros((H, W), bool), 0.0, 0.0, "no body found")
+    if values is None:
+        return nothing
+    gray = np.rint(values * 255).astype(np.uint8)
+    _, above = cv2.threshold(cv2.GaussianBlur(gray, (5, 5), 0), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    opened = cv2.morphologyEx(above, cv2.MORPH_OPEN, _disc(gray.shape, TABLE_FRACTION))
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(opened)
+    if count == 1:
+        return nothing
+    body = (labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))).astype(np.uint8)
+    outlines, _ = cv2.findContours(body, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    body = cv2.drawContours(body, outlines, -1, 1, cv2.FILLED)
+    if body.mean() < MIN_BODY_FRACTION:
+        return nothing
+    inside = float((above & body).sum() / above.sum())
+    mask = cv2.resize(body * 255, (W, H), interpolation=cv2.INTER_LINEAR) > 127
+    return TissueMask(mask, inside, 1 - inside, "much besides it is as bright" if inside < 1 else "")
+
+
+# Rules for the tissue in a gray image (H, W) in which tissue is brighter than air; without tissue the mask is empty.
+TISSUE_FINDERS: dict[str, Callable[[np.ndarray], TissueMask]] = {"breast": find_breast, "body": find_body}
+
+
+def breast_box(mask: np.ndarray, margin_fraction: float = 0.02) -> tuple[int, int, int, int]:
+    """(y0, x0, y1, x1), half-open, around the mask with a margin of its longer side; the whole image if it is empty."""
+    H, W = mask.shape
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        return 0, 0, H, W
+    y0, y1, x0, x1 = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    margin_px = round(margin_fraction * max(y1 - y0, x1 - x0))
+    return max(0, y0 - margin_px), max(0, x0 - margin_px), min(H, y1 + margin_px), min(W, x1 + margin_px)
+
+
+def chest_wall_side(mask: np.ndarray) -> str:
+    """The vertical side, "left" or "right", with more tissue in its border columns; if even, nearer to the centroid."""
+    W = mask.shape[1]
+    border_px = max(1, round(0.02 * W))
+    left, right = int(mask[:, :border_px].sum()), int(mask[:, W - border_px :].sum())
+    if abs(left - right) > 0.02 * border_px * mask.shape[0]:
+        return "left" if left > right else "right"
+    tissue = mask.sum(axis=0)
+    centroid = float((tissue * (np.arange(W) + 0.5)).sum()) / max(1, int(tissue.sum()))
+    return "right" if centroid > W / 2 else "left"
+
+
+def patch_tissue(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Breast fraction of each patch, (h, w) float32: exact area average, also where h or w does not divide the mask."""
+    # (H + 1, W + 1); between pixel corners it is bilinear, so that the average is exact
+    integral = cv2.integral(mask.astype(np.uint8))
+    integral = _interpolated(integral, grid[0])  # (h + 1, W + 1)
+    integral = _interpolated(integral.T, grid[1]).T  # (h + 1, w + 1)
+    area = mask.size / (grid[0] * grid[1])
+    return np.clip(np.diff(np.diff(integral, axis=0), axis=1) / area, 0.0, 1.0).astype(np.float32)
+
+
+def _interpolated(integral: np.ndarray, parts: int) -> np.ndarray:
+    """Axis 0 read at the edges of `parts` equal intervals."""
+    size = len(integral) - 1
+    edges = np.arange(parts + 1) * size / parts
+    below = np.minimum(edges.astype(np.intp), size - 1)
+    share = (edges - below)[:, None]
+    return integral[below] * (1 - share) + integral[below + 1] * share
+
+
+def unit_thumbnail(image: np.ndarray) -> np.ndarray | None:
+    """Make a float32 thumbnail, its minimum at 0 and its 99.5th percentile at 1; None where there is no contrast."""
+    if image.size == 0:
+        return None
+    if image.dtype.kind == "f":
+        finite = np.isfinite(image)
+        if not finite.all():
+            if not finite.any():
+                return None
+            image = np.where(finite, image, image[finite].min())
+    if image.dtype == np.float32:
+        image = image - image.min()  # a large offset would eat the precision of the sums below
+    elif image.dtype.itemsize > 2:
+        image = image - np.float64(image.min())
+        image = image / max(float(image.max()), np.finfo(np.float64).tiny)
+    H, W = image.shape
+    scale = THUMBNAIL_PX / max(H, W)
+    values: np.ndarray = image.astype(np.float32, copy=False)
+    if scale < 1:
+        size = (max(1, round(W * scale)), max(1, round(H * scale)))
+        values = cv2.resize(values, size, interpolation=cv2.INTER_AREA)
+    low, high = float(values.min()), float(np.percentile(values, 99.5))
+    if high <= low:
+        high = float(values.max())
+    if high - low <= 1e-5 * abs(high):  # rounding of a constant image
+        return None
+    return np.clip((values - low) / (high - low), 0, 1)
 
 
 class Look(NamedTuple):
@@ -42,8 +205,8 @@ class Look(NamedTuple):
     tissue: float  # median level of what is above the air
 
 
-def segment_unit(values: np.ndarray) -> Look:
-    """The breast in a thumbnail (h, w) float32 with values in 0..1. Method and sources: `tissue.find_breast`."""
+def _segment(values: np.ndarray) -> Look:
+    """Find the breast in a thumbnail (h, w) float32 with values in 0..1."""
     field = ~_borders(values)
     field &= ~_labels(values, field)
     look = _look(values, field)
@@ -138,7 +301,7 @@ def _flattened(values: np.ndarray, air: np.ndarray) -> np.ndarray:
 
 
 def _roughness(values: np.ndarray, air: np.ndarray) -> float:
-    """Typical difference between two pixels of the air that stand 1/32 of the image apart, as a standard deviation.
+    """Typical difference between two pixels of the air 1/32 of the image apart, as a standard deviation.
 
     A slow gradient of the air counts little here, averaged noise as well; in tissue it is the texture that counts.
     """
@@ -239,15 +402,16 @@ def _is_white_noise(values: np.ndarray) -> bool:
     step = 2
     if min(values.shape) <= 4 * step:
         return False
-    centerd = values - values.mean()
-    variance = float((centerd**2).mean())
-    across = float((centerd[:, step:] * centerd[:, :-step]).mean())
-    down = float((centerd[step:] * centerd[:-step]).mean())
+    centered = values - values.mean()
+    variance = float((centered**2).mean())
+    across = float((centered[:, step:] * centered[:, :-step]).mean())
+    down = float((centered[step:] * centered[:-step]).mean())
     return max(across, down) <= 0.1 * variance
 
 
-def _disc(shape: tuple[int, ...]) -> np.ndarray:
-    radius = max(1, round(OPENING_FRACTION * max(shape)))
+def _disc(shape: tuple[int, ...], fraction: float = OPENING_FRACTION) -> np.ndarray:
+    """The disc of an opening, its radius a fraction of the longer side."""
+    radius = max(1, round(fraction * max(shape)))
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
 
@@ -276,9 +440,9 @@ def _largest_component(above: np.ndarray) -> np.ndarray:
     return cv2.drawContours(breast, holes, -1, 1, cv2.FILLED) > 0
 
 
-def doubts(look: Look) -> dict[str, float]:
-    """What speaks for a mask that is not empty, each from 0 (looks wrong) to 1 (looks as it should), by what is odd if
-    it does not. The ranges are our choice: over 128 real images and composed films, right masks stand near 1."""
+def quality_checks(look: Look) -> dict[str, float]:
+    """Check a mask that is not empty: each check from 0 (fails) to 1 (passes), by the warning if it fails. The ranges
+    are our choice: over 128 real images and composed films, right masks stand near 1."""
     if np.isnan(look.air):
         return {"no air beside the breast": 0.2}
     mask, smooth = look.mask.astype(np.uint8), look.smooth
@@ -308,187 +472,3 @@ def doubts(look: Look) -> dict[str, float]:
 
 def _ramp(value: float, zero: float, one: float) -> float:
     return float(np.clip((value - zero) / (one - zero), 0, 1))
-
-
-try:
-    import cv2
-except ImportError:  # transformers imports remote code before its packages are checked
-    cv2 = None  # type: ignore[assignment]
-
-THUMBNAIL_PX = 512  # longer side of the image that is segmented
-LOW_CONFIDENCE = 0.5  # below it, a mask is looked at
-
-
-class TissueMask(NamedTuple):
-    """Where the breast is, or other tissue (tissue_finders.py), and how sure that is."""
-
-    mask: np.ndarray  # (H, W) bool
-    confidence: float  # 0 to 1, see find_breast
-    outside_fraction: float  # of all that is brighter than air, the share outside the mask: labels, markers, borders
-    oddity: str  # what limits the confidence, in words; empty where nothing is odd
-
-
-def find_breast(image: np.ndarray) -> TissueMask:
-    """The breast in a gray image (H, W), 8 to 16 bits or float, in which tissue is brighter than air.
-
-    On a thumbnail: scanner borders (uniform strips along the sides, straight or slanted, black or white) and bright
-    rectangles (labels, stickers) are set aside. Air is the lowest significant mode of the histogram, whatever its
-    level, less its slope where it slopes, as on film. The threshold stands just above that mode, so that the skin line
-    stays in; an opening cuts tape, lines and labels off; the largest component wins, one that touches a vertical side
-    counting double, and its small holes are filled. Where that is a rectangle, a circle or has a long straight edge, it
-    is a film, a paddle or a collimated field, and the breast is looked for inside, against the air that is there. This
-    is the usual "threshold, open, largest component" chain of mammogram preprocessing (Nagi et al., IECBES 2010; Wu et
-    al., IEEE TMI 2020) with a threshold of our own: zero fails on film, Otsu splits fat from gland.
-
-    Where the darkest mode is as rough as tissue there is no air: a crop inside the breast, all True. An image with no
-    breast (constant, or white noise) is all False, with confidence 0. NaN and infinite pixels are air.
-
-    `confidence` is the weakest of the pieces of evidence in `breast_mask.doubts`: contrast of the outline, what is left
-    at twice the threshold, a compact shape that is not a rectangle or a circle, plausible size and sides, little else
-    as bright, and air to compare with. It is our choice and no probability; below LOW_CONFIDENCE, look at the image.
-    Research use only.
-    """
-    if image.ndim != 2:
-        raise ValueError(f"find_breast takes a 2-D gray image, got shape {image.shape}; pass one plane (H, W).")
-    H, W = image.shape
-    values = unit_thumbnail(image)
-    look = None if values is None else segment_unit(values)
-    if look is None or not look.mask.any():
-        return TissueMask(np.zeros((H, W), bool), 0.0, 0.0, "no breast found")
-    evidence = doubts(look)
-    oddity = min(evidence, key=evidence.__getitem__)
-    above = look.mask | (look.smooth > look.threshold)  # no air: NaN compares False
-    outside_fraction = 1 - float(look.mask.sum() / above.sum())
-    mask = look.mask
-    if mask.all():
-        mask = np.ones((H, W), bool)
-    elif mask.shape != (H, W):
-        mask = cv2.resize(mask.astype(np.uint8) * 255, (W, H), interpolation=cv2.INTER_LINEAR) > 127
-    return TissueMask(mask, evidence[oddity], outside_fraction, oddity if evidence[oddity] < 1 else "")
-
-
-def segment_breast(image: np.ndarray) -> np.ndarray:
-    """The mask (H, W) bool of `find_breast` alone."""
-    return find_breast(image).mask
-
-
-def breast_box(mask: np.ndarray, margin_fraction: float = 0.02) -> tuple[int, int, int, int]:
-    """(y0, x0, y1, x1), half-open, around the mask with a margin of its longer side; the whole image if it is empty."""
-    H, W = mask.shape
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if len(rows) == 0:
-        return 0, 0, H, W
-    y0, y1, x0, x1 = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    margin_px = round(margin_fraction * max(y1 - y0, x1 - x0))
-    return max(0, y0 - margin_px), max(0, x0 - margin_px), min(H, y1 + margin_px), min(W, x1 + margin_px)
-
-
-def chest_wall_side(mask: np.ndarray) -> str:
-    """The vertical side, "left" or "right", with more tissue in its border columns; if even, nearer to the centroid."""
-    W = mask.shape[1]
-    border_px = max(1, round(0.02 * W))
-    left, right = int(mask[:, :border_px].sum()), int(mask[:, W - border_px :].sum())
-    if abs(left - right) > 0.02 * border_px * mask.shape[0]:
-        return "left" if left > right else "right"
-    tissue = mask.sum(axis=0)
-    centroid = float((tissue * (np.arange(W) + 0.5)).sum()) / max(1, int(tissue.sum()))
-    return "right" if centroid > W / 2 else "left"
-
-
-def patch_tissue(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Breast fraction of each patch, (h, w) float32: exact area average, also where h or w does not divide the mask."""
-    integral = cv2.integral(
-        mask.astype(np.uint8)
-    )  # (H + 1, W + 1); between pixel corners it is bilinear, so this is exact
-    integral = _interpolated(integral, grid[0])  # (h + 1, W + 1)
-    integral = _interpolated(integral.T, grid[1]).T  # (h + 1, w + 1)
-    area = mask.size / (grid[0] * grid[1])
-    return np.clip(np.diff(np.diff(integral, axis=0), axis=1) / area, 0.0, 1.0).astype(np.float32)
-
-
-def _interpolated(integral: np.ndarray, parts: int) -> np.ndarray:
-    """Axis 0 read at the edges of `parts` equal intervals."""
-    size = len(integral) - 1
-    edges = np.arange(parts + 1) * size / parts
-    below = np.minimum(edges.astype(np.intp), size - 1)
-    share = (edges - below)[:, None]
-    return integral[below] * (1 - share) + integral[below + 1] * share
-
-
-def unit_thumbnail(image: np.ndarray) -> np.ndarray | None:
-    """Float32 thumbnail, its minimum at 0 and its 99.5th percentile at 1; None where there is no contrast."""
-    if image.size == 0:
-        return None
-    if image.dtype.kind == "f":
-        finite = np.isfinite(image)
-        if not finite.all():
-            if not finite.any():
-                return None
-            image = np.where(finite, image, image[finite].min())
-    if image.dtype == np.float32:
-        image = image - image.min()  # a large offset would eat the precision of the sums below
-    elif image.dtype.itemsize > 2:
-        image = image - np.float64(image.min())
-        image = image / max(float(image.max()), np.finfo(np.float64).tiny)
-    H, W = image.shape
-    scale = THUMBNAIL_PX / max(H, W)
-    values: np.ndarray = image.astype(np.float32, copy=False)
-    if scale < 1:
-        size = (max(1, round(W * scale)), max(1, round(H * scale)))
-        values = cv2.resize(values, size, interpolation=cv2.INTER_AREA)
-    low, high = float(values.min()), float(np.percentile(values, 99.5))
-    if high <= low:
-        high = float(values.max())
-    if high - low <= 1e-5 * abs(high):  # rounding of a constant image
-        return None
-    return np.clip((values - low) / (high - low), 0, 1)
-
-
-try:
-    import cv2
-except ImportError:  # transformers imports remote code before its packages are checked
-    cv2 = None  # type: ignore[assignment]
-
-MIN_BODY_FRACTION = 0.02  # of the image; anything smaller is noise
-TABLE_FRACTION = 0.012  # radius of the opening, of the longer side: the table, its rails and tubes go
-
-
-class FindTissue(Protocol):
-    """A rule for the tissue in a gray image (H, W), 8 to 16 bits or float, in which tissue is brighter than air; by
-    name in TISSUE_FINDERS. An image without tissue gives an empty mask with confidence 0."""
-
-    def __call__(self, image: np.ndarray) -> TissueMask: ...
-
-
-def find_body(image: np.ndarray) -> TissueMask:
-    """The body in an axial slice, with the air inside it: lungs and bowel belong to it.
-
-    Otsu's threshold (1979) on a thumbnail, an opening that cuts the table off, the largest component, and its holes
-    filled. `confidence` is the share of all that is brighter than the threshold that lies in the mask. Research use
-    only.
-    """
-    if image.ndim != 2:
-        raise ValueError(f"find_body takes a 2-D gray image, got shape {image.shape}; pass one plane (H, W).")
-    H, W = image.shape
-    values = unit_thumbnail(image)
-    nothing = TissueMask(np.zeros((H, W), bool), 0.0, 0.0, "no body found")
-    if values is None:
-        return nothing
-    gray = np.rint(values * 255).astype(np.uint8)
-    _, above = cv2.threshold(cv2.GaussianBlur(gray, (5, 5), 0), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    radius = max(1, round(TABLE_FRACTION * max(gray.shape)))
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(cv2.morphologyEx(above, cv2.MORPH_OPEN, disc))
-    if count == 1:
-        return nothing
-    body = (labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))).astype(np.uint8)
-    outlines, _ = cv2.findContours(body, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    body = cv2.drawContours(body, outlines, -1, 1, cv2.FILLED)
-    if body.mean() < MIN_BODY_FRACTION:
-        return nothing
-    inside = float((above & body).sum() / above.sum())
-    mask = cv2.resize(body * 255, (W, H), interpolation=cv2.INTER_LINEAR) > 127
-    return TissueMask(mask, inside, 1 - inside, "much besides it is as bright" if inside < 1 else "")
-
-
-TISSUE_FINDERS: dict[str, FindTissue] = {"breast": find_breast, "body": find_body}

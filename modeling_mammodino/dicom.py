@@ -1,10 +1,9 @@
-"""Volumes stored as one file a slice: DBT of older vendors, in CT or mammography objects, and CT and MR themselves."""
-# MERGED: One DICOM file or data set: opened, refused with a reason where it cannot be used, decoded frame by frame.
-# MERGED: DICOM in, gray images out: single mammograms and the slices of digital breast tomosynthesis (DBT) volumes.
-#
-# Order of the pixel steps (DICOM PS3.4 N.2): modality LUT -> padding set to air -> VOI LUT or window -> MONOCHROME1
-# inversion. Nothing of a header leaves this file but the fields of `Mammogram`; identifiers leave as keyed hashes.
-#
+"""DICOM in, gray images out: mammograms and the slices of tomosynthesis (DBT), CT and MR volumes.
+
+`open_dicom` parses a header once; what it returns is taken by every function here in place of the file. The pixels
+stay in the file until they are asked for, frame by frame. Nothing of a header leaves this file but the fields of
+`Mammogram`; identifiers leave as keyed hashes.
+"""
 
 import hashlib
 import hmac
@@ -20,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,7 +30,6 @@ from .dicom_header import (
     SECONDARY_CAPTURE,
     has_burned_in_annotation,
     identifier,
-    is_of_stack,
     kind,
     laterality,
     num_frames,
@@ -38,11 +37,12 @@ from .dicom_header import (
     order_of_frames,
     pixel_spacing_mm,
     positions_mm,
+    series_identity,
     slice_spacing_mm,
     text,
     view,
 )
-from .dicom_pixels import HEAD_BYTES, MAX_TILES, frame_header, to_gray
+from .dicom_pixels import HEAD_BYTES, TO_GRAY, GraySettings, decode, fault_of_codestream, to_gray
 from .image_io import DICOM_SUFFIXES, MAX_PIXELS, ImageFile, InvalidImageError, suffix
 
 try:
@@ -61,19 +61,26 @@ VENDORS = {
     "1.3.46.670589": "Philips",
     "1.2.392.200036.9125": "Fuji",
 }
-LOSSLESS_JPEG = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
-COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
+COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
+PROCESS_KEY = secrets.token_bytes(32)  # made at import, so that forked workers share it
+NOT_DICOM = ("not a readable DICOM file", "give a DICOM file, or an image by its own extension")
+NO_HEADER = ("the header cannot be interpreted", "check or export the file again")
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DicomFile:
+    """A DICOM file or data set whose header was parsed, by `open_dicom`."""
+
     name: str  # for messages
-    header: Any  # Dataset
-    pixels: Any  # what pydicom decodes from: the path or stream, or the data set where it must be in memory
-    warned: set[str]
+    header: Any  # pydicom Dataset
+    stored: Path | BinaryIO | None = None  # where the pixels are; None where the header holds them
+    pixels_at: int = 0  # first byte behind the header, of the element PixelData
     identity: str = ""  # hashed where the header has no UID; the name if empty
+    warned: set[str] = field(default_factory=set)
 
-    @property
+    @cached_property
     def num_frames(self) -> int:
+        """Raises InvalidImageError where NumberOfFrames is no count or absurd."""
         frames = num_frames(self.header)
         if frames is None:
             raise self.refuse("NumberOfFrames is not a count", "check the header")
@@ -81,18 +88,82 @@ class Source(NamedTuple):
             raise self.refuse(f"NumberOfFrames is over {MAX_FRAMES}", "check the header")
         return frames
 
+    @cached_property
+    def positions_mm(self) -> np.ndarray | None:
+        """(frames,) along the slice normal, as in the file."""
+        return positions_mm(self.header, self.num_frames)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Frame numbers of the file (0-based) in order of position."""
+        return order_of_frames(self.header, self.num_frames, self.positions_mm)
+
+    @cached_property
+    def instance_identity(self) -> str:
+        """UID of the SOP instance; where the header has none, the identity of the file."""
+        return identifier(self.header, "SOPInstanceUID") or self.identity or self.name
+
+    @cached_property
+    def volume_identity(self) -> str:
+        """The same, or what the files of one volume share where each holds one of its slices."""
+        return series_identity(self.header, self.num_frames) or self.instance_identity
+
+    @cached_property
+    def num_complete_frames(self) -> int:
+        """`num_frames`, once it was checked, without decoding, that PixelData holds them."""
+        frame_bytes, syntax = _check_geometry(self), _check_transfer_syntax(self)
+        with self.refusing("PixelData is damaged", "fetch the file again"), self.pixel_data() as (stream, length, _):
+            _check_complete(self, stream, length, None if syntax.is_encapsulated else frame_bytes)
+        return self.num_frames
+
     def refuse(self, problem: str, remedy: str) -> InvalidImageError:
         return InvalidImageError(self.name, f"{problem}; {remedy}")
+
+    def refusing(self, problem: str, remedy: str) -> Any:
+        return refusing(self.name, problem, remedy)
 
     def warn_once(self, about: str, message: str) -> None:
         if about not in self.warned:
             self.warned.add(about)
             logger.warning("%s: %s: %s", self.name, about, message)
 
+    @contextmanager
+    def pixel_data(self) -> Iterator[tuple[BinaryIO, int, str]]:
+        """A stream at the first byte of the frames, and the length in bytes and the VR that the element states."""
+        syntax = self.header.file_meta.TransferSyntaxUID
+        missing = self.refuse(
+            "no PixelData (7FE0,0010)", "give an image object; or the file is cut off, fetch it again"
+        )
+        if self.stored is None:
+            if "PixelData" not in self.header:
+                raise missing
+            yield io.BytesIO(self.header.PixelData), len(self.header.PixelData), ""
+            return
+        with _opened(self.stored) as stream:
+            stream.seek(self.pixels_at)
+            endian = "<" if syntax.is_little_endian else ">"
+            if stream.read(4) != struct.pack(f"{endian}HH", 0x7FE0, 0x0010):
+                raise missing
+            vr = "" if syntax.is_implicit_VR else stream.read(4)[:2].decode("latin-1")  # two reserved bytes follow
+            (length,) = struct.unpack(f"{endian}L", stream.read(4))
+            yield stream, length, vr
+
+    def decode(self, frames: list[int]) -> Iterator[np.ndarray]:
+        """Decode the given frames of the file one at a time: stored values (H, W), of color (H, W, 3) in RGB."""
+        name = self.header.file_meta.TransferSyntaxUID.name
+        with self.pixel_data() as (stream, _, vr):
+            decoded = decode(self.header if self.stored is None else stream, self.header, frames, vr)
+            with closing(decoded):
+                for _ in frames:
+                    with self.refusing(f"PixelData cannot be decoded as {name}", "fetch or export the file again"):
+                        frame = next(decoded)
+                    yield frame
+
 
 @contextmanager
-def boundary(opened: Source, problem: str, remedy: str = "check or export the file again") -> Iterator[None]:
-    """Whatever pydicom and its plugins raise becomes InvalidImageError; their messages may quote the header and stay out."""
+def refusing(name: str, problem: str, remedy: str) -> Iterator[None]:
+    """Turn whatever pydicom and its plugins raise into InvalidImageError, without their messages, which may quote the
+    header."""
     with warnings.catch_warnings(), pydicom.config.disable_value_validation():  # both would quote it too
         warnings.simplefilter("ignore")
         try:
@@ -100,81 +171,104 @@ def boundary(opened: Source, problem: str, remedy: str = "check or export the fi
         except InvalidImageError:
             raise
         except Exception as error:
-            raise opened.refuse(f"{problem} ({type(error).__name__})", remedy) from error
+            raise InvalidImageError(name, f"{problem} ({type(error).__name__}); {remedy}") from error
 
 
-def open_header(source: Any) -> Source:
-    """The header. The pixels stay in the file, except where only a data set in memory can be decoded."""
+def _opened(stored: Path | BinaryIO) -> Any:
+    """A context with the stream; one that was open already stays so."""
+    return open(stored, "rb") if isinstance(stored, Path) else nullcontext(stored)
+
+
+def open_dicom(source: Any) -> DicomFile:
+    """Parse the header of a path, an ImageFile or a pydicom Dataset; one that is opened already is returned.
+
+    The pixels stay in the file, except where only a data set in memory can be decoded. Raises InvalidImageError for
+    what is no DICOM file, ImportError without pydicom.
+    """
+    if isinstance(source, DicomFile):
+        return source
     if pydicom is None:
         raise ImportError("reading DICOM needs pydicom: pip install pydicom")
     if isinstance(source, pydicom.Dataset):
-        return Source(str(getattr(source, "filename", None) or "DICOM data set"), source, source, set())
+        return DicomFile(str(getattr(source, "filename", None) or "DICOM data set"), source)
+    stored: Path | BinaryIO
     if isinstance(source, ImageFile):
-        opened = Source(source.name, None, source.stream, set(), source.identity)
+        name, stored, identity = source.name, source.stream, source.identity
     elif isinstance(source, (str, os.PathLike)):
-        opened = Source(str(source), None, Path(source), set())
-        if not opened.pixels.is_file():
-            raise opened.refuse("no such file", "check the path")
+        name, stored, identity = str(source), Path(source), ""
+        if not stored.is_file():
+            raise InvalidImageError(name, "no such file; check the path")
     else:
         raise InvalidImageError("source", f"a {type(source).__name__}; give a path, an ImageFile or a pydicom Dataset")
-    with boundary(opened, "not a readable DICOM file", "give a DICOM file, or an image by its own extension"):
-        _check_inflated_size(opened)
-        header = _read(opened.pixels, stop_before_pixels=True)
-        if "SOPClassUID" not in header and "Rows" not in header:
-            raise opened.refuse("not a DICOM file", "give a DICOM file, or an image by its own extension")
-        syntax = header.file_meta.get("TransferSyntaxUID")
-        if not syntax or syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:  # pydicom decodes neither from the file
-            header = _read(opened.pixels)
-            if not syntax:
-                implicit, little = header.original_encoding
-                explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
-                header.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
-            return opened._replace(header=header, pixels=header)
-    return opened._replace(header=header)
-
-
-def _read(file: Any, **options: Any) -> Any:
-    if hasattr(file, "seek"):
-        file.seek(0)
-    return pydicom.dcmread(file, force=True, **options)
-
-
-def _check_inflated_size(opened: Source) -> None:
-    """A deflated data set is inflated whole when it is opened: only where that fits."""
-    is_open = hasattr(opened.pixels, "seek")
-    with nullcontext(opened.pixels) if is_open else open(opened.pixels, "rb") as stream:
+    with refusing(name, *NOT_DICOM), _opened(stored) as stream:
+        _check_inflated_size(name, stream)
         stream.seek(0)
-        start = stream.read(2048)
-        if b"1.2.840.10008.1.2.1.99" not in start or start[132:136] != b"\x02\0\0\0":  # of the group length
+        header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
+        if "SOPClassUID" not in header and "Rows" not in header:
+            raise InvalidImageError(name, "; ".join(("not a DICOM file", NOT_DICOM[1])))
+        syntax = header.file_meta.get("TransferSyntaxUID")
+        if syntax and syntax != pydicom.uid.DeflatedExplicitVRLittleEndian:
+            return DicomFile(name, header, stored, stream.tell(), identity)
+        stream.seek(0)  # pydicom decodes neither from the file
+        header = pydicom.dcmread(stream, force=True)
+        if not syntax:
+            implicit, little = header.original_encoding
+            explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
+            header.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+        return DicomFile(name, header, identity=identity)
+
+
+def _check_inflated_size(name: str, stream: BinaryIO) -> None:
+    """Refuse a deflated data set, which is inflated whole when it is opened, where that does not fit."""
+    stream.seek(0)
+    start = stream.read(2048)
+    if b"1.2.840.10008.1.2.1.99" not in start or start[132:136] != b"\x02\0\0\0":  # of the group length
+        return
+    stream.seek(144 + int.from_bytes(start[140:144], "little"))
+    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while piece := inflater.unconsumed_tail or stream.read(1 << 20):
+        size += len(inflater.decompress(piece, 1 << 24))
+        if size > MAX_INFLATED_BYTES:
+            raise InvalidImageError(
+                name, f"the data set inflates to over {MAX_INFLATED_BYTES >> 20} MiB; check the file"
+            )
+        if inflater.eof:
             return
-        stream.seek(144 + int.from_bytes(start[140:144], "little"))
-        inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        while piece := inflater.unconsumed_tail or stream.read(1 << 20):
-            size += len(inflater.decompress(piece, 1 << 24))
-            if size > MAX_INFLATED_BYTES:
-                raise opened.refuse(f"the data set inflates to over {MAX_INFLATED_BYTES >> 20} MiB", "check the file")
-            if inflater.eof:
-                return
 
 
-def open_checked(source: Any, allow_for_processing: bool) -> Source:
-    """`open_header`, then every refusal that needs no decoding."""
-    opened = open_header(source)
-    frame_bytes, syntax = check_header(opened, allow_for_processing)
-    damaged = boundary(opened, "PixelData is damaged", "fetch the file again")
-    with damaged, _pixel_data(opened, syntax) as (stream, length):
-        _check_complete(opened, stream, length, None if syntax.is_encapsulated else frame_bytes)
-    return opened
+def is_dicom(source: str | os.PathLike[str] | ImageFile) -> bool:
+    """Whether the file has the DICM preamble, or is a data set without one under the name *.dcm or *.dicom."""
+    return _has_preamble(source) or open_if_dicom(source) is not None
 
 
-def check_header(opened: Source, allow_for_processing: bool) -> tuple[float, Any]:
-    """Every refusal for which the header is enough. Bytes of one uncompressed frame, and the transfer syntax."""
-    with boundary(opened, "the header cannot be interpreted"):
+def open_if_dicom(source: str | os.PathLike[str] | ImageFile) -> DicomFile | None:
+    """`open_dicom`, or None for a file that is no DICOM file, or no file; see `is_dicom`."""
+    if _has_preamble(source):
+        return open_dicom(source)
+    try:
+        return open_dicom(source) if suffix(source) in DICOM_SUFFIXES else None
+    except (OSError, InvalidImageError):
+        return None
+
+
+def _has_preamble(source: str | os.PathLike[str] | ImageFile) -> bool:
+    try:
+        with _opened(source.stream if isinstance(source, ImageFile) else Path(source)) as stream:
+            stream.seek(0)
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _check_header(opened: DicomFile, allow_for_processing: bool) -> None:
+    """Refuse all for which the header is enough."""
+    with opened.refusing(*NO_HEADER):
         _check_object(opened, allow_for_processing)
-        return _check_geometry(opened), _check_transfer_syntax(opened)
+        _check_geometry(opened)
+        _check_transfer_syntax(opened)
 
 
-def _check_object(opened: Source, allow_for_processing: bool) -> None:
+def _check_object(opened: DicomFile, allow_for_processing: bool) -> None:
     header = opened.header
     sop = identifier(header, "SOPClassUID")
     if (0x7E01, 0x1010) in header and (sop.startswith(SECONDARY_CAPTURE) or "Rows" not in header):
@@ -190,13 +284,13 @@ def _check_object(opened: Source, allow_for_processing: bool) -> None:
         )
 
 
-def _check_geometry(opened: Source) -> float:
+def _check_geometry(opened: DicomFile) -> float:
     """Bytes of one uncompressed frame."""
     header = opened.header
     if "Rows" not in header or "PhotometricInterpretation" not in header:
         raise opened.refuse(f"{_object_name(header)} without Rows or PhotometricInterpretation", "give an image object")
     photometric, samples = text(header, "PhotometricInterpretation"), number(header, "SamplesPerPixel")
-    is_gray, is_color = photometric in ("MONOCHROME1", "MONOCHROME2"), photometric in COLOURS
+    is_gray, is_color = photometric in ("MONOCHROME1", "MONOCHROME2"), photometric in COLORS
     if not (is_gray and samples in (None, 1) or is_color and samples == 3):
         known = photometric if is_gray or is_color or photometric == "PALETTE COLOR" else "unknown"
         raise opened.refuse(
@@ -227,7 +321,7 @@ def _object_name(header: Any) -> str:
     return f"a private object of {vendor or 'a vendor'}" if sop else "an object"
 
 
-def _check_transfer_syntax(opened: Source) -> Any:
+def _check_transfer_syntax(opened: DicomFile) -> Any:
     syntax = getattr(opened.header, "file_meta", {}).get("TransferSyntaxUID")
     if not syntax:
         raise opened.refuse("no TransferSyntaxUID", "set file_meta.TransferSyntaxUID")
@@ -244,30 +338,8 @@ def _check_transfer_syntax(opened: Source) -> Any:
     return syntax
 
 
-@contextmanager
-def _pixel_data(opened: Source, syntax: Any) -> Iterator[tuple[BinaryIO, int]]:
-    """A stream at the first byte of PixelData, and the length in bytes that the element states."""
-    missing = opened.refuse("no PixelData (7FE0,0010)", "give an image object; or the file is cut off, fetch it again")
-    if opened.pixels is opened.header:
-        if "PixelData" not in opened.header:
-            raise missing
-        yield io.BytesIO(opened.header.PixelData), len(opened.header.PixelData)
-        return
-    is_open = hasattr(opened.pixels, "seek")
-    with nullcontext(opened.pixels) if is_open else open(opened.pixels, "rb") as stream:
-        stream.seek(0)
-        pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=["Rows"], force=True)
-        endian = "<" if syntax.is_little_endian else ">"
-        if stream.read(4) != struct.pack(f"{endian}HH", 0x7FE0, 0x0010):
-            raise missing
-        if not syntax.is_implicit_VR:
-            stream.seek(4, io.SEEK_CUR)  # VR and two reserved bytes
-        (length,) = struct.unpack(f"{endian}L", stream.read(4))
-        yield stream, length
-
-
-def _check_complete(opened: Source, stream: BinaryIO, length: int, frame_bytes: float | None) -> None:
-    """PixelData holds the frames that the header promises; `frame_bytes` is None for encapsulated data (PS3.5 A.4)."""
+def _check_complete(opened: DicomFile, stream: BinaryIO, length: int, frame_bytes: float | None) -> None:
+    """Refuse PixelData that lacks frames of the header; `frame_bytes` is None where it is encapsulated (PS3.5 A.4)."""
     start = stream.tell()
     end = stream.seek(0, io.SEEK_END)
     truncated = opened.refuse("PixelData is truncated", "fetch the file again")
@@ -283,51 +355,12 @@ def _check_complete(opened: Source, stream: BinaryIO, length: int, frame_bytes: 
         if after > end:
             raise truncated
         if fragments:
-            _check_codestream(opened, stream.read(min(HEAD_BYTES, after - stream.tell())))
+            head = stream.read(min(HEAD_BYTES, after - stream.tell()))
+            if fault := fault_of_codestream(head, opened.header):
+                raise opened.refuse(*fault)
         stream.seek(after)
     if fragments < opened.num_frames:
         raise truncated
-
-
-def _check_codestream(opened: Source, head: bytes) -> None:
-    try:
-        stated = frame_header(head)
-    except ValueError as error:
-        raise opened.refuse(f"PixelData is damaged: {error}", "fetch the file again") from error
-    if stated is None:
-        return
-    header = opened.header
-    wanted = tuple(int(number(header, name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel"))
-    if stated[:3] != wanted:
-        said, meant = (f"{rows} x {columns} x {samples}" for rows, columns, samples in (stated[:3], wanted))
-        raise opened.refuse(f"the codestream has {said} pixels, the header says {meant}", "check or export it again")
-    if stated.tiles > MAX_TILES:
-        raise opened.refuse(f"the codestream has {stated.tiles} tiles, at most {MAX_TILES} are read", "export it again")
-
-
-def decode(opened: Source, frames: list[int]) -> Iterator[np.ndarray]:
-    """Stored values (H, W), of color (H, W, 3) in RGB, of the given frames of the file, one at a time."""
-    if not frames:  # pydicom would take an empty list for all
-        return
-    header = opened.header
-    is_gray = number(header, "SamplesPerPixel") in (None, 1)
-    syntax = header.file_meta.TransferSyntaxUID
-    # Bits above BitsStored are cleared where they may be an embedded overlay, else kept: BitsStored lies.
-    clear = bool((0x6000, 0x0102) in header and header[0x6000, 0x0102].value)
-    options: dict[str, Any] = {"raw": is_gray, "correct_unused_bits": clear}
-    if is_gray and (number(header, "BitsStored") or 16) <= 8 and syntax in LOSSLESS_JPEG:
-        options["bits_allocated"] = 8  # a stream of one byte a value, also where BitsAllocated is 16
-    if hasattr(opened.pixels, "seek"):
-        opened.pixels.seek(0)
-    decoded: Any = pydicom.pixels.iter_pixels(opened.pixels, indices=frames, **options)
-    with closing(decoded):
-        for _ in frames:
-            with boundary(opened, f"PixelData cannot be decoded as {syntax.name}", "fetch or export the file again"):
-                frame = next(decoded)
-            yield frame
-
-
-PROCESS_KEY = secrets.token_bytes(32)  # made at import, so that forked workers share it
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,8 +368,8 @@ class Mammogram:
     """One image: a 2-D mammogram or one slice of a volume.
 
     Attributes:
-        pixels: (H, W), larger is denser. float32 in 0..1 where `apply_voi` found a VOI LUT or a window; otherwise the
-            stored values, uint8 or uint16, or float32 where they are signed, wider, or rescaled to modality units.
+        pixels: (H, W), larger is denser. float32 in 0..1 where a VOI LUT or a window was applied; otherwise the stored
+            values, uint8 or uint16, or float32 where they are signed, wider, or rescaled to modality units.
         kind: "ffdm", "synthetic_2d", "dbt" or "unknown".
         laterality: "L", "R" or None.  view: "CC", "MLO", ... (a name of CID 4014) or None.
         pixel_spacing_mm: between rows; of the detector plane where the header has nothing nearer to the breast.
@@ -364,15 +397,10 @@ class Mammogram:
 
     @classmethod
     def from_image(cls, source: Any, pixels: np.ndarray, hash_key: bytes | None = None) -> "Mammogram":
-        """An image without a header, such as a PNG: only its pixels and the keyed hash of its path are known."""
+        """Make one without a header, as of a PNG: only its pixels and the keyed hash of its path are known."""
         identity = source.identity or source.name if isinstance(source, ImageFile) else str(source)
         volume_id = keyed_hash(identity, hash_key or PROCESS_KEY)
         return cls(pixels, "unknown", None, None, None, 0, 1, None, volume_id, None, None)
-
-
-class _Options(NamedTuple):
-    key: bytes
-    steps: dict[str, bool]  # of to_gray
 
 
 def keyed_hash(value: str, key: bytes) -> str:
@@ -380,100 +408,82 @@ def keyed_hash(value: str, key: bytes) -> str:
     return hmac.new(key, value.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
 
 
-def is_dicom(source: str | os.PathLike[str] | ImageFile) -> bool:
-    """Whether the file has the DICM preamble, or is a data set without one under the name *.dcm or *.dicom."""
-    try:
-        if isinstance(source, ImageFile):
-            source.stream.seek(0)
-            start = source.stream.read(132)
-        else:
-            with open(source, "rb") as stream:
-                start = stream.read(132)
-        return start[128:] == b"DICM" or suffix(source) in DICOM_SUFFIXES and bool(open_header(source))
-    except (OSError, InvalidImageError):
-        return False
-
-
 def count_slices(source: Any) -> int:
     """Number of frames, from the header only."""
-    return open_header(source).num_frames
+    return open_dicom(source).num_frames
 
 
 def frame_order(source: Any) -> tuple[int, ...]:
     """Frame numbers of the file (0-based) in order of position: `frame_order(f)[slice_index]` is the file's frame."""
-    opened = open_header(source)
-    with boundary(opened, "the header cannot be interpreted"):
-        return tuple(order_of_frames(opened.header, opened.num_frames))
+    opened = open_dicom(source)
+    with opened.refusing(*NO_HEADER):
+        return tuple(opened.order)
 
 
-def read_mammogram(
-    source: Any,
-    *,
-    hash_key: bytes | None = None,
-    apply_modality_lut: bool = True,
-    apply_voi: bool = True,
-    invert_monochrome1: bool = True,
-    allow_for_processing: bool = False,
-) -> Mammogram:
-    """The one image of a single-frame file.
-
-    Args:
-        source: a path, an ImageFile or a pydicom Dataset.
-        hash_key: key of the hashes. None takes a random key made once per process: such hashes agree within the
-            process and its forks and cannot be linked between runs.
-        apply_modality_lut: rescale slope and intercept or modality LUT (PS3.3 C.11.1).
-        apply_voi: VOI LUT or window (PS3.3 C.11.2); with it, or with the modality LUT, padding becomes air.
-        invert_monochrome1: larger becomes brighter in MONOCHROME1 files too.
-        allow_for_processing: accept raw (FOR PROCESSING) images.
-
-    Raises:
-        InvalidImageError: the file cannot be read as one gray image.
-    """
-    steps = {"modality": apply_modality_lut, "voi": apply_voi, "invert": invert_monochrome1}
-    options = _Options(hash_key or PROCESS_KEY, steps)
-    opened = open_checked(source, allow_for_processing)
+def read_mammogram(source: Any, settings: GraySettings = TO_GRAY, **options: Any) -> Mammogram:
+    """Read the one image of a single-frame file. Arguments and errors as in `iter_slices`."""
+    opened = open_dicom(source)
+    slices = iter_slices(opened, settings, **options)
     if (frames := opened.num_frames) > 1:
         raise opened.refuse(f"NumberOfFrames is {frames}", "read a volume with iter_slices")
-    return next(_slices(opened, [0], options))
+    return next(slices)
 
 
 def iter_slices(
     source: Any,
+    settings: GraySettings = TO_GRAY,
     *,
     indices: Sequence[int] | None = None,
     hash_key: bytes | None = None,
-    apply_modality_lut: bool = True,
-    apply_voi: bool = True,
-    invert_monochrome1: bool = True,
     allow_for_processing: bool = False,
 ) -> Iterator[Mammogram]:
-    """The slices of a single- or multi-frame file, decoded one at a time.
+    """Read the slices of a single- or multi-frame file, decoded one at a time.
 
     Slices count in order of ImagePositionPatient along the slice normal; without positions in order of StackID and
-    InStackPositionNumber; without these in file order. `indices` picks slices by that count, in the order given.
-    The header is read and checked at the call, each slice when it is asked for. Arguments as in `read_mammogram`.
+    InStackPositionNumber; without these in file order. The header is checked at the call, each slice when it is asked
+    for.
+
+    Args:
+        source: a path, an ImageFile, a pydicom Dataset or a DicomFile.
+        settings: the steps from stored values to gray.
+        indices: picks slices by that count, in the order given; all by default.
+        hash_key: key of the hashes. None takes a random key made once per process: such hashes agree within the
+            process and its forks and cannot be linked between runs.
+        allow_for_processing: accept raw (FOR PROCESSING) images.
+
+    Raises:
+        InvalidImageError: the file cannot be read as gray images.
     """
-    steps = {"modality": apply_modality_lut, "voi": apply_voi, "invert": invert_monochrome1}
-    options = _Options(hash_key or PROCESS_KEY, steps)
-    opened = open_checked(source, allow_for_processing)
-    frames = opened.num_frames
+    opened = open_dicom(source)
+    _check_header(opened, allow_for_processing)
+    frames = opened.num_complete_frames
     wanted = list(range(frames)) if indices is None else [int(index) for index in indices]
     if outside := [index for index in wanted if not 0 <= index < frames]:
         raise opened.refuse(f"slice {outside[0]} of {frames} was asked for", f"use indices in 0..{frames - 1}")
-    return _slices(opened, wanted, options)
+    return _slices(opened, wanted, settings, hash_key or PROCESS_KEY)
 
 
-def _slices(opened: Source, wanted: Sequence[int], options: _Options) -> Iterator[Mammogram]:
+def _slices(opened: DicomFile, wanted: list[int], settings: GraySettings, key: bytes) -> Iterator[Mammogram]:
     header, frames = opened.header, opened.num_frames
-    with boundary(opened, "the header cannot be interpreted"):
-        order, positions = order_of_frames(header, frames), positions_mm(header, frames)
-        shared = shared_fields(opened, frames, positions, options.key)
-    decoded = decode(opened, [order[index] for index in wanted])
+    with opened.refusing(*NO_HEADER):
+        order, positions = opened.order, opened.positions_mm
+        patient, study = identifier(header, "PatientID"), identifier(header, "StudyInstanceUID")
+        shared: dict[str, Any] = {
+            "kind": kind(header, frames),
+            "pixel_spacing_mm": pixel_spacing_mm(header),
+            "num_slices": frames,
+            "slice_spacing_mm": slice_spacing_mm(header, positions),
+            "volume_id": keyed_hash(opened.volume_identity, key),
+            "patient": keyed_hash(patient, key) if patient else None,
+            "study": keyed_hash(study, key) if study else None,
+            "has_burned_in_annotation": has_burned_in_annotation(header),
+        }
+    decoded = opened.decode([order[index] for index in wanted])
     for index, frame in zip(wanted, decoded, strict=True):
         place = order[index]
-        with boundary(opened, "the gray values cannot be interpreted"):
+        with opened.refusing("the gray values cannot be interpreted", NO_HEADER[1]):
             mammogram = Mammogram(
-                pixels=to_gray(frame, header, place, **options.steps, warn=opened.warn_once),
+                pixels=to_gray(frame, header, place, settings, opened.warn_once),
                 laterality=laterality(header, place),
                 view=view(header, place),
                 slice_index=index,
@@ -481,31 +491,6 @@ def _slices(opened: Source, wanted: Sequence[int], options: _Options) -> Iterato
                 **shared,
             )
         yield mammogram
-
-
-def instance_uid(opened: Source) -> str:
-    """Of the SOP instance; where the header has none, the identity of the file."""
-    return identifier(opened.header, "SOPInstanceUID") or opened.identity or opened.name
-
-
-def shared_fields(opened: Source, frames: int, positions: np.ndarray | None, key: bytes) -> dict[str, Any]:
-    """The fields of `Mammogram` that all slices of a file have in common."""
-    header, what = opened.header, kind(opened.header, frames)
-    uid = instance_uid(opened)
-    series = identifier(header, "SeriesInstanceUID")
-    if (what == "dbt" or what == "unknown" and is_of_stack(header)) and frames == 1 and series:
-        uid = f"{series} {laterality(header)} {view(header)}"
-    patient, study = identifier(header, "PatientID"), identifier(header, "StudyInstanceUID")
-    return {
-        "kind": what,
-        "pixel_spacing_mm": pixel_spacing_mm(header),
-        "num_slices": frames,
-        "slice_spacing_mm": slice_spacing_mm(header, positions),
-        "volume_id": keyed_hash(uid, key),
-        "patient": keyed_hash(patient, key) if patient else None,
-        "study": keyed_hash(study, key) if study else None,
-        "has_burned_in_annotation": has_burned_in_annotation(header),
-    }
 
 
 class Instance(NamedTuple):
@@ -523,15 +508,15 @@ class Instance(NamedTuple):
 
 
 def read_instance(source: Any, hash_key: bytes, allow_for_processing: bool = False) -> Instance:
-    """From the header alone. Raises InvalidImageError for all that the header is enough to refuse."""
-    opened = open_header(source)
-    check_header(opened, allow_for_processing)
+    """Read a file's place from its header. Raises InvalidImageError for all that the header is enough to refuse."""
+    opened = open_dicom(source)
+    _check_header(opened, allow_for_processing)
     frames = opened.num_frames
-    with boundary(opened, "the header cannot be interpreted"):
-        positions = positions_mm(opened.header, 1) if frames == 1 else None
+    with opened.refusing(*NO_HEADER):
+        positions = opened.positions_mm if frames == 1 else None
         return Instance(
-            sop_instance=keyed_hash(instance_uid(opened), hash_key),
-            volume_id=shared_fields(opened, frames, positions, hash_key)["volume_id"],
+            sop_instance=keyed_hash(opened.instance_identity, hash_key),
+            volume_id=keyed_hash(opened.volume_identity, hash_key),
             num_slices=frames,
             slice_position_mm=None if positions is None else float(positions[0]),
             instance_number=number(opened.header, "InstanceNumber"),
@@ -547,8 +532,10 @@ def order_of_files(instances: Sequence[Instance]) -> list[int]:
     return list(range(len(instances)))
 
 
-def iter_series(sources: Sequence[Any], indices: Sequence[int] | None = None, **options: Any) -> Iterator[Mammogram]:
-    """The slices of a volume of several files, given in order; options as in `read_mammogram`."""
+def iter_series(
+    sources: Sequence[Any], settings: GraySettings = TO_GRAY, indices: Sequence[int] | None = None, **options: Any
+) -> Iterator[Mammogram]:
+    """Read the slices of a volume of several files, given in order; options as in `iter_slices`."""
     for index in range(len(sources)) if indices is None else indices:
-        mammogram = read_mammogram(sources[index], **options)
+        mammogram = read_mammogram(sources[index], settings, **options)
         yield replace(mammogram, slice_index=index, num_slices=len(sources))

@@ -1,6 +1,7 @@
 """What a DICOM header says of a mammogram: kind, side, view, spacing, order of slices. Plain values only.
 
-Every function takes a pydicom Dataset. An optional element that is missing or malformed counts as absent.
+Every function takes a pydicom Dataset. An optional element that is missing or malformed counts as absent. These facts
+are the allow-list: nothing else of a header reaches a corpus.
 """
 
 import math
@@ -120,9 +121,11 @@ def kind(dataset: Any, frames: int) -> str:
     return "ffdm" if sop in _MAMMOGRAPHY else "unknown"
 
 
-def is_of_stack(dataset: Any) -> bool:
-    """Whether it is CT or MR with a file for each slice."""
-    return identifier(dataset, "SOPClassUID") in _STACK
+def series_identity(dataset: Any, frames: int) -> str:
+    """What the files of one volume share where each holds one slice (early DBT, CT, MR); else empty."""
+    what, series = kind(dataset, frames), identifier(dataset, "SeriesInstanceUID")
+    is_of_stack = what == "dbt" or what == "unknown" and identifier(dataset, "SOPClassUID") in _STACK
+    return f"{series} {laterality(dataset)} {view(dataset)}" if is_of_stack and frames == 1 and series else ""
 
 
 def laterality(dataset: Any, frame: int = 0) -> str | None:
@@ -200,9 +203,8 @@ def positions_mm(dataset: Any, frames: int) -> np.ndarray | None:
     return along if frames == 1 or np.ptp(along) > 1e-6 else None
 
 
-def order_of_frames(dataset: Any, frames: int) -> list[int]:
+def order_of_frames(dataset: Any, frames: int, positions: np.ndarray | None) -> list[int]:
     """Frame numbers in order of position, else of StackID and InStackPositionNumber, else as in the file."""
-    positions = positions_mm(dataset, frames)
     if positions is not None:
         return np.argsort(positions, kind="stable").tolist()
     contents = [next(scopes(dataset, i, "FrameContentSequence")) for i in range(frames)]

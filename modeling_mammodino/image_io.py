@@ -3,8 +3,6 @@
 EXIF orientation is ignored on purpose: mammography viewers and converters write pixels upright, and a tag left behind
 by an editor would turn the chest wall away from its side.
 """
-# MERGED: The one exception for input that cannot be used.
-# MERGED: An image file that is open already, wherever it lies: in an object store, in a zip, in a request.
 
 import io
 from dataclasses import dataclass
@@ -14,6 +12,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
+
+try:
+    import cv2
+except ImportError:  # transformers imports remote code before its packages are checked
+    cv2 = None  # type: ignore[assignment]
+
+DICOM_SUFFIXES = (".dcm", ".dicom")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".bmp")
+MAX_PIXELS = 2**26  # of one plane: twice the largest film scan that we know of; more is a damaged header
+MIN_SIDE_PX = 32
+GRAY_TOLERANCE = 4 / 255  # largest difference between channels, of the full scale: what a JPEG's chroma leaves
+CLIPPED_REMEDY = (
+    "an image of more bits was clipped on the way, as transformers' pipelines do with a path: "
+    "give the path to the image processor, or image_processor.fetch_images(path) to the pipeline"
+)
 
 
 class InvalidImageError(ValueError):
@@ -34,14 +47,12 @@ class InvalidImageError(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-DICOM_SUFFIXES = (".dcm", ".dicom")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".bmp")
-MAX_PIXELS = 2**26  # of one plane: twice the largest film scan that we know of; more is a damaged header
-
-
 @dataclass(frozen=True)
 class ImageFile:
-    """Takes the place of a path. For one reader at a time: the stream has one position."""
+    """An image file that is open already, in an object store, a zip or a request; takes the place of a path.
+
+    For one reader at a time: the stream has one position.
+    """
 
     stream: BinaryIO  # seekable
     name: str  # for messages; its suffix counts as a path's does
@@ -51,19 +62,6 @@ class ImageFile:
 def suffix(source: Any) -> str:
     """Of a path or an `ImageFile`, in lower case."""
     return Path(source.name if isinstance(source, ImageFile) else source).suffix.lower()
-
-
-try:
-    import cv2
-except ImportError:  # transformers imports remote code before its packages are checked
-    cv2 = None  # type: ignore[assignment]
-
-MIN_SIDE_PX = 32
-GRAY_TOLERANCE = 4 / 255  # largest difference between channels, of the full scale: what a JPEG's chroma leaves
-CLIPPED_REMEDY = (
-    "an image of more bits was clipped on the way, as transformers' pipelines do with a path: "
-    "give the path to the image processor, or image_processor.fetch_images(path) to the pipeline"
-)
 
 
 class GrayImage(Image.Image):

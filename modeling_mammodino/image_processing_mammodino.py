@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from .dicom import Mammogram, count_slices, is_dicom, iter_series, iter_slices
+from .dicom import DicomFile, Mammogram, iter_series, iter_slices, open_dicom, open_if_dicom
 from .image_io import GrayImage, ImageFile, InvalidImageError, read_image, to_gray_plane
 from .rendering import (
     Rendered,
@@ -145,7 +145,7 @@ class MammoDinoImageProcessor(PilBackend):
         return super().preprocess(images, **{key: value for key, value in kwargs.items() if value is not None})
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens paths and DICOM data sets at their full depth, as this processor would: for transformers' pipelines.
+        """Open paths and DICOM data sets at their full depth, as this processor would: for transformers' pipelines.
 
         A path, or a list of them, gives a `GrayImage`, or a list; of a multi-frame DICOM, the list of its slices,
         which then are images of their own: only the processor itself gives the slices of a volume one common crop and
@@ -154,11 +154,10 @@ class MammoDinoImageProcessor(PilBackend):
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
             return [self.fetch_images(each) for each in source]
-        if _is_dicom_source(source):
-            num_slices = count_slices(source)
-            wanted = _spread(num_slices, self.slices_per_volume or num_slices)
-            slices = iter_slices(source, indices=wanted, **_read_options(vars(self)))
-            images = [GrayImage.of(each.pixels) for each in slices]
+        if opened := _open_if_dicom(source):
+            settings, num_slices = self.render_settings, opened.num_frames
+            wanted = _spread(num_slices, settings.slices_per_volume or num_slices)
+            images = [GrayImage.of(each.pixels) for each in iter_slices(opened, settings, indices=wanted)]
             return images if num_slices > 1 else images[0]
         return GrayImage.of(read_image(source)) if _is_file(source) else source
 
@@ -183,14 +182,17 @@ class MammoDinoImageProcessor(PilBackend):
         correct: Callable[[Mammogram], Mammogram] | None = None,
         slices: Sequence[int] | None = None,
     ) -> Iterator[tuple[Mammogram, Rendered]]:
-        """Slices of a file, all or some, with image and breast mask, before canvas and standardization.
+        """Render slices of a file, all or some: image and breast mask, before canvas and standardization.
 
         One plan serves the whole volume, so that its slices stay aligned. `fit` is (height, width) in pixels. A list of
         DICOM files is one volume, a file a slice, in order. `correct` sees each slice as it was read. `slices` names
         those wanted, counted in order of position, in place of `slices_per_volume` evenly spaced ones.
         """
-        settings, options = self.render_settings, {**_read_options(vars(self)), "hash_key": hash_key}
-        for mammogram, small, plan in _planned_slices(source, settings, options, slices_per_volume, correct, slices):
+        settings = replace(self.render_settings, slices_per_volume=slices_per_volume)
+        is_series = isinstance(source, (list, tuple))
+        name = _name(source[0] if is_series else source, 0)
+        opened = source if is_series else _open_if_dicom(source) or source
+        for mammogram, small, plan in _planned(opened, name, settings, hash_key, correct, slices):
             yield mammogram, render(mammogram.pixels, small, plan, settings, fit, upscale)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
@@ -204,12 +206,19 @@ class MammoDinoImageProcessor(PilBackend):
 
     def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         settings = _render_settings(kwargs)
+        items = list(_flat(images))
+        if not items:
+            raise InvalidImageError("images", "an empty list; give at least one image")
         pixel_values, tissue_mask = [], []
-        for plane, small, plan in _planes(images, settings, _read_options(kwargs)):
-            rendered = render(plane, small, plan, settings, settings.canvas)
-            canvas = place_on_canvas(rendered.image, rendered.tissue, settings, rendered.placement)
-            pixel_values.append(canvas.pixel_values)
-            tissue_mask.append(canvas.tissue_mask)
+        for position, item in enumerate(items):
+            name, opened = _name(item, position), _open_if_dicom(item)
+            if opened and len(items) > 1 and opened.num_frames > 1:
+                raise InvalidImageError(name, "a volume among other images; give volumes one at a time")
+            for mammogram, small, plan in _planned(opened or item, name, settings):
+                rendered = render(mammogram.pixels, small, plan, settings, settings.canvas)
+                canvas = place_on_canvas(rendered.image, rendered.tissue, settings)
+                pixel_values.append(canvas.pixel_values)
+                tissue_mask.append(canvas.tissue_mask)
         data = {"pixel_values": np.stack(pixel_values), "tissue_mask": np.stack(tissue_mask)}
         return BatchFeature(data, tensor_type=kwargs["return_tensors"])
 
@@ -235,60 +244,35 @@ def _render_settings(values: Mapping[str, Any]) -> RenderSettings:
     return RenderSettings(**chosen)
 
 
-def _read_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "apply_modality_lut": values["do_modality_lut"],
-        "apply_voi": values["do_voi_lut"],
-        "invert_monochrome1": values["do_invert_monochrome1"],
-        "hash_key": None,
-    }
-
-
-def _planes(images: Any, settings: RenderSettings, options: dict) -> Iterator[tuple[np.ndarray, Thumbnail, RenderPlan]]:
-    """Each image of a call as a gray plane (H, W) with its thumbnail and plan."""
-    items = list(_flat(images))
-    if not items:
-        raise InvalidImageError("images", "an empty list; give at least one image")
-    for position, item in enumerate(items):
-        name = _name(item, position)
-        if _is_dicom_source(item):
-            if len(items) > 1 and count_slices(item) > 1:
-                raise InvalidImageError(name, "a volume among other images; give volumes one at a time")
-            for mammogram, small, plan in _planned_slices(item, settings, options, settings.slices_per_volume):
-                yield mammogram.pixels, small, plan
-        else:
-            plane = read_image(item) if _is_file(item) else to_gray_plane(item, name)
-            small = make_thumbnail(plane, settings.tissue_finder)
-            yield plane, small, plan_rendering([small], settings, name)
-
-
-def _planned_slices(
+def _planned(
     source: Any,
+    name: str,
     settings: RenderSettings,
-    options: dict,
-    slices_per_volume: int = 0,
+    hash_key: bytes | None = None,
     correct: Callable[[Mammogram], Mammogram] | None = None,
     chosen: Sequence[int] | None = None,
 ) -> Iterator[tuple[Mammogram, Thumbnail, RenderPlan]]:
-    """The slices of a source, or `slices_per_volume` of them, or those `chosen`, under the plan of its volume."""
-    is_series = isinstance(source, (list, tuple))
-    name = _name(source[0] if is_series else source, 0)
-    if not is_series and not _is_dicom_source(source):
+    """The slices of a volume, or `settings.slices_per_volume` of them, or those `chosen`, under the plan of the volume.
+
+    source: an opened DICOM, a list of DICOM files, an image file, or an image (H, W).
+    """
+    is_series, is_file = isinstance(source, (list, tuple)), _is_file(source)
+    if not is_series and not isinstance(source, DicomFile):
         if chosen is not None and any(chosen):
             raise InvalidImageError(name, f"slice {max(chosen)} of an image was asked for; it has slice 0 alone")
-        plane = read_image(source)
+        plane = read_image(source) if is_file else to_gray_plane(source, name)
         small = make_thumbnail(plane, settings.tissue_finder)
-        image = Mammogram.from_image(source, plane, options["hash_key"])
+        image = Mammogram.from_image(source if is_file else name, plane, hash_key)
         yield image, small, plan_rendering([small], settings, name)
         return
 
     def read(indices: list[int]) -> Iterator[tuple[Mammogram, Thumbnail]]:
-        slices = (iter_series if is_series else iter_slices)(source, indices=indices, **options)
+        slices = (iter_series if is_series else iter_slices)(source, settings, indices=indices, hash_key=hash_key)
         for each in map(correct, slices) if correct else slices:
             yield each, make_thumbnail(each.pixels, settings.tissue_finder)
 
-    num_slices = len(source) if is_series else count_slices(source)
-    sampled, wanted = _spread(num_slices, PLAN_SLICES), _spread(num_slices, slices_per_volume or num_slices)
+    num_slices = source.num_frames if isinstance(source, DicomFile) else len(source)
+    sampled, wanted = _spread(num_slices, PLAN_SLICES), _spread(num_slices, settings.slices_per_volume or num_slices)
     if chosen is not None:
         wanted = list(dict.fromkeys(chosen))  # each once: a sample is handed out once
     samples = dict(zip(sampled, read(sampled), strict=True))  # kept until their turn: no slice is decoded twice
@@ -321,8 +305,11 @@ def _is_file(item: Any) -> bool:
     return isinstance(item, (str, os.PathLike, ImageFile))
 
 
-def _is_dicom_source(item: Any) -> bool:
-    return is_dicom(item) if _is_file(item) else hasattr(item, "SOPClassUID") or hasattr(item, "file_meta")
+def _open_if_dicom(item: Any) -> DicomFile | None:
+    """A DICOM, opened, of a file or a data set; None for what is none."""
+    if _is_file(item):
+        return open_if_dicom(item)
+    return open_dicom(item) if hasattr(item, "SOPClassUID") or hasattr(item, "file_meta") else None
 
 
 def _name(item: Any, position: int) -> str:

@@ -104,12 +104,12 @@ class Thumbnail(NamedTuple):
     """A plane at a glance: everything that is estimated is estimated here, so that it does not depend on the output."""
 
     pixels: np.ndarray  # (h, w) float32, the longer side at most THUMBNAIL_PX
-    breast: np.ndarray  # (h, w) bool
     source_shape: tuple[int, int]  # (H, W)
     source_max: float  # largest value of the source's data type; 1 of a float
-    confidence: float  # 0 to 1, that the mask is the breast; see tissue.find_breast
-    outside_fraction: float  # of all that is brighter than air, what lies outside the mask
-    oddity: str  # what limits the confidence; empty where nothing is odd
+    breast: np.ndarray  # (h, w) bool; this and what follows as in TissueMask
+    confidence: float
+    outside_fraction: float
+    warning: str
 
 
 class RenderPlan(NamedTuple):
@@ -168,10 +168,7 @@ def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     pixels = pixels.astype(np.float32)
     source_max = float(np.iinfo(plane.dtype).max) if plane.dtype.kind in "iu" else 1.0
-    found = TISSUE_FINDERS[tissue_finder](pixels)
-    return Thumbnail(
-        pixels, found.mask, plane.shape, source_max, found.confidence, found.outside_fraction, found.oddity
-    )
+    return Thumbnail(pixels, plane.shape, source_max, *TISSUE_FINDERS[tissue_finder](pixels))
 
 
 def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, name: str = "image") -> RenderPlan:
@@ -221,7 +218,7 @@ def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, na
             name,
             settings.tissue_finder,
             worst.confidence,
-            worst.oddity,
+            worst.warning,
             100 * outside_fraction,
         )
     return RenderPlan((height, width), box, flip, black, white, worst.confidence, outside_fraction)

@@ -7,6 +7,7 @@ from conftest import REAL_DATA
 from dicom_builders import BREAST, SLICES, phantom
 
 from dataset_scripts.corpus.bcs_dbt_volumes import COLUMNS
+from modeling_mammodino.dicom_pixels import GraySettings
 
 LISTS = REAL_DATA / "bcs_dbt"
 STUDY, SERIES = "1.2.826.0.1.3680043.8.498.1", "1.2.826.0.1.3680043.8.498.2"
@@ -14,7 +15,7 @@ CLASSIC = f"Breast-Cancer-Screening-DBT/DBT-P00013/{STUDY}/{SERIES}/1-1.dcm"
 DESCRIPTIVE = "Breast-Cancer-Screening-DBT/DBT-P00013/01-01-2000-DBT-S00163-MAMMO-5/20566.000000-32081/1-1.dcm"
 RIGHT = np.ascontiguousarray(SLICES if BREAST.laterality == "R" else SLICES[:, :, ::-1])  # (4, 65, 47)
 LEFT = np.ascontiguousarray(RIGHT[:, :, ::-1])
-UNWINDOWED = {"apply_voi": False}
+UNWINDOWED = GraySettings(do_voi_lut=False)
 
 
 def write_list(path, *rows):

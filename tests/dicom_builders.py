@@ -10,6 +10,7 @@ from pydicom.pixels import set_pixel_data
 from dataset_scripts.phantom.archive import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
 from dataset_scripts.phantom.dicom import BreastInfo, mammogram_dataset, tomosynthesis_dataset
 from modeling_mammodino.dicom import read_mammogram
+from modeling_mammodino.dicom_pixels import AS_STORED
 from modeling_mammodino.image_io import InvalidImageError
 
 SOP = "1.2.840.10008.5.1.4.1.1."
@@ -17,7 +18,7 @@ MAMMOGRAPHY, PROCESSING, TOMOSYNTHESIS, PROJECTION, CT, CAPTURE = (
     SOP + end for end in ("1.2", "1.2.1", "13.1.3", "13.1.4", "2", "7")
 )
 RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
-RAW = {"apply_modality_lut": False, "apply_voi": False, "invert_monochrome1": False}
+RAW = {"settings": AS_STORED}
 BREAST = simulate_breast(PhantomParameters(4, 65, 47, pixel_spacing_mm=2.5, slice_spacing_mm=8.0), seed=0, index=1)
 SLICES, MAMMOGRAM = acquire_dbt(BREAST), acquire_2d(BREAST)  # (4, 65, 47), (65, 47); 12 bits, an odd number of pixels
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from modeling_mammodino.dicom import iter_slices
 from modeling_mammodino.dicom_header import number, text
+from modeling_mammodino.dicom_pixels import AS_STORED
 from modeling_mammodino.image_io import InvalidImageError
 from modeling_mammodino.tools.files import write_text
 
@@ -191,8 +192,7 @@ def _read_mask(files: list[Path], image: Path) -> tuple[list[float] | None, str]
     if len(fitting) != 1:
         return None, "of another size than the mammogram" if not fitting else "not told from its crop"
     try:
-        stored = iter_slices(fitting[0], apply_modality_lut=False, apply_voi=False, invert_monochrome1=False)
-        pixels = next(stored).pixels  # (H, W)
+        pixels = next(iter_slices(fitting[0], AS_STORED)).pixels  # (H, W)
     except InvalidImageError:
         return None, "not readable"
     inside = pixels > 0

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import pandas as pd
 import yaml
 
-from modeling_mammodino.dicom import open_header
+from modeling_mammodino.dicom import open_dicom
 from modeling_mammodino.image_io import InvalidImageError
 
 TASKS = ("cancer", "lesion", "birads", "density", "lesion_type")
@@ -407,7 +407,7 @@ def read_headers(paths: list[Path]) -> dict[Path, Any]:
     headers = {}
     for path in paths:
         try:
-            headers[path] = open_header(path).header
+            headers[path] = open_dicom(path).header
         except InvalidImageError:  # whoever reads its pixels says why
             continue
     return headers

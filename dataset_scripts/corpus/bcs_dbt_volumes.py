@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modeling_mammodino.dicom import Mammogram, frame_order, iter_slices, open_header
+from modeling_mammodino.dicom import Mammogram, frame_order, iter_slices, open_dicom
 from modeling_mammodino.dicom_header import identifier
+from modeling_mammodino.dicom_pixels import GraySettings
 from modeling_mammodino.image_io import ImageFile, InvalidImageError
 
 COLUMNS = ("PatientID", "StudyUID", "View", "descriptive_path", "classic_path")
+UNWINDOWED = GraySettings(do_modality_lut=False, do_voi_lut=False)
 PATH_PARTS = 4  # patient, study, series, file; what stands before depends on the download
 REMEDY = "give the collection's BCS-DBT-file-paths-*.csv as downloaded"
 
@@ -82,7 +84,7 @@ class BcsDbtViews:
     def view_of(self, source: Any) -> View | None:
         """Of a path, ImageFile or pydicom Dataset: by its SeriesInstanceUID, else by its path; None if not listed."""
         try:
-            series = identifier(open_header(source).header, "SeriesInstanceUID")
+            series = identifier(open_dicom(source).header, "SeriesInstanceUID")
         except InvalidImageError:  # no DICOM file; who reads it says so
             series = ""
         if found := self.by_series.get(series):
@@ -104,8 +106,9 @@ class BcsDbtViews:
         if view is None:
             self.counts["unknown"] += 1
             return _unchanged
-        at = frame_order(source).index(0)
-        first = next(iter_slices(source, indices=[at], apply_modality_lut=False, apply_voi=False))
+        opened = open_dicom(source)
+        at = frame_order(opened).index(0)
+        first = next(iter_slices(opened, UNWINDOWED, indices=[at]))
         turn = image_side(first.pixels) != view.laterality
         self.counts.update(known=1, turned=int(turn))
         return partial(_corrected, view=view, turn=turn)

@@ -108,7 +108,7 @@ def draw_tile(thumbnail: Thumbnail, name: str) -> np.ndarray:
     confidence = thumbnail.confidence
     color = (60, round(255 * min(1, 2 * confidence)), round(255 * min(1, 2 - 2 * confidence)))
     cv2.drawContours(image, contours, -1, color, 1)
-    words = f"{confidence:.2f} {thumbnail.oddity}" if thumbnail.oddity else f"{confidence:.2f}"
+    words = f"{confidence:.2f} {thumbnail.warning}" if thumbnail.warning else f"{confidence:.2f}"
     return _captioned(image, name, words, color)
 
 

@@ -41,7 +41,7 @@ def test_wrong_sides_and_turned_pixels_are_set_right(tmp_path, listed, text, vie
     assert image_side(upright[0]) == view[0]
     path = write_volume(tmp_path / "any" / "1-1.dcm", half_turn(upright) if turned else upright, header_side)
     views = listed(text)
-    slices = list(views.correct(path, iter_slices(path, **UNWINDOWED)))
+    slices = list(views.correct(path, iter_slices(path, UNWINDOWED)))
     np.testing.assert_array_equal([each.pixels for each in slices], upright)
     assert {(each.laterality, each.view) for each in slices} == {view}
     assert all(each.pixels.flags.c_contiguous for each in slices)
@@ -72,7 +72,7 @@ def test_the_first_frame_of_the_file_speaks_for_the_volume(tmp_path, listed):
         group.PlanePositionSequence = [item(ImagePositionPatient=position)]
     dataset.save_as(path)
     views = listed("lcc")
-    seen = [each.pixels for each in views.correct(path, iter_slices(path, **UNWINDOWED))]
+    seen = [each.pixels for each in views.correct(path, iter_slices(path, UNWINDOWED))]
     np.testing.assert_array_equal(seen, slices[::-1])
     assert views.counts["turned"] == 0
 

@@ -69,7 +69,7 @@ def test_the_body_is_found_with_its_lungs_and_without_the_table(z):
         overlap = (found.mask & truth).sum() / (found.mask | truth).sum()
         assert overlap > 0.97 and not found.mask[-10:].any()
         assert 0.8 < found.confidence < 1 and found.outside_fraction == pytest.approx(1 - found.confidence)
-    assert found.oddity  # the table
+    assert found.warning  # the table
 
 
 def test_no_body_is_found_in_nothing():

@@ -4,15 +4,18 @@ import io
 import zlib
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_builders import build, phantom, refused, save
 from phantom_formats import encoded, set_pixel_format
 from pydicom import uid
 from pydicom.encaps import generate_fragments
+from pydicom.pixels.decoders.base import Decoder
 
-from modeling_mammodino import dicom as dicom_file
+from modeling_mammodino import dicom, dicom_pixels
 from modeling_mammodino.dicom import iter_slices, read_mammogram
 from modeling_mammodino.dicom_pixels import FrameHeader, frame_header
+from modeling_mammodino.image_io import ImageFile
 
 SYNTAXES = (
     "JPEGBaseline8Bit",
@@ -57,7 +60,7 @@ def test_tiles_of_jpeg_2000():
 def test_a_size_that_differs_from_the_header_is_refused_before_decoding(tmp_path, monkeypatch, syntax):
     dataset = fit(phantom(False)[0], syntax)
     dataset.Rows = 66
-    monkeypatch.setattr(dicom_file, "decode", lambda *given: pytest.fail("was decoded"))
+    monkeypatch.setattr(Decoder, "iter_array", lambda *given, **options: pytest.fail("was decoded"))
     refused(save(dataset, tmp_path), "65 x 47 x 1", "66 x 47 x 1")
 
 
@@ -75,11 +78,11 @@ def test_a_deflated_data_set_that_inflates_without_end_is_refused(tmp_path, monk
     start = 144 + int.from_bytes(content[140:144], "little")
     deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     bomb = b"".join(deflater.compress(bytes(1 << 20)) for _ in range(8)) + deflater.flush()
-    monkeypatch.setattr(dicom_file, "MAX_INFLATED_BYTES", 4 << 20)
-    monkeypatch.setattr(dicom_file, "_read", lambda *given, **options: pytest.fail("was inflated whole"))
+    monkeypatch.setattr(dicom, "MAX_INFLATED_BYTES", 4 << 20)
+    monkeypatch.setattr(pydicom, "dcmread", lambda *given, **options: pytest.fail("was inflated whole"))
     path.write_bytes(content[:start] + bomb)
     refused(path, "inflates to over 4 MiB")
-    refused(dicom_file.ImageFile(io.BytesIO(path.read_bytes()), "stream.dcm"), "stream.dcm", "inflates")
+    refused(ImageFile(io.BytesIO(path.read_bytes()), "stream.dcm"), "stream.dcm", "inflates")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,7 @@ def test_objects_that_are_no_images_are_refused_by_name(sop, name):
 
 
 def test_too_many_tiles_are_refused(monkeypatch):
-    monkeypatch.setattr(dicom_file, "MAX_TILES", 0)
+    monkeypatch.setattr(dicom_pixels, "MAX_TILES", 0)
     refused(fit(phantom(False)[0], "JPEG2000Lossless"), "1 tiles")
 
 

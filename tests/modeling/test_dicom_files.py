@@ -12,11 +12,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from modeling_mammodino.dicom import (
     Mammogram,
     count_slices,
-    decode,
     frame_order,
     is_dicom,
     iter_slices,
-    open_checked,
+    open_dicom,
     read_mammogram,
 )
 
@@ -177,7 +176,7 @@ def test_real_files_decode_as_pydicom_does(name):
 @real
 def test_a_colored_capture_is_read_as_its_luminance(caplog):
     expected = pydicom.dcmread(CODECS / COLOUR).pixel_array  # (H, W, 3)
-    (decoded,) = decode(open_checked(CODECS / COLOUR, False), [0])
+    (decoded,) = open_dicom(CODECS / COLOUR).decode([0])
     np.testing.assert_array_equal(decoded, expected)
     luminance = cv2.cvtColor(expected, cv2.COLOR_RGB2GRAY)  # BT.601, in fixed point
     assert np.abs(read_mammogram(CODECS / COLOUR).pixels.astype(int) - luminance).max() <= 1

@@ -10,7 +10,7 @@ from dicom_builders import MAMMOGRAPHY, RAMP, RAW, build, item, save, volume
 from pydicom import uid
 
 from modeling_mammodino.dicom import iter_slices, read_mammogram
-from modeling_mammodino.dicom_pixels import to_gray
+from modeling_mammodino.dicom_pixels import AS_STORED, GraySettings, to_gray
 
 # VOI
 
@@ -162,7 +162,7 @@ def test_rescale_comes_before_the_window():
     dataset.VOILUTFunction = "LINEAR_EXACT"
     expected = [window_oracle(2 * x - 1000, 1000, 500, "LINEAR_EXACT") for x in RAMP.ravel().tolist()]
     np.testing.assert_allclose(read_mammogram(dataset).pixels.ravel(), expected, atol=2e-6)
-    rescaled = read_mammogram(dataset, apply_voi=False).pixels
+    rescaled = read_mammogram(dataset, GraySettings(do_voi_lut=False)).pixels
     np.testing.assert_array_equal(rescaled, 2.0 * RAMP - 1000)
     assert rescaled.dtype == np.float32
     np.testing.assert_array_equal(read_mammogram(dataset, **RAW).pixels, RAMP)
@@ -192,7 +192,7 @@ def test_monochrome1_with_and_without_window():
     upright = read_mammogram(build(**windowed)).pixels
     np.testing.assert_allclose(read_mammogram(build(photometric="MONOCHROME1", **windowed)).pixels, 1 - upright)
     np.testing.assert_array_equal(read_mammogram(build(photometric="MONOCHROME1")).pixels, 4095 - RAMP)
-    kept = read_mammogram(build(photometric="MONOCHROME1"), invert_monochrome1=False).pixels
+    kept = read_mammogram(build(photometric="MONOCHROME1"), GraySettings(do_invert_monochrome1=False)).pixels
     np.testing.assert_array_equal(kept, RAMP)
 
 
@@ -260,8 +260,8 @@ def test_bits_stored_that_lies(caplog):
 def test_the_sign_is_where_bits_stored_says_unless_it_lies(stored, expected, about):
     header, warned = item(BitsStored=10, PhotometricInterpretation="MONOCHROME2"), []
     frame = np.array(stored, np.int16).reshape(2, 2)
-    steps = {"modality": False, "voi": False, "invert": False, "warn": lambda name, _: warned.append(name)}
-    np.testing.assert_array_equal(to_gray(frame, header, 0, **steps).ravel(), expected)
+    seen = to_gray(frame, header, 0, AS_STORED, warn=lambda name, _: warned.append(name))
+    np.testing.assert_array_equal(seen.ravel(), expected)
     assert warned == about
 
 

@@ -249,7 +249,7 @@ def test_composed_images(image: str, turns: int):
     image, truth = COMPOSED[image]()
     found = find_breast(np.rot90(u8(image), turns))
     assert overlap(found.mask, np.rot90(truth, turns)) > 0.93
-    assert found.confidence >= LOW_CONFIDENCE, found.oddity
+    assert found.confidence >= LOW_CONFIDENCE, found.warning
     assert np.array_equal(found.mask, segment_breast(np.rot90(u8(image), turns)))
 
 
@@ -259,9 +259,9 @@ def test_confidence_falls_with_the_evidence():
     assert clear.confidence > 0.95 and clear.outside_fraction < 0.01
     mirrored = u8(np.maximum(image, image[::-1, ::-1]) + 20 + noise(2))  # two breasts, one on each side
     crop = find_breast(u8(image)[220:400, 10:180])
-    assert crop.mask.all() and crop.confidence < LOW_CONFIDENCE and "no air" in crop.oddity
+    assert crop.mask.all() and crop.confidence < LOW_CONFIDENCE and "no air" in crop.warning
     filled = find_breast(u8(np.where((Y > 60) & (Y < H - 60) & (X < W - 60), 120 + noise(1), 10)))  # an empty plate
-    assert filled.mask.any() and filled.confidence < LOW_CONFIDENCE and "rectangle" in filled.oddity
+    assert filled.mask.any() and filled.confidence < LOW_CONFIDENCE and "rectangle" in filled.warning
     assert find_breast(mirrored).confidence < clear.confidence
     nothing = find_breast(np.zeros((H, W), np.uint8))
     assert not nothing.mask.any() and nothing.confidence == nothing.outside_fraction == 0
@@ -339,7 +339,7 @@ def test_real_tomosynthesis_slices():
         image = cv2.imread(str(REAL_DATA / "bcs_dbt" / "slices" / row["file"]), cv2.IMREAD_GRAYSCALE)
         found = find_breast(image)
         mask, above_air = found.mask, image > 8
-        assert found.confidence >= LOW_CONFIDENCE, (row["file"], found.oddity)
+        assert found.confidence >= LOW_CONFIDENCE, (row["file"], found.warning)
         x, y, width, height = (int(float(row[name])) for name in ("X", "Y", "Width", "Height"))
         box = np.s_[y : y + height, x : x + width]
         assert mask[box][above_air[box]].mean() >= 0.99, row["file"]
@@ -354,7 +354,7 @@ def test_real_subtracted_images():
         image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
         found = find_breast(image)
         mask, above_air = found.mask, image > 8
-        assert found.confidence >= LOW_CONFIDENCE, (path.name, found.oddity)
+        assert found.confidence >= LOW_CONFIDENCE, (path.name, found.warning)
         assert mask[above_air].mean() > 0.9, path.name
         assert mask.sum() <= 1.1 * above_air.sum(), path.name
         assert chest_wall_side(mask) == {"L": "left", "R": "right"}[path.stem.split("_")[1]], path.name

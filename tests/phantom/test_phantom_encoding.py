@@ -19,6 +19,7 @@ from dataset_scripts.phantom.dicom import (
 )
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.dicom import iter_slices
+from modeling_mammodino.dicom_pixels import GraySettings
 
 # Largest and mean error of a stored value after a lossy codec, as fractions of the range of BitsStored. Measured on
 # this phantom, all depths: 0.031, 0.0027; 0.0020, 0.00026; NEAR by definition, 0.0017; 0.0078, 0.0008; 0.0020, 0.0002.
@@ -146,7 +147,7 @@ def test_every_form_of_the_window_in_every_place(tmp_path, form, place):
         path = save(set_voi(dataset, form, place, CENTER, WIDTH), tmp_path)
         seen = read(path)
         np.testing.assert_allclose(seen, windowed(values, form), rtol=0, atol=1e-5)
-        np.testing.assert_array_equal(read(path, apply_voi=False), values)
+        np.testing.assert_array_equal(read(path, settings=GraySettings(do_voi_lut=False)), values)
 
 
 @pytest.mark.parametrize("form", VOI_FORMS)
