@@ -4,7 +4,7 @@ VENV ?= .venv
 TESTS ?= tests
 BIN := $(VENV)/bin
 
-.PHONY: demo benchmark-demo release test test-oldest lint format clean
+.PHONY: demo benchmark-demo release test test-fast test-oldest lint format clean
 
 # torch first and from the constraints, so that nothing pulls another build in
 $(VENV)/ready: setup.cfg constraints.txt
@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 
 # every task and baseline on the phantom under one head: table, radar plot, detector; baselines at small random weights
 benchmark-demo: $(VENV)/ready
-	$(BIN)/python -m training.benchmark_demo --output runs/benchmark_demo
+	$(BIN)/python -m training.demo --benchmark --output runs/benchmark_demo
 
 # the published checkpoints, remade, as files of a release in dist/: the study's models of one seed
 release: $(VENV)/ready
@@ -28,6 +28,10 @@ release: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(TESTS)
+
+# without what starts processes or takes over five seconds: under three minutes on two cores
+test-fast: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
 # the oldest transformers that setup.cfg allows, and a hub client of its time
 OLDEST := transformers==5.17.0 huggingface_hub==1.33.0

@@ -1,85 +1,124 @@
-"""The whole chain on simulated data: `python -m training.demo --output runs/demo`, which `make demo` calls.
+"""The demos on simulated data: lists of commands that a user would type on an archive of their own.
 
-Phantom archive -> corpus -> two pretrainings -> probe -> report. Every step is a command that a user would type on an
-archive of their own; the report lists them.
+    python -m training.demo --output runs/demo                        # make demo
+    python -m training.demo --benchmark --output runs/benchmark_demo  # make benchmark-demo
+
+The demo: phantom archive, corpus, pretraining with all ideas and of plain DINOv2 at equal compute, probe, model card; a
+report that lists the commands. The benchmark demo: every task and every baseline under one head, then a detector; its
+baselines have small random weights, so that it shows that the suite runs and says nothing about the published models.
 """
 
 import argparse
 import json
 import os
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import yaml
+
+from dataset_scripts.benchmarks.index import TASKS as BENCHMARK_TASKS
+from modeling_mammodino.tools.command import command_line
+from training.evaluation.backbones.small import write_small_checkpoints
+from training.evaluation.reports import excludes_zero, format_interval, markdown_table
 from training.pretraining.recipe import load_recipe
 from training.studies.design import mean_step_flops
 
-from .chain import Chain
-from .probe import UNTRAINED, format_results
+from .commands import run
+from .probe import HEADS, UNTRAINED, format_results
 
-NUM_PRETRAINING_PATIENTS, NUM_TEST_PATIENTS = 300, 200
-FIRST_TEST_PATIENT = 10_000
 TASKS = ("density", "lesion", "cancer")
-STEPS = 300
-PLAIN = ["--tissue_aware_crops", "false", "--tissue_aware_masks", "false", "--adjacent_slice_weight", "0"]
+STEPS, BENCHMARK_STEPS = 300, 120
+FIRST_TEST_PATIENT = 10_000
+SUITE_PROCESSES = 2
+PLAIN = ("--tissue_aware_crops", "false", "--tissue_aware_masks", "false", "--adjacent_slice_weight", "0")
 OURS_NAME, PLAIN_NAME = "MammoDINO", "plain DINOv2"
+TEMPLATE = Path(__file__).with_name("demo_template.md")
+OTHERS = (UNTRAINED, PLAIN_NAME)
+# a look at the command: a narrow detector of one short epoch finds little
+QUICK_DETECTION = (
+    *("--num_train_epochs", 1, "--map_width", 32, "--decoder_layers", 1, "--num_queries", 10, "--num_resamples", 100),
+    *("--slices_per_volume", 1, "--lesion_slice_reach", 0, "--test_slices_per_volume", 1),
+    *("--dataloader_num_workers", 0),
+)
+
+Command = tuple[str | Path | int, ...]  # a module and its arguments
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="default: runs/demo, runs/benchmark_demo")
+    parser.add_argument("--seed", type=int, default=0, help="of phantom, pretraining and probe (not with --benchmark)")
+    parser.add_argument("--benchmark", action="store_true", help="the benchmark demo")
     options = parser.parse_args(arguments)
-    output, python = options.output, sys.executable
-    output.mkdir(parents=True, exist_ok=True)
-    chain = Chain("demo")
+    with command_line("benchmark demo" if options.benchmark else "demo"):
+        if options.benchmark:
+            benchmark_demo(options.output or Path("runs/benchmark_demo"))
+        else:
+            demo(options.output or Path("runs/demo"), options.seed)
 
-    phantom = [python, "-m", "dataset_scripts.phantom", "--seed", options.seed, "--num_proc", os.cpu_count() or 1]
-    chain.run(*phantom, "--output", output / "train", "--num_patients", NUM_PRETRAINING_PATIENTS)
-    chain.run(
-        *phantom,
-        "--output",
-        output / "test",
-        "--num_patients",
-        NUM_TEST_PATIENTS,
-        "--first_patient",
-        FIRST_TEST_PATIENT,
-    )
-    corpus = [python, "-m", "dataset_scripts.corpus", output / "train", "--collection", "phantom"]
-    chain.run(*corpus, "--output", output / "corpus")
-    pretrain = [python, "-m", "accelerate.commands.launch", "--cpu", "-m", "training.pretrain", "demo"]
-    pretrain += ["--corpus", output / "corpus", "--seed", options.seed]
-    steps = steps_of_plain(["demo", "--corpus", str(output / "corpus"), "--output_dir", str(output)])
-    chain.run(*pretrain, "--output_dir", output / "mammodino", "--max_steps", STEPS)
-    chain.run(*pretrain, "--output_dir", output / "plain", "--max_steps", steps, *PLAIN)
+
+def demo(output: Path, seed: int) -> None:
+    done = run_all(*phantom_and_corpus(output, output, {"train": 300, "test": 200}, "--seed", seed))
     volume = sorted((output / "test").rglob("*_dbt.dcm"))[0]
-    chain.run(python, "-m", "training.preview", volume, "--output", output / "preview.png", "--recipe", "demo")
-    chain.run(
-        python, "-m", "modeling_mammodino.tools.cli", "inspect", volume, "--model", output / "mammodino" / "encoder",
-        "--output", output / "inspect.png",
+    steps = steps_of_plain(["demo", "--corpus", str(output / "corpus"), "--output_dir", str(output)])
+    encoder, plain = output / "mammodino" / "encoder", output / "plain" / "encoder"
+    pretrain = ("accelerate.commands.launch", "--cpu", "-m", "training.pretrain", "demo",
+                "--corpus", output / "corpus", "--seed", seed)  # fmt: skip
+    done += run_all(
+        (*pretrain, "--output_dir", output / "mammodino", "--max_steps", STEPS),
+        (*pretrain, "--output_dir", output / "plain", "--max_steps", steps, *PLAIN),
+        ("training.preview", volume, "--output", output / "preview.png", "--recipe", "demo"),
+        ("modeling_mammodino.tools.cli", "inspect", volume, "--model", encoder, "--output", output / "inspect.png"),
+        ("training.probe", "--models", f"{OURS_NAME}={encoder}", f"{PLAIN_NAME}={plain}",
+         "--labels", output / "train" / "labels.csv", "--test_labels", output / "test" / "labels.csv",
+         "--tasks", *TASKS, "--seed", seed, "--output", output / "probe.json"),
+        ("training.card", encoder, "--results", output / "probe.json", "--dataset", "phantom"),
     )  # fmt: skip
-    chain.run(
-        python, "-m", "training.probe",
-        "--models", f"{OURS_NAME}={output / 'mammodino' / 'encoder'}", f"{PLAIN_NAME}={output / 'plain' / 'encoder'}",
-        "--labels", output / "train" / "labels.csv", "--test_labels", output / "test" / "labels.csv",
-        "--tasks", *TASKS, "--seed", options.seed, "--output", output / "probe.json",
-    )  # fmt: skip
-    encoder = output / "mammodino" / "encoder"
-    chain.run(python, "-m", "training.card", encoder, "--results", output / "probe.json", "--dataset", "phantom")
     check_opens(encoder, volume)
     results = json.loads((output / "probe.json").read_text())
-    (output / "report.md").write_text(report(results, chain.done, options.seed, steps))
+    (output / "report.md").write_text(report(results, done, seed, steps))
     print(f"\nreport: {output / 'report.md'}  encoder: {encoder}")
 
 
+def benchmark_demo(output: Path) -> None:
+    phantom, encoder, suite = output / "phantom", output / "mammodino" / "encoder", output / "suite.yaml"
+    run_all(
+        *phantom_and_corpus(output, phantom, {"train": 240, "test": 160}),
+        ("training.pretrain", "demo", "--corpus", output / "corpus", "--visualization_steps", 0,
+         "--output_dir", output / "mammodino", "--max_steps", BENCHMARK_STEPS),
+    )  # fmt: skip
+    suite.write_text(yaml.safe_dump(make_suite(output, phantom, encoder), sort_keys=False))
+    run_all(("training.benchmark", "--config", suite), processes=SUITE_PROCESSES)
+    run_all(
+        ("training.detect", "--dataset", "phantom", "--data_dir", phantom, "--encoder", encoder,
+         "--output_dir", output / "detect", *QUICK_DETECTION),
+    )  # fmt: skip
+    print(f"\nreport: {output / 'benchmark' / 'report.md'}  radar plot: {output / 'benchmark' / 'radar.png'}")
+
+
+def phantom_and_corpus(output: Path, phantom: Path, patients: dict[str, int], *more: str | int) -> Iterator[Command]:
+    """Yield the commands that simulate archives in PHANTOM/train and PHANTOM/test, and make OUTPUT/corpus."""
+    for part, first in (("train", 0), ("test", FIRST_TEST_PATIENT)):
+        yield ("dataset_scripts.phantom", *more, "--num_proc", os.cpu_count() or 1, "--output", phantom / part,
+               "--num_patients", patients[part], "--first_patient", first)  # fmt: skip
+    yield "dataset_scripts.corpus", phantom / "train", "--collection", "phantom", "--output", output / "corpus"
+
+
+def run_all(*commands: Command, processes: int = 1) -> list[tuple[str, float]]:
+    """Run one command after another; see `training.commands.run`."""
+    return [run(*map(str, each), processes=processes) for each in commands]
+
+
 def steps_of_plain(recipe: list[str]) -> int:
-    """Of plain DINOv2, which cost what STEPS of ours do, by the matrix products of their batches."""
-    ours, plain = (mean_step_flops(load_recipe(arguments)) for arguments in (recipe, recipe + PLAIN))
+    """Return the steps of plain DINOv2 that cost what STEPS of ours do, by the matrix products of their batches."""
+    ours, plain = (mean_step_flops(load_recipe(arguments)) for arguments in (recipe, recipe + list(PLAIN)))
     return round(STEPS * ours / plain)
 
 
 def check_opens(folder: Path, volume: Path) -> None:
-    """Opens the Hub folder as a user does, without naming a class of this package."""
+    """Open the Hub folder as a user does, without naming a class of this package."""
     from transformers import AutoModel
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -89,55 +128,61 @@ def check_opens(folder: Path, volume: Path) -> None:
     print(f"AutoModel opens {folder}: {volume.name} gives features {tuple(features.shape)}")
 
 
-def report(results: dict[str, Any], commands: list[tuple[str, float]], seed: int, plain_steps: int) -> str:
-    tasks = results["tasks"]
-    any_task = next(iter(tasks.values()))
-    lines = [
-        "# MammoDINO demo: phantom results",
-        "",
-        "**These are results on simulated breasts. They say whether the chain works and what moves at this size, "
-        "nothing about patients. Research use only.**",
-        "",
-        f"Frozen features of a small encoder, evaluated on {any_task['test_patients']} held-out phantom patients "
-        f"({any_task['test_images']} files: a DBT volume and a mammogram each); probes learned on "
-        f"{any_task['learning_images']} files of the pretraining patients. One seed ({seed}). AUC (macro over classes, "
-        f"one against the rest) with 95 % intervals from {results['num_resamples']} bootstrap resamples of patients.",
-        "",
-        f"- *{UNTRAINED}*: the same architecture, random weights.",
-        f"- *{PLAIN_NAME}*: random crops and masks, no slice loss; {plain_steps} steps to our {STEPS}: equal compute.",
-        f"- *{OURS_NAME}*: tissue-aware crops and masks, adjacent-slice loss.",
-        "",
-        format_results(results),
-        "",
-        "Differences on the same resamples:",
-        "",
-        "| task | head | ours - untrained | ours - plain |",
-        "|---|---|---|---|",
+def make_suite(output: Path, phantom: Path, encoder: Path) -> dict[str, Any]:
+    """Return a suite of every task, our encoder, its untrained twin and every baseline, three seeds."""
+    small = write_small_checkpoints(output / "small")
+    backbones = [("MammoDINO", "mammodino", encoder), ("untrained", "untrained", encoder)]
+    backbones += [
+        (f"{kind} (small, random)", kind, path)
+        for kind, path in small.items()
+        if kind not in ("mammodino", "untrained")
     ]
-    for task, result in tasks.items():
-        for head in ("knn", "logistic"):
-            cells = [
-                "{:+.3f} [{:+.3f}, {:+.3f}]".format(*result[head]["difference"][f"{OURS_NAME} - {other}"])
-                for other in (UNTRAINED, PLAIN_NAME)
-            ]
-            lines.append(f"| {task} | {head} | {cells[0]} | {cells[1]} |")
-    lines += ["", verdict(tasks), "", "## What student and teacher see", "", "![views](preview.png)", ""]
-    lines += ["## What the encoder sees", "", "![input](inspect.png)", ""]
-    lines += ["## What the teacher's features see", "", f"![features](mammodino/images/step-{STEPS:06d}.png)", ""]
-    lines += ["## The run", "", "![pretraining](mammodino/encoder/pretraining.png)", "", "## Commands", "", "```"]
-    lines += [f"{command}    # {seconds:.0f} s" for command, seconds in commands] + ["```", ""]
-    return "\n".join(lines)
+    return {
+        "output_dir": str(output / "benchmark"),
+        "seeds": [0, 1, 2],
+        "ours": "MammoDINO",
+        "finetune": {"mode": "frozen", "dataloader_num_workers": 0, "save_model": False},
+        "backbones": [{"name": name, "kind": kind, "source": str(path)} for name, kind, path in backbones],
+        "datasets": [{"name": "phantom", "data_dir": str(phantom), "tasks": list(BENCHMARK_TASKS)}],
+    }
+
+
+def report(results: dict[str, Any], commands: list[tuple[str, float]], seed: int, plain_steps: int) -> str:
+    """Return the report as Markdown. commands: each with its seconds."""
+    tasks = results["tasks"]
+    differences = [
+        [task, head, *(format_interval(difference(result, head, other), signed=True) for other in OTHERS)]
+        for task, result in tasks.items()
+        for head in HEADS
+    ]
+    return jinja2.Template(TEMPLATE.read_text(), keep_trailing_newline=True, undefined=jinja2.StrictUndefined).render(
+        first=next(iter(tasks.values())),
+        num_resamples=results["num_resamples"],
+        seed=seed,
+        steps=STEPS,
+        plain_steps=plain_steps,
+        **{"ours": OURS_NAME, "plain": PLAIN_NAME, "untrained": UNTRAINED},
+        scores=format_results(results),
+        differences="\n".join(markdown_table(["task", "head", "ours - untrained", "ours - plain"], differences)),
+        verdict=verdict(tasks),
+        commands=commands,
+    )
+
+
+def difference(result: dict[str, Any], head: str, other: str) -> list[float]:
+    """Return value, low and high of our AUC less another encoder's on one task."""
+    return result[head]["difference"][f"{OURS_NAME} - {other}"]
 
 
 def verdict(tasks: dict[str, Any]) -> str:
-    """Where an interval excludes zero, in words, for better or worse."""
-    found = []
-    for task, result in tasks.items():
-        for head in ("knn", "logistic"):
-            for other in (UNTRAINED, PLAIN_NAME):
-                _, low, high = result[head]["difference"][f"{OURS_NAME} - {other}"]
-                if low > 0 or high < 0:
-                    found.append(f"{'better' if low > 0 else 'worse'} than {other} on {task} ({head})")
+    """Say where an interval excludes zero, for better or worse."""
+    found = [
+        f"{'better' if apart[1] > 0 else 'worse'} than {other} on {task} ({head})"
+        for task, result in tasks.items()
+        for head in HEADS
+        for other in OTHERS
+        if excludes_zero(apart := difference(result, head, other))
+    ]
     rest = "every other difference may be chance at this size."
     return f"{OURS_NAME} is " + "; ".join(found) + "; " + rest if found else "No difference here excludes zero."
 

@@ -7,6 +7,7 @@ LABELS.csv has the columns `file` (relative to it), `patient` and one per task; 
 """
 
 import argparse
+import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +21,16 @@ from tqdm import tqdm
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.features import embed_files
-from modeling_mammodino.tools.files import write_json
+from modeling_mammodino.tools.files import write_text
 from training.evaluation.classifiers import logistic_regression, nearest_neighbors
 from training.evaluation.labels import read_labels
 from training.evaluation.metrics import bootstrap_auc
+from training.evaluation.reports import format_interval, markdown_table
 
 logger = logging.getLogger(__name__)
 
 UNTRAINED = "untrained"
+HEADS = ("knn", "logistic")
 
 
 class Features(NamedTuple):
@@ -51,11 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with command_line("probe"):
         results = probe(options)
-        write_json(options.output, results)
+        write_text(options.output, json.dumps(results, indent=2) + "\n")
     print(format_results(results))
 
 
 def probe(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command writes: settings, and by task and head the AUCs and their differences."""
     folders = dict(item.split("=", 1) if "=" in item else (Path(item).name, item) for item in options.models)
     models = {name: MammoDinoModel.from_pretrained(folder).eval() for name, folder in folders.items()}
     torch.manual_seed(options.seed)
@@ -88,8 +92,9 @@ def read_features(
     image_processor: MammoDinoImageProcessor,
     slices_per_volume: int,
 ) -> Features:
-    """Features of the files that can be used, the mean over a file's slices: the class token beside the tissue-weighted
-    mean of the patch tokens. Each file is read once for all models; why others are left out is logged."""
+    """Return the features of the files that can be used, the mean over a file's slices: the class token beside the
+    tissue-weighted mean of the patch tokens. Each file is read once for all models; why others are left out is logged.
+    """
     table = read_labels(labels, tasks)
     paths = [labels.parent / file for file in table["file"]]
     files = embed_files(paths, list(models.values()), image_processor, pool="both", slices_per_volume=slices_per_volume)
@@ -106,7 +111,7 @@ def read_features(
 
 
 def split_patients(features: Features, task: str, test_fraction: float, seed: int) -> tuple[Features, Features]:
-    """Learning and held-out part, by patient, stratified by the first task."""
+    """Return a learning and a held-out part, by patient, stratified by the first task."""
     table = features.table
     folds = StratifiedGroupKFold(max(2, round(1 / test_fraction)), shuffle=True, random_state=seed)
     learn, test = next(folds.split(table, table[task].astype(str), table["patient"]))
@@ -117,7 +122,10 @@ def split_patients(features: Features, task: str, test_fraction: float, seed: in
 
 
 def evaluate(learn: Features, test: Features, task: str, num_resamples: int, seed: int) -> dict[str, Any]:
-    """AUC on held-out patients of each model under k-NN and logistic regression, with differences between models."""
+    """Return the AUC on held-out patients of each model under k-NN and logistic regression, and differences of models.
+
+    Raises ValueError where a class of the held-out patients does not occur among the others, or there is but one.
+    """
     learn_rows = learn.table[task].notna().to_numpy()
     test_rows = test.table[task].notna().to_numpy()
     classes, y = np.unique(learn.table[task][learn_rows].astype(str), return_inverse=True)
@@ -150,14 +158,14 @@ def evaluate(learn: Features, test: Features, task: str, num_resamples: int, see
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """The AUCs as a Markdown table, a row a task and head."""
+    """Return the AUCs as a Markdown table, a row a task and head."""
     names = [UNTRAINED, *results["models"]]
-    lines = ["| task | head | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    for task, result in results["tasks"].items():
-        for head in ("knn", "logistic"):
-            cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*result[head]["auc"][name]) for name in names]
-            lines.append(f"| {task} | {head} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        [task, head, *(format_interval(result[head]["auc"][name]) for name in names)]
+        for task, result in results["tasks"].items()
+        for head in HEADS
+    ]
+    return "\n".join(markdown_table(["task", "head", *names], rows))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m training.study --size hour --output runs/study --num_proc 2
 
 Plain DINOv2 (all ideas off), all on, each alone, each left out, at equal compute over several seeds; frozen features
-are evaluated on held-out simulated patients and, with --real_slices, on real ones. Resumable: what is done is skipped, and
-several processes share the work. `--only "MammoDINO" --output ANOTHER` remakes one row. Research use only.
+are evaluated on held-out simulated patients and, with --real_slices, on real ones. Resumable: what is done is skipped,
+and several processes share the work. `--only "MammoDINO" --output ANOTHER` remakes one row. Research use only.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import json
 import logging
 import multiprocessing
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,21 +26,28 @@ from threadpoolctl import threadpool_limits
 from dataset_scripts.corpus.reader import Corpus
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoModel
-from training.evaluation.job_queue import run_jobs
+from modeling_mammodino.tools.command import command_line
+from training.evaluation.job_queue import is_done, run_jobs
 from training.evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
+from training.pretraining.checkpoints import LOG_FILE
 from training.pretraining.export import image_processor
+from training.pretraining.monitoring import read_warnings
 from training.pretraining.networks import random_backbone
 from training.pretraining.recipe import Recipe, load_recipe
-from training.studies.design import HAND_MADE, SIZES, Configuration, Size, configurations, equal_compute_steps
+from training.studies.design import HAND_CRAFTED, SIZES, Configuration, Size, configurations, equal_compute_steps
 from training.studies.readout import Evaluator, features_of, hand_crafted_features
 from training.studies.report import write_study
 
-from .chain import shown
+from .commands import run, shown
 
 logger = logging.getLogger(__name__)
 
 PROCESSES = "spawn"  # a fork of a process in which torch has run threads can hang
 FIRST_TEST_PATIENT = 1_000_000  # no patient is in both archives
+# one thread, so that several runs share the cores and each is the same run again
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# patients are hashed with a key; phantoms have nothing to hide, so theirs is written here
+HASH_KEY = "the study's simulated patients"
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Study:
         return self.output / "phantom" / part / "labels.csv"
 
     def prepare(self, num_proc: int) -> None:
-        """Simulates both archives and builds the corpus; what is complete stays."""
+        """Simulate both archives and build the corpus; what is complete stays."""
         parameters = PhantomParameters(**self.size.phantom)
         for part, first, count in (
             ("train", 0, self.size.pretraining_patients),
@@ -74,11 +80,11 @@ class Study:
             if not self.labels(part).is_file():
                 write_archive(self.labels(part).parent, count, 0, parameters, num_proc, first)
         if not self.corpus.exists():
-            command = [sys.executable, "-m", "dataset_scripts.corpus", str(self.labels("train").parent)]
-            call([*command, "--output", str(self.corpus), "--collection", "phantom"], "corpus")
+            archive = self.labels("train").parent
+            start("dataset_scripts.corpus", archive, "--output", self.corpus, "--collection", "phantom")
 
     @cached_property
-    def evaluate(self) -> Evaluator:
+    def evaluator(self) -> Evaluator:
         """With the images of both archives, read and rendered once in this process."""
         processor = image_processor(Corpus(self.corpus), self.recipe)
         learn, test = self.labels("train"), self.labels("test")
@@ -87,7 +93,7 @@ class Study:
 
 @dataclass
 class Run:
-    """One configuration with one seed: pretrains and evaluates."""
+    """One configuration with one seed: a job that pretrains and evaluates."""
 
     study: Study
     configuration: Configuration
@@ -102,34 +108,34 @@ class Run:
         return self.study.output / "runs" / self.configuration.name.replace(" ", "_") / f"seed-{self.seed}"
 
     @property
+    def pretraining(self) -> Path:
+        return self.output_dir / "pretraining"
+
+    @property
     def encoder(self) -> Path:
         """The complete Hub folder that it leaves."""
-        return self.output_dir / "pretraining" / "encoder"
+        return self.pretraining / "encoder"
 
-    def pretrain_command(self) -> tuple[list[str], int]:
+    def pretrain_arguments(self) -> tuple[list[str], int]:
+        """Return the arguments of training.pretrain, and the number of steps among them."""
         arguments = [self.study.size.recipe, "--corpus", str(self.study.corpus), "--seed", str(self.seed)]
-        arguments += ["--output_dir", str(self.output_dir / "pretraining"), "--report_to", "none"]
+        arguments += ["--output_dir", str(self.pretraining), "--report_to", "none"]
         steps = equal_compute_steps(self.study.size, self.configuration, arguments)
-        arguments += [
-            "--max_steps",
-            str(steps),
-            "--save_steps",
-            str(max(1, steps // 4)),
-            *self.configuration.overrides(),
-        ]
-        return [sys.executable, "-m", "training.pretrain", *arguments], steps
+        arguments += ["--max_steps", str(steps), "--save_steps", str(max(1, steps // 4))]
+        return arguments + self.configuration.overrides(), steps
 
     def __call__(self) -> None:
-        command, steps = self.pretrain_command()
+        arguments, steps = self.pretrain_arguments()
         if steps:
-            call(command, self.name)
-        evaluate, real = self.study.evaluate, {}
-        if self.configuration.name == HAND_MADE:
-            predictions = evaluate.predictions(hand_crafted_features)
+            start("training.pretrain", *arguments)
+            self.pass_warnings_on()
+        evaluator, real = self.study.evaluator, {}
+        if self.configuration.name == HAND_CRAFTED:
+            predictions = evaluator.predictions(hand_crafted_features)
         else:
             encoder, drops_background = self.trained_or_random(), "tissue tokens" in self.configuration.on
-            predictions = evaluate.predictions(lambda examples: features_of(encoder, examples, drops_background))
-            real = evaluate.on_real_slices(encoder, drops_background)
+            predictions = evaluator.predictions(lambda examples: features_of(encoder, examples, drops_background))
+            real = evaluator.on_real_slices(encoder, drops_background)
         result = {
             "configuration": self.configuration.name,
             "on": sorted(self.configuration.on),
@@ -137,8 +143,8 @@ class Run:
             "size": self.study.size_name,
             "settings": asdict(self.study.size),
             "steps": steps,
-            "pretraining": summary(self.output_dir / "pretraining" / "logs" / "log.jsonl") if steps else {},
-            "command": shown(command) if steps else "",
+            "pretraining": summary(self.pretraining / LOG_FILE) if steps else {},
+            "command": shown([sys.executable, "-m", "training.pretrain", *arguments]) if steps else "",
             "remade_by": f'python -m training.study --size {self.study.size_name} --only "{self.configuration.name}" '
             "--output ANOTHER",
             "real": real,
@@ -146,6 +152,11 @@ class Run:
         }
         write_parquet(self.output_dir / PREDICTIONS_FILE, predictions)
         write_json(self.output_dir / RESULT_FILE, result)  # last: where it stands, the run is done
+
+    def pass_warnings_on(self) -> None:
+        """Log what the pretraining warned of, such as collapse."""
+        for each in read_warnings(self.pretraining):
+            logger.warning("%s: step %d: %s", self.name, each["step"], each["warning"])
 
     def trained_or_random(self) -> MammoDinoModel:
         if self.configuration.is_trained:
@@ -155,30 +166,20 @@ class Run:
 
 
 def summary(log: Path) -> dict[str, float]:
-    """Compute spent and the last losses, from a run's log."""
+    """Return compute spent and the last losses, from a run's log."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [line for line in lines if "forward_teraflops" in line or "loss" in line]
     return {name: value for name, value in steps[-1].items() if isinstance(value, int | float)}
 
 
-def call(command: list[str], name: str) -> None:
-    """Runs a command quietly with one thread, so that several runs share the cores and each is the same run again.
-
-    What it warns of, such as collapse, is passed on. Raises ValueError with its last words where it fails.
-    """
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # patients are hashed with a key; phantoms have nothing to hide, so theirs is written here
-    environment = {"MAMMODINO_HASH_KEY": "the study's simulated patients", **os.environ, **threads}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{shown(command)}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-    for line in done.stderr.splitlines():
-        _, is_warning, words = line.partition("WARNING ")  # after a bar of progress
-        if is_warning:
-            logger.warning("%s: %s", name, words)
+def start(module: str, *arguments: str | Path) -> None:
+    """Run a command quietly with one thread. Raises ValueError with its last words where it fails."""
+    key = os.environ.get("MAMMODINO_HASH_KEY", HASH_KEY)
+    run(module, *arguments, environment={"MAMMODINO_HASH_KEY": key, **ONE_THREAD}, quiet=True)
 
 
 def work(runs: list[Run]) -> dict[str, str]:
+    """Do what is left of the runs beside other processes; return the reasons of those that failed here."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
@@ -186,11 +187,11 @@ def work(runs: list[Run]) -> dict[str, str]:
         return run_jobs(runs, run_while_wanted)
 
 
-def run_while_wanted(run: Run) -> None:
+def run_while_wanted(job: Run) -> None:
     parent = multiprocessing.parent_process()
     if parent and not parent.is_alive():
         raise SystemExit  # of a study that was killed, no further run is begun
-    run()
+    job()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -207,26 +208,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, help="Markdown to write (default: report.md in the output)")
     parser.add_argument("--report_only", action="store_true", help="run nothing; report what is done")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     study = Study(options.output, SIZES[options.size], options.size, options.real_slices)
     chosen = [each for each in configurations() if each.name in options.only]
     runs = [Run(study, each, seed) for seed in options.seeds or study.size.seeds for each in chosen]
+    with command_line("study"):
+        failed = {} if options.report_only else run_all(study, runs, options.num_proc)
+        if failed and not any(map(is_done, runs)):
+            raise ValueError("; ".join(failed.values()))
+        print(write_study(options.output, runs, options.report or options.output / "report.md"))
+        if failed:
+            raise ValueError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed.values())}")
+
+
+def run_all(study: Study, runs: list[Run], num_proc: int) -> dict[str, str]:
+    """Run what is not done yet in `num_proc` processes; return the reasons of those that failed, by name."""
+    study.prepare(num_proc)
+    if num_proc == 1:
+        return work(runs)
     failed: dict[str, str] = {}
-    try:
-        if not options.report_only:
-            study.prepare(options.num_proc)
-            if options.num_proc == 1:
-                failed = work(runs)
-            else:
-                with multiprocessing.get_context(PROCESSES).Pool(options.num_proc) as pool:
-                    for each in pool.map(work, [runs] * options.num_proc, chunksize=1):
-                        failed |= each
-        report = write_study(options.output, runs, options.report or options.output / "report.md")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"study: {'; '.join(failed.values()) or error}") from error
-    print(report)
-    if failed:
-        raise SystemExit(f"study: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed.values())}")
+    with multiprocessing.get_context(PROCESSES).Pool(num_proc) as pool:
+        for each in pool.map(work, [runs] * num_proc, chunksize=1):
+            failed |= each
+    return failed
 
 
 if __name__ == "__main__":

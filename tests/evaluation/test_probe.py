@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
@@ -50,7 +50,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 def made_up_features(informative: bool, seed: int, patients: int = 120) -> Features:
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 2, patients)
-    table = pandas.DataFrame({"patient": [f"p{seed}-{n}" for n in range(patients)], "cancer": label})
+    table = pd.DataFrame({"patient": [f"p{seed}-{n}" for n in range(patients)], "cancer": label})
     noise = rng.normal(size=(patients, 8))
     return Features(table, {"good": noise + informative * 1.5 * label[:, None], "noise": noise})
 
@@ -67,7 +67,7 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
 
 def test_a_split_keeps_patients_apart():
     features = made_up_features(True, 0)
-    table = pandas.concat([features.table] * 2, ignore_index=True)  # two images a patient
+    table = pd.concat([features.table] * 2, ignore_index=True)  # two images a patient
     doubled = Features(table, {name: np.concatenate([rows] * 2) for name, rows in features.by_model.items()})
     learn, test = split_patients(doubled, "cancer", 0.4, seed=0)
     assert not set(learn.table["patient"]) & set(test.table["patient"])
@@ -85,10 +85,10 @@ def model_folder(tmp_path_factory):
 
 def test_the_command_evaluates_files(model_folder, phantom_archive, tmp_path, capsys):
     """Twelve patients are too few to evaluate by; the chain, the table and the left-out file are what is tested."""
-    table = pandas.read_csv(phantom_archive / "labels.csv")
+    table = pd.read_csv(phantom_archive / "labels.csv")
     extra = {"file": "missing.png", "patient": "nobody", "lesion": 1}
     labels = phantom_archive / "with_missing.csv"
-    pandas.concat([table, pandas.DataFrame([extra])]).to_csv(labels, index=False)
+    pd.concat([table, pd.DataFrame([extra])]).to_csv(labels, index=False)
     (phantom_archive / "missing.png").write_bytes(b"")
     main(["--models", f"tiny={model_folder}", "--labels", str(labels), "--tasks", "lesion", "--num_resamples", "20",
           "--output", str(tmp_path / "probe.json")])  # fmt: skip

@@ -1,7 +1,7 @@
 """Regions of the study: the box is where the lesion is, other breasts have tissue there; features by hand."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 from conftest import random_encoder
@@ -18,7 +18,7 @@ PARAMETERS = PhantomParameters(num_slices=6, height_px=128, width_px=96, pixel_s
 def archive(tmp_path_factory):
     """Folder, table of volumes, image processor."""
     folder = tmp_path_factory.mktemp("phantom")
-    table = pandas.read_csv(write_archive(folder, 12, parameters=PARAMETERS))
+    table = pd.read_csv(write_archive(folder, 12, parameters=PARAMETERS))
     processor = MammoDinoImageProcessor(size=dict(zip(("height", "width"), CANVAS, strict=True)), patch_size=PATCH)
     return folder, table[table["kind"] == "dbt"].reset_index(drop=True), processor
 

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
@@ -16,7 +16,7 @@ from training.studies.report import write_study
 NUM_PATIENTS = 200
 
 
-def predictions(skill: dict[str, float], seed: int) -> pandas.DataFrame:
+def predictions(skill: dict[str, float], seed: int) -> pd.DataFrame:
     """Binary tasks; the score is the label times the skill, and noise."""
     rng, parts = np.random.default_rng(seed), []
     labels = np.random.default_rng(0).integers(0, 2, NUM_PATIENTS)
@@ -25,8 +25,8 @@ def predictions(skill: dict[str, float], seed: int) -> pandas.DataFrame:
             p = 1 / (1 + np.exp(-(skill.get(task, 0) * labels + rng.normal(size=NUM_PATIENTS))))
             ids = [f"P{number:03d}" for number in range(NUM_PATIENTS)]
             columns = {"image_id": ids, "patient_id": ids, "label": labels, "p_0": 1 - p, "p_1": p}
-            parts.append(pandas.DataFrame({"task": task, "head": head, **columns}))
-    return pandas.concat(parts, ignore_index=True)
+            parts.append(pd.DataFrame({"task": task, "head": head, **columns}))
+    return pd.concat(parts, ignore_index=True)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_what_is_better_and_worse_is_said(runs, tmp_path):
         [
             roc_auc_score(rows["label"], rows["p_1"]) * (1 if name == FULL else -1) * 2
             for name, rows in (
-                (run.name, pandas.read_parquet(run.output_dir / PREDICTIONS_FILE).query("task == 'density'"))
+                (run.name, pd.read_parquet(run.output_dir / PREDICTIONS_FILE).query("task == 'density'"))
                 for run in runs
             )
             for rows in [rows[rows["head"] == "linear"]]

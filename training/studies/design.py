@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from dataset_scripts.corpus.reader import Corpus
 from training.pretraining.compute import step_flops
 from training.pretraining.networks import random_backbone
 from training.pretraining.recipe import Recipe, load_recipe
-from training.pretraining.views.order import StepSampler
 from training.pretraining.views.sample import PretrainingViews, collate
 
 # what switches an idea off; the study's recipe has all of them on
@@ -21,7 +20,7 @@ FACTORS = {
     "tissue tokens": {"tissue_tokens": "false"},
 }
 UNTRAINED, PLAIN, FULL = "untrained", "plain DINOv2", "MammoDINO"
-HAND_MADE = "hand-crafted"  # features without an encoder: how much there is to see
+HAND_CRAFTED = "hand-crafted"  # features without an encoder: how much there is to see
 FULL_EQUAL_IMAGES = "MammoDINO, equal images"
 PLAIN_LARGER_CROPS = "plain DINOv2, larger crops"
 # the recipe's crops are chosen for all ideas together; by trials, plain DINOv2 does better with these
@@ -31,14 +30,14 @@ COUNTED_STEPS = 12  # batches from which a configuration's mean cost of a step i
 
 @dataclass(frozen=True)
 class Size:
-    """One field sizes the study."""
+    """How much is simulated and trained."""
 
     recipe: str  # of training/recipes, every idea on
     pretraining_patients: int  # simulated; the probes learn from the same
     test_patients: int
     plain_steps: int  # of plain DINOv2; the others get as many as its compute allows
     seeds: tuple[int, ...] = (0, 1, 2)
-    phantom: dict[str, float] = field(default_factory=dict)  # PhantomParameters other than the defaults
+    phantom: dict[str, Any] = field(default_factory=dict)  # PhantomParameters other than the defaults
     slices_per_volume: int = 1  # that the probes see of a whole breast
 
 
@@ -52,6 +51,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Configuration:
+    """One row of the study."""
+
     name: str
     on: frozenset[str]  # of FACTORS
     equal_images: bool = False  # as many steps as plain DINOv2, whatever they cost
@@ -59,28 +60,26 @@ class Configuration:
     more: tuple[str, ...] = ()  # arguments of its own, beside what switches ideas off
 
     def overrides(self) -> list[str]:
-        """Of the recipe on the command line."""
+        """Return the recipe's overrides on the command line."""
         off = [setting for factor, settings in FACTORS.items() if factor not in self.on for setting in settings.items()]
         return [part for name, value in off for part in (f"--{name}", value)] + list(self.more)
 
 
 def configurations() -> Iterator[Configuration]:
-    """In the order in which they are run: what answers the main question first."""
+    """Yield all in the order in which they are run: what answers the main question first."""
     everything = frozenset(FACTORS)
     yield Configuration(PLAIN, frozenset())
     yield Configuration(FULL, everything)
     yield Configuration(PLAIN_LARGER_CROPS, frozenset(), more=LARGER_CROPS)
-    for factor in FACTORS:
-        yield Configuration(f"without {factor}", everything - {factor})
-    for factor in FACTORS:
-        yield Configuration(f"only {factor}", frozenset({factor}))
+    yield from (Configuration(f"without {factor}", everything - {factor}) for factor in FACTORS)
+    yield from (Configuration(f"only {factor}", frozenset({factor})) for factor in FACTORS)
     yield Configuration(UNTRAINED, everything, is_trained=False)  # random weights: what looking at pixels gives
-    yield Configuration(HAND_MADE, frozenset(), is_trained=False)
+    yield Configuration(HAND_CRAFTED, frozenset(), is_trained=False)
     yield Configuration(FULL_EQUAL_IMAGES, everything, equal_images=True)
 
 
 def equal_compute_steps(size: Size, configuration: Configuration, recipe_arguments: list[str]) -> int:
-    """Steps that cost what `size.plain_steps` of plain DINOv2 cost, by the matrix products of the run's own batches."""
+    """Return the steps that cost as much as `size.plain_steps` of plain DINOv2, by their matrix products."""
     if not configuration.is_trained:
         return 0
     if configuration.equal_images:
@@ -91,23 +90,14 @@ def equal_compute_steps(size: Size, configuration: Configuration, recipe_argumen
 
 
 def mean_step_flops(recipe: Recipe) -> float:
-    """Cost of a step in FLOP, the mean over the first batches that this recipe would train on; nothing is trained."""
-    run, slice_pairs = recipe.run, recipe.loss.adjacent_slice_weight > 0 or recipe.loss.adjacent_patch_weight > 0
+    """Return the cost of a forward in FLOP, the mean over this recipe's first batches; nothing is trained."""
+    run, loss, batch_size = recipe.run, recipe.loss, recipe.run.per_device_train_batch_size
+    slice_pairs = loss.adjacent_slice_weight > 0 or loss.adjacent_patch_weight > 0
     views = PretrainingViews(
-        Corpus(run.corpus),
-        recipe.views,
-        recipe.model.patch_size,
-        run.seed,
-        run.per_device_train_batch_size,
-        slice_pairs,
+        Corpus(run.corpus), recipe.views, recipe.model.patch_size, run.seed, batch_size, slice_pairs
     )
-    config = random_backbone(recipe).config
-    batches = (collate([views[index] for index in indices]) for indices in StepSampler(recipe, 0, 0, 1))
-    return float(
-        np.mean(
-            [
-                step_flops(batch, config, recipe.model, recipe.views.tissue_tokens)
-                for batch in islice(batches, COUNTED_STEPS)
-            ]
-        )
-    )
+    config, costs = random_backbone(recipe).config, []
+    for forward in range(run.max_steps * run.gradient_accumulation_steps)[:COUNTED_STEPS]:
+        batch = collate([views[forward * batch_size + index] for index in range(batch_size)])
+        costs.append(step_flops(batch, config, recipe.model, recipe.views.tissue_tokens))
+    return float(np.mean(costs))

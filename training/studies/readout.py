@@ -1,19 +1,9 @@
-"""Evaluating one encoder of the study: probes on held-out phantom patients, and what it makes of real slices."""
-# MERGED: Frozen features for the study: the held-out images are read and rendered once, then seen by every encoder.
-# MERGED: Regions of the study: each lesion in its box at its own slice, and like places of breasts that have none.
-#
-# A whole breast's feature is a mean over hundreds of patches, in which a lesion is a few: what an encoder knows of
-# lesions is asked where they are, as a detection head does.
-#
-# MERGED: Neighbor consistency: are the features of two slices of one volume closer than those of slices of other breasts?
-#
-# The other slices are of other patients and of like density, so that density alone does not tell them apart.
-#
-# MERGED: Features hand-crafted, of the images that the encoders see: a yardstick of how much there is to see.
-#
-# Brightness in the region and about it, differences of Gaussians, gradients along and across the radius, brightness by
-# distance from the middle. Which figures is our choice; nothing here is learned.
-#
+"""What an encoder of the study knows: probes on held-out phantom patients, and neighbors and lesions of real slices.
+
+Images are read and rendered once, then seen by every encoder, as whole breasts and as regions: a whole breast's feature
+is a mean over hundreds of patches, of which a lesion has a few, so what an encoder knows of lesions is asked where they
+are, as a detection head does. Hand-crafted features of the same images say how much there is to see.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
@@ -22,21 +12,43 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import pandas
-import torch
+import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.image_io import InvalidImageError
-from modeling_mammodino.modeling_mammodino import pool_tokens
+from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.rendering import standardize
-from modeling_mammodino.tools.features import SliceReader, read_files
+from modeling_mammodino.tools.features import SliceReader, extract_features, read_files
 from training.evaluation.classifiers import logistic_regression, nearest_neighbors
 from training.evaluation.detection.data import LesionImage, LesionImageRenderer
 from training.evaluation.labels import read_labels
 from training.evaluation.metrics import auc
 
 BATCH_SIZE = 64
+HEADS = ("knn", "linear")
+
+
+class StudyTask(NamedTuple):
+    """One question of the study."""
+
+    name: str
+    column: str  # of the phantom's labels
+    seen: str  # "breast": slices of the whole volume, or "region": the lesion's own place
+    of_lesions: bool = False  # whether breasts without a lesion are left out
+    is_main: bool = True  # whether differences are shown
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        StudyTask("density", "density", "breast"),
+        StudyTask("lesion", "lesion", "region"),
+        StudyTask("cancer", "cancer", "region", of_lesions=True),
+        StudyTask("lesion_type", "lesion_type", "region", of_lesions=True),
+        StudyTask("lesion, whole breast", "lesion", "breast", is_main=False),
+        StudyTask("cancer, whole breast", "cancer", "breast", is_main=False),
+    )
+}
+COLUMNS = ["kind", "lesion_slice", "x0", "y0", "x1", "y1", *dict.fromkeys(task.column for task in TASKS.values())]
 
 
 class Example(NamedTuple):
@@ -48,8 +60,72 @@ class Example(NamedTuple):
     weights: np.ndarray  # (h, w) float32, of the mean over patches
 
 
+class Evaluator:
+    """Evaluates encoders of one recipe by `predictions` and `on_real_slices`. Volumes count, their 2D views do not."""
+
+    def __init__(
+        self,
+        learn: Path,
+        test: Path,
+        image_processor: MammoDinoImageProcessor,
+        slices_per_volume: int,
+        real_slices: Path | None,
+    ):
+        self.tables: dict[str, pd.DataFrame] = {}
+        self.examples: dict[tuple[str, str], list[Example]] = {}
+        for part, labels in (("learn", learn), ("test", test)):
+            table = read_labels(labels, COLUMNS)
+            self.tables[part] = table = table[table["kind"] == "dbt"].reset_index(drop=True)
+            paths = [labels.parent / file for file in table["file"]]
+            self.examples[part, "breast"] = whole_slices(paths, image_processor, slices_per_volume)
+            self.examples[part, "region"] = regions(table, labels.parent, image_processor)
+        self.real = (
+            RealSlices(real_slices / "slices.csv", real_slices / "slices", image_processor) if real_slices else None
+        )
+
+    def predictions(self, features_of: Callable[[Sequence[Example]], np.ndarray]) -> pd.DataFrame:
+        """Return a row a task, head and test volume: image_id, patient_id, label and p_0 .. p_3."""
+        features = {which: features_of(each) for which, each in self.examples.items()}
+        found = (self._of_task(task, features["learn", task.seen], features["test", task.seen])
+                 for task in TASKS.values())  # fmt: skip
+        return pd.concat([each for task in found for each in task], ignore_index=True)
+
+    def _of_task(self, task: StudyTask, learn: np.ndarray, test: np.ndarray) -> Iterator[pd.DataFrame]:
+        seen, held_out = (self.tables[part]["lesion"].to_numpy() >= int(task.of_lesions) for part in ("learn", "test"))
+        table, rows = self.tables["learn"][seen], self.tables["test"][held_out]
+        classes, y = np.unique(table[task.column].astype(str), return_inverse=True)
+        heads = (nearest_neighbors(len(y)), logistic_regression(y, table["patient"].to_numpy()))
+        for name, head in zip(HEADS, heads, strict=True):
+            probabilities = head.fit(learn[seen], y).predict_proba(test[held_out])
+            columns = {
+                "task": task.name,
+                "head": name,
+                "image_id": rows["file"].to_numpy(),
+                "patient_id": rows["patient"].to_numpy(),
+                "label": np.searchsorted(classes, rows[task.column].astype(str)),
+            }
+            yield pd.DataFrame(columns | {f"p_{number}": each for number, each in enumerate(probabilities.T)})
+
+    def on_real_slices(self, encoder: MammoDinoModel, drops_background: bool) -> dict[str, Any]:
+        """Return orderings of true neighbors, and the AUC of slices with a lesion box against those without, predicted
+        from other patients; empty without real slices."""
+        if self.real is None:
+            return {}
+        features, table = self.real.features(encoder, drops_background), self.real.table
+        lesion = table["X"].notna().to_numpy().astype(int)
+        folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(features, lesion, table["PatientID"])
+        head = nearest_neighbors(len(lesion) // 2)
+        predicted = cross_val_predict(head, features, lesion, cv=list(folds), method="predict_proba")
+        return {
+            "neighbors": self.real.orderings(features).to_dict("list"),
+            "lesion_auc": auc(lesion, predicted),
+            "num_slices": len(table),
+            "num_with_lesion": int(lesion.sum()),
+        }
+
+
 def whole_slices(paths: Sequence[Path], image_processor: MammoDinoImageProcessor, slices: int) -> list[Example]:
-    """So many evenly spaced slices of each file, all where it is 0; patches weigh as much as there is breast in them.
+    """Return so many evenly spaced slices of each file, 0: all; patches weigh as much as there is breast in them.
 
     Raises ValueError for a file that cannot be used: scores of other files are others.
     """
@@ -63,102 +139,95 @@ def whole_slices(paths: Sequence[Path], image_processor: MammoDinoImageProcessor
     ]
 
 
-@torch.inference_mode()
 def features_of(encoder: MammoDinoModel, examples: Sequence[Example], drops_background: bool) -> np.ndarray:
-    """(n, 3 * D) float32, a row a row of the table: class token, weighted mean of the patch tokens and their maximum
-    where the weight is not 0; the mean over its examples. An encoder sees background where it did in pretraining."""
-    features = []
-    for start in range(0, len(examples), BATCH_SIZE):
-        batch = examples[start : start + BATCH_SIZE]
-        pixel_values, tissue, weights = (
-            torch.from_numpy(np.stack(arrays))
-            for arrays in zip(*((each.pixel_values, each.tissue_mask, each.weights) for each in batch), strict=True)
-        )
-        tokens = encoder(pixel_values, tissue_mask=tissue if drops_background else None).last_hidden_state
-        registers = encoder.config.num_register_tokens
-        patches = tokens[:, 1 + registers :]  # (B, N, D)
-        highest = patches.masked_fill(weights.flatten(1)[:, :, None] == 0, -torch.inf).amax(dim=1)
-        features.append(torch.cat((pool_tokens(tokens, registers, weights), highest), dim=1).numpy())
-    return mean_of_rows(examples, np.concatenate(features))
+    """Return (n, 3 * D) float32, a row a row of the table, the mean over its examples.
+
+    A feature is the class token, the weighted mean of the patch tokens and their maximum where the weight is not 0.
+    drops_background: as in the encoder's pretraining.
+    """
+    seen = ("pixel_values", "weights", "tissue_mask") if drops_background else ("pixel_values", "weights")
+    keyed = ((each.row, {name: getattr(each, name) for name in seen}) for each in examples)
+    features = extract_features(encoder, keyed, pool="all", batch_size=BATCH_SIZE)
+    return mean_of_rows(examples, np.stack([row for _, row in features]))
 
 
 def mean_of_rows(examples: Sequence[Example], features: np.ndarray) -> np.ndarray:
-    """(n, D) float32 of (examples, D): the mean over the examples of each row."""
+    """Return (n, D) float32 of (examples, D): the mean over the examples of each row."""
     rows = np.array([each.row for each in examples])
     sums = np.zeros((rows.max() + 1, features.shape[1]))
     np.add.at(sums, rows, features.astype(np.float64))
     return (sums / np.bincount(rows)[:, None]).astype(np.float32)
 
 
+# Regions: each lesion in its box at its own slice, and like places of breasts that have none.
+
 WINDOW_FRACTION = 0.25  # of the canvas' height: side of what is seen around a box
 MIN_TISSUE_FRACTION = 0.9  # of the box in a breast without a lesion
 
 
-class Site(NamedTuple):
-    frame: int  # slice of the file
-    box: np.ndarray  # (4,) float: x0, y0, x1, y1 on the canvas
-
-
-def regions(table: pandas.DataFrame, folder: Path, image_processor: MammoDinoImageProcessor) -> list[Example]:
-    """One for each volume of a phantom's table. A breast without a lesion lends its place, size and slice from lesions
-    of other patients, in an order drawn once: the first at whose place it has tissue.
+def regions(table: pd.DataFrame, folder: Path, image_processor: MammoDinoImageProcessor) -> list[Example]:
+    """Return one for each volume of a phantom's table. A breast without a lesion gets place, size and slice from
+    lesions of other patients, in an order drawn once: the first at whose place it has tissue.
 
     Raises ValueError for a file that cannot be used.
     """
-    maker = LesionImageRenderer(image_processor)
+    renderer = LesionImageRenderer(image_processor)
     found: dict[int, Example] = {}
-    sites: list[Site] = []
-    with_lesion = np.flatnonzero(table["lesion"] == 1)
-    for row in map(int, with_lesion):
+    sites: list[tuple[int, np.ndarray]] = []  # slice of the file; box (4,) x0, y0, x1, y1 on the canvas
+    for row in map(int, np.flatnonzero(table["lesion"] == 1)):
         here = table.iloc[row]
-        image = _image(maker, folder / here["file"], int(here["lesion_slice"]))
-        box = here[["x0", "y0", "x1", "y1"]].to_numpy(float)
-        sites.append(Site(image.frame, image.placement.boxes(box)[0]))
-        found[row] = _window(row, maker, image, sites[-1].box)
+        image = _slice(renderer, folder / here["file"], int(here["lesion_slice"]))
+        sites.append((image.frame, image.placement.boxes(here[["x0", "y0", "x1", "y1"]].to_numpy(float))[0]))
+        found[row] = _window(row, renderer, image, sites[-1][1])
     rng = np.random.default_rng(0)
     for row in map(int, np.flatnonzero(table["lesion"] != 1)):
-        order = rng.permutation(len(sites))
-        image = _image(maker, folder / table["file"].iloc[row], sites[order[0]].frame)
-        windows = (_window(row, maker, image, sites[place].box) for place in order)
+        order = [sites[number] for number in rng.permutation(len(sites))]
+        image = _slice(renderer, folder / table["file"].iloc[row], order[0][0])
+        windows = (_window(row, renderer, image, box) for _, box in order)
         fit = (each for each in windows if np.average(each.tissue_mask, weights=each.weights) >= MIN_TISSUE_FRACTION)
-        found[row] = next(fit, None) or _window(row, maker, image, sites[order[0]].box)
+        found[row] = next(fit, None) or _window(row, renderer, image, order[0][1])
     return [found[row] for row in range(len(table))]
 
 
-def _image(maker: LesionImageRenderer, file: Path, frame: int) -> LesionImage:
+def _slice(renderer: LesionImageRenderer, file: Path, frame: int) -> LesionImage:
     try:
-        return next(maker(str(file), [frame]))
+        return next(renderer(str(file), [frame]))
     except (InvalidImageError, OSError) as refusal:
         raise ValueError(str(refusal)) from refusal
 
 
-def _window(row: int, maker: LesionImageRenderer, image: LesionImage, box: np.ndarray) -> Example:
-    """The window about a box, moved into the canvas where it reaches beyond; patches weigh as much of the box as they
-    hold."""
-    patch, (height, width) = maker.processor.patch_size, maker.canvas
+def _window(row: int, renderer: LesionImageRenderer, image: LesionImage, box: np.ndarray) -> Example:
+    """Return the window about a box, moved into the canvas where it reaches beyond; patches weigh as many pixels of
+    the box as they hold."""
+    patch, (height, width) = renderer.processor.patch_size, renderer.canvas
     x0, y0, x1, y1 = box
     grid = round(WINDOW_FRACTION * height / patch)
     # on the patch grid of the canvas, so that tissue is cut with the pixels
-    rows, columns = (
+    row_, column = (
         int(np.clip(round((low + high) / 2 / patch - grid / 2), 0, side // patch - grid))
         for low, high, side in ((y0, y1, height), (x0, x1, width))
     )
-    top, left = rows * patch, columns * patch
-    pixels = image.image[top : top + grid * patch, left : left + grid * patch]
+    top, left = row_ * patch, column * patch
     edges = np.arange(grid + 1) * patch
     inside = [
         np.clip(np.minimum(edges[1:], high - start) - np.maximum(edges[:-1], low - start), 0, None)
         for low, high, start in ((y0, y1, top), (x0, x1, left))
     ]
     weights = np.outer(*inside).astype(np.float32)
-    tissue = image.tissue[rows : rows + grid, columns : columns + grid]
-    return Example(row, standardize(pixels, *maker.processor.mean_and_std)[None], tissue, weights)
+    pixels = image.image[top : top + grid * patch, left : left + grid * patch]
+    tissue = image.tissue[row_ : row_ + grid, column : column + grid]
+    return Example(row, standardize(pixels, *renderer.processor.mean_and_std)[None], tissue, weights)
 
+
+# Neighbor consistency: are the features of two slices of one volume closer than those of slices of other patients, of
+# like density, so that density alone does not tell them apart?
 
 LIKE_DENSITY_FRACTION = 0.5  # of the slices of other patients, those of the nearest density
 
 
 class SlicePair(NamedTuple):
+    """Two slices of one volume."""
+
     a: int  # rows of the table
     b: int
     distance_slices: int
@@ -168,52 +237,53 @@ class RealSlices:
     """Single slices of BCS-DBT with a table: file, PatientID, StudyUID, View, Slice (empty where it is not known)."""
 
     def __init__(self, table: Path, images: Path, image_processor: MammoDinoImageProcessor):
-        self.table = pandas.read_csv(table)
+        self.table = pd.read_csv(table)
         self.slices = whole_slices([images / file for file in self.table["file"]], image_processor, 0)
         self.density = np.array([dense_fraction(each) for each in self.slices])
+        number = self.table["Slice"]
         self.pairs = [
-            SlicePair(int(a), int(b), int(abs(self.table["Slice"][a] - self.table["Slice"][b])))
+            SlicePair(int(a), int(b), int(abs(number[a] - number[b])))
             for _, rows in self.table.dropna(subset=["Slice"]).groupby(["PatientID", "StudyUID", "View"])
             for a, b in combinations(rows.index, 2)
-            if self.table["Slice"][a] != self.table["Slice"][b]  # two lesions of one slice are one image
+            if number[a] != number[b]  # two lesions of one slice are one image
         ]
 
     def features(self, encoder: MammoDinoModel, drops_background: bool) -> np.ndarray:
-        """(n, 2 * D) float32: class token and mean, as `mammodino embed` gives them; one patch sets a maximum."""
+        """Return (n, 2 * D) float32: class token and mean, as of `mammodino embed`; one patch sets a maximum."""
         return features_of(encoder, self.slices, drops_background)[:, : 2 * encoder.config.hidden_size]
 
     def others(self, row: int) -> np.ndarray:
-        """Rows of other patients, those half of them whose density is nearest."""
+        """Return the rows of other patients, those half of them whose density is nearest."""
         other = np.flatnonzero((self.table["PatientID"] != self.table["PatientID"][row]).to_numpy())
         order = np.argsort(np.abs(self.density[other] - self.density[row]), kind="stable")
         return other[order[: max(1, round(LIKE_DENSITY_FRACTION * len(other)))]]
 
-    def orderings(self, features: np.ndarray) -> pandas.DataFrame:
-        """A row a true pair: its distance in slices, its cosine similarity, the highest of a slice of another breast,
-        and the share of other slices that are less alike than the pair, seen from both ends. Features are centerd over
-        all slices first: else what all breasts share hides the rest."""
-        centerd = features - features.mean(axis=0)
-        unit = centerd / np.linalg.norm(centerd, axis=1, keepdims=True)
+    def orderings(self, features: np.ndarray) -> pd.DataFrame:
+        """Return a row a true pair: its distance in slices, its cosine similarity, the highest of a slice of another
+        breast, and the share of other slices that are less alike than the pair, seen from both ends. Features (n, F)
+        are centered over all slices first: else what all breasts share hides the rest."""
+        centered = features - features.mean(axis=0)
+        unit = centered / np.linalg.norm(centered, axis=1, keepdims=True)
         rows = []
         for a, b, distance in self.pairs:
             alike = float(unit[a] @ unit[b])
             other = np.concatenate([unit[self.others(end)] @ unit[end] for end in (a, b)])
             below = float(np.mean((other < alike) + 0.5 * (other == alike)))
             rows.append((self.table["PatientID"][a], distance, alike, float(other.max()), below))
-        return pandas.DataFrame(
-            rows, columns=["patient", "distance_slices", "similarity", "nearest_other", "ordering_auc"]
-        )
+        return pd.DataFrame(rows, columns=["patient", "distance_slices", "similarity", "nearest_other", "ordering_auc"])
 
 
 def dense_fraction(image: Example) -> float:
-    """A stand-in for density, which BCS-DBT does not give: the share of the breast's pixels that are brighter than half
-    way between its 5th and 95th percentile; our choice."""
+    """Return a stand-in for density, which BCS-DBT does not give: the share of the breast's pixels that are brighter
+    than half way between its 5th and 95th percentile; our choice."""
     patch = image.pixel_values.shape[-1] // image.tissue_mask.shape[-1]
     inside = np.kron(image.tissue_mask > 0.5, np.ones((patch, patch), bool))
     values = image.pixel_values[0][inside]
     low, high = np.percentile(values, [5, 95])
     return float(np.mean(values > (low + high) / 2))
 
+
+# Hand-crafted features, of which we chose the list; nothing here is learned.
 
 PERCENTILES = (1, 10, 50, 90, 99)
 SCALES_PX = (0.7, 1.4, 2.8, 5.6, 11.0)  # standard deviations of the Gaussians
@@ -223,11 +293,12 @@ MIN_WEIGHT = 0.3  # of the largest: patches that are the region
 
 
 def hand_crafted_features(examples: Sequence[Example]) -> np.ndarray:
-    """(n, 57) float32, a row a row of the table, the mean over its examples."""
-    return mean_of_rows(examples, np.array([list(_figures(each)) for each in examples]))
+    """Return (n, 57) float32, a row a row of the table, the mean over its examples: brightness in the region and around
+    it, differences of Gaussians, gradients along and across the radius, brightness by distance from the middle."""
+    return mean_of_rows(examples, np.array([list(_measurements(each)) for each in examples]))
 
 
-def _figures(example: Example) -> Iterator[float]:
+def _measurements(example: Example) -> Iterator[float]:
     image = example.pixel_values[0].astype(np.float32)
     patch = image.shape[0] // example.weights.shape[0]
     region = np.kron(example.weights > MIN_WEIGHT * example.weights.max(), np.ones((patch, patch), bool))
@@ -256,104 +327,3 @@ def _figures(example: Example) -> Iterator[float]:
         yield np.log((np.mean(across**2) + 1e-6) / (np.mean(along**2) + 1e-6))
     for ring in range(NUM_RINGS):
         yield image[(radius >= ring * RING_PX) & (radius < (ring + 1) * RING_PX)].mean()
-
-
-HEADS = ("knn", "linear")
-
-
-class StudyTask(NamedTuple):
-    name: str
-    column: str  # of the phantom's labels
-    seen: str  # "breast": slices of the whole volume, or "region": the lesion's own place
-    of_lesions: bool = False  # whether breasts without a lesion are left out
-    is_main: bool = True  # whether differences are shown
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        StudyTask("density", "density", "breast"),
-        StudyTask("lesion", "lesion", "region"),
-        StudyTask("cancer", "cancer", "region", of_lesions=True),
-        StudyTask("lesion_type", "lesion_type", "region", of_lesions=True),
-        StudyTask("lesion, whole breast", "lesion", "breast", is_main=False),
-        StudyTask("cancer, whole breast", "cancer", "breast", is_main=False),
-    )
-}
-COLUMNS = ["kind", "lesion_slice", "x0", "y0", "x1", "y1", *dict.fromkeys(task.column for task in TASKS.values())]
-
-
-class Evaluator:
-    """Reads and renders the images once; `predictions` and `on_real_slices` then take any encoder of the recipe.
-
-    Volumes count, their 2D views do not. Density is asked of whole breasts; of regions, lesion or none, and of lesions
-    malignant or benign and the type. Whole breasts are asked for lesion and cancer, too.
-    """
-
-    def __init__(
-        self,
-        learn: Path,
-        test: Path,
-        image_processor: MammoDinoImageProcessor,
-        slices_per_volume: int,
-        real_slices: Path | None,
-    ):
-        self.tables, self.examples = {}, {}
-        for part, labels in (("learn", learn), ("test", test)):
-            table = read_labels(labels, COLUMNS)
-            self.tables[part] = table = table[table["kind"] == "dbt"].reset_index(drop=True)
-            paths = [labels.parent / file for file in table["file"]]
-            self.examples[part, "breast"] = whole_slices(paths, image_processor, slices_per_volume)
-            self.examples[part, "region"] = regions(table, labels.parent, image_processor)
-        self.real = (
-            RealSlices(real_slices / "slices.csv", real_slices / "slices", image_processor) if real_slices else None
-        )
-
-    def predictions(self, features_of: Callable[[Sequence[Example]], np.ndarray]) -> pandas.DataFrame:
-        """A row a task, head and test volume: image_id, patient_id, label and p_0 .. p_3."""
-        features = {which: features_of(each) for which, each in self.examples.items()}
-        found = [
-            self._of_task(task, features["learn", task.seen], features["test", task.seen]) for task in TASKS.values()
-        ]
-        return pandas.concat([each for task in found for each in task], ignore_index=True)
-
-    def _of_task(self, task: StudyTask, learn: np.ndarray, test: np.ndarray) -> Iterator[pandas.DataFrame]:
-        seen, held_out = (self.tables[part]["lesion"].to_numpy() >= int(task.of_lesions) for part in ("learn", "test"))
-        table = self.tables["learn"][seen]
-        classes, y = np.unique(table[task.column].astype(str), return_inverse=True)
-        heads = {
-            "knn": nearest_neighbors(len(y)),
-            "linear": logistic_regression(y, table["patient"].to_numpy()),
-        }
-        rows = self.tables["test"][held_out]
-        for head in HEADS:
-            probabilities = heads[head].fit(learn[seen], y).predict_proba(test[held_out])
-            yield pandas.DataFrame(
-                {
-                    "task": task.name,
-                    "head": head,
-                    "image_id": rows["file"].to_numpy(),
-                    "patient_id": rows["patient"].to_numpy(),
-                    "label": np.searchsorted(classes, rows[task.column].astype(str)),
-                }
-                | {f"p_{number}": probabilities[:, number] for number in range(len(classes))}
-            )
-
-    def on_real_slices(self, encoder: MammoDinoModel, drops_background: bool) -> dict[str, Any]:
-        """Orderings of true neighbors, and AUC of slices with a lesion box against those without, each predicted from
-        other patients; few as they are."""
-        if self.real is None:
-            return {}
-        features, table = self.real.features(encoder, drops_background), self.real.table
-        lesion = table["X"].notna().to_numpy().astype(int)
-        patients = table["PatientID"].to_numpy()
-        folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(features, lesion, patients)
-        predicted = cross_val_predict(
-            nearest_neighbors(len(lesion) // 2), features, lesion, cv=list(folds), method="predict_proba"
-        )
-        return {
-            "neighbors": self.real.orderings(features).to_dict("list"),
-            "lesion_auc": auc(lesion, predicted),
-            "num_slices": len(table),
-            "num_with_lesion": int(lesion.sum()),
-        }
