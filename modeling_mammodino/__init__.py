@@ -4,15 +4,14 @@ Importing the package registers its classes with transformers' Auto classes.
 """
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+
+# from its module: the top-level name is a dummy on transformers 5.17 without torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_mammodino import MammoDinoConfig
 from .image_io import InvalidImageError
 from .image_processing_mammodino import MammoDinoImageProcessor
 from .modeling_mammodino import MammoDinoBackbone, MammoDinoForImageClassification, MammoDinoModel, pool_tokens
-
-# imported from its module: the top-level name is a dummy on transformers 5.17 without torchvision
-
 
 __version__ = "0.1.0"
 

@@ -131,19 +131,17 @@ class DicomFile:
     def pixel_data(self) -> Iterator[tuple[BinaryIO, int, str]]:
         """A stream at the first byte of the frames, and the length in bytes and the VR that the element states."""
         syntax = self.header.file_meta.TransferSyntaxUID
-        missing = self.refuse(
-            "no PixelData (7FE0,0010)", "give an image object; or the file is cut off, fetch it again"
-        )
+        missing = ("no PixelData (7FE0,0010)", "give an image object; or the file is cut off, fetch it again")
         if self.stored is None:
             if "PixelData" not in self.header:
-                raise missing
+                raise self.refuse(*missing)
             yield io.BytesIO(self.header.PixelData), len(self.header.PixelData), ""
             return
         with _opened(self.stored) as stream:
             stream.seek(self.pixels_at)
             endian = "<" if syntax.is_little_endian else ">"
             if stream.read(4) != struct.pack(f"{endian}HH", 0x7FE0, 0x0010):
-                raise missing
+                raise self.refuse(*missing)
             vr = "" if syntax.is_implicit_VR else stream.read(4)[:2].decode("latin-1")  # two reserved bytes follow
             (length,) = struct.unpack(f"{endian}L", stream.read(4))
             yield stream, length, vr
@@ -342,10 +340,10 @@ def _check_complete(opened: DicomFile, stream: BinaryIO, length: int, frame_byte
     """Refuse PixelData that lacks frames of the header; `frame_bytes` is None where it is encapsulated (PS3.5 A.4)."""
     start = stream.tell()
     end = stream.seek(0, io.SEEK_END)
-    truncated = opened.refuse("PixelData is truncated", "fetch the file again")
+    truncated = ("PixelData is truncated", "fetch the file again")
     if frame_bytes is not None:
         if min(length, end - start) < math.ceil(opened.num_frames * frame_bytes):
-            raise truncated
+            raise opened.refuse(*truncated)
         return
     stream.seek(start)
     fragments = -1  # the first item is the basic offset table
@@ -353,14 +351,14 @@ def _check_complete(opened: DicomFile, stream: BinaryIO, length: int, frame_byte
         fragments += 1
         after = stream.tell() + int.from_bytes(item[4:], "little")
         if after > end:
-            raise truncated
+            raise opened.refuse(*truncated)
         if fragments:
             head = stream.read(min(HEAD_BYTES, after - stream.tell()))
             if fault := fault_of_codestream(head, opened.header):
                 raise opened.refuse(*fault)
         stream.seek(after)
     if fragments < opened.num_frames:
-        raise truncated
+        raise opened.refuse(*truncated)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,9 @@
-"""The MammoDINO encoder: a ViT with registers in which background costs nothing."""
-# MERGED: Building blocks of the MammoDINO vision transformer.
-#
-# Parameter names are those of a Dinov2-with-registers checkpoint on disk (transformers writes these names in every
-# version), so that either implementation opens the other's weights. The blocks are self-contained because the in-memory
-# names of the native classes change between transformers versions.
-#
+"""The MammoDINO encoder: a ViT with registers in which background costs nothing.
+
+Parameter names are those of a Dinov2-with-registers checkpoint on disk (transformers writes these names in every
+version), so that either implementation opens the other's weights. The blocks are self-contained because the in-memory
+names of the native classes change between transformers versions.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ from .tissue_tokens import TissueTokens, select_tokens
 
 
 def as_pair(value) -> tuple[int, int]:
-    """An int or a pair of ints, as (height, width)."""
+    """Return an int or a pair of ints as (height, width)."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
@@ -72,7 +71,7 @@ class MammoDinoEmbeddings(nn.Module):
         self.interpolate_offset = config.interpolate_offset
 
     def interpolate_position_embeddings(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings (1, 1 + h*w, D) for a patch grid (h, w): bicubic in float32, as `config` says
+        """Interpolate the position embeddings (1, 1 + h*w, D) to a patch grid (h, w), bicubic in float32
         (facebookresearch/dinov2, dinov2/models/vision_transformer.py, interpolate_pos_encoding)."""
         if grid == self.stored_grid:
             return self.position_embeddings
@@ -185,7 +184,7 @@ class MammoDinoLayerScale(nn.Module):
         self.lambda1 = nn.Parameter(config.layerscale_value * torch.ones(config.hidden_size))
 
     def forward(self, update: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The scaled update, added to the residual in the same pass where one is given."""
+        """Scale the update, and add it to the residual in the same pass where one is given."""
         return update * self.lambda1 if residual is None else torch.addcmul(residual, update, self.lambda1)
 
 
@@ -264,7 +263,7 @@ class MammoDinoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """DINOv2's initialization (facebookresearch/dinov2, dinov2/models/vision_transformer.py)."""
+        """Initialize as DINOv2 does (facebookresearch/dinov2, dinov2/models/vision_transformer.py)."""
         super()._init_weights(module)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, mean=0.0, std=self.config.initializer_range)
@@ -343,7 +342,7 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
         tissue_mask: torch.Tensor | None,
         **kwargs,
     ) -> tuple[BaseModelOutput, TissueTokens | None]:
-        """The blocks' outputs, of the kept tokens alone where a selection is returned beside."""
+        """Run the blocks: their outputs, of the kept tokens alone where a selection is returned beside."""
         embeddings = self.embeddings(pixel_values, bool_masked_pos)  # (B, S, D)
         if tissue_mask is None:
             return self.encoder(embeddings, **kwargs), None
@@ -369,12 +368,12 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
 
 
 def restore(tokens: torch.Tensor, kept: TissueTokens | None) -> torch.Tensor:
-    """Kept tokens back in the dense shape (B, S, D), where some were dropped."""
+    """Put kept tokens back into the dense shape (B, S, D), where some were dropped."""
     return tokens if kept is None else kept.scatter(tokens)
 
 
 def restore_all(recorded: tuple | None, kept: TissueTokens | None) -> tuple | None:
-    """The same for recorded hidden states, of which a user may have asked for a few: the others are None."""
+    """Restore recorded hidden states, of which a user may have asked for a few: the others are None."""
     return recorded and tuple(states if states is None else restore(states, kept) for states in recorded)
 
 
@@ -384,7 +383,7 @@ def pool_tokens(
     tissue_mask: torch.Tensor | None = None,
     tissue_threshold: float = 0.0,
 ) -> torch.Tensor:
-    """The class token beside the mean of the patch tokens, weighted by tissue where a mask is given.
+    """Concatenate the class token and the mean of the patch tokens, weighted by tissue where a mask is given.
 
     last_hidden_state (B, 1 + R + N, D) -> (B, 2 * D). Patches that the encoder dropped have no weight; an image without
     any tissue gets the plain mean.

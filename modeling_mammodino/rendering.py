@@ -101,7 +101,7 @@ class RenderSettings(GraySettings):
 
 
 class Thumbnail(NamedTuple):
-    """A plane at a glance: everything that is estimated is estimated here, so that it does not depend on the output."""
+    """A reduced plane: everything is estimated on it, so that it does not depend on the output."""
 
     pixels: np.ndarray  # (h, w) float32, the longer side at most THUMBNAIL_PX
     source_shape: tuple[int, int]  # (H, W)
@@ -137,14 +137,14 @@ class Placement(NamedTuple):
     shift_y: float = 0.0
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes (n, 4) float, x0, y0, x1, y1, of the source as boxes of the image; they may reach beyond it."""
+        """Move boxes (n, 4) float, x0, y0, x1, y1, from the source into the image; they may reach beyond it."""
         x0, y0, x1, y1 = np.reshape(boxes, (-1, 4)).astype(np.float64).T
         x = np.sort((self.scale_x * x0 + self.shift_x, self.scale_x * x1 + self.shift_x), axis=0)
         y = np.sort((self.scale_y * y0 + self.shift_y, self.scale_y * y1 + self.shift_y), axis=0)
         return np.stack((x[0], y[0], x[1], y[1]), axis=1)
 
     def inverse(self) -> "Placement":
-        """From the image back to the source."""
+        """Return the way from the image back to the source."""
         return Placement(1 / self.scale_x, -self.shift_x / self.scale_x, 1 / self.scale_y, -self.shift_y / self.scale_y)
 
 
@@ -159,8 +159,9 @@ class Rendered(NamedTuple):
 
 
 def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue_finder) -> Thumbnail:
-    """The reduced plane (H, W) and the breast in it, or what else `tissue_finder` looks for."""
-    _require_cv2()
+    """Reduce a plane (H, W) and find the breast in it, or what else `tissue_finder` looks for."""
+    if cv2 is None:
+        raise ImportError("preparing images needs OpenCV: pip install opencv-python-headless")
     scale = THUMBNAIL_PX / max(plane.shape)
     pixels = _cv2_ready(plane)
     if scale < 1:
@@ -172,7 +173,7 @@ def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue
 
 
 def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, name: str = "image") -> RenderPlan:
-    """Plan for one image, or for a volume from a few of its slices.
+    """Plan one image, or a volume from a few of its slices.
 
     Raises InvalidImageError, naming `name`, where no breast is found, or where it was clipped to 8 bits earlier.
     Logs a warning where the mask is doubtful.
@@ -232,7 +233,7 @@ def render(
     fit: tuple[int, int],
     upscale: bool = True,
 ) -> Rendered:
-    """The image of one plane (H, W) and its breast mask, as large as `fit` = (height, width) allows at its aspect.
+    """Render one plane (H, W) and its breast mask, as large as `fit` = (height, width) allows at its aspect.
 
     small: the plane's thumbnail.
     """
@@ -315,11 +316,6 @@ def _cv2_ready(plane: np.ndarray) -> np.ndarray:
         finite = np.isfinite(values)
         values = np.where(finite, values, values.min(where=finite, initial=np.finfo(np.float32).max))
     return values
-
-
-def _require_cv2() -> None:
-    if cv2 is None:
-        raise ImportError("preparing images needs OpenCV: pip install opencv-python-headless")
 
 
 __all__ = [

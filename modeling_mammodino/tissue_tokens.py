@@ -1,4 +1,4 @@
-"""Background costs nothing: which tokens of a batch are encoded, and how images of unequal length share a batch.
+"""Which tokens of a batch are encoded, and how images of unequal length share a batch: background costs nothing.
 
 Three forms of one selection. Each gathers the kept tokens from the dense sequence (B, S, D), S = 1 + R + N, says what
 attention must know, and scatters them back with the rows of dropped tokens zero.
@@ -77,7 +77,7 @@ TissueTokens = PackedTokens | PaddedTokens | MaskedTokens
 def select_tokens(
     tissue_mask: torch.Tensor, threshold: float, num_prefix_tokens: int, pack: bool
 ) -> TissueTokens | None:
-    """The prefix (class token and registers) and the patches with more breast than `threshold`; None to keep all.
+    """Select the prefix (class token and registers) and patches with more breast than `threshold`; None to keep all.
 
     tissue_mask: (B, h, w) or (B, N), breast fraction of each patch or bool.
     """
@@ -95,6 +95,6 @@ def select_tokens(
 
 
 def key_mask(keep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # (B, T) bool -> (B, 1, 1, T)
-    """Added to the attention scores: ignored keys get the lowest number of `dtype`."""
+    """Make what is added to the attention scores: ignored keys get the lowest number of `dtype`."""
     bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
     return bias.masked_fill(~keep, torch.finfo(dtype).min)[:, None, None, :]
