@@ -1,6 +1,8 @@
 """Tiny pretraining runs: their options, recipe, batches, log and weights."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -51,6 +53,14 @@ def main(arguments: list[str]) -> None:
     """The command, as a process of its own would run it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     pretrain.main(arguments)
+
+
+def launch(processes: int, *arguments: str, module: str = "training.pretrain") -> str:
+    """The command by that many processes under torchrun on the CPU; what it prints."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run([*launcher, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def log(output: Path) -> list[dict]:

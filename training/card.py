@@ -59,9 +59,10 @@ def add_results(folder: Path, results_file: Path, dataset: str, model: str | Non
         reason = f"no field {error}; is it a file of training.probe?" if isinstance(error, KeyError) else error
         raise ValueError(f"{results_file}: {reason}") from error
     card.text = RESULTS_SECTION.sub(lambda _: f"\n{section}\n\n", card.text)
-    card.data.model_name, card.data.eval_results = "MammoDINO encoder", evaluations or None
+    data: Any = card.data
+    data.model_name, data.eval_results = "MammoDINO encoder", evaluations or None
     if not evaluations:
-        del card.data.model_name
+        del data.model_name
     with atomic_file(card_file) as temporary:
         card.save(temporary)
 

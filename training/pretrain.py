@@ -123,7 +123,8 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     if run.gradient_checkpointing:
         student.backbone.gradient_checkpointing_enable()
     if run.torch_compile:
-        compile_blocks(student), compile_blocks(teacher)
+        for network in (student, teacher):
+            compile_blocks(network)
     wrapped = student if run.fsdp else accelerator.prepare(student)
 
     slice_pairs = recipe.loss.adjacent_slice_weight > 0 or recipe.loss.adjacent_patch_weight > 0

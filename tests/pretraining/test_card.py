@@ -135,6 +135,7 @@ def test_the_nearest_recipe_is_named():
     assert recipe_name(load_recipe(["mammodino", *places, "--seed", "3"])) == "`mammodino`, but for `seed`"
 
 
+@pytest.mark.slow
 def test_the_snippet_of_the_card_runs_as_written_without_the_package(copy, phantom_archive, tmp_path):
     """In a fresh process, in the model's folder, beside a DICOM volume by the name that the snippet gives it."""
     snippet = re.search(r"```python\n(.*?)```", (copy / "README.md").read_text(), re.DOTALL).group(1)

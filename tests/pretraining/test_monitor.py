@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,7 +11,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from pretrain_runs import ROOT, TINY, log, recipe, train
+from pretrain_runs import TINY, launch, log, recipe, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset_scripts.corpus.reader import Corpus
@@ -21,8 +19,7 @@ from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDi
 from training import features
 from training.pretraining.export import published_recipe
 from training.pretraining.feature_images import corpus_images, draw_features, feature_colors
-from training.pretraining.knn_probe import KnnProbe
-from training.pretraining.monitoring import CollapseWatch, feature_rank, read_warnings, target_statistics
+from training.pretraining.monitoring import CollapseWatch, KnnProbe, feature_rank, read_warnings, target_statistics
 from training.pretraining.recipe import load_recipe
 
 
@@ -161,7 +158,7 @@ def test_knn_finds_what_images_show_and_nothing_that_they_do_not(tmp_path, monke
     assert all(not set(probe.patients[a]) & set(probe.patients[b]) for a, b in probe.folds)
     score = probe.auc(encoder)
     assert score > 0.95 and 0.3 < KnnProbe(tmp_path / "labels.csv", "drawn", processor).auc(encoder) < 0.7
-    monkeypatch.setattr("training.pretraining.knn_probe.MAX_CACHE_BYTES", 0)
+    monkeypatch.setattr("training.pretraining.monitoring.MAX_CACHE_BYTES", 0)
     streamed = KnnProbe(tmp_path / "labels.csv", "bright", processor)
     assert not isinstance(streamed.images, list) and streamed.auc(encoder) == pytest.approx(score)
 
@@ -258,17 +255,15 @@ def test_features_of_files_are_drawn_by_command(encoder, phantom_archive, tmp_pa
         features.main(["gone.png", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "no.png")])
 
 
+@pytest.mark.slow
 def test_the_log_of_two_processes_is_their_mean(phantom_corpus, tmp_path):
     """The same samples alone and shared by two: the same crops, so the same breast in them, and the same first loss."""
     lines = {}
     for processes, batch_size in ((1, 8), (2, 4)):
         output = tmp_path / str(processes)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*launcher, "-m", "training.pretrain", "demo", "--corpus", str(phantom_corpus), "--output_dir",
-                   str(output), *TINY, "--max_steps", "1", "--per_device_train_batch_size", str(batch_size),
-                   "--drop_path_rate", "0", "--teacher_targets", "centering"]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        arguments = ["demo", "--corpus", str(phantom_corpus), "--output_dir", str(output), *TINY, "--max_steps", "1"]
+        arguments += ["--per_device_train_batch_size", str(batch_size), "--drop_path_rate", "0"]
+        launch(processes, *arguments, "--teacher_targets", "centering")
         lines[processes] = json.loads((output / "logs" / "log.jsonl").read_text())
     for name in ("tissue_in_crops", "loss_dino_global", "target_entropy", "prototype_entropy", "feature_rank"):
         assert lines[2][name] == pytest.approx(lines[1][name], rel=2e-3), name

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_breast
-from pretrain_runs import ROOT, TINY, log, main, recipe, train, weights
+from pretrain_runs import ROOT, TINY, launch, log, main, recipe, train, weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -74,6 +74,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(run, phantom_corpus, tmp_path):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(run, phantom_corpus, tmp_path):
     """SIGKILL right after a checkpoint: the process dies without a word, and the same command finishes the run."""
     command = [sys.executable, "-m", "training.pretrain", "demo", "--corpus", str(phantom_corpus), "--output_dir",
@@ -150,6 +151,7 @@ def test_processes_share_out_the_same_samples():
     assert alone == shared and alone[0] == list(range(8, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", [["--tissue_aware_crops", "false", "--tissue_aware_masks", "false"],
                                     ["--adjacent_slice_weight", "0", "--adjacent_patch_weight", "0"],
                                     ["--tissue_tokens", "true"], ["--teacher_targets", "centering"],
@@ -161,6 +163,7 @@ def test_every_part_can_be_switched(phantom_corpus, tmp_path, switch):
     assert np.isfinite(log(tmp_path)[-1]["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_starts(run, phantom_corpus, tmp_path, name):
     """Two steps of each, all its own but the sizes."""
@@ -175,6 +178,7 @@ def test_every_shipped_recipe_starts(run, phantom_corpus, tmp_path, name):
     assert [line["step"] for line in log(tmp_path)] == [1, 2] and np.isfinite(log(tmp_path)[-1]["loss"])
 
 
+@pytest.mark.slow
 def test_the_export_opens_where_the_package_is_not_installed(run, tmp_path):
     """A fresh process, far from the checkout, with nothing of the package on its path."""
     cv2.imwrite(str(tmp_path / "breast.png"), draw_breast())
@@ -227,15 +231,11 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
 
 
 def two_processes(corpus: Path, output: Path, *arguments: str) -> str:
-    """Runs the command under torchrun on the CPU; what it prints."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "training.pretrain", "demo", "--corpus", str(corpus), "--output_dir", str(output),
-               *TINY, "--per_device_train_batch_size", "4", *arguments]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    where = ["--corpus", str(corpus), "--output_dir", str(output)]
+    return launch(2, "demo", *where, *TINY, "--per_device_train_batch_size", "4", *arguments)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(phantom_corpus, tmp_path):
     """torchrun on the CPU: one log, one checkpoint, and both halves of each batch trained on."""
     said = two_processes(phantom_corpus, tmp_path, "--max_steps", "2")
@@ -243,6 +243,7 @@ def test_two_processes_are_one_run(phantom_corpus, tmp_path):
     assert said.count("encoder:") == 1 and [each.name for each in list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_sharded_is_the_same_run(phantom_corpus, tmp_path):
     """FSDP2 over two processes against DDP over two, and a checkpoint of one goes on as the other."""
     steps = ["--max_steps", "4", "--save_steps", "2", "--gradient_accumulation_steps", "2"]

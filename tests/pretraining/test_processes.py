@@ -1,7 +1,5 @@
 """One process against two: the same samples, the same targets, losses and gradients, and the same run."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from pretrain_runs import ROOT, TINY, log
+from pretrain_runs import TINY, launch, log
 
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
 from training.pretraining.losses.koleo import koleo_loss
@@ -83,6 +81,7 @@ def alone() -> dict:
     return results({name: slice(None) for name in SPLITS})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_targets_do_not_depend_on_how_samples_are_spread(shared, alone, split):
     """Sinkhorn-Knopp and centering balance over all processes, also where one holds nothing."""
@@ -95,6 +94,7 @@ def test_targets_do_not_depend_on_how_samples_are_spread(shared, alone, split):
     assert not torch.allclose(sinkhorn_knopp(LOGITS[:6], 0.1), alone[key]["sinkhorn"][:6], rtol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [*(f"slices, {split}" for split in SPLITS), "koleo, False", "koleo, True"])
 def test_losses_and_gradients_average_to_those_of_the_whole_batch(shared, alone, key):
     """The mean over processes, as DistributedDataParallel averages gradients, is what one process finds."""
@@ -116,18 +116,17 @@ def one_and_two(request, phantom_corpus, tmp_path_factory) -> dict[int, tuple[li
     runs, options = {}, OPTIONS if request.param == "with every option" else []
     for processes in (1, NUM_PROCESSES):
         folder = tmp_path_factory.mktemp(f"by_{processes}")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, "-m", "tests.recorded_run", str(folder), "demo", "--corpus",
-                   str(phantom_corpus), "--output_dir", str(folder / "run"), *TINY, "--drop_path_rate", "0",
-                   "--max_steps", str(STEPS[request.param]), "--adjacent_patch_weight", "0.5", "--koleo_weight", "0.1",
-                   "--per_device_train_batch_size", str(8 // processes), *options]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = [str(folder), "demo", "--corpus", str(phantom_corpus), "--output_dir", str(folder / "run"), *TINY,
+                     "--drop_path_rate", "0", "--max_steps", str(STEPS[request.param]), "--adjacent_patch_weight",
+                     "0.5", "--koleo_weight", "0.1", "--per_device_train_batch_size", str(8 // processes),
+                     *options]  # fmt: skip
+        launch(processes, *arguments, module="tests.recorded_run")
         recorded = [torch.load(folder / f"{process}.pt") for process in range(processes)]
         runs[processes] = (recorded, log(folder / "run"))
     return runs
 
 
+@pytest.mark.slow
 def test_two_processes_see_the_samples_of_one(one_and_two):
     (alone,), _ = one_and_two[1]
     shared, _ = one_and_two[NUM_PROCESSES]
@@ -143,6 +142,7 @@ def test_two_processes_see_the_samples_of_one(one_and_two):
     assert any(len(a["slice_tissue"]) != len(b["slice_tissue"]) for a, b in zip(*shared, strict=True))  # it is tried
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(one_and_two):
     """To 1e-4 over twenty steps: every loss, so every gradient before it; and the log says so."""
     (alone,), alone_log = one_and_two[1]

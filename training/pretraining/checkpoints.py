@@ -44,8 +44,11 @@ def save_checkpoint(
     Every process calls it, for sharded tensors are gathered, and the main one writes. Raises OSError where it cannot.
     """
     final = directory / f"checkpoint-{step}"
-    files = {name: get_model_state_dict(module, options=WHOLE) for name, module in modules.items()}
-    files["optimizer"] = _flatten(get_optimizer_state_dict(modules["student"], optimizer, options=WHOLE))
+    student: Any = modules["student"]
+    files: dict[str, dict[str, Any]] = {
+        name: get_model_state_dict(module, options=WHOLE) for name, module in modules.items()
+    }
+    files["optimizer"] = _flatten(get_optimizer_state_dict(student, optimizer, options=WHOLE))
     if not is_main:
         return final
     try:
@@ -53,7 +56,7 @@ def save_checkpoint(
             for name, tensors in files.items():
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
             recipe.save(folder / RECIPE_FILE)
-            modules["student"].backbone.config.to_json_file(folder / CONFIG_FILE)
+            student.backbone.config.to_json_file(folder / CONFIG_FILE)
             (folder / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -64,11 +67,17 @@ def save_checkpoint(
     return final
 
 
+def load_module(module: nn.Module, file: Path) -> None:
+    """Load a module's tensors in place, sharded or not."""
+    tensors: dict[str, Any] = load_file(file)
+    set_model_state_dict(module, tensors, options=WHOLE)
+
+
 def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> int:
     """Load into modules and optimizer in place, sharded or not; return the number of finished steps."""
     try:
         for name, module in modules.items():
-            set_model_state_dict(module, load_file(path / f"{name}.safetensors"), options=WHOLE)
+            load_module(module, path / f"{name}.safetensors")
         state: dict[str, Any] = get_optimizer_state_dict(modules["student"], optimizer)  # for its groups
         state["state"] = _unflatten(load_file(path / "optimizer.safetensors"))
         set_optimizer_state_dict(modules["student"], optimizer, state, options=WHOLE)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel, __version__
+from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.files import atomic_folder
 from modeling_mammodino.tools.publish import LOCAL_RECIPE_FIELDS
 
@@ -70,6 +71,7 @@ def write_card(
 ) -> None:
     """Fill in model_cards/template.md."""
     manifest, config, size = corpus.manifest, model.config, image_processor.size
+    patch_height, patch_width = as_pair(config.patch_size)
     settings = image_processor.to_dict()
     for name in ("auto_map", "image_processor_type"):
         settings.pop(name, None)
@@ -87,7 +89,7 @@ def write_card(
         num_attention_heads=config.num_attention_heads,
         num_register_tokens=config.num_register_tokens,
         patch_size=config.patch_size,
-        num_patches=(size["height"] // config.patch_size) * (size["width"] // config.patch_size),
+        num_patches=(size["height"] // patch_height) * (size["width"] // patch_width),
         num_parameters=f"{model.num_parameters() / 1e6:.2f} M",
         canvas=f"{size['height']} x {size['width']}",
         num_images=manifest["rows"],

@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
+from transformers import PreTrainedModel
 
 from dataset_scripts.corpus.reader import Corpus
-from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.rendering import place_on_canvas
 from modeling_mammodino.tools.visualize import draw_sheet
 
@@ -22,8 +23,8 @@ NOTICE = "colors: first 3 principal components of patch features, no diagnosis. 
 def corpus_images(
     corpus: Corpus, image_processor: MammoDinoImageProcessor, count: int = NUM_IMAGES
 ) -> dict[str, torch.Tensor]:
-    """What the encoder takes of a few images of a corpus, always the same: the middle slices of volumes spread evenly
-    over it. `pixel_values` (n, 1, H, W), `tissue_mask` (n, h, w)."""
+    """Return what the encoder takes of a few images of a corpus, always the same: the middle slices of volumes spread
+    evenly over it. `pixel_values` (n, 1, H, W), `tissue_mask` (n, h, w)."""
     settings = image_processor.render_settings
     height, width = settings.canvas
     pixel_values, tissue_mask = [], []
@@ -44,11 +45,9 @@ def corpus_images(
 
 
 @torch.inference_mode()
-def feature_colors(
-    model: MammoDinoModel, pixel_values: torch.Tensor, tissue_mask: torch.Tensor
-) -> np.ndarray:  # (n, 1, H, W), (n, h, w)
-    """(n, h, w, 3) float in 0..1: the components of each breast patch, each from its 1st to its 99th percentile;
-    background black."""
+def feature_colors(model: PreTrainedModel, pixel_values: torch.Tensor, tissue_mask: torch.Tensor) -> np.ndarray:
+    """Return (n, h, w, 3) float in 0..1: the components of each breast patch, each from its 1st to its 99th percentile;
+    background black. pixel_values (n, 1, H, W), tissue_mask (n, h, w)."""
     sequences = [  # one at a time: a canvas can be large
         model(pixels[None].to(model.device, model.dtype), tissue_mask=tissue[None].to(model.device)).last_hidden_state
         for pixels, tissue in zip(pixel_values, tissue_mask, strict=True)
@@ -65,9 +64,9 @@ def feature_colors(
 
 
 def draw_features(
-    model: MammoDinoModel, pixel_values: torch.Tensor, tissue_mask: torch.Tensor, title: str
+    model: PreTrainedModel, pixel_values: torch.Tensor, tissue_mask: torch.Tensor, title: str
 ) -> np.ndarray:
-    """Each image beside its features' colors, under a line that says what they are: (H, W, 3) uint8 RGB."""
+    """Draw each image beside its features' colors, under a line that says what they are: (H, W, 3) uint8 RGB."""
     pairs = []
     for image, colors in zip(
         pixel_values[:, 0].cpu().numpy(), feature_colors(model, pixel_values, tissue_mask), strict=True

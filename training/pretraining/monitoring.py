@@ -22,16 +22,21 @@ import cv2
 import numpy as np
 import torch
 from accelerate import Accelerator
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from tqdm import tqdm
 
 from dataset_scripts.corpus.reader import Corpus
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino.tools.features import RenderedSlice, SliceReader, extract_features, read_files
 from modeling_mammodino.tools.visualize import write_png
+from training.evaluation.classifiers import nearest_neighbors
+from training.evaluation.labels import read_labels
+from training.evaluation.metrics import auc
 
 from .checkpoints import LOG_FILE, WARNINGS_FILE
 from .compute import matmul_peak, step_flops
 from .export import image_processor, published_recipe
 from .feature_images import corpus_images, draw_features
-from .knn_probe import KnnProbe
 from .networks import Network
 from .recipe import Recipe
 from .views.sample import Batch
@@ -40,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 PROJECT = "mammodino"  # by which trackers know the runs
 NUM_RANKED = 1024  # rows of which the rank is taken: singular values of more take seconds
+MAX_CACHE_BYTES = 2 * 2**30  # images of a k-NN kept in memory; of a larger set they are read and rendered each time
+MAX_FOLDS, KNN_BATCH_SIZE = 5, 8
 PATIENCE_FRACTION = 0.05  # of a run, for signs of collapse that a fresh network shows, too
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products, by Accelerate's name
 
@@ -138,6 +145,13 @@ class CollapseWatch:
         return messages
 
 
+def append_line(file: Path, record: dict[str, Any]) -> None:
+    """Append a record to a file of JSON lines, which is made where it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
 def read_warnings(output_dir: Path) -> list[dict[str, Any]]:
     """Return what a run warned of, `{"step": int, "warning": str}` each, oldest first; empty where it never did."""
     file = output_dir / WARNINGS_FILE
@@ -179,6 +193,56 @@ def log_image(accelerator: Accelerator, name: str, image: np.ndarray, step: int)
             tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
 
 
+class KnnProbe:
+    """k-NN on the labeled files of one task: whether features become useful, long before the losses say so. A volume is
+    its middle slice.
+
+    labels: CSV with the columns `file` (relative to it), `patient` and the task; rows without a label are left out.
+    Raises ValueError for what cannot be used, a file included: a curve of other files is another curve.
+    """
+
+    def __init__(self, labels: Path, task: str, image_processor: MammoDinoImageProcessor):
+        if not labels.is_file():
+            raise ValueError(f"knn_labels={labels}: no such file; give a CSV with the columns file, patient, {task}")
+        table = read_labels(labels, [task])
+        table = table[table[task].notna()]
+        paths = [labels.parent / file for file in table["file"]]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise ValueError(f"knn_labels={labels}: {len(missing)} of its files do not exist, {missing[0]} first")
+        self.labels, self.patients = labels, table["patient"].to_numpy()
+        classes, self.y = np.unique(table[task].astype(str), return_inverse=True)
+        num_patients = [len(set(self.patients[self.y == number])) for number in range(len(classes))]
+        if len(classes) < 2 or min(num_patients) < 2:
+            raise ValueError(
+                f"knn_task={task}: {labels} has {dict(zip(classes.tolist(), num_patients, strict=True))} patients of "
+                "each class; at least two classes are needed, with two patients each"
+            )
+        folds = StratifiedGroupKFold(min(MAX_FOLDS, *num_patients), shuffle=True, random_state=0)
+        self.folds = list(folds.split(self.y, self.y, self.patients))
+        self.paths, self.reader = paths, SliceReader(image_processor, slices_per_volume=1)
+        fits = 4 * len(paths) * image_processor.size["height"] * image_processor.size["width"] <= MAX_CACHE_BYTES
+        self.images = list(self._images()) if fits else None
+        if not fits:  # all are read once, so that a bad file is refused now
+            for _ in self._images():
+                pass
+
+    def auc(self, encoder: MammoDinoModel) -> float:
+        """Return the AUC over all files, each predicted from other patients' files; of several classes the macro
+        mean."""
+        images = self._images() if self.images is None else self.images
+        keyed = ((None, image.inputs) for image in images)
+        rows: list[Any] = [row for _, row in extract_features(encoder, keyed, pool="both", batch_size=KNN_BATCH_SIZE)]
+        classifier = nearest_neighbors(min(len(learn) for learn, _ in self.folds))
+        probabilities = cross_val_predict(classifier, np.stack(rows), self.y, cv=self.folds, method="predict_proba")
+        return auc(self.y, probabilities)
+
+    def _images(self) -> Iterator[RenderedSlice]:
+        for images in read_files(self.paths, self.reader):
+            if isinstance(images, str):
+                raise ValueError(f"knn_labels={self.labels}: {images}; take that row out")
+            yield from images
+
+
 class Monitor:
     """Meters of one process.
 
@@ -199,7 +263,7 @@ class Monitor:
         self.first_step, self.global_batch_size = first_step, global_batch_size
         self.is_main = accelerator.is_main_process
         self.watch = CollapseWatch(round(PATIENCE_FRACTION * run.max_steps))
-        self.knn = self.images = self.lines = None
+        self.knn = self.images = None
         if self.is_main:
             if run.knn_steps:
                 self.knn = KnnProbe(Path(run.knn_labels), run.knn_task, image_processor(corpus, recipe))
@@ -209,9 +273,6 @@ class Monitor:
                 )
             elif run.visualization_steps:
                 self.images = corpus_images(corpus, image_processor(corpus, recipe))
-            log_file = Path(run.output_dir) / LOG_FILE
-            log_file.parent.mkdir(parents=True, exist_ok=True)
-            self.lines = log_file.open("a")
         start_tracker(accelerator, recipe)
         dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
         peak = torch.tensor([matmul_peak(accelerator.device, dtype) / 1e12], device=accelerator.device)
@@ -291,28 +352,22 @@ class Monitor:
             with torch.compiler.set_stance("force_eager"):
                 image = draw_features(self.encoder, **self.images, title=f"step {step}")
             folder = Path(self.run.output_dir) / "images"
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_png(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), folder / f"step-{step:06d}.png")
             log_image(self.accelerator, "features", image, step)
         return found
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self.lines.write(json.dumps({"step": step, **values}) + "\n")
-        self.lines.flush()
+        append_line(Path(self.run.output_dir) / LOG_FILE, {"step": step, **values})
         self.accelerator.log(values, step=step)
 
     def warn(self, step: int, message: str) -> None:
         """Log a warning, and append it to the run's WARNINGS_FILE, which `read_warnings` reads."""
         logger.warning("step %d: %s", step, message)
-        file = Path(self.run.output_dir) / WARNINGS_FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as stream:
-            stream.write(json.dumps({"step": step, "warning": message}) + "\n")
+        append_line(Path(self.run.output_dir) / WARNINGS_FILE, {"step": step, "warning": message})
 
     def close(self) -> None:
         self.progress.close()
-        if self.lines:
-            self.lines.close()
 
 
 def tissue_shares(batch: Batch) -> dict[str, float]:

@@ -8,14 +8,12 @@ import copy
 import logging
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrizations import weight_norm
@@ -25,7 +23,7 @@ from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.convert import load_encoder, rebuild
 from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch
 
-from .checkpoints import CONFIG_FILE, RECIPE_FILE, WHOLE
+from .checkpoints import CONFIG_FILE, RECIPE_FILE, load_module
 from .recipe import ModelRecipe, Recipe
 
 logger = logging.getLogger(__name__)
@@ -214,12 +212,13 @@ def load_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | Non
     if fresh:
         logger.info("init_from=%s has %d register tokens: %d fresh", model.init_from, config.num_register_tokens, fresh)
     registers = [encoder.embeddings.register_tokens, 1e-6 * torch.randn(1, fresh, config.hidden_size)]  # DINOv2's start
-    return rebuild(
+    model_with_registers = rebuild(
         encoder,
         {"embeddings.register_tokens": torch.cat(registers, dim=1).detach()},
         num_register_tokens=model.num_register_tokens,
         drop_path_rate=model.drop_path_rate,
     )
+    return cast(MammoDinoModel, model_with_registers)
 
 
 def former_config(recipe: Recipe) -> MammoDinoConfig:
@@ -250,7 +249,7 @@ def load_former_run(recipe: Recipe, modules: dict[str, nn.Module]) -> None:
     folder = Path(recipe.model.init_from_checkpoint)
     try:
         for name in ("student", "teacher", "targets"):
-            set_model_state_dict(modules[name], load_file(folder / f"{name}.safetensors"), options=WHOLE)
+            load_module(modules[name], folder / f"{name}.safetensors")
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"init_from_checkpoint={folder}: cannot be read ({error}); give another checkpoint") from error
 
@@ -311,7 +310,7 @@ class GramTeacher(nn.Module):
         return batch["global_tissue"].flatten(1) > 0 if self.keeps_to_tissue else None
 
 
-def resize_patches(patches: torch.Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> torch.Tensor:
+def resize_patches(patches: torch.Tensor, grid: tuple[int, ...], wanted: tuple[int, ...]) -> torch.Tensor:
     """Resize features (n, h*w, D) of a patch grid (h, w) to another, (n, h'*w', D): bicubic, float32. Dropped patches
     are zero, which changes the length of what they are mixed into, not its direction."""
     if grid == wanted:

@@ -175,7 +175,7 @@ class Recipe:
         path.write_text(yaml.safe_dump(self.flat(), sort_keys=False))
 
 
-SECTIONS = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerRecipe, RunRecipe)
+SECTIONS: tuple[Any, ...] = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerRecipe, RunRecipe)
 # what may change between the parts of one run: it alters where and how fast, never what is computed
 MAY_CHANGE_ON_RESUME = {
     "corpus", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",

@@ -40,7 +40,7 @@ class VolumeOrder:
     them are seen equally often. Raises ValueError naming the kind that the corpus lacks.
     """
 
-    def __init__(self, seed: int, kinds: Sequence[str], weights: Mapping[str, float]):
+    def __init__(self, seed: int, kinds: Sequence[str] | np.ndarray, weights: Mapping[str, float]):
         present = np.asarray(kinds)
         if lacking := sorted(set(weights) - set(present.tolist())):
             found = ", ".join(sorted(set(present.tolist())))
