@@ -15,8 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 
-from dataset_scripts.corpus.archive import local_corpus
-from dataset_scripts.corpus.reader import Corpus
+from dataset_scripts.corpus.reader import Corpus, local_corpus
 from modeling_mammodino.tools.command import command_line
 from training.pretraining import checkpoints
 from training.pretraining.checkpoints import FiniteWatch

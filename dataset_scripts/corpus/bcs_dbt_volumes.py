@@ -40,7 +40,7 @@ class View(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "View | None":
-        """Of the collection's notation: lcc, rmlo, and with the number of a repeated view lcc2, rmlo1."""
+        """Parse the collection's notation: lcc, rmlo, and with the number of a repeated view lcc2, rmlo1."""
         found = re.fullmatch(r"([lr])(cc|mlo)\d*", text.strip().lower())
         return cls(found[1].upper(), found[2].upper()) if found else None
 
@@ -61,7 +61,7 @@ class BcsDbtViews:
 
     @classmethod
     def from_csv(cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> "BcsDbtViews":
-        """From one or more BCS-DBT-file-paths-*.csv. Raises ValueError naming file, line, column and remedy."""
+        """Read one or more BCS-DBT-file-paths-*.csv. Raises ValueError naming file, line, column and remedy."""
         by_series: dict[str, View | None] = {}
         by_path: dict[tuple[str, ...], View] = {}
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -82,7 +82,7 @@ class BcsDbtViews:
         return cls(by_series, by_path)
 
     def view_of(self, source: Any) -> View | None:
-        """Of a path, ImageFile or pydicom Dataset: by its SeriesInstanceUID, else by its path; None if not listed."""
+        """Return the view of a path, ImageFile or Dataset, by SeriesInstanceUID, else by path; None if not listed."""
         try:
             series = identifier(open_dicom(source).header, "SeriesInstanceUID")
         except InvalidImageError:  # no DICOM file; who reads it says so
@@ -90,13 +90,13 @@ class BcsDbtViews:
         if found := self.by_series.get(series):
             return found
         if isinstance(source, ImageFile):
-            path = source.identity or source.name
-        else:
-            path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "filename", None) or ""
-        return self.by_path.get(_parts(str(path))[-PATH_PARTS:])
+            source = source.identity or source.name
+        elif not isinstance(source, (str, os.PathLike)):
+            source = getattr(source, "filename", None) or ""
+        return self.by_path.get(_parts(str(source))[-PATH_PARTS:])
 
     def correction(self, source: Any) -> Callable[[Mammogram], Mammogram]:
-        """What sets laterality, view and orientation of each slice of `source` right; one call a volume, counted.
+        """Return what corrects laterality, view and orientation of each slice of `source`; one call a volume, counted.
 
         Reads the header and, of a listed volume, the first frame; of a list of files, those of the first. Raises
         InvalidImageError as `iter_slices` does where a listed volume cannot be read.
@@ -114,12 +114,12 @@ class BcsDbtViews:
         return partial(_corrected, view=view, turn=turn)
 
     def correct(self, source: Any, slices: Iterable[Mammogram]) -> Iterator[Mammogram]:
-        """`slices` of `source`, corrected, one at a time."""
+        """Correct the `slices` of `source`, one at a time."""
         return map(self.correction(source), slices)
 
 
 def image_side(pixels: np.ndarray) -> str:
-    """ "R" where the right edge column of (H, W) pixels, brighter is denser, has the larger sum, else "L"."""
+    """Return "R" where the right edge column of (H, W) pixels, brighter is denser, has the larger sum, else "L"."""
     left, right = (pixels[:, column].sum(dtype=np.float64) for column in (0, -1))
     return "R" if left < right else "L"
 
@@ -134,7 +134,7 @@ def _corrected(mammogram: Mammogram, view: View, turn: bool) -> Mammogram:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and row, each with all COLUMNS."""
+    """Yield line number and row, each with all COLUMNS."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)

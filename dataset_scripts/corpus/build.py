@@ -4,19 +4,19 @@
 
 SOURCE is a folder, a file or any fsspec address. The images are made by the image processor's own steps, so that
 pretraining and inference see the same thing. A file that cannot be used is refused with its reason and the rest is
-built. Shards are whole or absent; the same command goes on after a stop. What names files stays in DIR.private.
+built. Shards are written atomically; the same command goes on after a stop. What names files stays in DIR.private.
 """
-# MERGED: The end of a build: what makes a folder of shards a corpus, and the private list of what was refused.
 
 import argparse
 import csv
 import json
 import logging
 import os
+import secrets
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +27,219 @@ import modeling_mammodino
 from modeling_mammodino.breast_segmentation import TISSUE_FINDERS
 from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.files import atomic_file, write_json
 
-from .archive import ArchiveFile, absolute, list_archive
-from .engine import (
-    ENGINES,
+from .engine import ENGINES, Stage, parse_arguments, run_stages
+from .plan import (
     HASH_KEY_VARIABLE,
-    README,
+    ArchiveFile,
     Job,
-    Stage,
-    parse_arguments,
-    provide_hash_key,
+    MakePlan,
+    ReadHeaders,
+    list_archive,
+    read_hash_key,
     read_lines,
-    run_stages,
-    write_json,
     write_lines,
 )
-from .plan import MakePlan, ReadHeaders
 from .reader import FEATURES, MANIFEST, TISSUE_CELL_PX
 from .shards import RenderShards
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_SHARD = 1000  # some 200 MB
+TASKS = 64
+SHORT_KEY_BYTES = 16
+SETTINGS = ("tissue_", "do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std")
+README = """\
+This folder names files of an archive, and so perhaps patients: do not share it. From it a stopped build of the corpus
+beside it goes on. refused.csv says which files were left out, and why. Once the corpus is complete, nothing else in
+here is needed.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dataset_scripts.corpus", description=__doc__.splitlines()[0])
+    parser.add_argument("source", nargs="+", help="folders, files, or fsspec addresses such as s3://bucket/folder")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the corpus")
+    parser.add_argument("--height", type=int, default=1024, help="images are fitted into this height (default 1024)")
+    parser.add_argument("--width", type=int, default=1024, help="... and this width, never enlarged (default 1024)")
+    parser.add_argument(
+        "--tissue_finder", default="breast", choices=tuple(TISSUE_FINDERS), help="body: axial slices of CT or MR"
+    )
+    parser.add_argument("--bit_depth", type=int, default=8, choices=(8, 16), help="bits a pixel (default 8)")
+    parser.add_argument("--collection", default="unnamed", help="name for the column `source`; it is published")
+    parser.add_argument("--bcs_dbt_paths", nargs="+", default=(), help="BCS-DBT-file-paths-*.csv: its wrong headers")
+    parser.add_argument("--hash_key_file", type=Path, help=f"key of the patient hashes (default: ${HASH_KEY_VARIABLE})")
+    parser.add_argument("--rows_per_shard", type=int, default=ROWS_PER_SHARD, help=f"(default {ROWS_PER_SHARD})")
+    parser.add_argument(
+        "--num_proc", type=int, default=os.cpu_count() or 1, help="processes at a time (default: cores)"
+    )
+    parser.add_argument("--tasks", type=int, default=TASKS, help=f"parts that the work is shared out in ({TASKS})")
+    parser.add_argument("--engine", default="local", choices=ENGINES, help="where tasks run (default: this machine)")
+    parser.add_argument("--engine_args", nargs="+", default=[], metavar="NAME=VALUE", help="of datatrove's executor")
+    options = vars(parser.parse_args(arguments))
+    with command_line("corpus"):
+        fit = options.pop("height"), options.pop("width")
+        settings = {name: options.pop(name) for name in ("bit_depth", "tissue_finder")}
+        sources, engine_arguments = options.pop("source"), options.pop("engine_args")
+        options["engine_arguments"] = parse_arguments(options["engine"], engine_arguments)
+        try:
+            manifest = build_corpus(sources, fit=fit, image_processor=MammoDinoImageProcessor(**settings), **options)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # a full disk, a worker that died
+            raise OSError(f"{error}; what is finished stands, the same command goes on") from error
+        except subprocess.CalledProcessError as error:  # of sbatch, which has said why
+            raise RuntimeError(f"{error.cmd[0]} refused the job; the same command goes on") from error
+        except KeyboardInterrupt:
+            raise SystemExit("corpus: stopped; the same command goes on") from None
+    output = options["output"]
+    if manifest is None:
+        print(f"sent off; {output} is complete when {output / MANIFEST} is there")
+        return
+    print(
+        f"{output}: {manifest['rows']} images of {manifest['volumes']} volumes from {manifest['files_read']} "
+        f"files; {manifest['files_refused']} refused, see {output}.private/refused.csv"
+    )
+
+
+def build_corpus(
+    sources: Sequence[str | Path],
+    output: Path,
+    fit: tuple[int, int],
+    image_processor: MammoDinoImageProcessor,
+    collection: str = "unnamed",
+    hash_key_file: str | Path | None = None,
+    bcs_dbt_paths: Sequence[str | Path] = (),
+    num_proc: int = 1,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    tasks: int = TASKS,
+    engine: str = "local",
+    engine_arguments: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Build or go on with the corpus in `output`; return its manifest, None where a cluster has yet to make it.
+
+    Images are as large as `fit` = (height, width) in pixels allows, never enlarged. The key of the hashes is in
+    `hash_key_file` or $MAMMODINO_HASH_KEY. Raises ValueError where `output` holds a corpus of other settings or another
+    key, or where there is nothing to read; OSError where the archive cannot be listed or the corpus not be written.
+    """
+    if min(*fit, num_proc, rows_per_shard, tasks) < 1:
+        raise ValueError("height, width, num_proc, rows_per_shard and tasks must be at least 1")
+    _provide_hash_key(hash_key_file)
+    if engine == "ray" and not hash_key_file:
+        raise ValueError(
+            "--engine ray: give --hash_key_file, where all nodes can read it; they do not share a variable"
+        )
+    job = _begin(
+        Job(
+            output=str(Path(output).absolute()),
+            sources=tuple(map(_absolute, sources)),
+            fit=fit,
+            image_processor=corpus_settings(image_processor),
+            collection=collection,
+            hash_key_file=str(Path(hash_key_file).absolute()) if hash_key_file else None,
+            bcs_dbt_paths=tuple(map(_absolute, bcs_dbt_paths)),
+            rows_per_shard=rows_per_shard,
+            tasks=tasks,
+        )
+    )
+    progress = Progress(job)
+    stages = [
+        Stage("headers", ReadHeaders(job), job.tasks, progress.headers),
+        Stage("plan", MakePlan(job), 1),
+        Stage("shards", RenderShards(job), job.tasks, progress.shards),
+        Stage("manifest", Finish(job), 1),
+    ]
+    if not run_stages(stages, engine, num_proc, job.work / "engine", engine_arguments or {}):
+        return None
+    return json.loads((Path(job.output) / MANIFEST).read_text())
+
+
+def corpus_settings(image_processor: MammoDinoImageProcessor) -> dict[str, Any]:
+    """Return the processor's settings that shape the images and how they are standardized."""
+    saved = image_processor.to_dict()
+    return {key: saved[key] for key in sorted(saved) if key.startswith(SETTINGS)}
+
+
+def _provide_hash_key(path: str | Path | None) -> None:
+    """See to it that there is a key, for this process and its children; a made-up one is said."""
+    key = read_hash_key(path)
+    if key and len(key) < SHORT_KEY_BYTES:
+        logger.warning(
+            "the key of the patient hashes is short (%d bytes): it can be guessed, give 16 or more", len(key)
+        )
+    if not key and path:
+        raise ValueError(f"--hash_key_file {path}: the file is empty; write a secret of 16 bytes or more into it")
+    if not key:
+        logger.warning(
+            "no key for the patient hashes (--hash_key_file or $%s): a random one is used, so this corpus can neither "
+            "be continued after a stop nor linked to another",
+            HASH_KEY_VARIABLE,
+        )
+        os.environ[HASH_KEY_VARIABLE] = secrets.token_hex(16)
+
+
+def _absolute(source: str | Path) -> str:
+    """Return an address that means the same in every process."""
+    text = str(source)
+    return text if "://" in text or "::" in text else str(Path(text).absolute())
+
+
+def _begin(job: Job) -> Job:
+    """List the archive, or find the listing of the build that is gone on with."""
+    output, begun = Path(job.output), job.work / "job.json"
+    wanted = {"mammodino": modeling_mammodino.__version__, **job.settings()}
+    if begun.exists():
+        saved = json.loads(begun.read_text())
+        if differing := [name for name, value in wanted.items() if saved["settings"].get(name) != value]:
+            raise ValueError(
+                f"{output}: holds a corpus made with other settings ({', '.join(differing)}), and one corpus has one "
+                "set of them: choose another --output, or give the same settings and the same key"
+            )
+        logger.info("going on with the %d files that were listed at the start", saved["files"])
+        return replace(job, tasks=saved["tasks"], rows_per_shard=saved["rows_per_shard"])
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: not empty, and no build of ours to go on with; choose another --output")
+    files = list_archive(job.sources)
+    if not files:
+        raise ValueError(f"{', '.join(job.sources)}: nothing to read; give folders with DICOM, PNG, JPEG or PGM files")
+    output.mkdir(parents=True, exist_ok=True)
+    job.work.mkdir(mode=0o700, exist_ok=True)
+    (job.work / "README.txt").write_text(README)
+    job = replace(job, tasks=min(job.tasks, len(files)))
+    write_lines(job.listing, files)
+    counts = {"files": len(files), "tasks": job.tasks, "rows_per_shard": job.rows_per_shard}
+    write_json(begun, {"settings": wanted, **counts})
+    logger.info("%d files listed", len(files))
+    return job
+
+
+class Progress:
+    """Bars by what stands on disk, so that they begin where a stopped build was."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.bars: dict[str, tqdm] = {}
+
+    def headers(self) -> None:
+        self._show("headers", self.job.work / "headers", self.job.tasks, "task")
+
+    def shards(self) -> None:
+        self._show("images", self.job.work / "shards", len(list((self.job.work / "plan").iterdir())), "shard")
+
+    def _show(self, name: str, folder: Path, total: int, unit: str) -> None:
+        done = len([path for path in folder.iterdir() if path.name[0] != "."]) if folder.exists() else 0
+        if name not in self.bars:
+            self.bars[name] = tqdm(total=total, initial=done, unit=unit, desc=name)
+        self.bars[name].update(done - self.bars[name].n)
+        if done == total:
+            self.bars[name].close()
 
 
 @dataclass
 class Finish:
-    """The last task, when all shards are there."""
+    """The last task, when all shards are there: what makes a folder of shards a corpus, and the list of refusals."""
 
     job: Job
 
@@ -87,17 +277,15 @@ class Finish:
 
     def _write_refused(self, reasons: dict[int, str]) -> None:
         target = self.job.work / "refused.csv"
-        temporary = target.with_suffix(".tmp")
-        with temporary.open("w", newline="", errors="surrogateescape") as stream:
+        with atomic_file(target) as temporary, temporary.open("w", newline="", errors="surrogateescape") as stream:
             writer = csv.writer(stream)
             writer.writerow(["number", "file", "reason"])
             for file in (ArchiveFile(*line) for line in read_lines(self.job.listing)):
                 if file.number in reasons:
                     writer.writerow([file.number, file.path, reasons[file.number]])
-        os.replace(temporary, target)
 
 
-def _sum(counts: Any) -> Counter[str]:
+def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     total: Counter[str] = Counter()
     for each in counts:
         total.update(each)
@@ -105,9 +293,9 @@ def _sum(counts: Any) -> Counter[str]:
 
 
 def _write_state(output: Path, names: list[str], settings: dict[str, Any]) -> None:
-    """The two files by which `datasets.load_from_disk` finds the shards."""
+    """Write the two files by which `datasets.load_from_disk` finds the shards."""
     datasets.DatasetInfo(features=FEATURES).write_to_directory(str(output))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": keyed_hash(json.dumps([names, settings]), b"fingerprint"),
         "_format_columns": None,
@@ -117,180 +305,3 @@ def _write_state(output: Path, names: list[str], settings: dict[str, Any]) -> No
         "_split": None,
     }
     write_json(output / "state.json", state)
-
-
-logger = logging.getLogger(__name__)
-
-ROWS_PER_SHARD = 1000  # some 200 MB
-TASKS = 64
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dataset_scripts.corpus", description=__doc__.splitlines()[0])
-    parser.add_argument("source", nargs="+", help="folders, files, or fsspec addresses such as s3://bucket/folder")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the corpus")
-    parser.add_argument("--height", type=int, default=1024, help="images are fitted into this height (default 1024)")
-    parser.add_argument("--width", type=int, default=1024, help="... and this width, never enlarged (default 1024)")
-    parser.add_argument(
-        "--tissue_finder", default="breast", choices=tuple(TISSUE_FINDERS), help="body: axial slices of CT or MR"
-    )
-    parser.add_argument("--bit_depth", type=int, default=8, choices=(8, 16), help="bits a pixel (default 8)")
-    parser.add_argument("--collection", default="unnamed", help="name for the column `source`; it is published")
-    parser.add_argument("--bcs_dbt_paths", nargs="+", default=(), help="BCS-DBT-file-paths-*.csv: its wrong headers")
-    parser.add_argument("--hash_key_file", type=Path, help=f"key of the patient hashes (default: ${HASH_KEY_VARIABLE})")
-    parser.add_argument("--rows_per_shard", type=int, default=ROWS_PER_SHARD, help=f"(default {ROWS_PER_SHARD})")
-    parser.add_argument(
-        "--num_proc", type=int, default=os.cpu_count() or 1, help="processes at a time (default: cores)"
-    )
-    parser.add_argument("--tasks", type=int, default=TASKS, help=f"parts that the work is shared out in ({TASKS})")
-    parser.add_argument("--engine", default="local", choices=ENGINES, help="where tasks run (default: this machine)")
-    parser.add_argument("--engine_args", nargs="+", default=[], metavar="NAME=VALUE", help="of datatrove's executor")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        manifest = build_corpus(
-            options.source,
-            options.output,
-            fit=(options.height, options.width),
-            image_processor=MammoDinoImageProcessor(bit_depth=options.bit_depth, tissue_finder=options.tissue_finder),
-            collection=options.collection,
-            hash_key_file=options.hash_key_file,
-            bcs_dbt_paths=options.bcs_dbt_paths,
-            num_proc=options.num_proc,
-            rows_per_shard=options.rows_per_shard,
-            tasks=options.tasks,
-            engine=options.engine,
-            engine_arguments=parse_arguments(options.engine, options.engine_args),
-        )
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        raise SystemExit(f"corpus: {error}") from error
-    except OSError as error:  # a full disk, a worker that died
-        raise SystemExit(f"corpus: {error}; what is finished stands, the same command goes on") from error
-    except subprocess.CalledProcessError as error:  # of sbatch, which has said why
-        raise SystemExit(f"corpus: {error.cmd[0]} refused the job; the same command goes on") from error
-    except KeyboardInterrupt:
-        raise SystemExit("corpus: stopped; the same command goes on") from None
-    if manifest is None:
-        print(f"sent off; {options.output} is complete when {options.output / MANIFEST} is there")
-        return
-    print(
-        f"{options.output}: {manifest['rows']} images of {manifest['volumes']} volumes from {manifest['files_read']} "
-        f"files; {manifest['files_refused']} refused, see {options.output}.private/refused.csv"
-    )
-
-
-def build_corpus(
-    sources: Sequence[str | Path],
-    output: Path,
-    fit: tuple[int, int],
-    image_processor: MammoDinoImageProcessor,
-    collection: str = "unnamed",
-    hash_key_file: str | Path | None = None,
-    bcs_dbt_paths: Sequence[str | Path] = (),
-    num_proc: int = 1,
-    rows_per_shard: int = ROWS_PER_SHARD,
-    tasks: int = TASKS,
-    engine: str = "local",
-    engine_arguments: dict[str, Any] | None = None,
-) -> dict[str, Any] | None:
-    """Build or go on with the corpus in `output`; returns its manifest, None where a cluster has yet to make it.
-
-    Images are as large as `fit` = (height, width) in pixels allows, never enlarged. The key of the hashes is in
-    `hash_key_file` or $MAMMODINO_HASH_KEY. Raises ValueError where `output` holds a corpus of other settings or another
-    key, or where there is nothing to read; OSError where the archive cannot be listed or the corpus not be written.
-    """
-    if min(*fit, num_proc, rows_per_shard, tasks) < 1:
-        raise ValueError("height, width, num_proc, rows_per_shard and tasks must be at least 1")
-    provide_hash_key(hash_key_file)
-    if engine == "ray" and not hash_key_file:
-        raise ValueError(
-            "--engine ray: give --hash_key_file, where all nodes can read it; they do not share a variable"
-        )
-    job = Job(
-        output=str(Path(output).absolute()),
-        sources=tuple(map(absolute, sources)),
-        fit=fit,
-        image_processor=corpus_settings(image_processor),
-        collection=collection,
-        hash_key_file=hash_key_file and str(Path(hash_key_file).absolute()),
-        bcs_dbt_paths=tuple(map(absolute, bcs_dbt_paths)),
-        rows_per_shard=rows_per_shard,
-        tasks=tasks,
-    )
-    job = _begin(job)
-    shown = Progress(job)
-    stages = [
-        Stage("headers", ReadHeaders(job), job.tasks, shown.headers),
-        Stage("plan", MakePlan(job), 1),
-        Stage("shards", RenderShards(job), job.tasks, shown.shards),
-        Stage("manifest", Finish(job), 1),
-    ]
-    if not run_stages(stages, engine, num_proc, job.work / "engine", engine_arguments or {}):
-        return None
-    return json.loads((Path(job.output) / MANIFEST).read_text())
-
-
-def _begin(job: Job) -> Job:
-    """Lists the archive, or finds the listing of the build that is gone on with."""
-    output, begun = Path(job.output), job.work / "job.json"
-    wanted = {"mammodino": modeling_mammodino.__version__, **job.settings()}
-    if begun.exists():
-        saved = json.loads(begun.read_text())
-        if differing := [name for name, value in wanted.items() if saved["settings"].get(name) != value]:
-            raise ValueError(
-                f"{output}: holds a corpus made with other settings ({', '.join(differing)}), and one corpus has one "
-                "set of them: choose another --output, or give the same settings and the same key"
-            )
-        logger.info("going on with the %d files that were listed at the start", saved["files"])
-        return Job(**{**vars(job), "tasks": saved["tasks"], "rows_per_shard": saved["rows_per_shard"]})
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output}: not empty, and no build of ours to go on with; choose another --output")
-    files = list_archive(job.sources)
-    if not files:
-        raise ValueError(f"{', '.join(job.sources)}: nothing to read; give folders with DICOM, PNG, JPEG or PGM files")
-    output.mkdir(parents=True, exist_ok=True)
-    job.work.mkdir(mode=0o700, exist_ok=True)
-    (job.work / "README.txt").write_text(README)
-    job = Job(**{**vars(job), "tasks": min(job.tasks, len(files))})
-    write_lines(job.listing, map(json.dumps, files))
-    counts = {"files": len(files), "tasks": job.tasks, "rows_per_shard": job.rows_per_shard}
-    write_json(begun, {"settings": wanted, **counts})
-    logger.info("%d files listed", len(files))
-    return job
-
-
-class Progress:
-    """Bars by what stands on disk, so that they begin where a stopped build was."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self.bars: dict[str, tqdm] = {}
-
-    def headers(self) -> None:
-        self._show("headers", self.job.work / "headers", self.job.tasks, "task")
-
-    def shards(self) -> None:
-        self._show("images", self.job.work / "shards", len(list((self.job.work / "plan").iterdir())), "shard")
-
-    def _show(self, name: str, folder: Path, total: int, unit: str) -> None:
-        done = len([path for path in folder.iterdir() if path.name[0] != "."]) if folder.exists() else 0
-        if name not in self.bars:
-            self.bars[name] = tqdm(total=total, initial=done, unit=unit, desc=name)
-        self.bars[name].update(done - self.bars[name].n)
-        if done == total:
-            self.bars[name].close()
-
-
-def corpus_settings(image_processor: MammoDinoImageProcessor) -> dict[str, Any]:
-    """The processor's settings that shape the images and how they are standardized."""
-    saved = image_processor.to_dict()
-    return {key: saved[key] for key in sorted(saved) if key.startswith(_IMAGE_SETTINGS)}
-
-
-_IMAGE_SETTINGS = (
-    "tissue_", "do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std"
-)  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

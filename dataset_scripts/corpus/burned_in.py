@@ -2,16 +2,10 @@
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
-try:
-    import cv2
-except ImportError:  # transformers imports remote code before its packages are checked
-    cv2 = None  # type: ignore[assignment]
-
-SEARCH_PX = (
-    2048  # longer side of what is searched: every second pixel of a full-field image, where strokes are 2 to 5 px
-)
+SEARCH_PX = 2048  # longer side of what is searched: every second pixel of a full-field image, strokes of 2 to 5 px
 MIN_GLYPH_PX, MAX_GLYPH_PX = 6, 80  # height of a character there
 MIN_GLYPHS = 3  # in a row; "RCC" and "R MLO" are flagged as well, a lone "L" is not
 BRIGHT, BRIGHT_IN_AIR = 0.8, 0.4  # of the range: what may be a stroke on tissue, and beside it
@@ -21,7 +15,7 @@ MAX_SHAPES = 4000  # more small shapes than this are noise
 
 
 def looks_annotated(plane: np.ndarray, breast: np.ndarray) -> bool:
-    """Whether characters seem to be burned into a plane (H, W); breast (h, w) bool is its mask, of any size.
+    """Tell whether characters seem to be burned into a plane (H, W); breast (h, w) bool is its mask, of any size.
 
     A flag for people to look at, and no promise: handwriting, a script with joined letters, slanted, faint or very
     small text pass it, and so does a single letter. Laterality markers of three characters or more are flagged too: no
@@ -31,7 +25,7 @@ def looks_annotated(plane: np.ndarray, breast: np.ndarray) -> bool:
 
 
 def longest_row(plane: np.ndarray, breast: np.ndarray) -> int:
-    """How many shapes that look like characters stand in the longest row or column of them.
+    """Count the shapes that look like characters in the longest row or column of them.
 
     They are small, of nearly one level, white or black, set off sharply, and of like height. Our own method.
     """
@@ -70,7 +64,7 @@ def _has_size_of_glyph(box: Sequence[int]) -> bool:
 
 
 def _is_set_off(gray: np.ndarray, strokes: np.ndarray, box: Sequence[int]) -> bool:
-    """Whether a shape is of nearly one level and what surrounds it is of another, without a slope between."""
+    """Tell whether a shape is of nearly one level and what surrounds it is of another, without a slope between."""
     x, y, width, height = box
     window = np.s_[max(0, y - 2) : y + height + 2, max(0, x - 2) : x + width + 2]
     pixels, inside = gray[window], strokes[window]
@@ -89,7 +83,7 @@ def _is_set_off(gray: np.ndarray, strokes: np.ndarray, box: Sequence[int]) -> bo
 
 
 def _in_a_row(glyphs: np.ndarray) -> int:
-    """The most boxes (n, 4) of x, y, width, height that follow each other in one line, at like heights."""
+    """Count the most boxes (n, 4) of x, y, width, height that follow each other in one line, at like heights."""
     longest = 0
     middles, heights = glyphs[:, 1] + glyphs[:, 3] / 2, glyphs[:, 3]
     for middle, height in zip(middles, heights, strict=True):

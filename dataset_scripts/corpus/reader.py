@@ -1,19 +1,28 @@
-"""A pretraining corpus on disk: its columns, its manifest, and memory-mapped access by volume."""
+"""A pretraining corpus on disk: its columns, its manifest, memory-mapped access by volume, copies of remote ones."""
 
+import hashlib
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import cv2
 import datasets
 import numpy as np
+from filelock import FileLock
+from fsspec.core import url_to_fs
+from huggingface_hub.constants import HF_HOME
 
 from modeling_mammodino.breast_segmentation import patch_tissue
 from modeling_mammodino.dicom import Mammogram
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.rendering import Rendered
+from modeling_mammodino.tools.files import atomic_file
 
 from .burned_in import looks_annotated
+
+logger = logging.getLogger(__name__)
 
 # Everything that a corpus keeps of an image. Nothing else of a DICOM header enters it.
 FEATURES = datasets.Features(
@@ -38,10 +47,11 @@ FEATURES = datasets.Features(
 )
 TISSUE_CELL_PX = 4
 MANIFEST = "manifest.json"
+CACHE_VARIABLE = "MAMMODINO_CACHE"
 
 
 def make_row(mammogram: Mammogram, rendered: Rendered, collection: str) -> dict[str, Any]:
-    """A row of an image; of the header only what FEATURES names."""
+    """Return the row of an image; of the header only what FEATURES names."""
     height, width = rendered.tissue.shape
     cells = (-(-height // TISSUE_CELL_PX), -(-width // TISSUE_CELL_PX))
     fractions = np.rint(patch_tissue(rendered.tissue, cells) * 255).astype(np.uint8)
@@ -98,7 +108,7 @@ class Corpus:
         return len(self.volume_bounds) - 1
 
     def rows_of(self, volume: int) -> range:
-        """Rows of a volume, by its place in the corpus."""
+        """Return the rows of a volume, by its place in the corpus."""
         return range(int(self.volume_bounds[volume]), int(self.volume_bounds[volume + 1]))
 
     def slice_indices(self, rows: range) -> np.ndarray:
@@ -109,10 +119,50 @@ class Corpus:
         return spacing if np.isfinite(spacing) and spacing > 0 else None
 
     def image(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """The image (H, W) uint8 or uint16 and the breast fraction (h, w) float32 of its cells."""
+        """Return the image (H, W) uint8 or uint16 and the breast fraction (h, w) float32 of its cells."""
         record = self.rows[row]
         pixels, tissue = (decode_png(record[name]["bytes"]) for name in ("image", "tissue"))
         return pixels, tissue.astype(np.float32) / 255
+
+
+def local_corpus(address: str | Path) -> Path:
+    """Return the folder of a corpus: `address` itself, or where it is an fsspec address (`s3://...`,
+    `hf://datasets/OWNER/NAME`) a copy under $MAMMODINO_CACHE, by default beside the Hub's own cache.
+
+    Safe to call from several processes at a time: one copies, the others wait. A copy that was cut off goes on with the
+    shard it was at. Raises FileNotFoundError where there is no finished corpus, OSError where a shard arrives damaged.
+    """
+    text = str(address)
+    if "://" not in text and "::" not in text:
+        return Path(text)
+    filesystem, root = url_to_fs(text)
+    try:
+        content = filesystem.cat_file(f"{root}/{MANIFEST}")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{text}: no {MANIFEST}, so no corpus, or an unfinished one") from error
+    sha256_of = {shard["name"]: shard["sha256"] for shard in json.loads(content)["shards"]}
+    cache = Path(os.environ.get(CACHE_VARIABLE, Path(HF_HOME) / "mammodino"))
+    folder = cache / "corpora" / hashlib.sha256(content).hexdigest()[:16]  # another content is another copy
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        # the manifest last: it says that all is there
+        for name in (*sha256_of, "state.json", "dataset_info.json", MANIFEST):
+            if Path(name).name != name:
+                raise ValueError(
+                    f"{MANIFEST}: a shard is named {name!r}, which is no plain file name; leave this corpus alone"
+                )
+            if (folder / name).exists():
+                continue
+            logger.info("copying %s", name)
+            with atomic_file(folder / name) as temporary:
+                filesystem.get_file(f"{root}/{name}", str(temporary))
+                with temporary.open("rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+                if found != sha256_of.get(name, found):
+                    raise OSError(
+                        f"{name}: arrived damaged, or is not the one of the manifest; verify the corpus at its source"
+                    )
+    return folder
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -123,4 +173,8 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    """Return the pixels (H, W) or (H, W, C). Raises ValueError where they cannot be decoded."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise ValueError("OpenCV cannot decode this image")
+    return pixels

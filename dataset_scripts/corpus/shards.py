@@ -1,9 +1,10 @@
-"""Second half of a build: images, shard by shard. A shard is whole or absent."""
+"""Second half of a build: images, shard by shard. A shard is written atomically."""
 
 import hashlib
-import os
+import logging
+import re
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from datasets.arrow_writer import ArrowWriter
 
 from modeling_mammodino.breast_segmentation import LOW_CONFIDENCE
 from modeling_mammodino.image_io import InvalidImageError
+from modeling_mammodino.tools.files import atomic_file, write_json
 
 from .bcs_dbt_volumes import BcsDbtViews
-from .engine import Job, Notes, die_with_parent, read_lines, write_json
-from .plan import Volume, unreadable
+from .engine import die_with_parent
+from .plan import Job, Volume, read_lines, unreadable
 from .reader import FEATURES, make_row
 
 ROWS_A_WRITE = 16  # held in memory; a volume is held whole besides
@@ -39,42 +41,34 @@ class RenderShards:
                     render_shard(self.job, shard, notes.counts)
 
 
-def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
-    """Writes the shard under a temporary name and renames it; its record follows, and counts it."""
-    read = VolumeReader(job)
-    record = Record()
-    path = Path(job.output) / SHARD.format(shard)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a task that was killed: room, where it is scarce
-        leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with ArrowWriter(path=str(temporary), features=FEATURES, writer_batch_size=ROWS_A_WRITE) as writer:
-            for line in read_lines(job.shard_plan(shard)):
-                volume = Volume.from_json(line)
-                try:
-                    rows = read.rows(volume)  # a volume enters whole or not at all
-                except InvalidImageError as refusal:
-                    record.refuse(volume, refusal.reason)
-                except OSError as error:
-                    record.refuse(volume, unreadable(error))
-                else:
-                    record.count(rows)
-                    for row in rows:
-                        writer.write(row)
-            if record.rows:
-                writer.finalize()
-        if record.rows:
-            with temporary.open("rb") as stream:
-                record.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            os.replace(temporary, path)
-            record.name = path.name
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    if read.views:
-        record.notes = {f"BCS-DBT: {name}": count for name, count in read.views.counts.items()}
-    record.notes |= noted
-    write_json(job.shard_record(shard), vars(record))
+class Notes(logging.Handler):
+    """What the reader guesses and warns of, file by file into a private log, and by kind as a count.
+
+    Takes the place of the console in a task: a million files may have as many notes.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(logging.WARNING)
+        self.counts: Counter[str] = Counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("a")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        self._stream.write(message + "\n")
+        name = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
+        self.counts[re.sub(r"\d[\d.]*", "#", message.removeprefix(f"{name}: "))] += 1
+
+    def __enter__(self) -> "Notes":
+        package = logging.getLogger("modeling_mammodino")
+        self._before = package.handlers[:], package.propagate
+        package.handlers[:], package.propagate = [self], False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        package = logging.getLogger("modeling_mammodino")
+        package.handlers[:], package.propagate = self._before
+        self._stream.close()
 
 
 @dataclass
@@ -100,8 +94,36 @@ class Record:
             if row["burned_in_annotation"]:
                 self.burned_in_annotations[row["burned_in_annotation"]] += 1
 
-    def refuse(self, volume: Volume, reason: str) -> None:
-        self.refused += [(file.number, reason) for file in volume.files]
+
+def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
+    """Write the shard, and then its record, which counts it."""
+    read, record = VolumeReader(job), Record()
+    path = Path(job.output) / SHARD.format(shard)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a task that was killed: room, where it is scarce
+        leftover.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        with ArrowWriter(path=str(temporary), features=FEATURES, writer_batch_size=ROWS_A_WRITE) as writer:
+            for volume in map(Volume.from_json, read_lines(job.shard_plan(shard))):
+                try:
+                    rows = read.rows(volume)  # a volume enters whole or not at all
+                except (InvalidImageError, OSError) as error:
+                    reason = error.reason if isinstance(error, InvalidImageError) else unreadable(error)
+                    record.refused += [(file.number, reason) for file in volume.files]
+                    continue
+                record.count(rows)
+                for row in rows:
+                    writer.write(row)
+            writer.finalize()
+        with temporary.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    if record.rows:
+        record.name, record.sha256 = path.name, sha256
+    else:
+        path.unlink()
+    if read.views:
+        record.notes = {f"BCS-DBT: {name}": count for name, count in read.views.counts.items()}
+    record.notes |= noted
+    write_json(job.shard_record(shard), vars(record))
 
 
 class VolumeReader:
@@ -112,7 +134,7 @@ class VolumeReader:
         self.views = BcsDbtViews.from_csv(job.bcs_dbt_paths) if job.bcs_dbt_paths else None
 
     def rows(self, volume: Volume) -> list[dict[str, Any]]:
-        """Raises InvalidImageError or OSError where a file of the volume cannot be used."""
+        """Render a volume. Raises InvalidImageError or OSError where a file of it cannot be used."""
         with ExitStack() as opened:
             files = [opened.enter_context(file.open()) for file in volume.files]
             source = files if len(files) > 1 else files[0]

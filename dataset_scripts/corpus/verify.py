@@ -1,18 +1,11 @@
-"""Is a corpus whole, and does it hold nothing but what a corpus may hold? Is a labeled data set as published?
+"""Is a corpus whole, and does it hold nothing but what a corpus may hold?
 
     python -m dataset_scripts.corpus.verify CORPUS
-    python -m dataset_scripts.corpus.verify NAME --data-dir DIR
 
 Every shard is read and every image decoded. What is wrong is said with its shard, row, field and remedy, and the exit
 status is then 1. To make shard 00042 again, delete data-00042.arrow, and in CORPUS.private shards/00042.json,
 engine/shards and engine/manifest; then give the command of the build once more, with the same key.
-
-NAME is a data set, such as cbis_ddsm: its counts are compared with the published ones, its files with its metadata.
 """
-# MERGED: One shard of a corpus, row by row and image by image: is it what the builder writes, and nothing beside?
-#
-# What is found wrong is said without the value, which may be what should not be there.
-#
 
 import argparse
 import hashlib
@@ -35,34 +28,23 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from dataset_scripts.benchmarks import verify as verify_benchmark
 from modeling_mammodino.breast_segmentation import LOW_CONFIDENCE
-from modeling_mammodino.tools.publish import check_image_processor, check_text, read_settings
+from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.publish import check_image_processor, check_text, png_chunks, read_settings
 
 from .reader import FEATURES, MANIFEST, TISSUE_CELL_PX, decode_png
 
+STATE, INFO, CARD = "state.json", "dataset_info.json", "README.md"
+SHARD, SHA256 = re.compile(r"data-\d{5}\.arrow"), re.compile(r"[0-9a-f]{64}")
+CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # left by `map` of datasets; no part, and never sent
 HASH = re.compile(r"[0-9a-f]{32}")
 KINDS = {"ffdm", "synthetic_2d", "dbt", "unknown"}
 VIEWS = {"CC", "MLO", "ML", "LM", "LMO", "XCC", "XCCL", "XCCM", "FB", "SIO", "ISO", "AT"}
 ANNOTATIONS = {"header", "image"}
 ROUNDING = 1e-6  # of mask_confidence, which the builder compares before it becomes float32
+SHOWN = 50
+REBUILD = "build the corpus again"
 REMAKE = "make it again (python -m dataset_scripts.corpus.verify --help)"
-
-
-def is_hash(value: Any) -> bool:
-    return HASH.fullmatch(value) is not None
-
-
-def _is_hash_or_null(value: Any) -> bool:
-    return value is None or is_hash(value)
-
-
-def _is_length_or_null(value: Any) -> bool:
-    return value is None or 0 < value < math.inf
-
-
-def is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
 
 
 def allows(is_allowed: Callable[[Any], Any], value: Any) -> bool:
@@ -72,9 +54,47 @@ def allows(is_allowed: Callable[[Any], Any], value: Any) -> bool:
         return False
 
 
+def _is_hash(value: Any) -> bool:
+    return HASH.fullmatch(value) is not None
+
+
+def _is_hash_or_null(value: Any) -> bool:
+    return value is None or _is_hash(value)
+
+
+def _is_length_or_null(value: Any) -> bool:
+    return value is None or 0 < value < math.inf
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_counts(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: all(of(name) and _is_count(count) for name, count in value.items())
+
+
+def _is_shard_list(value: Any) -> bool:
+    return all(
+        shard.keys() == {"name", "rows", "sha256"}
+        and SHARD.fullmatch(shard["name"])
+        and _is_count(shard["rows"])
+        and SHA256.fullmatch(shard["sha256"])
+        for shard in value
+    ) and len({shard["name"] for shard in value}) == len(value)
+
+
 # What a value may be, by column; images have checks of their own.
 COLUMN_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "volume_id": is_hash,
+    "volume_id": _is_hash,
     "slice_index": lambda value: value >= 0,
     "num_slices": lambda value: value > 0,
     "slice_spacing_mm": _is_length_or_null,
@@ -84,9 +104,39 @@ COLUMN_CHECKS: dict[str, Callable[[Any], bool]] = {
     "view": {*VIEWS, None}.__contains__,
     "patient": _is_hash_or_null,
     "study": _is_hash_or_null,
-    "source": is_name,
+    "source": _is_name,
     "mask_confidence": lambda value: 0 <= value <= 1,
     "burned_in_annotation": {*ANNOTATIONS, None}.__contains__,
+}
+
+
+# What a value may be, by field of the JSON files: all of these, and no other.
+MANIFEST_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "complete": lambda value: value is True,
+    "mammodino": lambda value: bool(re.fullmatch(r"[\w.+-]+", value)),
+    "tissue_cell_px": lambda value: value == TISSUE_CELL_PX,
+    "fit": lambda value: len(value) == 2 and all(type(side) is int and side > 0 for side in value),
+    "image_processor": lambda value: "bit_depth" in value and not any(check_image_processor(value)),
+    "collection": _is_name,
+    "hash_key_check": _is_hash,
+    **dict.fromkeys(("files_found", "files_read", "files_refused", "files_ignored", "rows", "volumes"), _is_count),
+    "rows_by_kind": _are_counts(KINDS.__contains__),
+    "doubtful_masks": _is_count,
+    "burned_in_annotations": _are_counts(ANNOTATIONS.__contains__),
+    "refused_by_reason": _are_counts(_is_text),
+    "notes": _are_counts(_is_text),
+    "shards": _is_shard_list,
+}
+STATE_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "_data_files": lambda value: all(each.keys() == {"filename"} for each in value),  # and see _check_folder
+    "_fingerprint": _is_hash,
+    "_format_kwargs": lambda value: value == {},
+    "_output_all_columns": lambda value: value is False,
+    **dict.fromkeys(("_format_columns", "_format_type", "_split"), lambda value: value is None),
+}
+INFO_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "features": lambda value: datasets.Features.from_dict(value) == FEATURES,
+    **dict.fromkeys(("description", "citation", "homepage", "license"), lambda value: value == ""),
 }
 
 
@@ -97,7 +147,10 @@ class ShardReport(NamedTuple):
 
 
 def verify_shard(shard: dict[str, Any], folder: Path, manifest: dict[str, Any]) -> ShardReport:
-    """A shard, held against its line in the manifest and the settings there. Rows are read a record batch at a time."""
+    """Check a shard against its line in the manifest and the settings there, a record batch at a time.
+
+    What is found wrong is said without the value, which may be what should not be there.
+    """
     report = ShardReport([], [], Counter())
     path = folder / shard["name"]
     try:
@@ -178,102 +231,27 @@ def _check_row(row: dict[str, Any], manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _image(stored: Any, height: int, width: int) -> tuple[np.ndarray | None, str]:
-    """A PNG decoded, if it is one of pixels alone and no larger than that; else the complaint."""
+    """Return a PNG decoded, if it is one of pixels alone and no larger than that; else the complaint."""
     if not stored or stored["path"] is not None or not stored["bytes"]:
         return None, "a path, or no image"
     data = stored["bytes"]
     try:
-        (first, size), *middle, last = png_chunks(data)
+        names = png_chunks(data)
     except ValueError:
         return None, "not a whole PNG, or more than one"
-    if (first, size) != (b"IHDR", 13) or {name for name, _ in middle} != {b"IDAT"} or last != (b"IEND", 0):
+    if names[:1] != ["IHDR"] or set(names[1:]) != {"IDAT"}:
         return None, "PNG chunks beside pixels, such as text"
     found = int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
     if found[0] > height or found[1] > width:  # before it is decoded: a header can claim anything
         return None, f"{found[0]} x {found[1]}, larger than {height} x {width}"
     try:
-        pixels = decode_png(data)
-    except cv2.error:
-        pixels = None
-    return (None, "cannot be decoded") if pixels is None else (pixels, "")
-
-
-def png_chunks(data: bytes) -> list[tuple[bytes, int]]:
-    """Names and sizes of a PNG's chunks. Raises ValueError where it is none, cut off, or goes on behind its end."""
-    if data[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError("no PNG")
-    chunks, at = [], 8
-    while at < len(data):
-        chunks.append((data[at + 4 : at + 8], int.from_bytes(data[at : at + 4], "big")))
-        at += 12 + chunks[-1][1]
-        if chunks[-1][0] == b"IEND":
-            break
-    if at != len(data) or len(chunks) < 2:
-        raise ValueError("cut off, or bytes behind its end")
-    return chunks
-
-
-STATE, INFO, CARD = "state.json", "dataset_info.json", "README.md"
-SHARD, SHA256 = re.compile(r"data-\d{5}\.arrow"), re.compile(r"[0-9a-f]{64}")
-CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # left by `map` of datasets; no part, and never sent
-SHOWN = 50
-REBUILD = "build the corpus again"
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _are_counts(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: all(of(name) and _is_count(count) for name, count in value.items())
-
-
-def _is_shard_list(value: Any) -> bool:
-    return all(
-        shard.keys() == {"name", "rows", "sha256"}
-        and SHARD.fullmatch(shard["name"])
-        and _is_count(shard["rows"])
-        and SHA256.fullmatch(shard["sha256"])
-        for shard in value
-    ) and len({shard["name"] for shard in value}) == len(value)
-
-
-# What a value may be, by field of the JSON files: all of these, and no other.
-MANIFEST_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "complete": lambda value: value is True,
-    "mammodino": re.compile(r"[\w.+-]+").fullmatch,
-    "tissue_cell_px": lambda value: value == TISSUE_CELL_PX,
-    "fit": lambda value: len(value) == 2 and all(type(side) is int and side > 0 for side in value),
-    "image_processor": lambda value: "bit_depth" in value and not any(check_image_processor(value)),
-    "collection": is_name,
-    "hash_key_check": is_hash,
-    **dict.fromkeys(("files_found", "files_read", "files_refused", "files_ignored", "rows", "volumes"), _is_count),
-    "rows_by_kind": _are_counts(KINDS.__contains__),
-    "doubtful_masks": _is_count,
-    "burned_in_annotations": _are_counts(ANNOTATIONS.__contains__),
-    "refused_by_reason": _are_counts(_is_text),
-    "notes": _are_counts(_is_text),
-    "shards": _is_shard_list,
-}
-STATE_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "_data_files": lambda value: all(each.keys() == {"filename"} for each in value),  # and see _check_folder
-    "_fingerprint": is_hash,
-    "_format_kwargs": lambda value: value == {},
-    "_output_all_columns": lambda value: value is False,
-    **dict.fromkeys(("_format_columns", "_format_type", "_split"), lambda value: value is None),
-}
-INFO_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "features": lambda value: datasets.Features.from_dict(value) == FEATURES,
-    **dict.fromkeys(("description", "citation", "homepage", "license"), lambda value: value == ""),
-}
+        return decode_png(data), ""
+    except (ValueError, cv2.error):
+        return None, "cannot be decoded"
 
 
 def verify_corpus(folder: str | Path, num_proc: int = 1) -> list[str]:
-    """What is wrong with a corpus, a line each; empty where nothing is.
+    """Return what is wrong with a corpus, a line each; empty where nothing is.
 
     Values of rows are not repeated in these lines. Raises FileNotFoundError without a manifest,
     ChildProcessError where a process was killed.
@@ -282,7 +260,7 @@ def verify_corpus(folder: str | Path, num_proc: int = 1) -> list[str]:
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"{folder}: no {MANIFEST}; go on with the build, python -m dataset_scripts.corpus; "
-            "or if this names a data set, give its --data-dir"
+            "a labeled data set is verified by python -m dataset_scripts.benchmarks.verify NAME --data-dir DIR"
         )
     return list(_verify(folder, num_proc))
 
@@ -313,7 +291,7 @@ def _verify(folder: Path, num_proc: int) -> Iterator[str]:
 
 
 def _check_document(path: Path, checks: dict[str, Callable[[Any], bool]]) -> Iterator[str]:
-    """A JSON file of ours: all fields of `checks`, and no other."""
+    """Check a JSON file of ours: all fields of `checks`, and no other."""
     try:
         content = read_settings(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -383,24 +361,22 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("corpus", type=Path, metavar="CORPUS|NAME")
-    parser.add_argument("--data-dir", "--data_dir", type=Path, metavar="DIR", help="folder of the data set NAME")
+    parser.add_argument("corpus", type=Path)
     parser.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
-    try:
-        if options.data_dir is not None:
-            return verify_benchmark.main([str(options.corpus), "--data-dir", str(options.data_dir)])
+    with command_line("verify"):
         complaints = verify_corpus(options.corpus, options.num_proc)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"verify: {error}") from error
-    for complaint in complaints[:SHOWN]:
-        print(complaint)
-    if len(complaints) > SHOWN:
-        print(f"... and {len(complaints) - SHOWN} more")
+    print(listed(complaints), end="")
     if complaints:
         raise SystemExit(f"verify: {len(complaints)} faults in {options.corpus}")
     manifest = json.loads((options.corpus / MANIFEST).read_text())
     print(f"{options.corpus}: {manifest['rows']} images of {manifest['volumes']} volumes, as they were built")
+
+
+def listed(complaints: list[str]) -> str:
+    """Return the first of them, a line each."""
+    more = [f"... and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
+    return "".join(f"{line}\n" for line in complaints[:SHOWN] + more)
 
 
 if __name__ == "__main__":

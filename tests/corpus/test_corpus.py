@@ -277,7 +277,7 @@ def test_ray_is_given_each_stage(tmp_path, monkeypatch):
         def run(self):
             ran.append(self.told)
 
-    monkeypatch.setattr(corpus_engine, "_executor", lambda engine: Executor)
+    monkeypatch.setattr(corpus_engine, "executor", lambda engine: Executor)
     steps = [KillsItself(), KillsItself()]
     assert run_stages([Stage("a", steps[0], 3), Stage("b", steps[1], 1)], "ray", 2, tmp_path, {"num_cpus": 1})
     assert ran == [([steps[0]], 3, 2, 1), ([steps[1]], 1, 1, 1)]

@@ -3,8 +3,7 @@
 import fsspec
 import pytest
 
-from dataset_scripts.corpus.archive import local_corpus
-from dataset_scripts.corpus.reader import Corpus
+from dataset_scripts.corpus.reader import Corpus, local_corpus
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from dataset_scripts.corpus.build import build_corpus
 from dataset_scripts.corpus.push import main, push_corpus
 from dataset_scripts.corpus.reader import FEATURES
 from modeling_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.tools import publish
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_a_corpus_is_published_and_opens(phantom_corpus, hub: HubServer, tmp_pat
 
 
 def test_a_push_that_was_stopped_goes_on(four_shards, hub: HubServer, monkeypatch):
-    monkeypatch.setattr(module, "SHARDS_A_COMMIT", 1)
+    monkeypatch.setattr(publish, "SHARDS_A_COMMIT", 1)
     hub.commits_left = 2
     try:
         with pytest.raises(HfHubHTTPError, match="429"):
@@ -75,7 +76,7 @@ def test_what_datasets_caches_beside_the_shards_is_no_fault_and_not_sent(four_sh
 def test_shards_of_another_corpus_are_not_mixed_in(four_shards, phantom_corpus, hub: HubServer):
     push_corpus(four_shards, "someone/one", "cc0-1.0")
     before = hub.files("someone/one", kind="dataset")
-    with pytest.raises(ValueError, match="4 shards of another corpus, data-00000.arrow first; nothing was sent"):
+    with pytest.raises(ValueError, match="4 files of another data set, data-00000.arrow first; nothing was sent"):
         push_corpus(phantom_corpus, "someone/one", "cc0-1.0")
     push_corpus(four_shards, "someone/one", "cc-by-4.0", revision="second")
     assert hub.files("someone/one", kind="dataset") == before

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import zlib
 
 import cv2
 import datasets
@@ -106,12 +107,12 @@ def test_a_value_that_does_not_belong(corpus, column, value):
 
 
 def chunk(name, data):
-    return len(data).to_bytes(4, "big") + name + data + b"\0\0\0\0"
+    return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
 
 
 @pytest.mark.parametrize("name", [b"tEXt", b"iTXt", b"zTXt", b"tIME", b"eXIf", b"iCCP", b"prVt"])
 @pytest.mark.parametrize("column", ["image", "tissue"])
-def test_text_in_a_image_is_found(corpus, name, column):
+def test_text_in_an_image_is_found(corpus, name, column):
     def change(rows):
         data = rows[0][column]["bytes"]
         rows[0][column]["bytes"] = data[:33] + chunk(name, b"Name\0DOE^JANE") + data[33:]
@@ -121,8 +122,17 @@ def test_text_in_a_image_is_found(corpus, name, column):
     assert any("PNG chunks" in each for each in verify_corpus(corpus))
 
 
-@pytest.mark.parametrize("put", [lambda png: png[:-12] + chunk(b"IEND", b"DOE^JANE"), lambda png: png[:-12]])
-def test_a_image_that_ends_otherwise(corpus, put):
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda png: png[:-12] + chunk(b"IEND", b"DOE^JANE"),
+        lambda png: png[:-12] + b"JANE" + png[-8:],  # as the length of the last chunk
+        lambda png: png[:-12],
+        lambda png: png + b"DOE^JANE",
+        lambda png: png[:60] + b"JANE" + png[64:],  # a checksum that does not fit
+    ],
+)
+def test_an_image_that_ends_otherwise(corpus, put):
     def change(rows):
         rows[0]["image"]["bytes"] = put(rows[0]["image"]["bytes"])
         return rows
@@ -131,9 +141,10 @@ def test_a_image_that_ends_otherwise(corpus, put):
     assert any("row 0, image" in each for each in verify_corpus(corpus))
 
 
-def test_a_image_that_claims_to_be_huge_is_not_decoded(corpus, monkeypatch):
+def test_an_image_that_claims_to_be_huge_is_not_decoded(corpus, monkeypatch):
     data = encode_png(np.zeros((40, 30), np.uint8))
-    rewrite(corpus, set_value(0, "image", {"bytes": data[:16] + b"\0\1\0\0" * 2 + data[24:], "path": None}))
+    header = chunk(b"IHDR", b"\0\1\0\0" * 2 + data[24:29])
+    rewrite(corpus, set_value(0, "image", {"bytes": data[:8] + header + data[33:], "path": None}))
     assert any("65536 x 65536" in each for each in verify_corpus(corpus))
 
 
