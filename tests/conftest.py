@@ -1,6 +1,7 @@
 """Shared fixtures: images of made-up breasts, a small phantom corpus, and where real files lie, if they do."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -65,6 +66,14 @@ def random_encoder(**changes) -> MammoDinoModel:
     for parameter in model.parameters():  # tokens and biases away from their zero initial values
         torch.nn.init.normal_(parameter, std=0.05)
     return model
+
+
+@pytest.fixture
+def mammodino() -> Callable[..., None]:
+    """The command line in this process; arguments may be paths."""
+    from modeling_mammodino.tools.cli import main
+
+    return lambda *arguments: main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
 import argparse
 import logging
-import sys
 
 from .. import __version__
+from .command import command_line
 from .convert import add_command as add_convert
 from .embed import add_command as add_embed
 from .publish import add_command as add_push
@@ -13,21 +13,17 @@ from .visualize import add_inspect_command as add_inspect
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one subcommand. Each comes from a module whose `add_command` names the function that runs it."""
+    """Run one subcommand. Each comes from a module whose `add_command` names the function that runs it."""
     parser = argparse.ArgumentParser(prog="mammodino", description=__doc__)
     parser.add_argument("--version", action="version", version=f"mammodino {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add_command in (add_inspect, add_contact_sheet, add_embed, add_convert, add_push):
         add_command(commands)
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s %(message)s")
-    logging.getLogger("modeling_mammodino").setLevel(logging.INFO)  # of other libraries, warnings only
-    try:
+    with command_line(f"mammodino {options.command}"):
+        logging.getLogger().setLevel(logging.WARNING)  # of other libraries, warnings only
+        logging.getLogger("modeling_mammodino").setLevel(logging.INFO)
         options.run(options)
-    except (ImportError, OSError, ValueError) as error:  # InvalidImageError is a ValueError
-        sys.exit(f"mammodino {options.command}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports it
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 def command_line(program: str) -> Iterator[None]:
     """Run a command's body: what it raises about its input ends the process with `program: reason` and exit code 1.
 
+    The reason is one line; only a list of faults, whose lines are indented, keeps its lines.
+
     Caught are ImportError (a missing extra), OSError, RuntimeError and ValueError (InvalidImageError is one); anything
     else is a fault of ours and keeps its traceback. Ctrl-C exits with 130, as a shell reports it.
     """
@@ -17,6 +19,7 @@ def command_line(program: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"{program}: {' '.join(str(error).split())}")
+        reason = "\n  ".join(" ".join(part.split()) for part in str(error).split("\n  "))
+        sys.exit(f"{program}: {reason}")
     except KeyboardInterrupt:
         sys.exit(130)

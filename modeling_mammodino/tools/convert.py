@@ -8,26 +8,25 @@ import argparse
 import copy
 import json
 import logging
-import os
 import pickle
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData, save_torch_state_dict
 from transformers import Dinov2Config, Dinov2WithRegistersConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..configuration_mammodino import MammoDinoConfig
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..modeling_mammodino import MammoDinoForImageClassification, MammoDinoModel, as_pair
 from .dinov2_checkpoints import read_reference_checkpoint
-from .normalization import Normalization, fold_normalization, own_processor, processor_settings, source_normalization
+from .files import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +207,7 @@ def convert(
     """
     if to not in TARGETS:
         raise ValueError(f"to={to!r}: must be one of {', '.join(TARGETS)}")
-    with whole_folder(output) as temporary:
+    with atomic_folder(output) as temporary:
         model = load_checkpoint(source, num_channels, image_size, interpolation)
         settings, processor = processor_settings(source), None
         if model.config.num_channels == 1:
@@ -249,7 +248,7 @@ def to_native(model: Model, folder: str | Path) -> Path:
     Raises ValueError where position embeddings do not form a square, which that class cannot store, and
     FileExistsError where `folder` holds something.
     """
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         write_native(model, temporary)
     return Path(folder)
 
@@ -292,22 +291,86 @@ def model_card(source: str | Path, model: Model) -> ModelCard:
     )
 
 
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when the block ends well, and is gone when it does not."""
-    folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not an empty folder; give another OUTPUT, or remove it first")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+class Normalization(NamedTuple):
+    """(x - mean) / std of pixels in 0..1, a value a channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, image_processor: MammoDinoImageProcessor) -> "Normalization":
+        mean, std = image_processor.mean_and_std
+        return cls((mean,), (std,))
+
+
+IMAGENET = Normalization(tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))  # of DINOv2's own training
+
+
+def processor_settings(source: str | Path) -> dict[str, Any] | None:
+    """preprocessor_config.json of a folder or Hub id; None where it has none, as a `.pth`."""
+    if Path(source).is_file():
+        return None
+    if cached_file(str(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None:
+        return None
+    return MammoDinoImageProcessor.get_image_processor_dict(str(source))[0]
+
+
+def own_processor(settings: dict[str, Any] | None) -> MammoDinoImageProcessor | None:
+    """The image processor, where the settings are those of ours."""
+    if settings is None or settings.get("image_processor_type") != MammoDinoImageProcessor.__name__:
+        return None
+    return MammoDinoImageProcessor.from_dict(settings)
+
+
+def source_normalization(
+    source: str | Path, settings: dict[str, Any] | None, num_channels: int, target: Normalization
+) -> Normalization:
+    """The normalization that a checkpoint was made with. Where nothing says it, an RGB model is taken to be of
+    ImageNet's, as DINOv2 is, and any other to be of `target`; a warning says so."""
+    own = own_processor(settings)
+    if own is not None:
+        found = Normalization.of(own)
+    elif settings is None or settings.get("image_mean") is None or settings.get("image_std") is None:
+        found = IMAGENET if num_channels == 3 else target
+        expected = num_channels == 3 and Path(source).is_file()  # the original files have nothing beside them
+        logger.log(
+            logging.INFO if expected else logging.WARNING,
+            "%s: no preprocessor_config.json with image_mean and image_std; taken to be made with mean %s and standard "
+            "deviation %s%s", source, found.mean, found.std, " (ImageNet's, DINOv2's own)" if num_channels == 3 else "",
+        )  # fmt: skip
+    elif not settings.get("do_normalize", True):
+        found = Normalization((0.0,), (1.0,))
+    else:
+        mean, std = (np.ravel(settings[name]).astype(float).tolist() for name in ("image_mean", "image_std"))
+        found = Normalization(tuple(mean), tuple(std))
+    if own is None and settings is not None:  # transformers normalizes what it has rescaled: 0..1 by default
+        full = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255
+        found = Normalization(tuple(each / full for each in found.mean), tuple(each / full for each in found.std))
+    if len(set(found.mean)) == len(set(found.std)) == 1:
+        found = Normalization(found.mean[:1] * num_channels, found.std[:1] * num_channels)
+    if not len(found.mean) == len(found.std) == num_channels or min(found.std) <= 0:
+        raise ValueError(
+            f"{source}: image_mean={found.mean} and image_std={found.std} of preprocessor_config.json do not fit "
+            f"num_channels={num_channels} of the model: give one value for all channels or one for each, "
+            "those of image_std above 0"
+        )
+    return found
+
+
+def fold_normalization(
+    projection: torch.nn.Conv2d, source: Normalization, target: Normalization
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (D, 1, p, p) and bias (D,) of a patch embedding that takes a gray plane g as (g - m) / s and gives what
+    `projection` gives for it in each of its channels c as (g - m_c) / s_c:
+
+        weight = sum_c W_c s / s_c,    bias = b + sum over c and the patch of W_c (m - m_c) / s_c
+    """
+    weight = projection.weight.detach().double()  # (D, C, p, p)
+    mean_c, std_c = (torch.tensor(each, dtype=torch.float64).view(-1, 1, 1) for each in source)  # (C, 1, 1)
+    shift = (weight * ((target.mean[0] - mean_c) / std_c)).sum((1, 2, 3))  # (D,)
+    bias = shift if projection.bias is None else projection.bias.detach().double() + shift
+    folded = (weight * (target.std[0] / std_c)).sum(1, keepdim=True)
+    return folded.to(projection.weight.dtype), bias.to(projection.weight.dtype)
 
 
 def add_command(commands: Any) -> None:
@@ -339,11 +402,11 @@ def run(options: argparse.Namespace) -> None:
         folder = convert(
             options.source, options.output, options.to, options.num_channels, options.image_size, options.interpolation
         )
-    except FileExistsError as error:
-        sys.exit(f"mammodino convert: {error}")
+    except FileExistsError:
+        raise
     except (ValueError, OSError) as error:  # transformers does not always name what it could not reach
-        sys.exit(f"mammodino convert: {options.source}: {str(error).removeprefix(f'{options.source}: ')}")
+        raise ValueError(f"{options.source}: {str(error).removeprefix(f'{options.source}: ')}") from error
     print(folder)
 
 
-__all__ = ["convert", "load_checkpoint", "load_encoder", "to_native"]
+__all__ = ["convert", "load_checkpoint", "load_encoder", "own_processor", "processor_settings", "to_native"]

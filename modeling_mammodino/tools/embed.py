@@ -6,6 +6,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import __version__
 from ..image_processing_mammodino import MammoDinoImageProcessor
-from .convert import load_encoder
+from .convert import load_encoder, own_processor, processor_settings
 from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
-from .normalization import own_processor, processor_settings
+from .files import atomic_file
 
 try:
     import pyarrow
@@ -27,7 +28,10 @@ try:
 except ImportError:
     pyarrow = None
 
+logger = logging.getLogger(__name__)
+
 ROW_GROUP_BYTES = 16 * 2**20  # of features
+MAX_DEFAULT_WORKERS = 8
 
 
 def require_pyarrow() -> None:
@@ -36,29 +40,23 @@ def require_pyarrow() -> None:
 
 
 def write_table(results: Iterable[FileEmbeddings], output: Path, metadata: Mapping[str, str]) -> int:
-    """Writes the rows of all files to `output` and returns their number; without any row nothing is written.
+    """Write the rows of all files to `output`, atomically, and return their number; without any nothing is written.
 
     Columns: path, volume (string), slice (int32, null in a pooled volume), num_slices (int32), embedding (F float32),
-    tissue_fraction (float32). Row groups go to a temporary name, which is renamed when all are there.
+    tissue_fraction (float32).
     """
     require_pyarrow()
-    temporary = output.with_name(f".{output.name}.tmp")
-    num_rows, writer = 0, None
-    try:
-        for table in _row_groups(results):
-            if writer is None:
-                schema = table.schema.with_metadata(dict(metadata))
-                writer = pyarrow.parquet.ParquetWriter(temporary, schema, use_dictionary=["path", "volume"])
+    tables = _row_groups(results)
+    if (first := next(tables, None)) is None:
+        return 0
+    num_rows, schema = 0, first.schema.with_metadata(dict(metadata))
+    with (
+        atomic_file(output) as temporary,
+        pyarrow.parquet.ParquetWriter(temporary, schema, use_dictionary=["path", "volume"]) as writer,
+    ):
+        for table in chain((first,), tables):
             writer.write_table(table)
             num_rows += len(table)
-        if writer is not None:
-            writer.close()
-            os.replace(temporary, output)
-    except BaseException:
-        if writer is not None:
-            writer.close()
-        temporary.unlink(missing_ok=True)
-        raise
     return num_rows
 
 
@@ -90,19 +88,15 @@ def _to_arrow(results: list[FileEmbeddings]):
 
 
 def write_refused(path: Path, refused: Mapping[str, str]) -> None:
-    """A CSV of files and reasons, whole or absent; without any an earlier run's list goes."""
+    """Write a CSV of files and reasons; without any an earlier run's list goes."""
     if not refused:
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+    with (
+        atomic_file(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
         csv.writer(stream).writerows([("file", "reason"), *refused.items()])
-    os.replace(temporary, path)
-
-
-logger = logging.getLogger(__name__)
-
-MAX_DEFAULT_WORKERS = 8
 
 
 def add_command(commands) -> None:
@@ -160,7 +154,6 @@ def run(options: Namespace) -> None:
     )
     refused: dict[str, str] = {}
     results = _watch(results, len(files), refused)
-    output.parent.mkdir(parents=True, exist_ok=True)
     rows = write_table(
         pool_volumes(results) if options.pool_volumes else results, output, provenance(options, model, image_processor)
     )

@@ -1,7 +1,6 @@
-"""Breast masks of many files at a glance: the command `mammodino contact_sheet`. Research use only."""
-# MERGED: What a checkpoint sees of a file: the command `mammodino inspect`. Research use only.
+"""Drawings of what a checkpoint sees: `mammodino inspect`, a file in detail, and `mammodino contact_sheet`, the breast
+masks of many files. Research use only."""
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -12,13 +11,17 @@ import numpy as np
 from ..image_io import InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..rendering import Thumbnail, make_thumbnail
+from .files import atomic_file
 
 try:
     import cv2
 except ImportError:
     cv2 = None  # type: ignore[assignment]
 
-OUTLINE, GRID = (80, 220, 120), (90, 90, 90)  # BGR
+OUTLINE, GRID, WHITE = (80, 220, 120), (90, 90, 90), (255, 255, 255)  # BGR
+TILE_PX, CAPTION_PX = 200, 32  # side of the square for the image; height of the two lines below it
+TILES_PER_PAGE = 200
+FONT_SCALE, CAPTION_CHARACTERS = 0.36, 32
 
 
 def inspect_file(path: str, image_processor: MammoDinoImageProcessor) -> np.ndarray:
@@ -54,10 +57,9 @@ def side_by_side(panels: list[np.ndarray], gap_px: int = 12) -> np.ndarray:
 
 
 def write_png(drawing: np.ndarray, output: Path) -> None:
-    """A drawing (H, W, 3) uint8 BGR as a PNG file, whole or not at all."""
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_bytes(cv2.imencode(".png", drawing)[1].tobytes())
-    os.replace(temporary, output)
+    """Write a drawing (H, W, 3) uint8 BGR as a PNG file, atomically."""
+    with atomic_file(output) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", drawing)[1].tobytes())
 
 
 def add_inspect_command(commands) -> None:
@@ -82,17 +84,6 @@ def run_inspect(options: Namespace) -> None:
     drawing = inspect_file(options.file, processor)
     write_png(drawing, output)
     print(output)
-
-
-try:
-    import cv2
-except ImportError:
-    cv2 = None  # type: ignore[assignment]
-
-TILE_PX, CAPTION_PX = 200, 32  # side of the square for the image; height of the two lines below it
-TILES_PER_PAGE = 200
-FONT_SCALE, CAPTION_CHARACTERS = 0.36, 32
-WHITE = (255, 255, 255)  # BGR
 
 
 def draw_tile(thumbnail: Thumbnail, name: str) -> np.ndarray:

@@ -6,33 +6,34 @@ import sys
 import pytest
 
 from modeling_mammodino import __version__
-from modeling_mammodino.tools.cli import main as mammodino
+from modeling_mammodino.tools.command import command_line
 
-COMMANDS = ("inspect", "embed", "convert", "push")
+COMMANDS = ("inspect", "contact_sheet", "embed", "convert", "push")
 
 
-def test_it_has_the_packages_version(capsys):
+def test_it_has_the_packages_version(mammodino, capsys):
     with pytest.raises(SystemExit):
-        mammodino(["--version"])
+        mammodino("--version")
     assert capsys.readouterr().out == f"mammodino {__version__}\n"
 
 
 @pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=str)
-def test_help_says_research_use_only_once(command, capsys):
+def test_help_says_research_use_only_once(mammodino, command, capsys):
     with pytest.raises(SystemExit) as stop:
-        mammodino([*command, "--help"])
+        mammodino(*command, "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and text.lower().count("research use only") == 1
 
 
-def test_the_commands_are_these(capsys):
+def test_the_commands_are_these(mammodino, capsys):
     with pytest.raises(SystemExit):
-        mammodino(["--help"])
+        mammodino("--help")
     text = capsys.readouterr().out
-    assert all(f"\n    {command} " in text for command in COMMANDS)
+    assert all(f"\n    {command}" in text for command in COMMANDS)
 
 
-def test_an_error_is_one_line_and_status_1(tmp_path, capsys):
+@pytest.mark.slow
+def test_an_error_is_one_line_and_status_1(mammodino, tmp_path):
     missing = str(tmp_path / "gone.dcm")
     arguments = [
         sys.executable,
@@ -48,5 +49,20 @@ def test_an_error_is_one_line_and_status_1(tmp_path, capsys):
     assert ended.stderr.startswith("mammodino inspect: ") and missing in ended.stderr and ended.stderr.count("\n") == 1
     for output in ("image.jpg", "image"):
         with pytest.raises(SystemExit, match="mammodino inspect: .*png"):
-            mammodino(["inspect", missing, "--output", str(tmp_path / output)])
+            mammodino("inspect", missing, "--output", tmp_path / output)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_list_of_faults_keeps_its_lines_and_any_other_message_is_one():
+    for raised, shown in (
+        (ValueError("cannot\nbe   read"), "program: cannot be read"),
+        (FileExistsError("refused.\n  a: bad\n  b: worse"), "program: refused.\n  a: bad\n  b: worse"),
+    ):
+        with pytest.raises(SystemExit) as stop, command_line("program"):
+            raise raised
+        assert stop.value.code == shown
+    with pytest.raises(KeyError), command_line("program"):
+        raise KeyError("a fault of ours")
+    with pytest.raises(SystemExit) as stop, command_line("program"):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130

@@ -6,8 +6,6 @@ import pytest
 from conftest import draw_breast
 
 from modeling_mammodino.rendering import make_thumbnail
-from modeling_mammodino.tools import visualize as contact_sheet
-from modeling_mammodino.tools.cli import main as mammodino
 from modeling_mammodino.tools.visualize import CAPTION_PX, TILE_PX, draw_tile
 
 TILE_HEIGHT = TILE_PX + CAPTION_PX
@@ -26,10 +24,10 @@ def folder(tmp_path):
     return source
 
 
-def test_a_tile_for_every_file(folder, tmp_path, capsys):
+def test_a_tile_for_every_file(mammodino, folder, tmp_path, capsys):
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("ignored")
-    mammodino(["contact_sheet", str(folder), "--output", str(tmp_path / "sheet.png"), "--columns", "3"])
+    mammodino("contact_sheet", folder, "--output", tmp_path / "sheet.png", "--columns", "3")
     said = capsys.readouterr()
     assert said.out.strip() == str(tmp_path / "sheet.png") and "broken.png" in said.err and "breast" not in said.err
     sheet = cv2.imread(str(tmp_path / "sheet.png"))
@@ -39,15 +37,15 @@ def test_a_tile_for_every_file(folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "sheet.png"]  # nothing left over
 
 
-def test_the_middle_slice_of_a_volume(phantom_archive, tmp_path):
+def test_the_middle_slice_of_a_volume(mammodino, phantom_archive, tmp_path):
     volume = next(phantom_archive.rglob("*dbt.dcm"))
-    mammodino(["contact_sheet", str(volume), "--output", str(tmp_path / "sheet.png")])
+    mammodino("contact_sheet", volume, "--output", tmp_path / "sheet.png")
     assert cv2.imread(str(tmp_path / "sheet.png")).shape == (TILE_HEIGHT, TILE_PX, 3)
 
 
-def test_many_files_fill_pages(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(contact_sheet, "TILES_PER_PAGE", 2)
-    mammodino(["contact_sheet", str(folder), "--output", str(tmp_path / "sheet.png"), "--columns", "2"])
+def test_many_files_fill_pages(mammodino, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("modeling_mammodino.tools.visualize.TILES_PER_PAGE", 2)
+    mammodino("contact_sheet", folder, "--output", tmp_path / "sheet.png", "--columns", "2")
     pages = [tmp_path / "sheet-000.png", tmp_path / "sheet-001.png"]
     assert capsys.readouterr().out.split() == [str(page) for page in pages]
     assert [cv2.imread(str(page)).shape[1] for page in pages] == [2 * TILE_PX, TILE_PX]
@@ -71,11 +69,11 @@ def test_the_outline_follows_the_mask_in_the_color_of_its_confidence():
 
 
 @pytest.mark.parametrize("arguments", [["--output", "a.jpg"], ["--output", "a.png", "--columns", "0"]])
-def test_what_cannot_be_drawn_is_refused(folder, tmp_path, arguments, monkeypatch):
+def test_what_cannot_be_drawn_is_refused(mammodino, folder, tmp_path, arguments, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="mammodino contact_sheet: --"):
-        mammodino(["contact_sheet", str(folder), *arguments])
+        mammodino("contact_sheet", folder, *arguments)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="no image found"):
-        mammodino(["contact_sheet", str(tmp_path / "empty"), "--output", "a.png"])
+        mammodino("contact_sheet", tmp_path / "empty", "--output", "a.png")
     assert not (tmp_path / "a.png").exists()

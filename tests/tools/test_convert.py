@@ -1,6 +1,5 @@
 """Weights in and out of folders: equal to transformers' own classes, whole folders, and nothing left random."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -31,7 +30,6 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 )
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools import convert as convert_dinov2
 from modeling_mammodino.tools.convert import convert, load_checkpoint, load_encoder, to_native
 
 
@@ -83,7 +81,7 @@ def test_the_fold_is_exact_for_any_normalization(tmp_path, settings, full):
     assert_equal_features(load_encoder(tmp_path), native, gray, rgb, atol=2e-5 * scale)
 
 
-def test_a_source_that_does_not_say_its_normalisation_is_taken_for_imagenet_aloud(tmp_path, caplog):
+def test_a_source_that_does_not_say_its_normalization_is_taken_for_imagenet_aloud(tmp_path, caplog):
     native = save_source(tmp_path, Dinov2Model, Dinov2Config(**TINY))
     (tmp_path / "preprocessor_config.json").unlink()
     model = load_encoder(tmp_path)
@@ -92,7 +90,7 @@ def test_a_source_that_does_not_say_its_normalisation_is_taken_for_imagenet_alou
     assert_equal_features(model, native, gray, rgb, atol=1e-5)
 
 
-def test_normalisation_that_does_not_fit_is_refused(tmp_path):
+def test_normalization_that_does_not_fit_is_refused(tmp_path):
     save_source(tmp_path, Dinov2Model, Dinov2Config(**TINY), mean=[0.1, 0.2], std=[1, 2])
     with pytest.raises(ValueError, match=r"image_mean=\(0.1, 0.2\).*num_channels=3"):
         load_encoder(tmp_path)
@@ -158,7 +156,7 @@ def test_a_folder_in_is_a_folder_out(tmp_path, name, to):
         assert folder_files(out) == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
         assert "auto_map" not in settings and "auto_map" not in (out / "preprocessor_config.json").read_text()
     else:
-        assert {"modeling_mammodino.py", "layers_mammodino.py", "image_processing_mammodino.py"} <= folder_files(out)
+        assert {"modeling_mammodino.py", "rendering.py", "image_processing_mammodino.py"} <= folder_files(out)
     loader = AutoModelForImageClassification if "classifier" in name else AutoModel
     model, report = loader.from_pretrained(out, output_loading_info=True)
     assert not any(report.values()), report
@@ -281,23 +279,16 @@ def test_other_models_are_refused(tmp_path):
         load_encoder(tmp_path)
 
 
-def command(*arguments: str) -> None:
-    parser = argparse.ArgumentParser(prog="mammodino")
-    convert_dinov2.add_command(parser.add_subparsers(required=True))
-    options = parser.parse_args(["convert", *map(str, arguments)])
-    options.run(options)
-
-
-def test_the_command(tmp_path, capsys):
+def test_the_command(mammodino, tmp_path, capsys):
     torch.save(reference_state(2), tmp_path / "dinov2.pth")
     (tmp_path / "out").mkdir()  # an empty folder is free
-    command(tmp_path / "dinov2.pth", tmp_path / "out", "--image_size", "98", "42")
+    mammodino("convert", tmp_path / "dinov2.pth", tmp_path / "out", "--image_size", "98", "42")
     assert str(tmp_path / "out") in capsys.readouterr().out
     assert AutoModel.from_pretrained(tmp_path / "out").config.image_size == [98, 42]
     assert dict(MammoDinoImageProcessor.from_pretrained(tmp_path / "out").size) == {"height": 98, "width": 42}
     with pytest.raises(SystemExit, match="mammodino convert: .*out: exists"):
-        command(tmp_path / "dinov2.pth", tmp_path / "out")
+        mammodino("convert", tmp_path / "dinov2.pth", tmp_path / "out")
     for source in ("nowhere.pth", str(tmp_path / "nowhere")):
         with pytest.raises(SystemExit, match="mammodino convert: .*nowhere"):
-            command(source, tmp_path / "other")
+            mammodino("convert", source, tmp_path / "other")
     assert not (tmp_path / "other").exists()

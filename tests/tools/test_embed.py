@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import datasets
 import numpy as np
-import pandas
+import pandas as pd
 import pyarrow.parquet
 import pydicom
 import pytest
@@ -28,7 +28,7 @@ from modeling_mammodino import (
 )
 from modeling_mammodino.dicom import count_slices, frame_order
 from modeling_mammodino.tools import embed as table_module
-from modeling_mammodino.tools.cli import main as mammodino
+from modeling_mammodino.tools.cli import main
 from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.features import (
     FileEmbeddings,
@@ -101,9 +101,9 @@ def by_hand(path: Path, model, processor, **options) -> tuple[np.ndarray, np.nda
     return pooled.numpy(), inputs["tissue_mask"].mean(dim=(1, 2)).numpy()
 
 
-def run(archive: Path, checkpoint: Path, output: Path, *options: str) -> pandas.DataFrame:
-    mammodino(["embed", str(archive), "--model", str(checkpoint), "--output", str(output), *options])
-    return pandas.read_parquet(output)
+def run(archive: Path, checkpoint: Path, output: Path, *options: str) -> pd.DataFrame:
+    main(["embed", str(archive), "--model", str(checkpoint), "--output", str(output), *options])
+    return pd.read_parquet(output)
 
 
 def test_a_row_is_what_processor_and_model_give_by_hand(archive, checkpoint, model, processor, tmp_path):
@@ -119,6 +119,7 @@ def test_a_row_is_what_processor_and_model_give_by_hand(archive, checkpoint, mod
         np.testing.assert_allclose(rows["tissue_fraction"], tissue, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_workers_and_batches_change_nothing_but_speed(archive, model, processor):
     """Two processes, a batch that straddles files: the same rows in the same order, refusals in their places."""
     files, _ = find_files([archive])
@@ -133,6 +134,7 @@ def test_workers_and_batches_change_nothing_but_speed(archive, model, processor)
         np.testing.assert_array_equal(a.tissue_fraction, b.tissue_fraction)
 
 
+@pytest.mark.slow
 def test_files_are_read_whole_and_in_order_whatever_the_workers(archive, processor):
     files, _ = find_files([archive])
     alone, shared = (list(read_files(files, SliceReader(processor, 2), num_workers)) for num_workers in (0, 2))
@@ -211,7 +213,7 @@ def test_a_slice_has_its_number_also_where_few_are_taken(volume, model, processo
 
 def test_pool_picks_its_part_and_models_stand_side_by_side(archive, model, processor):
     torch.manual_seed(1)
-    other = MammoDinoModel(MammoDinoConfig(**TINY)).eval()
+    other = MammoDinoModel(model.config).eval()
     files = [archive / "a.jpg", archive / "study" / "IM0001"]
     pools = {pool: list(embed_files(files, model, processor, pool=pool)) for pool in ("class", "patches", "both")}
     pair = list(embed_files(files, [model, other], processor, pool="both"))
@@ -327,7 +329,7 @@ def made_up(path: str, rows: int = 3, features: int = 5) -> FileEmbeddings:
     return FileEmbeddings(path, None, path, list(range(rows)), rows, values, values[:, 0])
 
 
-def test_the_table_is_whole_or_absent(tmp_path, monkeypatch):
+def test_the_table_is_written_atomically(tmp_path, monkeypatch):
     """Row groups of one file each; the work is interrupted after two, where a table stands and where none does."""
     monkeypatch.setattr(table_module, "ROW_GROUP_BYTES", 1)
     output = tmp_path / "features.parquet"
@@ -335,7 +337,7 @@ def test_the_table_is_whole_or_absent(tmp_path, monkeypatch):
     def interrupted():
         yield made_up("a")
         yield made_up("b")
-        assert (tmp_path / ".features.parquet.tmp").exists()
+        assert list(tmp_path.glob(".features.parquet.*"))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -383,7 +385,7 @@ def test_the_table_opens_everywhere_and_says_where_it_comes_from(archive, checkp
 def test_encoders_of_every_kind_of_folder(archive, model, processor, tmp_path):
     """A classification checkpoint, transformers' own class with our image processor, and what is neither."""
     torch.manual_seed(0)
-    classifier = MammoDinoForImageClassification(MammoDinoConfig(**TINY, num_labels=3)).eval()
+    classifier = MammoDinoForImageClassification(MammoDinoConfig(**model.config.to_dict() | {"num_labels": 3})).eval()
     native = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY, num_channels=1)).eval()
     inputs = processor(archive / "a.jpg", return_tensors="pt")
     for name, source in (("head", classifier), ("native", native)):

@@ -16,7 +16,6 @@ from model_folder import CARD, TINY
 from PIL import Image
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.cli import main
 from modeling_mammodino.tools.publish import check_folder, push_folder, upload
 
 ROOT = Path(__file__).parents[2]
@@ -43,12 +42,8 @@ def test_a_sharded_classifier_with_a_plain_svg_is_published(model_copy, hub):
     assert {line.partition(":")[0] for line in check_folder(model_copy)} >= {"model.safetensors.index.json"}
 
 
-def command(*arguments: str | Path) -> None:
-    main(["push", *map(str, arguments)])
-
-
-def test_the_command_pushes_the_whole_folder_in_one_commit(model_folder, hub, capsys):
-    command(model_folder, "me/encoder", "--commit_message", "First")
+def test_the_command_pushes_the_whole_folder_in_one_commit(mammodino, model_folder, hub, capsys):
+    mammodino("push", model_folder, "me/encoder", "--commit_message", "First")
     commits = [path for method, path in hub.requests if "/commit/" in path]
     assert commits == ["/api/models/me/encoder/commit/main"]
     assert hub.files("me/encoder") == {path.name: path.read_bytes() for path in model_folder.iterdir()}
@@ -73,18 +68,18 @@ def test_private_is_private_or_nothing_is_uploaded(model_folder, hub):
     assert hub.files("me/open") == {}
 
 
-def test_a_refusal_by_the_hub_is_one_line(model_folder, hub, monkeypatch):
+def test_a_refusal_by_the_hub_is_one_line(mammodino, model_folder, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(SystemExit, match="mammodino push: .*401"):
-        command(model_folder, "me/denied")
+        mammodino("push", model_folder, "me/denied")
     with pytest.raises(SystemExit, match="mammodino push: .*no/such/name"):
-        command(model_folder, "no/such/name")
+        mammodino("push", model_folder, "no/such/name")
 
 
-def test_a_hub_out_of_reach_is_one_line(model_folder, hub, monkeypatch):
+def test_a_hub_out_of_reach_is_one_line(mammodino, model_folder, hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(SystemExit, match="mammodino push: the Hub cannot be reached .*HF_ENDPOINT"):
-        command(model_folder, "me/unreachable")
+        mammodino("push", model_folder, "me/unreachable")
 
 
 def test_the_loopback_hub_verifies_what_it_is_sent(hub):
@@ -198,7 +193,8 @@ def entry_points(hub_server, model_folder, tmp_path_factory) -> HubServer:
     return hub_server
 
 
-def test_models_and_processor_go_through_transformers_own_doors(entry_points, model_folder):
+@pytest.mark.slow
+def test_models_and_processor_are_pushed_by_transformers_own_methods(entry_points, model_folder):
     files = entry_points.files("me/entry_points")
     code = {path.name for path in model_folder.glob("*.py")}
     assert files.keys() >= code | {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
@@ -206,10 +202,12 @@ def test_models_and_processor_go_through_transformers_own_doors(entry_points, mo
 
 
 @pytest.mark.skipif(HUB_VERSION < 2, reason="huggingface_hub 1 validates cards at a fixed address, not at HF_ENDPOINT")
-def test_the_card_goes_through_its_own_door(entry_points):
+@pytest.mark.slow
+def test_the_card_is_pushed_by_its_own_method(entry_points):
     assert entry_points.files("me/entry_points")["README.md"].decode() == CARD
 
 
+@pytest.mark.slow
 def test_what_was_pushed_opens_where_the_package_is_missing(entry_points, model_folder, tmp_path):
     Image.fromarray(draw_breast()).save(tmp_path / "breast.png")
     environment = {**entry_points.environment(tmp_path / "home"), "PYTHONSAFEPATH": "1"}

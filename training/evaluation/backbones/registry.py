@@ -34,8 +34,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel, pool_tokens
+from modeling_mammodino.tools.convert import own_processor, processor_settings
 from modeling_mammodino.tools.embed import open_encoder
-from modeling_mammodino.tools.normalization import own_processor, processor_settings
 
 from .checkpoint_files import check_report, find_file, first_line, quiet_transformers
 from .convert_biomedclip import convert_biomedclip
