@@ -41,7 +41,7 @@ FEATURES = datasets.Features(
         "study": datasets.Value("string"),  # keyed hash
         "source": datasets.Value("string"),  # name of the collection
         "mask_confidence": datasets.Value("float32"),  # 0 to 1, that `tissue` is the breast
-        # "header" says so, "image" looks so: a flag for people to look at; null: neither, which proves nothing
+        # "header" says so, "picture": the image looks so, a flag for people; null: neither, which proves nothing
         "burned_in_annotation": datasets.Value("string"),
     }
 )
@@ -70,7 +70,7 @@ def _annotation(mammogram: Mammogram, rendered: Rendered) -> str | None:
         return "header"
     # of a volume one slice is looked at: text is drawn on all
     is_looked_at = mammogram.slice_index == mammogram.num_slices // 2
-    return "image" if is_looked_at and looks_annotated(mammogram.pixels, rendered.small.breast) else None
+    return "picture" if is_looked_at and looks_annotated(mammogram.pixels, rendered.small.breast) else None
 
 
 class Corpus:

@@ -40,7 +40,7 @@ CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # left by `map` 
 HASH = re.compile(r"[0-9a-f]{32}")
 KINDS = {"ffdm", "synthetic_2d", "dbt", "unknown"}
 VIEWS = {"CC", "MLO", "ML", "LM", "LMO", "XCC", "XCCL", "XCCM", "FB", "SIO", "ISO", "AT"}
-ANNOTATIONS = {"header", "image"}
+ANNOTATIONS = {"header", "picture"}
 ROUNDING = 1e-6  # of mask_confidence, which the builder compares before it becomes float32
 SHOWN = 50
 REBUILD = "build the corpus again"
@@ -48,9 +48,10 @@ REMAKE = "make it again (python -m dataset_scripts.corpus.verify --help)"
 
 
 def allows(is_allowed: Callable[[Any], Any], value: Any) -> bool:
+    """Tell whether a check holds; of a value of another type altogether it does not."""
     try:
         return bool(is_allowed(value))
-    except (TypeError, ValueError, KeyError, AttributeError):  # of another type altogether
+    except (TypeError, ValueError, KeyError, AttributeError):
         return False
 
 

@@ -31,7 +31,7 @@ class Geometry:
     electronic_noise: float  # of a detector pixel, in quanta
 
     def sources_mm(self) -> np.ndarray:
-        """Place along the rows, from the middle of the field, and height of each view's source, (V, 2)."""
+        """Return place along the rows, from the middle of the field, and height of each view's source, (V, 2)."""
         angles = np.deg2rad(np.linspace(-0.5, 0.5, self.num_views) * self.sweep_deg * (self.num_views > 1))
         radius = self.source_mm - self.pivot_mm
         return np.stack([radius * np.sin(angles), self.pivot_mm + radius * np.cos(angles)], 1)
@@ -64,7 +64,7 @@ class Rays:
 
 @lru_cache(maxsize=8)
 def trace(geometry: Geometry, p: PhantomParameters) -> Rays:
-    """Rays for a volume of p's shape: matrices that interpolate linearly along the rows."""
+    """Trace the rays through a volume of p's shape: matrices that interpolate linearly along the rows."""
     pitch, height, depth = p.pixel_spacing_mm, p.height_px, p.num_slices
     z = geometry.support_mm + p.num_slices * p.slice_spacing_mm / 2 + p.slice_heights_mm.astype(np.float64)  # (D,)
     middle = geometry.support_mm + p.num_slices * p.slice_spacing_mm / 2
@@ -79,7 +79,7 @@ def trace(geometry: Geometry, p: PhantomParameters) -> Rays:
     views, rows = len(sources), len(u)
 
     def interpolate(position, length):
-        """Rows of a matrix that reads `position` (..., in rows) out of blocks of `length` rows; edges go on."""
+        """Return rows of a matrix that reads `position` (..., in rows) out of blocks of `length` rows; edges go on."""
         position = np.clip(position, 0, length - 1)
         low = np.minimum(position.astype(int), length - 2)
         return np.stack([low, low + 1], -1), np.stack([1 - (position - low), position - low], -1)
@@ -113,7 +113,7 @@ def _matrix(index, weight, columns: int) -> sparse.csr_array:
 
 
 def _stretch(slices, factors, columns: int):
-    """Slices (D, H, W) stretched along the columns from the chest wall, (D, H, columns)."""
+    """Stretch slices (D, H, W) along the columns from the chest wall, (D, H, columns)."""
     wide = np.empty((*slices.shape[:2], columns), np.float32)
     for one, factor, out in zip(slices, factors, wide, strict=True):
         # column c of the result lies at (c + 0.5) / factor - 0.5
@@ -123,7 +123,7 @@ def _stretch(slices, factors, columns: int):
 
 
 def project(volume, geometry: Geometry, p: PhantomParameters):
-    """Line integrals (V, U, C) float32 of a volume (D, H, W) whose chest wall is column 0."""
+    """Return line integrals (V, U, C) float32 of a volume (D, H, W) whose chest wall is column 0."""
     rays = trace(geometry, p)
     wide = _stretch(volume, rays.magnification, rays.columns)
     views = rays.project @ wide.reshape(-1, rays.columns)
@@ -131,7 +131,7 @@ def project(volume, geometry: Geometry, p: PhantomParameters):
 
 
 def detect(rng, integral, quanta: float, electronic_noise: float, blur_px: float, known=0.0):
-    """Line integrals (V, H, W) as the detector measures them: noise of `quanta` in air and of electronics, then blur.
+    """Measure line integrals (V, H, W) as a detector does: noise of `quanta` in air and of electronics, then blur.
 
     The logarithm of N + e quanta, N of Poisson and e of Gaussian distribution, in its Gaussian limit. `known` (V, H, W)
     is what the beam went through beside the integral; it is in the noise, and is subtracted again.
@@ -147,7 +147,7 @@ def detect(rng, integral, quanta: float, electronic_noise: float, blur_px: float
 
 
 def reconstruct(views, geometry: Geometry, p: PhantomParameters):
-    """Filtered backprojection (D, H, W) in 1/mm of line integrals (V, U, C).
+    """Return the filtered backprojection (D, H, W) in 1/mm of line integrals (V, U, C).
 
     The ramp along the tube's way is |f| times the spread of tan(angle), apodized [8], with a floor: below it the sweep
     hardly tells slices apart, and it keeps wide structures, as the vendors' filters do.
@@ -166,7 +166,7 @@ def reconstruct(views, geometry: Geometry, p: PhantomParameters):
 
 
 def _display(rng, fibrous, shadow):
-    """12-bit uint16 for display: vendors window an image by its own tissue, so brightness does not tell density.
+    """Return 12-bit uint16 for display: vendors window an image by its own tissue; brightness does not tell density.
 
     Inside the breast the 5th percentile comes to about 0.13 of the range and the mean to 0.25, as in real slices,
     whatever tissue there is; air is 0.
@@ -187,12 +187,12 @@ def _display(rng, fibrous, shadow):
 
 
 def _flip(array, breast: Breast):
-    """Between the image's side and the chest wall at column 0."""
+    """Flip between the image's side and the chest wall at column 0."""
     return np.ascontiguousarray(array[..., ::-1]) if breast.laterality == "R" else array
 
 
 def acquire_dbt(breast: Breast) -> np.ndarray:
-    """Tomosynthesis slices (D, H, W) uint16, 12 bits; the thinner margin is flattened, by the known thickness."""
+    """Return tomosynthesis slices (D, H, W) uint16, 12 bits; the thinner margin is flattened by the known thickness."""
     p, rng, geometry = breast.parameters, breast.random_generator(TOMOSYNTHESIS), GEOMETRIES[breast.vendor]
     body = _flip(breast.body, breast)
     shadow = body.sum(axis=0)
@@ -209,7 +209,7 @@ def acquire_dbt(breast: Breast) -> np.ndarray:
 
 
 def acquire_2d(breast: Breast) -> np.ndarray:
-    """A mammogram (H, W) uint16, 12 bits: one projection with noise, blur, margin flattened, breast bright on air 0."""
+    """Return a mammogram (H, W) uint16, 12 bits: one projection, noisy, blurred, margin flattened, air 0."""
     p, rng, geometry = breast.parameters, breast.random_generator(MAMMOGRAM), GEOMETRIES[breast.vendor]
     integral, thickness = breast.volume.sum(0) * p.slice_spacing_mm, breast.body.sum(0) * p.slice_spacing_mm
     quanta, pixels = MAMMOGRAM_QUANTA * p.dose * p.pixel_spacing_mm**2, p.pixel_spacing_mm / geometry.detector_pixel_mm

@@ -86,7 +86,7 @@ class PhantomParameters:
 
     @property
     def slice_heights_mm(self) -> np.ndarray:
-        """Height of each slice above the middle of the volume, (D,) float32; the first is nearest to the paddle."""
+        """Return each slice's height above the middle of the volume, (D,) float32; the first is nearest to the paddle."""
         return ((self.num_slices - 1) / 2 - np.arange(self.num_slices, dtype=np.float32)) * self.slice_spacing_mm
 
 
@@ -123,12 +123,12 @@ class Breast:
 
 
 def random_generator(seed: int, index: int, stream: int) -> np.random.Generator:
-    """Counter-based: one independent stream for each (seed, index, stream)."""
+    """Return the counter-based generator of a stream, independent for each (seed, index, stream)."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=[0, 0, 0, stream]))
 
 
 def exposure_generator(seed: int, index: int, laterality: str, view: str, purpose: int) -> np.random.Generator:
-    """The stream of one purpose (ANATOMY, ...) in one of a patient's four exposures."""
+    """Return the generator of one purpose (ANATOMY, ...) in one of a patient's four exposures."""
     return random_generator(seed, index, 8 + 4 * VIEWS.index((laterality, view)) + purpose)
 
 
@@ -176,7 +176,7 @@ def draw_outline(rng, view: str, reach: float, p: PhantomParameters) -> Outline:
 
 
 def distance_to_margin_mm(silhouette, margin_mm: float, pixel_spacing_mm: float):
-    """Distance to the silhouette's margin (H, W) in mm, negative outside.
+    """Return the distance to the silhouette's margin (H, W) in mm, negative outside.
 
     Tissue goes on beyond the chest wall, the top and the bottom.
     """
@@ -188,7 +188,7 @@ def distance_to_margin_mm(silhouette, margin_mm: float, pixel_spacing_mm: float)
 
 
 def depth_mm(outline: Outline, inside, half_mm: float, z_mm, bump_mm: float, pixel_spacing_mm: float):
-    """Depth in the breast (D, H, W) in mm: flat under the paddles, a half circle at the margin, a ball for a nipple."""
+    """Return depth in the breast (D, H, W) in mm: flat under paddles, round at the margin, a ball for a nipple."""
     rim = np.maximum(half_mm - inside, 0)
     depth = half_mm - np.sqrt(rim**2 + z_mm[:, None, None] ** 2)
     if bump_mm:
@@ -215,7 +215,7 @@ def _power_law_gain(shape: tuple, spacing: tuple, exponent: float, longest_mm: f
 
 
 def power_law_noise(rng, shape, spacing_mm, exponent: float, longest_mm: float, shortest_mm: float):
-    """Gaussian noise (D, H, W) float32 of unit variance; power falls as frequency^-exponent between two wavelengths.
+    """Draw Gaussian noise (D, H, W) float32 of unit variance; power falls as frequency^-exponent between wavelengths.
 
     Periodic along rows and columns; along the slices not, for the ends of a breast must not meet.
     """
@@ -229,9 +229,9 @@ def power_law_noise(rng, shape, spacing_mm, exponent: float, longest_mm: float, 
 
 
 def fan(shape, apex, stretch: float, grid: float):
-    """Where in noise, on a grid that is `grid` times as coarse, to look for each pixel: structures run to the apex.
+    """Return two maps (H, W) for cv2.remap by which structures in noise, `grid` times as coarse, run to the apex.
 
-    Ducts and ligaments do so. Two maps (H, W) for cv2.remap.
+    Ducts and ligaments do so.
     """
     y, x = np.indices(shape, np.float32)
     along = np.hypot(y - apex[0], x - apex[1]) / stretch
@@ -244,7 +244,7 @@ def bend(noise, maps):
 
 
 def fall(negative):
-    """exp of what is negative, without the denormal numbers that cost so much."""
+    """Return exp of what is negative, without the denormal numbers that cost so much."""
     return cv2.exp(np.maximum(negative, np.float32(-20)))
 
 
@@ -265,7 +265,7 @@ def deposit(canvas, points_mm, volumes_mm3, voxel_mm) -> None:
 
 
 def tube(rng, start_mm, heading: float, length_mm: float, wander: float, rise: float, step_mm: float):
-    """Points (N, 3) of a tube that wanders in the plane from `start_mm` (z, y, x)."""
+    """Draw points (N, 3) of a tube that wanders in the plane from `start_mm` (z, y, x)."""
     steps = max(int(length_mm / step_mm), 2)
     angle = heading + np.cumsum(rng.normal(0, wander * np.sqrt(step_mm), steps))
     level = rise * np.cumsum(rng.normal(0, np.sqrt(step_mm), steps))
@@ -357,13 +357,13 @@ def draw_anatomy(rng: np.random.Generator, patient: Patient, view: str, p: Phant
 
 
 def glandular_fraction(anatomy: Anatomy) -> float:
-    """Share of fibroglandular tissue in the breast without skin and muscle, by its attenuation."""
+    """Return the share of fibroglandular tissue in the breast without skin and muscle, by its attenuation."""
     mean = anatomy.volume.mean(where=anatomy.parenchyma, dtype=np.float64)
     return float((mean - ADIPOSE) / (FIBROGLANDULAR - ADIPOSE))
 
 
 def _behind_the_nipple(rng, outline: Outline):
-    """Where glandular tissue is favored: 1 in the middle of the disc, 0 at its margin, negative outside, (H, W)."""
+    """Draw where glandular tissue is favored, (H, W): 1 in the middle of a disc, 0 at its margin, negative outside."""
     y, x = np.indices(outline.silhouette.shape, np.float32)
     row, column = outline.nipple
     center = row - rng.uniform(-0.05, 0.25) * outline.half_height, column * rng.uniform(0.45, 0.65)
@@ -372,7 +372,7 @@ def _behind_the_nipple(rng, outline: Outline):
 
 
 def _glandular_noise(rng, patient, outline: Outline, favor, noise, depth, inside, z_mm, half_mm: float, pixel: float):
-    """Noise (D, H, W) float32 whose high values become gland [3]: it runs toward the nipple, and keeps off the skin."""
+    """Draw noise (D, H, W) float32 whose high values become gland [3]: toward the nipple, and off the skin."""
     apex = outline.nipple[0], outline.nipple[1] + 60 / pixel
     maps = fan(inside.shape, apex, patient.streaks, 1)
     favor = rng.uniform(0.4, 2.0) * np.maximum(favor, -3)
@@ -388,7 +388,7 @@ def _glandular_noise(rng, patient, outline: Outline, favor, noise, depth, inside
 
 
 def _add_ligaments(rng, patient, outline: Outline, favor, tissue, fibrous, p: PhantomParameters) -> None:
-    """Cooper's ligaments into `fibrous`, and the lobules of fat between them out of `tissue`.
+    """Add Cooper's ligaments to `fibrous`, and take the lobules of fat between them out of `tissue`.
 
     Ligaments are the zero levels of two smooth noises: thin curved sheets that close around compartments [4]. Gland
     keeps to the sheets of the second; what is far from them is a lobule of fat.
@@ -410,13 +410,13 @@ def _add_ligaments(rng, patient, outline: Outline, favor, tissue, fibrous, p: Ph
 
 
 def _gland(excess, patient: Patient):
-    """Share of glandular tissue where noise exceeds the threshold: it saturates, but is nowhere flat."""
+    """Return the share of glandular tissue where noise exceeds the threshold: it saturates, but is nowhere flat."""
     excess = np.maximum(excess, 0)
     return np.float32(patient.purity) * excess / (excess + np.float32(0.4))
 
 
 def _threshold(tissue, fibrous, parenchyma, patient: Patient) -> np.float32:
-    """Above which noise is gland, so that the breast has the patient's share of fibroglandular tissue.
+    """Return the level above which noise is gland, so that the breast has the patient's share of fibroglandular tissue.
 
     Vessels and ligaments may have 0.7 of it; where they have more they are thinned.
     """
@@ -435,7 +435,7 @@ def _threshold(tissue, fibrous, parenchyma, patient: Patient) -> np.float32:
 
 
 def _vessels(rng, outline: Outline, half_mm: float, count: int, p: PhantomParameters):
-    """Thin tubes that wander from the chest wall, and their branches: shares of voxels (D, H, W) float32."""
+    """Draw thin tubes from the chest wall, and their branches, as shares of voxels (D, H, W) float32."""
     canvas, step = np.zeros((p.num_slices, *outline.silhouette.shape), np.float32), 0.5 * p.pixel_spacing_mm
     nipple_mm = np.array(outline.nipple) * p.pixel_spacing_mm
     middle = (p.num_slices - 1) / 2 * p.slice_spacing_mm
@@ -460,7 +460,7 @@ def _vessels(rng, outline: Outline, half_mm: float, count: int, p: PhantomParame
 
 
 def _fill_nipple(fibrous, outline: Outline, radius_mm: float, z_mm, pixel: float) -> None:
-    """Fibrous tissue in and behind the nipple."""
+    """Put fibrous tissue in and behind the nipple."""
     y, x = np.indices(fibrous.shape[1:], np.float32)
     square = ((y - outline.nipple[0]) ** 2 + ((x - outline.nipple[1]) / 2) ** 2) * pixel**2
     for level, z in zip(fibrous, z_mm, strict=True):
@@ -468,7 +468,7 @@ def _fill_nipple(fibrous, outline: Outline, radius_mm: float, z_mm, pixel: float
 
 
 def _muscle(rng, outline: Outline, noise, z_mm):
-    """Share of muscle (D, H, W) float32: fibres along its edge, fat between them; it thins out toward the edge."""
+    """Draw the share of muscle (D, H, W) float32: fibers along its edge, fat between; it thins out toward the edge."""
     lean, share, thinning = rng.uniform(-0.5, 0.5), rng.uniform(0.4, 0.75), np.float32(1 / rng.uniform(15, 40))
     rows, columns = (int(n.max()) + 1 for n in np.nonzero(outline.muscle_mm > -15))
     turn = float(np.arctan2(rows, columns) + rng.normal(0, 0.1))
@@ -479,6 +479,6 @@ def _muscle(rng, outline: Outline, noise, z_mm):
     for out, level, z in zip(muscle, noise, z_mm, strict=True):
         deep = inside + np.float32(lean * z)
         edge = np.clip(deep / 3 + 0.5, 0, 1) * np.clip(0.6 + 0.4 * deep * thinning, 0, 1)
-        fibres = np.float32(share) * (1 + 0.3 * np.clip(bend(level, maps), -2, 2))
-        out[:rows, :columns] = edge * np.minimum(fibres, 1)
+        fibers = np.float32(share) * (1 + 0.3 * np.clip(bend(level, maps), -2, 2))
+        out[:rows, :columns] = edge * np.minimum(fibers, 1)
     return muscle

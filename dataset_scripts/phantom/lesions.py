@@ -67,7 +67,7 @@ def draw_lesion(rng: np.random.Generator, probability: float) -> Lesion | None:
 
 
 def add_lesion(rng, lesion: Lesion, anatomy: Anatomy, view: str, p: PhantomParameters) -> np.ndarray:
-    """The volume (D, H, W) with the lesion in it; as the given one elsewhere."""
+    """Return the volume (D, H, W) with the lesion in it; as the given one elsewhere."""
     radius = min(lesion.radius_mm, 0.45 * float(anatomy.inside_mm.max()))
     place, flat = _place(lesion, radius, anatomy, view, p)
     draw = {"calcification": _calcifications, "distortion": _distortion}.get(lesion.lesion_type, _mass)
@@ -81,7 +81,7 @@ def add_lesion(rng, lesion: Lesion, anatomy: Anatomy, view: str, p: PhantomParam
 
 
 def _place(lesion: Lesion, radius: float, anatomy: Anatomy, view: str, p: PhantomParameters) -> tuple[Place, float]:
-    """The admissible place next to where the patient has it, and how flat it is pressed."""
+    """Return the admissible place next to where the patient has it, and how flat it is pressed."""
     pixel, half_mm, (height, width) = p.pixel_spacing_mm, anatomy.half_thickness_mm, anatomy.inside_mm.shape
     # A CC view shows the breast from above, an MLO view from the side: depth is the same in both, as radiologists
     # measure it from the nipple.
@@ -121,7 +121,7 @@ def _blend(patch, share, relative: float) -> None:
 
 
 def _spicules(rng, place: Place, shape, count: int, start_mm: float, length_mm: float, width_mm: float, p):
-    """Shares of voxels (d, h, w) float32 of fine lines that radiate from the center, thinner outward."""
+    """Draw shares of voxels (d, h, w) float32 of fine lines that radiate from the center, thinner outward."""
     canvas, step = np.zeros(shape, np.float32), 0.4 * p.pixel_spacing_mm
     origin = np.array([s.start for s in place.window]) * p.voxel_mm
     for heading in rng.uniform(0, 2 * np.pi) + (np.arange(count) + rng.uniform(-0.3, 0.3, count)) * 2 * np.pi / count:
@@ -176,7 +176,7 @@ def _calcifications(rng, lesion: Lesion, place: Place, radius: float, flat: floa
 
 
 def _distortion(rng, lesion: Lesion, place: Place, radius: float, flat: float, patch, p: PhantomParameters) -> None:
-    """Tissue is drawn toward the center: each voxel shows what lay farther out."""
+    """Draw tissue toward the center: each voxel shows what lay farther out."""
     reach, pull = 1.8 * radius, rng.uniform(1.0, 1.5) if lesion.suspicious else rng.uniform(0.6, 1.0)
     square = (place.y**2 + place.x**2) / np.float32(reach**2)  # (h, w)
     rows, columns = np.indices(patch.shape[1:], np.float32)

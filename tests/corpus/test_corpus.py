@@ -110,6 +110,7 @@ def test_identifiers_leave_only_as_keyed_hashes(phantom_archive, phantom_corpus)
             assert b"PHANTOM" not in content and b"simulated" not in content
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(phantom_archive, phantom_corpus, tmp_path):
     build([phantom_archive], tmp_path / "two", "phantom", num_proc=2, rows_per_shard=16)
     assert len(list((tmp_path / "two").glob("*.arrow"))) > len(list(phantom_corpus.glob("*.arrow")))
@@ -140,6 +141,7 @@ def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corp
     assert len(made) == len(set(made))
 
 
+@pytest.mark.slow
 def test_a_build_killed_at_random_moments_ends_the_same(phantom_archive, tmp_path):
     """A short run of `python -m tests.kill_corpus`."""
     kill_corpus.finish(phantom_archive, tmp_path / "undisturbed")
@@ -226,6 +228,7 @@ class KillsItself:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["ctrl-c", "background"])
 def test_a_worker_that_dies_stops_the_stage(tmp_path, request, interrupts):
     """Also in a shell's background, where the interrupt of Ctrl-C is ignored."""
@@ -250,6 +253,7 @@ SRUN = '#!/bin/sh\nshift 3\nexec "$@"\n'  # without -l -n 1
 SCONTROL = '#!/bin/sh\necho "$3"\n'  # show hostnames: the one node
 
 
+@pytest.mark.slow
 def test_on_slurm_the_corpus_is_the_same(phantom_archive, phantom_corpus, tmp_path):
     """Each task from a script of its own, in a process that knows nothing of the command that sent it off."""
     for name, content in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):

@@ -119,6 +119,7 @@ def test_axial_neighbors_are_the_slices_above_and_below():
     assert pair(np.array([0, 2]), 0, 1.0) is None  # the slice between is missing
 
 
+@pytest.mark.slow
 def test_a_pretraining_run_on_ct(tmp_path):
     (tmp_path / "ct").mkdir()
     for patient in range(1, 5):

@@ -30,6 +30,7 @@ from dataset_scripts.phantom.dicom import BreastInfo, mammogram_dataset
 
 CHECKOUT = Path(__file__).parents[2]
 NUM_PATIENTS, NUM_SLICES = 3, 4
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

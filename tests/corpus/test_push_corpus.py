@@ -24,6 +24,7 @@ def four_shards(phantom_archive, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_corpus_is_published_and_opens(phantom_corpus, hub: HubServer, tmp_path):
     push_corpus(phantom_corpus, "someone/corpus", "cc0-1.0")
     files = hub.files("someone/corpus", kind="dataset")

@@ -58,6 +58,7 @@ def set_value(row, column, value):
     return change
 
 
+@pytest.mark.slow
 def test_a_corpus_as_it_was_built_has_no_fault(corpus, capsys):
     assert verify_corpus(corpus) == []
     main([str(corpus), "--num_proc", "2"])
@@ -205,6 +206,7 @@ def test_a_link(corpus, name, tmp_path):
     assert any(each.startswith(f"{name}: a link") for each in verify_corpus(corpus))
 
 
+@pytest.mark.slow
 def test_damage_and_its_remedy(phantom_archive, tmp_path, capsys):
     corpus = tmp_path / "corpus"
 
@@ -257,7 +259,7 @@ def test_an_unfinished_corpus(corpus):
         ("manifest.json", {"rows": "DOE^JANE"}),
         ("manifest.json", {"rows_by_kind": {"DOE^JANE": 84}}),
         ("manifest.json", {"rows_by_kind": {"ffdm": 84}}),
-        ("manifest.json", {"burned_in_annotations": {"image": 84}}),
+        ("manifest.json", {"burned_in_annotations": {"picture": 84}}),
         ("manifest.json", {"doubtful_masks": 84}),
         ("manifest.json", {"files_found": 3}),
         ("manifest.json", {"fit": [64, 64]}),
