@@ -15,7 +15,7 @@ import os
 import secrets
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,12 @@ def build_corpus(
             tasks=tasks,
         )
     )
-    progress = Progress(job)
+    headers = _bar("headers", "task", job.work / "headers", lambda: job.tasks)
+    images = _bar("images", "shard", job.work / "shards", lambda: len(list((job.work / "plan").iterdir())))
     stages = [
-        Stage("headers", ReadHeaders(job), job.tasks, progress.headers),
+        Stage("headers", ReadHeaders(job), job.tasks, headers),
         Stage("plan", MakePlan(job), 1),
-        Stage("shards", RenderShards(job), job.tasks, progress.shards),
+        Stage("shards", RenderShards(job), job.tasks, images),
         Stage("manifest", Finish(job), 1),
     ]
     if not run_stages(stages, engine, num_proc, job.work / "engine", engine_arguments or {}):
@@ -215,26 +216,19 @@ def _begin(job: Job) -> Job:
     return job
 
 
-class Progress:
-    """Bars by what stands on disk, so that they begin where a stopped build was."""
+def _bar(name: str, unit: str, folder: Path, count: Callable[[], int]) -> Callable[[], None]:
+    """Return what shows a bar by the files of `folder`, so that it begins where a stopped build was."""
+    bars: list[tqdm] = []
 
-    def __init__(self, job: Job):
-        self.job = job
-        self.bars: dict[str, tqdm] = {}
-
-    def headers(self) -> None:
-        self._show("headers", self.job.work / "headers", self.job.tasks, "task")
-
-    def shards(self) -> None:
-        self._show("images", self.job.work / "shards", len(list((self.job.work / "plan").iterdir())), "shard")
-
-    def _show(self, name: str, folder: Path, total: int, unit: str) -> None:
-        done = len([path for path in folder.iterdir() if path.name[0] != "."]) if folder.exists() else 0
-        if name not in self.bars:
-            self.bars[name] = tqdm(total=total, initial=done, unit=unit, desc=name)
-        self.bars[name].update(done - self.bars[name].n)
+    def show() -> None:
+        total, done = count(), len(list(folder.glob("[!.]*")))
+        if not bars:
+            bars.append(tqdm(total=total, initial=done, unit=unit, desc=name))
+        bars[0].update(done - bars[0].n)
         if done == total:
-            self.bars[name].close()
+            bars[0].close()
+
+    return show
 
 
 @dataclass

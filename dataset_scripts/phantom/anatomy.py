@@ -86,7 +86,7 @@ class PhantomParameters:
 
     @property
     def slice_heights_mm(self) -> np.ndarray:
-        """Return each slice's height above the middle of the volume, (D,) float32; the first is nearest to the paddle."""
+        """Return each slice's height above the volume's middle, (D,) float32; the first is nearest to the paddle."""
         return ((self.num_slices - 1) / 2 - np.arange(self.num_slices, dtype=np.float32)) * self.slice_spacing_mm
 
 
