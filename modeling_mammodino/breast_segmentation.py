@@ -84,11 +84,6 @@ def find_breast(image: np.ndarray) -> TissueMask:
     return TissueMask(mask, checks[weakest], outside_fraction, weakest if checks[weakest] < 1 else "")
 
 
-def segment_breast(image: np.ndarray) -> np.ndarray:
-    """Return the mask (H, W) bool of `find_breast` alone."""
-    return find_breast(image).mask
-
-
 def find_body(image: np.ndarray) -> TissueMask:
     """Find the body in an axial slice, with the air inside it: lungs and bowel belong to it.
 

@@ -406,11 +406,6 @@ def keyed_hash(value: str, key: bytes) -> str:
     return hmac.new(key, value.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
 
 
-def count_slices(source: Any) -> int:
-    """Number of frames, from the header only."""
-    return open_dicom(source).num_frames
-
-
 def frame_order(source: Any) -> tuple[int, ...]:
     """Frame numbers of the file (0-based) in order of position: `frame_order(f)[slice_index]` is the file's frame."""
     opened = open_dicom(source)

@@ -120,8 +120,6 @@ class RenderPlan(NamedTuple):
     flip: bool
     black: float
     white: float
-    confidence: float  # of a volume, the least of the slices it was made from
-    outside_fraction: float  # of a volume, the largest
 
 
 class Placement(NamedTuple):
@@ -211,7 +209,6 @@ def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, na
     has_chest_wall = settings.tissue_finder == "breast"
     flip = has_chest_wall and settings.chest_wall_side not in ("as_is", chest_wall_side(breast))
     worst = min(thumbnails, key=lambda each: each.confidence)
-    outside_fraction = max(each.outside_fraction for each in thumbnails)
     if worst.confidence < LOW_CONFIDENCE:
         logger.warning(
             "%s: the %s mask is doubtful, confidence %.2f of 1 (%s); %.0f %% of what is brighter than air lies "
@@ -220,9 +217,9 @@ def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, na
             settings.tissue_finder,
             worst.confidence,
             worst.warning,
-            100 * outside_fraction,
+            100 * max(each.outside_fraction for each in thumbnails),
         )
-    return RenderPlan((height, width), box, flip, black, white, worst.confidence, outside_fraction)
+    return RenderPlan((height, width), box, flip, black, white)
 
 
 def render(

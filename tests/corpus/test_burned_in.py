@@ -5,12 +5,16 @@ import pytest
 from conftest import REAL_DATA, draw_breast
 
 from dataset_scripts.corpus.burned_in import longest_row, looks_annotated  # noqa: E402
-from modeling_mammodino.breast_segmentation import segment_breast  # noqa: E402
+from modeling_mammodino.breast_segmentation import find_breast  # noqa: E402
 
 cv2 = pytest.importorskip("cv2")
 
 
 HEIGHT, WIDTH = 1600, 1200
+
+
+def segment_breast(image: np.ndarray) -> np.ndarray:
+    return find_breast(image).mask
 
 
 @pytest.fixture(scope="module")

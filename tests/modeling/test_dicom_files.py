@@ -11,7 +11,6 @@ from pydicom.dataset import Dataset, FileMetaDataset
 
 from modeling_mammodino.dicom import (
     Mammogram,
-    count_slices,
     frame_order,
     is_dicom,
     iter_slices,
@@ -26,7 +25,7 @@ def test_not_dicom(tmp_path):
     for name, content in {"text.dcm": b"Dear colleague, " * 40, "empty.dcm": b"", "zeros.dcm": bytes(300)}.items():
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, name, "DICOM")
-        refused(tmp_path / name, name, read=count_slices)
+        refused(tmp_path / name, name, read=open_dicom)
         assert not is_dicom(tmp_path / name)
     refused(tmp_path / "missing.dcm", "missing.dcm", "no such file")
     refused(tmp_path, "no such file")
@@ -155,11 +154,11 @@ def test_pixels_of_a_data_set_stay_untouched():
 
 real = pytest.mark.skipif(not CODECS.is_dir(), reason=f"no real DICOM files in {CODECS}")
 NAMES = sorted(path.name for path in CODECS.glob("*.dcm"))
-COLOUR, UNREADABLE = "HTJ2KLossless_08_RGB.dcm", "liver_deflate.dcm"
+COLORED, UNREADABLE = "HTJ2KLossless_08_RGB.dcm", "liver_deflate.dcm"
 
 
 @real
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in (COLOUR, UNREADABLE)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (COLORED, UNREADABLE)])
 def test_real_files_decode_as_pydicom_does(name):
     dataset = pydicom.dcmread(CODECS / name)
     if not pydicom.pixels.get_decoder(dataset.file_meta.TransferSyntaxUID).is_available:
@@ -167,7 +166,7 @@ def test_real_files_decode_as_pydicom_does(name):
     expected = dataset.pixel_array
     expected = expected if expected.ndim == 3 else expected[None]
     slices = list(iter_slices(CODECS / name, **RAW))
-    assert len(slices) == len(expected) == count_slices(CODECS / name)
+    assert len(slices) == len(expected) == open_dicom(CODECS / name).num_frames
     for each, file_frame in zip(slices, frame_order(CODECS / name), strict=True):
         np.testing.assert_array_equal(each.pixels, expected[file_frame])
     assert all(np.isfinite(each.pixels).all() for each in iter_slices(CODECS / name))
@@ -175,11 +174,11 @@ def test_real_files_decode_as_pydicom_does(name):
 
 @real
 def test_a_colored_capture_is_read_as_its_luminance(caplog):
-    expected = pydicom.dcmread(CODECS / COLOUR).pixel_array  # (H, W, 3)
-    (decoded,) = open_dicom(CODECS / COLOUR).decode([0])
+    expected = pydicom.dcmread(CODECS / COLORED).pixel_array  # (H, W, 3)
+    (decoded,) = open_dicom(CODECS / COLORED).decode([0])
     np.testing.assert_array_equal(decoded, expected)
     luminance = cv2.cvtColor(expected, cv2.COLOR_RGB2GRAY)  # BT.601, in fixed point
-    assert np.abs(read_mammogram(CODECS / COLOUR).pixels.astype(int) - luminance).max() <= 1
+    assert np.abs(read_mammogram(CODECS / COLORED).pixels.astype(int) - luminance).max() <= 1
     assert "colored" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Every door of transformers opens a checkpoint, in a fresh process: from the folder alone, and with the package."""
+"""Every entry point of transformers opens a checkpoint, in a fresh process: with the package, or the folder alone."""
 
 import ast
 import json
@@ -15,8 +15,9 @@ from conftest import TINY_ENCODER, draw_breast, random_encoder
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor
 
-SCRIPT = Path(__file__).parents[1] / "entry_points.py"
-PROJECT = SCRIPT.parents[1]
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parent / "entry_points.py"
+PROJECT = SCRIPT.parents[2]
 NAMES = [
     node.name
     for node in ast.parse(SCRIPT.read_text()).body
@@ -85,8 +86,8 @@ def results(folder) -> dict[str, dict[str, float | str]]:
 
 
 @pytest.mark.parametrize("mode", ["remote", "installed"])
-@pytest.mark.parametrize("door", NAMES)
-def test_entry_point(results, mode, door):
-    result = results[mode][door]
+@pytest.mark.parametrize("entry_point", NAMES)
+def test_entry_point(results, mode, entry_point):
+    result = results[mode][entry_point]
     assert isinstance(result, float), result
     assert result <= 1e-6

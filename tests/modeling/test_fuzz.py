@@ -1,9 +1,11 @@
 """A short run of the fuzzer; the long one is `python -m tests.fuzz_images`."""
 
 import fuzz_images
+import pytest
 
 from modeling_mammodino import MammoDinoImageProcessor
 
+pytestmark = pytest.mark.slow
 COUNT = 400
 
 

@@ -8,7 +8,7 @@ from conftest import draw_breast, random_encoder
 from PIL import Image
 
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
-from modeling_mammodino.breast_segmentation import segment_breast
+from modeling_mammodino.breast_segmentation import find_breast
 from modeling_mammodino.rendering import RenderSettings, make_thumbnail, plan_rendering, render
 
 
@@ -138,7 +138,7 @@ def test_the_canvas_keeps_the_aspect(processor):
     breast = draw_breast(400, 300)
     image = processor(breast)["pixel_values"][0, 0] > -1.9
     rows, columns = image.any(1), image.any(0)
-    mask = segment_breast(breast)
+    mask = find_breast(breast).mask
     source = mask.any(1).sum() / mask.any(0).sum()
     assert rows.sum() / columns.sum() == pytest.approx(source, rel=0.05)
 

@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 GRAY8 = RNG.integers(0, 256, (40, 50), dtype=np.uint8)
 GRAY16 = RNG.integers(0, 65536, (40, 50), dtype=np.uint16)
 GRAY12 = RNG.integers(0, 4096, (40, 50), dtype=np.uint16)
-COLOUR = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+COLORED = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
 
 def png(rows: np.ndarray, depth: int, color_type: int) -> bytes:
@@ -108,7 +108,7 @@ def refused(path: Path, reason: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_color_is_refused(tmp_path: Path, suffix: str):
-    Image.fromarray(COLOUR).save(tmp_path / f"a{suffix}")
+    Image.fromarray(COLORED).save(tmp_path / f"a{suffix}")
     refused(tmp_path / f"a{suffix}", "colored")
 
 
@@ -120,7 +120,7 @@ def test_a_colored_mark_is_refused(tmp_path: Path):
 
 
 def test_cmyk_is_refused(tmp_path: Path):
-    Image.fromarray(COLOUR).convert("CMYK").save(tmp_path / "a.jpg")
+    Image.fromarray(COLORED).convert("CMYK").save(tmp_path / "a.jpg")
     refused(tmp_path / "a.jpg", "CMYK")
 
 
@@ -226,10 +226,10 @@ def test_pil_images_of_more_than_eight_bits(image: Image.Image, expected: np.nda
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        (COLOUR, "colored"),
+        (COLORED, "colored"),
         (np.stack([GRAY16, GRAY16[::-1], GRAY16]), "separate slices"),
-        (np.moveaxis(COLOUR, -1, 0) / 255.0, "colored"),
-        (COLOUR / 255.0 - 0.5, "colored"),
+        (np.moveaxis(COLORED, -1, 0) / 255.0, "colored"),
+        (COLORED / 255.0 - 0.5, "colored"),
         (GRAY8[None, None], "shape"),
         (np.stack([GRAY8] * 9), "shape"),
         (GRAY8[:, 0], "shape"),

@@ -112,6 +112,7 @@ def test_stochastic_depth_keeps_the_expectation():
     torch.testing.assert_close(updates.mean(0), torch.ones_like(expected), rtol=0, atol=0.25)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns():
     torch.manual_seed(0)
     model = MammoDinoForImageClassification(MammoDinoConfig(**TINY_ENCODER, num_labels=2))

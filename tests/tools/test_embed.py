@@ -26,7 +26,7 @@ from modeling_mammodino import (
     MammoDinoModel,
     pool_tokens,
 )
-from modeling_mammodino.dicom import count_slices, frame_order
+from modeling_mammodino.dicom import frame_order, open_dicom
 from modeling_mammodino.tools import embed as table_module
 from modeling_mammodino.tools.cli import main
 from modeling_mammodino.tools.embed import open_encoder
@@ -420,4 +420,4 @@ def test_what_does_not_fit_is_refused_before_any_work(archive, checkpoint, model
         run(archive, tmp_path / "gone", tmp_path / "x.parquet")
     with pytest.raises(SystemExit, match="--device nowhere"):
         run(archive, checkpoint, tmp_path / "x.parquet", "--device", "nowhere")
-    assert count_slices(archive / "b.dcm") == NUM_SLICES and not list(tmp_path.iterdir())
+    assert open_dicom(archive / "b.dcm").num_frames == NUM_SLICES and not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
-"""Opens a checkpoint by every door of transformers, in a process of its own: `python entry_points.py FOLDER remote|installed`.
+"""Open a checkpoint by every entry point of transformers: `python entry_points.py FOLDER remote|installed`.
 
-`remote` hides the package, so that the folder's own code must serve. Prints, for each door, the largest difference
-from what the writing process saw, or the error. FOLDER is made by test_entry_points.py.
+`remote` hides the package, so that the folder's own code must serve. Writes, for each entry point, the largest
+difference from what the writing process saw, or the error. FOLDER is made by test_entry_points.py.
 """
 
 import json
@@ -30,11 +30,11 @@ INPUTS = {name: torch.from_numpy(EXPECTED[name]) for name in ("pixel_values", "t
 IMAGE = str(FOLDER / "image.png")
 
 
-DOORS = []
+ENTRY_POINTS = []
 
 
-def door(function: Callable[[], float]) -> Callable[[], float]:
-    DOORS.append(function)
+def entry_point(function: Callable[[], float]) -> Callable[[], float]:
+    ENTRY_POINTS.append(function)
     return function
 
 
@@ -42,35 +42,35 @@ def difference(result: torch.Tensor | np.ndarray | list, name: str) -> float:
     return float(np.abs(np.asarray(torch.as_tensor(result).detach().float()) - EXPECTED[name]).max())
 
 
-@door
+@entry_point
 def auto_config() -> float:
     config = AutoConfig.from_pretrained(ENCODER, **TRUST)
     return float(config.model_type != "mammodino" or config.hidden_size != 48)
 
 
-@door
+@entry_point
 def auto_model() -> float:
     return difference(AutoModel.from_pretrained(ENCODER, **TRUST)(**INPUTS).last_hidden_state, "last_hidden_state")
 
 
-@door
+@entry_point
 def auto_model_without_mask_not_square() -> float:
     model = AutoModel.from_pretrained(ENCODER, **TRUST)
     return difference(model(torch.from_numpy(EXPECTED["wide"])).pooler_output, "wide_features")
 
 
-@door
+@entry_point
 def auto_model_of_a_classifier() -> float:
     return difference(AutoModel.from_pretrained(CLASSIFIER, **TRUST)(**INPUTS).pooler_output, "classifier_features")
 
 
-@door
+@entry_point
 def auto_model_for_image_classification() -> float:
     model = AutoModelForImageClassification.from_pretrained(CLASSIFIER, **TRUST)
     return difference(model(**INPUTS).logits, "logits")
 
 
-@door
+@entry_point
 def auto_model_for_image_classification_of_an_encoder() -> float:
     model = AutoModelForImageClassification.from_pretrained(ENCODER, num_labels=5, **TRUST)
     assert model(**INPUTS).logits.shape == (2, 5)
@@ -78,7 +78,7 @@ def auto_model_for_image_classification_of_an_encoder() -> float:
     return difference(features, "features")
 
 
-@door
+@entry_point
 def auto_backbone() -> float:
     config = AutoConfig.from_pretrained(ENCODER, out_indices=[1, 3], **TRUST)
     backbone = AutoBackbone.from_config(config, **TRUST)
@@ -86,26 +86,26 @@ def auto_backbone() -> float:
     return difference(backbone.eval()(**INPUTS).feature_maps[-1], "feature_map")
 
 
-@door
+@entry_point
 def auto_image_processor() -> float:
     inputs = AutoImageProcessor.from_pretrained(ENCODER, **TRUST)([IMAGE] * 2, return_tensors="pt")
     pixels = difference(inputs["pixel_values"], "pixel_values")
     return max(pixels, difference(inputs["tissue_mask"], "tissue_mask"))
 
 
-@door
+@entry_point
 def auto_image_processor_keeps_16_bits() -> float:
     processor = AutoImageProcessor.from_pretrained(ENCODER, **TRUST)
     return difference(processor(str(FOLDER / "image16.png"), return_tensors="pt")["pixel_values"], "pixels_16_bit")
 
 
-@door
+@entry_point
 def auto_image_processor_reads_dicom() -> float:
     processor = AutoImageProcessor.from_pretrained(ENCODER, **TRUST)
     return difference(processor(str(FOLDER / "image.dcm"), return_tensors="pt")["pixel_values"], "pixels_dicom")
 
 
-@door
+@entry_point
 def pipeline_image_feature_extraction() -> float:
     extract = pipeline("image-feature-extraction", model=str(ENCODER), **TRUST)
     features = extract(IMAGE, return_tensors=True)
@@ -114,7 +114,7 @@ def pipeline_image_feature_extraction() -> float:
     return max(float(np.abs(features.numpy() - dense).max()), float(np.abs(pooled.numpy() - dense[:, 0]).max()))
 
 
-@door
+@entry_point
 def pipeline_image_classification() -> float:
     scores = pipeline("image-classification", model=str(CLASSIFIER), **TRUST)([IMAGE, IMAGE], top_k=None)
     by_label = {each["label"]: each["score"] for each in scores[0]}
@@ -122,7 +122,7 @@ def pipeline_image_classification() -> float:
     return max(abs(by_label[name] - float(expected[index])) for index, name in enumerate(("no", "maybe", "yes")))
 
 
-@door
+@entry_point
 def bfloat16() -> float:
     model = AutoModel.from_pretrained(ENCODER, dtype=torch.bfloat16, **TRUST)
     features = model(**INPUTS).pooler_output
@@ -131,7 +131,7 @@ def bfloat16() -> float:
     return 0.0
 
 
-@door
+@entry_point
 def eager_attentions_and_hidden_states() -> float:
     model = AutoModel.from_pretrained(ENCODER, attn_implementation="eager", **TRUST)
     outputs = model(**INPUTS, output_attentions=True, output_hidden_states=True)
@@ -139,7 +139,7 @@ def eager_attentions_and_hidden_states() -> float:
     return difference(outputs.last_hidden_state, "last_hidden_state")
 
 
-@door
+@entry_point
 def gradient_checkpointing() -> float:
     model = AutoModel.from_pretrained(ENCODER, **TRUST).train()
     model.gradient_checkpointing_enable()
@@ -148,7 +148,7 @@ def gradient_checkpointing() -> float:
     return difference(outputs, "features")
 
 
-@door
+@entry_point
 def saved_again() -> float:
     copy = FOLDER / f"again_{sys.argv[2]}"
     AutoModel.from_pretrained(ENCODER, **TRUST).save_pretrained(copy)
@@ -160,7 +160,7 @@ def saved_again() -> float:
 
 if __name__ == "__main__":
     results: dict[str, float | str] = {}
-    for open_it in DOORS:
+    for open_it in ENTRY_POINTS:
         try:
             results[open_it.__name__] = open_it()
         except Exception:
