@@ -56,7 +56,7 @@ PROJECTION = "embeddings.patch_embeddings.projection"
 
 
 def load_encoder(source: str | Path, **options: Any) -> MammoDinoModel:
-    """`load_checkpoint` without the head, where there is one."""
+    """Do as `load_checkpoint`, without the head, where there is one."""
     model = load_checkpoint(source, **options)
     encoder = encoder_of(model)
     if encoder is not model:
@@ -77,7 +77,7 @@ def load_checkpoint(
     interpolation: str = "reference",
     image_processor: MammoDinoImageProcessor | None = None,
 ) -> Model:
-    """A MammoDINO model, float32 and in eval mode, with the weights of another checkpoint.
+    """Return a MammoDINO model, float32 and in eval mode, with the weights of another checkpoint.
 
     Args:
         source: Hub id or folder of a `dinov2`, `dinov2_with_registers` or `mammodino` checkpoint, with or without a
@@ -112,7 +112,7 @@ def load_checkpoint(
 
 
 def read_hugging_face_checkpoint(source: str, interpolation: dict) -> Model:
-    """A Hub id or folder as it is, with its own channels; no code that lies beside the weights is run."""
+    """Read a Hub id or folder as it is, with its own channels; no code that lies beside the weights is run."""
     model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     if model_type not in CONFIGS:
         raise ValueError(
@@ -165,8 +165,8 @@ def read_hugging_face_checkpoint(source: str, interpolation: dict) -> Model:
 
 
 def resample_positions(model: Model, image_size: int | Sequence[int]) -> Model:
-    """The model with position embeddings stored at another size, interpolated there as it would do itself: at that size
-    it gives the same, and others are reached from there. image_size: side or (height, width) in pixels."""
+    """Return the model with position embeddings stored at another size, interpolated as it would do itself: at that
+    size it gives the same, and others are reached from there. image_size: side or (height, width) in pixels."""
     sides = (image_size,) if isinstance(image_size, int) else tuple(image_size)
     height, width, patch = sides[0], sides[-1], as_pair(model.config.patch_size)
     if len(sides) > 2 or min(sides) < 1 or height % patch[0] or width % patch[1]:
@@ -180,7 +180,7 @@ def resample_positions(model: Model, image_size: int | Sequence[int]) -> Model:
 
 
 def rebuild(model: Model, tensors: dict[str, torch.Tensor], **fields: Any) -> Model:
-    """`model` with some configuration fields and encoder tensors replaced, in eval mode; it shares the others."""
+    """Return `model` with some configuration fields and encoder tensors replaced, in eval mode; others are shared."""
     config = copy.deepcopy(model.config)
     for name, value in fields.items():
         setattr(config, name, value)
@@ -199,8 +199,8 @@ def convert(
     image_size: int | Sequence[int] | None = None,
     interpolation: str = "reference",
 ) -> Path:
-    """Writes `source` as a folder of the type `to`, with its image processor, whole or not at all; see
-    `load_checkpoint` for the other arguments. "mammodino" folders hold the code as well.
+    """Write `source` as a folder of the type `to`, with its image processor, atomically; see `load_checkpoint`
+    for the other arguments. "mammodino" folders hold the code as well.
 
     The image processor is the source's own where it is ours, else the default one for the model's size; a model that
     keeps its color channels keeps its own preprocessor_config.json.
@@ -242,7 +242,7 @@ def gray_processor(
 
 
 def to_native(model: Model, folder: str | Path) -> Path:
-    """Writes a checkpoint that plain transformers opens with `AutoModel` (or `AutoModelForImageClassification`) as
+    """Write a checkpoint that plain transformers opens with `AutoModel` (or `AutoModelForImageClassification`) as
     Dinov2-with-registers, without remote code, and that gives the same as `model` without `tissue_mask`.
 
     Raises ValueError where position embeddings do not form a square, which that class cannot store, and
@@ -307,7 +307,7 @@ IMAGENET = Normalization(tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_ST
 
 
 def processor_settings(source: str | Path) -> dict[str, Any] | None:
-    """preprocessor_config.json of a folder or Hub id; None where it has none, as a `.pth`."""
+    """Return preprocessor_config.json of a folder or Hub id; None where it has none, as a `.pth`."""
     if Path(source).is_file():
         return None
     if cached_file(str(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None:
@@ -316,7 +316,7 @@ def processor_settings(source: str | Path) -> dict[str, Any] | None:
 
 
 def own_processor(settings: dict[str, Any] | None) -> MammoDinoImageProcessor | None:
-    """The image processor, where the settings are those of ours."""
+    """Return the image processor, where the settings are those of ours."""
     if settings is None or settings.get("image_processor_type") != MammoDinoImageProcessor.__name__:
         return None
     return MammoDinoImageProcessor.from_dict(settings)
@@ -325,7 +325,7 @@ def own_processor(settings: dict[str, Any] | None) -> MammoDinoImageProcessor | 
 def source_normalization(
     source: str | Path, settings: dict[str, Any] | None, num_channels: int, target: Normalization
 ) -> Normalization:
-    """The normalization that a checkpoint was made with. Where nothing says it, an RGB model is taken to be of
+    """Return the normalization that a checkpoint was made with. Where nothing says it, an RGB model is taken to be of
     ImageNet's, as DINOv2 is, and any other to be of `target`; a warning says so."""
     own = own_processor(settings)
     if own is not None:
@@ -360,8 +360,8 @@ def source_normalization(
 def fold_normalization(
     projection: torch.nn.Conv2d, source: Normalization, target: Normalization
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (D, 1, p, p) and bias (D,) of a patch embedding that takes a gray plane g as (g - m) / s and gives what
-    `projection` gives for it in each of its channels c as (g - m_c) / s_c:
+    """Return weight (D, 1, p, p) and bias (D,) of a patch embedding that takes a gray plane g as (g - m) / s and
+    gives what `projection` gives for it in each of its channels c as (g - m_c) / s_c:
 
         weight = sum_c W_c s / s_c,    bias = b + sum over c and the patch of W_c (m - m_c) / s_c
     """
@@ -374,7 +374,7 @@ def fold_normalization(
 
 
 def add_command(commands: Any) -> None:
-    """Adds `convert` to argparse subparsers; the parsed options carry `run`."""
+    """Add the subcommand `convert`; `commands` is argparse's action of subparsers."""
     parser = commands.add_parser(
         "convert",
         help="weights from DINOv2, or out to plain transformers",

@@ -1,4 +1,4 @@
-"""Reads the original DINOv2 checkpoints: the `.pth` files of facebookresearch/dinov2, released or from its training.
+"""Read the original DINOv2 checkpoints: the `.pth` files of facebookresearch/dinov2, released or from its training.
 
 The configuration is derived from the shapes of the tensors, and every key of the file is accounted for.
 """
@@ -35,7 +35,7 @@ BESIDE_THE_BACKBONE = re.compile(r"^(student\.|(teacher\.)?(dino|ibot)_head\.|(d
 
 
 def read_reference_checkpoint(path: str | Path, interpolation: dict) -> MammoDinoModel:
-    """The encoder of a `.pth`, float32, with as many channels and registers as the file has.
+    """Return the encoder of a `.pth`, float32, with as many channels and registers as the file has.
 
     interpolation: `interpolate_antialias` and `interpolate_offset` of the plain and of the register variants, by
     "plain" and "registers". Raises ValueError, naming the keys, where the file is not a DINOv2 encoder as a whole;
@@ -78,7 +78,7 @@ def load_tensors(path: str | Path) -> dict:
 
 
 def teacher_backbone(checkpoint: dict, path: str | Path) -> dict[str, torch.Tensor]:
-    """The encoder's entries, out of the wrappers of dinov2's training: the teacher's where there are two networks."""
+    """Return the encoder's entries, without the wrappers of dinov2's training: the teacher's where there are two."""
     for wrapper in ("model", "teacher"):
         if isinstance(checkpoint.get(wrapper), dict):
             dropped = [name for name in checkpoint if name != wrapper]
@@ -106,7 +106,7 @@ def teacher_backbone(checkpoint: dict, path: str | Path) -> dict[str, torch.Tens
 
 
 def rename(tensors: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in Hugging Face names, float32; query, key and value apart."""
+    """Return the state dict in Hugging Face names, float32; query, key and value apart."""
     state: dict[str, torch.Tensor] = {}
 
     def put(name: str, tensor: torch.Tensor) -> None:
@@ -134,7 +134,7 @@ def rename(tensors: dict[str, torch.Tensor], path: str | Path) -> dict[str, torc
 
 
 def derive_config(state: dict[str, torch.Tensor], path: str | Path) -> MammoDinoConfig:
-    """The architecture from the shapes of a renamed state dict."""
+    """Return the architecture from the shapes of a renamed state dict."""
     if state[PATCH_WEIGHT].ndim != 4:
         raise ValueError(f"{path}: patch_embed.proj.weight must have 4 dimensions")
     width, num_channels, *patch_size = state[PATCH_WEIGHT].shape
@@ -169,7 +169,7 @@ def derive_config(state: dict[str, torch.Tensor], path: str | Path) -> MammoDino
 
 
 def _some(names: list[str], count: int = 5) -> str:
-    """The first names of a list, for a message."""
+    """Return the first names of a list, for a message."""
     rest = f" and {len(names) - count} more" if len(names) > count else ""
     return (", ".join(map(str, names[:count])) or "none") + rest
 

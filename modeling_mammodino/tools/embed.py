@@ -61,7 +61,7 @@ def write_table(results: Iterable[FileEmbeddings], output: Path, metadata: Mappi
 
 
 def _row_groups(results: Iterable[FileEmbeddings]):
-    """Arrow tables of about ROW_GROUP_BYTES of features, files whole."""
+    """Yield Arrow tables of about ROW_GROUP_BYTES of features, files whole."""
     held: list[FileEmbeddings] = []
     for result in results:
         if result.refused is None:
@@ -100,7 +100,7 @@ def write_refused(path: Path, refused: Mapping[str, str]) -> None:
 
 
 def add_command(commands) -> None:
-    """The subcommand `embed`; `commands` is argparse's action of subparsers."""
+    """Add the subcommand `embed`; `commands` is argparse's action of subparsers."""
     parser = commands.add_parser(
         "embed",
         help="write features of mammograms and tomosynthesis to a Parquet file",
@@ -165,7 +165,7 @@ def run(options: Namespace) -> None:
 
 
 def _watch(results: Iterable[FileEmbeddings], num_files: int, refused: dict[str, str]) -> Iterator[FileEmbeddings]:
-    """The results, with progress on stderr; refused files are logged and noted in `refused`."""
+    """Yield the results, with progress on stderr; refused files are logged and noted in `refused`."""
     images = 0
     with tqdm(total=num_files, desc="embed", unit="file") as progress:
         for result in results:
@@ -189,7 +189,7 @@ def find_device(name: str) -> torch.device:
 
 
 def open_encoder(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, MammoDinoImageProcessor]:
-    """Encoder, for inference, and image processor of a folder or Hub id; of a classification checkpoint its encoder.
+    """Open encoder, for inference, and image processor of a folder or Hub id; of a classifier its encoder.
 
     With `trust_remote_code` also what brings its own code, where that takes a `tissue_mask`. Raises ValueError for
     another kind of checkpoint and for weights that are missing, OSError where there is none.
@@ -213,7 +213,7 @@ def open_encoder(name: str, trust_remote_code: bool = False) -> tuple[PreTrained
 
 
 def provenance(options: Namespace, model: PreTrainedModel, image_processor: MammoDinoImageProcessor) -> dict[str, str]:
-    """The table's metadata: what the features come from."""
+    """Return the table's metadata: what the features come from."""
     slices = options.slices_per_volume
     return {
         "notice": "Research use only: not a medical device.",

@@ -72,8 +72,8 @@ class FileImages(IterableDataset):
 
 
 def share(num_files: int, worker: int, num_workers: int) -> Iterator[int]:
-    """The files of one worker: one of each round of `num_workers`, another place each round, so that where mammograms
-    and volumes alternate no worker gets all the volumes."""
+    """Yield the files of one worker: one of each round of `num_workers`, another place each round, so that where
+    mammograms and volumes alternate no worker gets all the volumes."""
     for turn, first in enumerate(range(0, num_files, num_workers)):
         file = first + (worker + turn) % num_workers
         if file < num_files:

@@ -1,17 +1,13 @@
-"""Publishing a model folder on the Hugging Face Hub: `mammodino push FOLDER REPO_ID`. Research use only.
+"""Publish on the Hugging Face Hub: `mammodino push FOLDER REPO_ID`, and `upload` for whatever else. Research use only.
 
-A folder is sent in one commit, and only if every file of it is one of a model: weights, settings, code, card, figures
-that the card shows. Anything else is refused before the first byte is sent, because what is published stays published.
+A model folder is sent in one commit, and only if every file of it is one of a model, by an allow-list and by content:
+weights, settings, code, card, figures that the card shows. Anything else is refused before the first byte is sent,
+because what is published stays published. A check yields what is wrong, each with its remedy; nothing is repaired here.
+
+Figures are images of results: PNG, JPEG or SVG. Refused are metadata of any kind, data after the image's end, links,
+what is as large as a mammogram, and what is gray throughout, as mammograms are. A figure that shows a patient in color
+is not recognized: look before you push.
 """
-# MERGED: Figures that may be published: images of results and nothing else. PNG, JPEG or SVG, checked by content.
-#
-# Refused are metadata of any kind, data after the image's end, links, what is as large as a mammogram, and what is
-# gray throughout, as mammograms are. A figure that shows a patient in color is not recognized: look before you push.
-#
-# MERGED: What a published model folder may hold, file by file: checked by content, and by allow-list.
-#
-# A check yields what is wrong, each with its remedy. Nothing is repaired here: what is sent is what was checked.
-#
 
 import argparse
 import inspect
@@ -27,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
@@ -36,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .. import modeling_mammodino
 from ..configuration_mammodino import MammoDinoConfig
 from ..dicom import is_dicom
 from ..image_processing_mammodino import MammoDinoImageProcessor
@@ -51,7 +49,6 @@ PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 PNG_CHUNKS = {"IHDR", "PLTE", "IDAT", "IEND", "tRNS", "gAMA", "cHRM", "sRGB", "sBIT", "pHYs", "bKGD", "hIST"}
 JPEG_SEGMENTS = {"APP0", "APP14"}  # JFIF's density and Adobe's color transform; EXIF, XMP, ICC, IPTC are others
 SVG = "{http://www.w3.org/2000/svg}"
-PACKAGE = MammoDinoPreTrainedModel.__module__.rpartition(".")[0]
 SVG_ELEMENTS = {
     "svg", "g", "defs", "style", "path", "use", "rect", "circle", "ellipse", "line", "polyline", "polygon", "text",
     "tspan", "clipPath", "mask", "pattern", "marker", "linearGradient", "radialGradient", "stop", "symbol",
@@ -62,7 +59,7 @@ SVG_REMEDY = "save it as PNG, or from matplotlib with svg.fonttype 'none' and Cr
 
 
 def check_figure(suffix: str, data: bytes) -> Iterator[str]:
-    """What is wrong with a figure of this suffix (.png, .jpg, .jpeg, .svg), each with its remedy."""
+    """Yield what is wrong with a figure of this suffix (.png, .jpg, .jpeg, .svg), each with its remedy."""
     if len(data) > MAX_FIGURE_BYTES:
         yield f"{len(data) / 2**20:.1f} MiB, and a figure has at most {MAX_FIGURE_BYTES / 2**20:g}; draw it smaller"
     elif suffix == ".svg":
@@ -159,11 +156,6 @@ def _without_doctype(text: str) -> str:
     return text
 
 
-try:
-    import yaml
-except ImportError:  # huggingface_hub brings it
-    yaml = None  # type: ignore[assignment]
-
 # fields of a recipe that name places of the machine it ran on, or mean nothing without them
 LOCAL_RECIPE_FIELDS = (
     *("corpus", "output_dir", "resume_from_checkpoint", "init_from_checkpoint"),
@@ -186,7 +178,7 @@ PLAIN_WORD = re.compile(r"[\w.+-]*(?:/[\w.+-]+|=[\d.e+-]+)?")  # a name, OWNER/N
 
 
 def check_text(text: str) -> Iterator[str]:
-    """Paths, tokens and UIDs that should not leave the machine."""
+    """Yield paths, tokens and UIDs that should not leave the machine."""
     for name, pattern in PRIVATE.items():
         if match := pattern.search(text):
             line = text.count("\n", 0, match.start()) + 1
@@ -196,7 +188,7 @@ def check_text(text: str) -> Iterator[str]:
 
 
 def read_settings(data: bytes) -> dict[str, Any]:
-    """A JSON object in which no field stands twice, the first unseen. Raises ValueError."""
+    """Read a JSON object in which no field stands twice, the first unseen. Raises ValueError."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -210,7 +202,7 @@ def read_settings(data: bytes) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any]) -> Iterator[str]:
-    """config.json: a MammoDinoConfig with an architecture of this package, and its own code in auto_map."""
+    """Check config.json: a MammoDinoConfig with an architecture of this package, and its own code in auto_map."""
     known = (set(MammoDinoConfig().to_dict()) | CONFIG_FIELDS) - {"_name_or_path"}
     yield from _unknown_fields(config, known)
     if config.get("model_type") != MammoDinoConfig.model_type:
@@ -231,7 +223,7 @@ def check_config(config: dict[str, Any]) -> Iterator[str]:
 
 
 def check_image_processor(settings: dict[str, Any]) -> Iterator[str]:
-    """preprocessor_config.json: settings that the image processor has and accepts."""
+    """Check preprocessor_config.json: settings that the image processor has and accepts."""
     yield from _unknown_fields(settings, set(MammoDinoImageProcessor().to_dict()) | PROCESSOR_FIELDS)
     try:
         MammoDinoImageProcessor(**settings).render_settings  # noqa: B018 (refuses values out of range)
@@ -244,7 +236,7 @@ def check_image_processor(settings: dict[str, Any]) -> Iterator[str]:
 
 
 def check_recipe(data: bytes) -> Iterator[str]:
-    """recipe.yaml: names with numbers, switches and plain words, none of them a place on the machine."""
+    """Check recipe.yaml: names with numbers, switches and plain words, none of them a place on the machine."""
     try:
         recipe = yaml.safe_load(data.decode())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -268,7 +260,7 @@ def check_recipe(data: bytes) -> Iterator[str]:
 
 
 def check_card(text: str, figures: list[str]) -> Iterator[str]:
-    """README.md: with a license, said to be for research use, and showing each of the figures beside it."""
+    """Check README.md: with a license, said to be for research use, and showing each of the figures beside it."""
     try:
         license = ModelCard(text).data.to_dict().get("license")
     except (ValueError, TypeError, yaml.YAMLError) as error:
@@ -289,7 +281,7 @@ def check_card(text: str, figures: list[str]) -> Iterator[str]:
 
 
 def model_code(config: dict[str, Any]) -> dict[str, bytes]:
-    """The sources that save_pretrained copies beside a model of this configuration, by name."""
+    """Return the sources that save_pretrained copies beside a model of this configuration, by name."""
     model = architecture(config) or MammoDinoPreTrainedModel
     files = set()
     for each in (MammoDinoConfig, MammoDinoImageProcessor, model):
@@ -299,18 +291,14 @@ def model_code(config: dict[str, Any]) -> dict[str, bytes]:
 
 
 def architecture(config: dict[str, Any]) -> type[PreTrainedModel] | None:
-    """The model class of a configuration, where it is one of this package."""
-    classes, found = [MammoDinoPreTrainedModel], {}
-    while classes:
-        each = classes.pop()
-        found[each.__name__] = each
-        classes += [child for child in each.__subclasses__() if child.__module__.startswith(f"{PACKAGE}.")]
+    """Return the model class of a configuration, where it is one of this package."""
     names = config.get("architectures")
-    return found.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    found = getattr(modeling_mammodino, str(names[0]), None) if isinstance(names, list) and len(names) == 1 else None
+    return found if isinstance(found, type) and issubclass(found, MammoDinoPreTrainedModel) else None
 
 
 def check_weights(folder: Path, names: list[str], config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(file, complaint): the tensors of the architecture, each once, in its shape, and no other."""
+    """Yield (file, complaint): the tensors of the architecture, each once, in its shape, and no other."""
     found: dict[str, tuple[str, list[int]]] = {}
     for name in names:
         try:
@@ -336,14 +324,14 @@ def check_weights(folder: Path, names: list[str], config: dict[str, Any]) -> Ite
 
 
 def model_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Shape of each tensor of the architecture, without making any."""
+    """Return the shape of each tensor of the architecture, without making any."""
     with torch.device("meta"):
         model = architecture(config)(MammoDinoConfig.from_dict(config))  # type: ignore[misc]
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_index(index: dict[str, Any], names: list[str]) -> Iterator[str]:
-    """model.safetensors.index.json: the shards beside it, all of them, and counts."""
+    """Check model.safetensors.index.json: the shards beside it, all of them, and counts."""
     yield from _unknown_fields(index, {"metadata", "weight_map"})
     if any(not isinstance(count, (int, float)) for count in (index.get("metadata") or {}).values()):
         yield "its metadata hold other things than counts; save it again with save_pretrained"
@@ -376,7 +364,7 @@ LISTED_FILES = 20  # of a folder that should not be there
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `push` to the command line."""
+    """Add the subcommand `push`; `commands` is argparse's action of subparsers."""
     summary = "publish a model folder on the Hub, after a check of every file"
     parser = commands.add_parser("push", help=summary, description=f"{summary.capitalize()}. Research use only.")
     parser.add_argument("folder", type=Path, help="folder with weights, settings, code, card and figures")
@@ -512,7 +500,7 @@ def _upload_shards(
 
 
 def check_folder(folder: str | Path) -> list[str]:
-    """Why a folder cannot be published, a line a reason with its file and remedy; empty where it can."""
+    """Return why a folder cannot be published, a line a reason with its file and remedy; empty where it can."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give one that save_pretrained or training.pretrain wrote")
@@ -546,7 +534,7 @@ def _check_folder(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _does_not_belong(path: Path, code: dict[str, bytes]) -> str | None:
-    """The complaint about an entry that is neither a folder nor a file by the name of one of a model."""
+    """Return the complaint about an entry that is neither a folder nor a file by the name of one of a model."""
     if path.is_symlink():
         return f"a link to {path.readlink()}; put the file itself there, or remove it"
     if path.name.startswith("."):
@@ -586,7 +574,7 @@ def _check_subfolder(folder: Path, inside: Path) -> Iterator[tuple[str, str]]:
 
 
 def _check_file(path: Path, code: dict[str, bytes], weights: list[str], figures: list[str]) -> Iterator[str]:
-    """What is wrong with the content of a file other than weights."""
+    """Yield what is wrong with the content of a file other than weights."""
     if path.stat().st_size > MAX_TEXT_BYTES and path.name not in figures:
         yield f"{path.stat().st_size / 2**20:.1f} MiB; as text it has at most {MAX_TEXT_BYTES / 2**20:g}: cut it"
         return

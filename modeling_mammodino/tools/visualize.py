@@ -25,8 +25,8 @@ FONT_SCALE, CAPTION_CHARACTERS = 0.36, 32
 
 
 def inspect_file(path: str, image_processor: MammoDinoImageProcessor) -> np.ndarray:
-    """What the encoder sees of a file, (H, 3 * W + gaps, 3) uint8 BGR: the image on its canvas, the breast's outline
-    on it, and the patches that are encoded. Of a volume, the middle slice."""
+    """Draw what the encoder sees of a file, (H, 3 * W + gaps, 3) uint8 BGR: the image on its canvas, the breast's
+    outline on it, and the patches that are encoded. Of a volume, the middle slice."""
     inputs = image_processor(path, slices_per_volume=1, return_tensors="np")
     (mean, std), tissue = image_processor.mean_and_std, inputs["tissue_mask"][0]  # (h, w)
     values = inputs["pixel_values"][0, 0] * std + mean  # (H, W)
@@ -39,7 +39,7 @@ def inspect_file(path: str, image_processor: MammoDinoImageProcessor) -> np.ndar
 
 
 def encoded_patches(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) with dropped patches of the grid (h, w) darkened and the kept ones ruled."""
+    """Return the image (H, W, 3) with dropped patches of the grid (h, w) darkened and the kept ones ruled."""
     height, width = image.shape[:2]
     mask = cv2.resize(kept.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
     shown = np.where(mask[..., None], image, image // 4 + np.array([40, 0, 0], np.uint8))
@@ -51,7 +51,7 @@ def encoded_patches(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def side_by_side(panels: list[np.ndarray], gap_px: int = 12) -> np.ndarray:
-    """Panels of one height (H, W, 3) in a row, on white."""
+    """Put panels of one height (H, W, 3) in a row, on white."""
     padded = [np.pad(panel, ((0, 0), (0, gap_px), (0, 0)), constant_values=255) for panel in panels]
     return np.hstack(padded)[:, :-gap_px]
 
@@ -63,7 +63,7 @@ def write_png(drawing: np.ndarray, output: Path) -> None:
 
 
 def add_inspect_command(commands) -> None:
-    """The subcommand `inspect`; `commands` is argparse's action of subparsers."""
+    """Add the subcommand `inspect`; `commands` is argparse's action of subparsers."""
     parser = commands.add_parser(
         "inspect",
         help="draw what a checkpoint sees of a file",
@@ -87,7 +87,7 @@ def run_inspect(options: Namespace) -> None:
 
 
 def draw_tile(thumbnail: Thumbnail, name: str) -> np.ndarray:
-    """An image with the outline of its mask, from red (confidence 0) to green (1), and its caption: uint8 BGR."""
+    """Draw an image with the outline of its mask, from red (confidence 0) to green (1), and its caption: uint8 BGR."""
     low, high = np.percentile(thumbnail.pixels, (0.5, 99.8))
     gray = np.clip((thumbnail.pixels - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
     scale = TILE_PX / max(gray.shape)
@@ -104,12 +104,12 @@ def draw_tile(thumbnail: Thumbnail, name: str) -> np.ndarray:
 
 
 def draw_refusal(name: str, reason: str) -> np.ndarray:
-    """The tile of a file that cannot be used."""
+    """Draw the tile of a file that cannot be used."""
     return _captioned(np.full((TILE_PX, TILE_PX, 3), 40, np.uint8), name, reason, (80, 80, 255))
 
 
 def tiles(paths: Sequence[Path], image_processor: MammoDinoImageProcessor) -> Iterator[tuple[np.ndarray, str | None]]:
-    """For each file its tile, of a volume the middle slice's; and why it was refused, or None."""
+    """Yield for each file its tile, of a volume the middle slice's; and why it was refused, or None."""
     for path in paths:
         try:
             slices = image_processor.render_source(path, (TILE_PX, TILE_PX), slices_per_volume=1)
@@ -122,7 +122,7 @@ def tiles(paths: Sequence[Path], image_processor: MammoDinoImageProcessor) -> It
 
 
 def draw_sheet(page: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Tiles of one size in rows of `columns`, uint8 BGR."""
+    """Put tiles of one size in rows of `columns`, uint8 BGR."""
     columns = min(columns, len(page))
     blanks = [np.zeros_like(page[0])] * (-len(page) % columns)
     every = [*page, *blanks]
@@ -141,7 +141,7 @@ def _captioned(image: np.ndarray, first: str, second: str, color: tuple[int, int
 
 
 def add_contact_sheet_command(commands) -> None:
-    """The subcommand `contact_sheet`; `commands` is argparse's action of subparsers."""
+    """Add the subcommand `contact_sheet`; `commands` is argparse's action of subparsers."""
     parser = commands.add_parser(
         "contact_sheet",
         help="draw the breast masks of many files on one sheet",
