@@ -12,7 +12,7 @@ import pandas as pd
 
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews, View
 
-from .index import SPLITS, Benchmark, Box, MetadataTable, collection_roots, make_index, read_csv, relative
+from .index import SPLITS, Benchmark, Box, MetadataTable, collection_roots, make_box, make_index, read_csv, relative
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ BOX_COLUMNS = (*KEY, "Slice", *CORNER, "Class", "VolumeSlices")
 
 
 def read_index(data_dir: Path) -> pd.DataFrame:
-    """SCHEMA rows of the volumes of each split whose labels are there.
+    """Return the index of the volumes of each split whose labels are there.
 
     `path` is the descriptive one, missing where the list of paths is. Raises FileNotFoundError without any labels,
     ValueError naming file, row and column. What is not there is logged.
@@ -65,7 +65,7 @@ def read_index(data_dir: Path) -> pd.DataFrame:
 
 
 def _find(data_dir: Path, what: str, split: str) -> Path | None:
-    """Of the releases that are there the newest: names end in -v2, in -PHASE-2-Jan-2024, in both or in neither."""
+    """Return the newest of the releases: names end in -v2, in -PHASE-2-Jan-2024, in both or in neither."""
     found = sorted(
         Path(data_dir).glob(f"BCS-DBT?{what}-{split}*.csv"),
         key=lambda path: ("PHASE-2" in path.name, "-v2" in path.name, path.name),
@@ -83,7 +83,7 @@ def _labels(data_dir: Path) -> dict[str, MetadataTable]:
 
 
 def _groups(labels: MetadataTable) -> list[str]:
-    """The one of GROUPS that is 1 in each row."""
+    """Return the one of GROUPS that is 1 in each row."""
     flags = pd.DataFrame({group: labels.choice(group, {"0": 0, "1": 1}).astype(int) for group in GROUPS})
     wrong = flags.sum(axis=1) != 1
     if wrong.any():
@@ -97,7 +97,7 @@ def _groups(labels: MetadataTable) -> list[str]:
 def _boxes(
     data_dir: Path, split: str, labels: MetadataTable
 ) -> tuple[dict[tuple, list[Box]] | None, dict[tuple, set[str]] | None]:
-    """Boxes and lesion types by KEY; None for what no file says."""
+    """Return boxes and lesion types by KEY; None for what no file says."""
     path = _find(data_dir, "boxes", split)
     if path is None:
         return None, None
@@ -118,19 +118,15 @@ def _boxes(
             raise table.fault(row, "Slice", f"not in 0..{depth[row] - 1} by VolumeSlices")
         if not (width[row] > 0 and height[row] > 0):
             raise table.fault(row, "Width", "and Width and Height must be positive")
-        left, top = float(x[row]), float(y[row])
-        box = Box(
-            x0=left, y0=top, x1=left + float(width[row]), y1=top + float(height[row]),
-            slice=int(slices[row]), label=table.rows["Class"][row],
-        )  # fmt: skip
-        boxes.setdefault(key, []).append(box)
+        corners = x[row], y[row], x[row] + width[row], y[row] + height[row]
+        boxes.setdefault(key, []).append(make_box(corners, table.rows["Class"][row], int(slices[row])))
         if types is not None:
             types.setdefault(key, set()).add(kinds[row])
     return boxes, types
 
 
 def _paths(data_dir: Path, split: str) -> dict[tuple, tuple[str, str]] | None:
-    """(descriptive, classic) by KEY, forward slashes; None without the list."""
+    """Return (descriptive, classic) by KEY, forward slashes; None without the list."""
     path = _find(data_dir, "file-paths", split)
     if path is None:
         return None
@@ -141,7 +137,7 @@ def _paths(data_dir: Path, split: str) -> dict[tuple, tuple[str, str]] | None:
 
 
 def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
-    """The index with each `path` as it is on disk, descriptive or classic, also in a manifest-* folder."""
+    """Return the index with each `path` as it is on disk, descriptive or classic, also in a manifest-* folder."""
     data_dir = Path(data_dir)
     listed = {f"{key[1]}_{key[2]}": both for split in SPLITS for key, both in (_paths(data_dir, split) or {}).items()}
     roots = list(dict.fromkeys([data_dir, *(root.parent for root in collection_roots(data_dir, COLLECTION)[1:])]))

@@ -32,6 +32,7 @@ from .index import (
     dicom_files,
     find_file,
     in_parts,
+    make_box,
     make_index,
     read_csv,
     read_headers,
@@ -136,8 +137,7 @@ def _boxes(
                 if corners is None:
                     reasons[reason] += 1
                     break
-                x0, y0, x1, y1 = corners
-                of_image.append(Box(x0=x0, y0=y0, x1=x1, y1=y1, slice=-1, label=kind))
+                of_image.append(make_box(corners, kind))
             boxes.append(of_image if len(of_image) == len(abnormalities[image]) else None)
     finally:
         if known != before:

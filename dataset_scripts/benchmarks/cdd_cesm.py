@@ -44,7 +44,7 @@ NO_DENSITY = ("_", "")
 
 
 def read_index(data_dir: Path, image_type: str = "DM") -> pd.DataFrame:
-    """SCHEMA rows of the 1,001 low-energy images, or of the subtracted ones ("CESM").
+    """Return the index of the 1,001 low-energy images, or of the subtracted ones ("CESM").
 
     A compound BIRADS, one value a finding, becomes its highest. Density is stated with some images of a breast and
     filled in for the others of it. Rows that stand twice are counted and logged. Raises FileNotFoundError, ValueError
@@ -77,7 +77,7 @@ def read_index(data_dir: Path, image_type: str = "DM") -> pd.DataFrame:
         "birads": once["level"],
         "density": once["letter"],
     }
-    return make_index(pd.DataFrame(index).to_dict("records"), "cdd_cesm")
+    return make_index(pd.DataFrame(index), "cdd_cesm")
 
 
 def _read(data_dir: Path) -> dict[str, MetadataTable]:
@@ -87,7 +87,7 @@ def _read(data_dir: Path) -> dict[str, MetadataTable]:
 
 
 def _labels(table: MetadataTable) -> pd.DataFrame:
-    """The sheet's rows with breast, letter (density, filled in) and level (highest BIRADS); checked."""
+    """Return the sheet's rows with breast, letter (density, filled in) and level (highest BIRADS); checked."""
     table.choice("pathology", dict.fromkeys(PATHOLOGIES))
     stated = table.choice("density", {**{letter: letter for letter in DENSITIES}, **dict.fromkeys(NO_DENSITY)})
     rows = table.rows.assign(breast="P" + table.rows["patient"] + "_" + table.rows["side"])
@@ -110,7 +110,7 @@ def _labels(table: MetadataTable) -> pd.DataFrame:
 
 
 def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
-    """The index with each `path` as it is on disk, where names have stray blanks (P3_L_CM_CC .jpg)."""
+    """Return the index with each `path` as it is on disk, where names have stray blanks (P3_L_CM_CC .jpg)."""
     data_dir = Path(data_dir)
     on_disk: dict[str, str] = {}
     for folder in FOLDERS.values():

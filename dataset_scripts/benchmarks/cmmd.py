@@ -39,7 +39,10 @@ SIDES, VIEWS = ("L", "R"), ("CC", "MLO")
 
 
 def read_index(data_dir: Path) -> pd.DataFrame:
-    """SCHEMA rows of 5,202 images, paths missing. Raises FileNotFoundError, ValueError naming file, row, column."""
+    """Return the index of 5,202 images, paths missing.
+
+    Raises FileNotFoundError, ValueError naming file, row and column.
+    """
     table, labels = _read_clinical(data_dir)
     images = _read_manifest(data_dir)
     sides: dict[str, tuple[str, ...]] = {}
@@ -74,7 +77,7 @@ def read_index(data_dir: Path) -> pd.DataFrame:
 
 
 def _sides(table: MetadataTable, patient: str, labeled: tuple[str, ...], images: int) -> tuple[str, ...]:
-    """The breasts of a patient: the labeled one where there are two images, both where there are four."""
+    """Return the breasts of a patient: the labeled one where there are two images, both where there are four."""
     if images == 2 and len(labeled) == 1:
         return labeled
     if images == 4 and labeled:
@@ -83,13 +86,10 @@ def _sides(table: MetadataTable, patient: str, labeled: tuple[str, ...], images:
 
 
 def _read_clinical(data_dir: Path) -> tuple[MetadataTable, dict[tuple[str, str], dict]]:
-    """The clinical table, and what the index has of each labeled breast."""
+    """Return the clinical table, and what the index has of each labeled breast."""
     path = find_file(data_dir, [CLINICAL], REMEDY)
     (table,) = read_sheets(path, {"Sheet1": COLUMNS}, REMEDY).values()
-    sides, cancer = (
-        table.choice("LeftRight", dict(zip(SIDES, SIDES, strict=True))),
-        table.choice("classification", CANCER),
-    )
+    sides, cancer = table.choice("LeftRight", {"L": "L", "R": "R"}), table.choice("classification", CANCER)
     types = table.choice("abnormality", TYPES)
     labels: dict[tuple[str, str], dict] = {}
     for row, key in enumerate(zip(table.text("ID1", required=True), sides, strict=True)):
@@ -100,7 +100,7 @@ def _read_clinical(data_dir: Path) -> tuple[MetadataTable, dict[tuple[str, str],
 
 
 def _read_manifest(data_dir: Path) -> dict[str, int] | None:
-    """Images of each patient; None without the file."""
+    """Return the number of images of each patient; None without the file."""
     table = _manifest(data_dir)
     if table is None:
         return None
@@ -115,7 +115,7 @@ def _manifest(data_dir: Path) -> MetadataTable | None:
 
 
 def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
-    """The index with the `path` of each image, by side and view of the headers below its patient's folder.
+    """Return the index with the `path` of each image, by side and view of the headers below its patient's folder.
 
     Where a patient's files do not give each image of the index once, those that are doubtful keep no path; logged.
     """
@@ -140,7 +140,7 @@ def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
 
 
 def _patient_folders(data_dir: Path) -> dict[str, Path]:
-    """By the manifest's File Location (.\\CMMD\\D1-0001\\...) where it is there, else by the folder's name."""
+    """Find folders by the manifest's File Location (.\\CMMD\\D1-0001\\...), or by their names."""
     folders = subject_folders(data_dir, COLLECTION)
     manifest = _manifest(data_dir)
     if manifest is None:

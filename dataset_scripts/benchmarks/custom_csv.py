@@ -14,12 +14,25 @@ laterality is not known counts as a breast of its own.
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from .index import DENSITIES, SCHEMA, TASKS, Benchmark, Box, Count, Definition, MetadataTable, find_file, make_index
+from .index import (
+    DENSITIES,
+    SCHEMA,
+    TASKS,
+    Benchmark,
+    Box,
+    Count,
+    Definition,
+    MetadataTable,
+    find_file,
+    make_box,
+    make_index,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +40,8 @@ FILES = ("index.csv", "index.parquet")
 REMEDY = "correct it in the table"
 NEEDED = ("patient_id", "path")
 LABELS = ("cancer", "lesion", "birads", "density", "lesion_types")
-LEVELS = (1, 2, 3, 4, 5)  # 0, incomplete, and 6, known cancer, are no levels of suspicion
 NO_LESION = "none"
+CORNERS = ("x0", "y0", "x1", "y1")
 
 
 def read_index(data_dir: Path) -> pd.DataFrame:
@@ -62,18 +75,19 @@ def table_benchmark(data_dir: Path) -> Benchmark:
     Raises as `read_index`, and ValueError where there are no labels.
     """
     index = read_index(data_dir)
-    has = [name for name in LABELS if index[name].notna().any()]
-    if not has:
+    definitions = []
+    for each in BENCHMARK.definitions:
+        cells, values = index[each.column], each.values
+        if cells.isna().all():
+            continue
+        if each.column == "lesion_types":
+            values = {name: name for name in sorted({name for names in cells for name in names or ()})}
+        elif each.name == "column" and each.column in ("birads", "density"):
+            values = {value: name for value, name in values.items() if (cells == value).any()}
+        definitions.append(replace(each, values=values))
+    if not definitions:
         raise ValueError(f"{table_file(data_dir)}: no labels; fill one or more of the columns {', '.join(LABELS)}")
-    levels = [level for level in LEVELS if (index["birads"] == level).any()]
-    densities = [letter for letter in DENSITIES if (index["density"] == letter).any()]
-    types = sorted({name for names in index["lesion_types"] for name in names or ()})
-    return _benchmark(has, levels, densities, types)
-
-
-def read_tables(data_dir: Path) -> dict[str, pd.DataFrame]:
-    """Return `images`, the index."""
-    return {"images": read_index(data_dir)}
+    return replace(BENCHMARK, definitions=tuple(definitions))
 
 
 def _read(path: Path) -> MetadataTable:
@@ -135,14 +149,7 @@ def _boxes(table: MetadataTable, row: int, cell: str) -> list[Box]:
         return []
     try:
         boxes = [
-            Box(
-                x0=float(box["x0"]),
-                y0=float(box["y0"]),
-                x1=float(box["x1"]),
-                y1=float(box["y1"]),
-                slice=int(box.get("slice", -1)),
-                label=str(box.get("label", "lesion")),
-            )
+            make_box([box[name] for name in CORNERS], str(box.get("label", "lesion")), int(box.get("slice", -1)))
             for box in json.loads(cell)
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -152,46 +159,5 @@ def _boxes(table: MetadataTable, row: int, cell: str) -> list[Box]:
     return boxes
 
 
-def _benchmark(has: list[str], levels: list[int], densities: list[str], types: list[str]) -> Benchmark:
-    dense = {"A": "not dense", "B": "not dense", "C": "dense", "D": "dense"}
-    # column, name of the definition, meaning, classes
-    known: list[tuple[str, str, str, dict[Any, str]]] = [
-        ("cancer", "column", "positive: 1, by {}", {0: "no cancer", 1: "cancer"}),
-        ("lesion", "column", "positive: 1, by {}", {0: "no lesion", 1: "lesion"}),
-        ("birads", "column", "left out: 0 and 6, by {}", {level: str(level) for level in levels}),
-        ("density", "column", "the classes that occur, by {}", {letter: letter for letter in densities}),
-        ("density", "dense", "dense: C or D, by {}; images without it are left out", dense),
-        (
-            "lesion_types",
-            "column",
-            "left out: images with several types or none, by {}",
-            {name: name for name in types},
-        ),
-    ]
-    return Benchmark(
-        name="table",
-        title="A custom CSV data set",
-        homepage="",
-        license="that of the images",
-        citation="",
-        definitions=tuple(
-            Definition(
-                column if column in TASKS else "lesion_type",
-                name,
-                meaning.format(f"the table's column `{column}`"),
-                column,
-                classes,
-            )
-            for column, name, meaning, classes in known
-            if column in has
-        ),
-        notes=("Labels mean what whoever made the table meant.",),
-        read_index=read_index,
-        read_tables=read_tables,
-        counts=(Count("images"), Count("patients", count="distinct patient_id")),
-        no_sharing="its ids and file names may name patients, and it does not say whose images they are",
-    )
-
-
 # before a table is read: all that one may have
-BENCHMARK = _benchmark(list(LABELS), list(LEVELS), list(DENSITIES), [])
+BENCHMARK = Benchmark.from_yaml(__file__, read_index=read_index)

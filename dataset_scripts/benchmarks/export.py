@@ -9,6 +9,7 @@ folder is atomic. On the Hub an export is private unless --public is given. Rese
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import re
@@ -22,12 +23,11 @@ from typing import Any
 import datasets
 import jinja2
 import pandas as pd
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 import modeling_mammodino
 from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.files import atomic_folder
+from modeling_mammodino.tools.publish import upload
 
 from . import BENCHMARKS, get_benchmark
 from .builder import DEFAULT, BenchmarkBuilder, BenchmarkConfig
@@ -37,7 +37,6 @@ TEMPLATE = Path(__file__).parents[2] / "model_cards" / "dataset_template.md"
 CREATIVE_COMMONS = re.compile(r"CC0 1\.0|CC BY(-NC)?(-SA|-ND)? [1-4]\.0")
 CARD, DATA = "README.md", "data"
 SHARD_SIZE = "500MB"
-FILES_A_COMMIT = 20  # some 10 GB; the Hub limits commits an hour
 FIELDS = [
     each for each in fields(BenchmarkConfig) if each.name not in {of.name for of in fields(datasets.BuilderConfig)}
 ]
@@ -55,13 +54,13 @@ def make_card(builder: BenchmarkBuilder, data: Path, left_out: dict[str, int], p
         version=modeling_mammodino.__version__,
         place=place,
         splits={split: _counts(of) for split, of in split_rows.items()},
-        split_rule=_split_rule(builder),
+        config=builder.config,
+        official=builder.official,
         shared_patients=int((rows.groupby("patient_id")["split"].nunique() > 1).sum()),
-        volume_rule=_volume_rule(builder.config),
         has_boxes=any(boxes is not None and len(boxes) for boxes in rows["boxes"]),
         definitions=builder.definitions,
         class_counts={
-            name: [[int((of[name] == place).sum()) for of in split_rows.values()] for place in range(len(each.classes))]
+            name: [[(of[name] == place).sum() for of in split_rows.values()] for place in range(len(each.classes))]
             for name, each in builder.definitions.items()
         },
         left_out=left_out,
@@ -77,71 +76,28 @@ def _counts(rows: pd.DataFrame) -> dict[str, Any]:
     return {"rows": len(rows)} | {f"{name}s": rows[f"{name}_id"].nunique() for name in ("image", "breast", "patient")}
 
 
-def _volume_rule(config: BenchmarkConfig) -> str:
-    evenly = f"up to {config.slices_per_volume} slices, evenly spaced" if config.slices_per_volume else "all slices"
-    return f"the slices that have a box, and where it has none {evenly}" if config.boxed_slices else evenly
-
-
-def _split_rule(builder: BenchmarkBuilder) -> str:
-    official = builder.official
-    ours = [split for split in ("validation", "test") if split not in official]
-    if builder.config.name == DEFAULT:
-        return "Splits are official." if official else "There is no official split: all is in train; hold out patients."
-    of_data_set = f"Official: {', '.join(official)}. " if official else "There is no official split. "
-    if not ours:
-        return of_data_set.strip()
-    return f"{of_data_set}Held out here by patient, stratified, with seed {builder.config.seed}: {' and '.join(ours)}."
-
-
 def push_export(folder: str | Path, repo_id: str, *, public: bool = False, token: str | None = None) -> str:
-    """Sends data/*.parquet, then the card; returns the repository's address.
+    """Send data/*.parquet, then the card, and return the repository's address.
 
     public: else the repository must be private; it is made so where it does not exist, and a public one is refused.
 
-    Raises ValueError where the repository is public or holds Parquet files of another export; ConnectionError where the
-    Hub is out of reach; huggingface_hub's HfHubHTTPError where it refuses.
+    Raises as `upload`; ValueError, too, where the repository holds Parquet files of another export.
     """
-    api = HfApi(token=token, library_name="mammodino")
-    try:
-        return _push(api, Path(folder), repo_id, public)
-    except HTTPError as error:
-        if isinstance(error, HfHubHTTPError):  # says itself what is wrong
-            raise
-        raise ConnectionError(f"the Hub cannot be reached ({error}); check the network and HF_ENDPOINT") from error
-
-
-def _push(api: HfApi, folder: Path, repo_id: str, public: bool) -> str:
-    repo = api.create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True)
-    repo_id = repo.repo_id
-    if not public and not api.repo_info(repo_id, repo_type="dataset").private:
-        raise ValueError(f"{repo_id} exists and is public; nothing was sent. Make it private there, or pass --public")
-    ours = {f"{DATA}/{path.name}": path for path in sorted((folder / DATA).glob("*.parquet"))}
-    there = _parquet_files(api, repo_id)
-    additions = {name: CommitOperationAdd(name, path) for name, path in ours.items()}
-    # a card reads by a pattern: the files of two exports would be read as one
-    others = [
-        name for name, sha256 in there.items() if name not in ours or additions[name].upload_info.sha256.hex() != sha256
-    ]
-    if others:
-        raise ValueError(
-            f"{repo_id} holds {len(others)} files of another export, {min(others)} first; nothing was sent. Push to "
-            "another name, or delete them there"
-        )
-    missing = [addition for name, addition in additions.items() if name not in there]
-    for start in range(0, len(missing), FILES_A_COMMIT):
-        _commit(api, repo_id, missing[start : start + FILES_A_COMMIT], "Add rows")
-    _commit(api, repo_id, [CommitOperationAdd(CARD, folder / CARD)], "Add card")
-    return str(repo)
-
-
-def _commit(api: HfApi, repo_id: str, additions: list[CommitOperationAdd], message: str) -> None:
-    api.create_commit(repo_id, additions, commit_message=message, repo_type="dataset")
-
-
-def _parquet_files(api: HfApi, repo_id: str) -> dict[str, str | None]:
-    """sha256 of each, by path."""
-    entries = api.list_repo_tree(repo_id, repo_type="dataset", recursive=True)
-    return {each.path: each.lfs.sha256 if each.lfs else None for each in entries if each.path.endswith(".parquet")}
+    parquet: dict[str, tuple[Path, str]] = {}
+    for path in sorted((Path(folder) / DATA).glob("*.parquet")):
+        with path.open("rb") as stream:
+            parquet[f"{DATA}/{path.name}"] = path, hashlib.file_digest(stream, "sha256").hexdigest()
+    commit = upload(
+        repo_id,
+        {CARD: Path(folder) / CARD},
+        shards=parquet,
+        shard_pattern="*.parquet",  # a card reads by a pattern: the files of two exports would be read as one
+        repo_type="dataset",
+        private=not public,
+        commit_message="Add card",
+        token=token,
+    )
+    return str(commit.repo_url)
 
 
 def export(

@@ -61,11 +61,18 @@ class Box(TypedDict):
     label: str  # as the data set names the finding
 
 
-def make_index(rows: list[dict], name: str) -> pd.DataFrame:
-    """Return an index of SCHEMA's columns and types from one dict an image; keys that a row lacks are missing cells.
+def make_box(corners: Sequence[Any], label: str, at: int = -1) -> Box:
+    """Return the box of (x0, y0, x1, y1) on slice `at`."""
+    x0, y0, x1, y1 = map(float, corners)
+    return Box(x0=x0, y0=y0, x1=x1, y1=y1, slice=at, label=label)
+
+
+def make_index(rows: pd.DataFrame | list[dict], name: str) -> pd.DataFrame:
+    """Return an index of SCHEMA's columns and types from a row or dict an image; what a row lacks is a missing cell.
 
     Raises ValueError for an unknown key, a repeated image_id or a value out of range, naming image and column.
     """
+    rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
     index = pd.DataFrame(rows, columns=[*SCHEMA, *({key for row in rows for key in row} - set(SCHEMA))])
     if extra := [column for column in index if column not in SCHEMA]:
         raise ValueError(f"{name}: {', '.join(map(str, extra))}: no column of the schema")
@@ -163,7 +170,7 @@ class Count:
         if "part" in rows and "part" not in self.columns:
             rows = rows[rows["part"] == "all"]
         parts = set(rows["part"]) if "part" in self.columns else None
-        counts = {name: 0 for name, values, _ in self._published() if parts is None or values[0] in parts}
+        counts = {self._name(of): 0 for of, _ in _leaves(self.published) if parts is None or of[0] in parts}
         rows = rows if self.where is None else rows.query(self.where, engine="python")
         how, _, column = self.count.partition(" ")
         how = "nunique" if how == "distinct" else how
@@ -178,20 +185,18 @@ class Count:
 
     def published_counts(self) -> dict[str, int]:
         """Return each number that was published, by the name of its count."""
-        return {name: number for name, _, number in self._published()}
-
-    def _published(self) -> Iterator[tuple[str, tuple[str, ...], int]]:
-        def walk(values: tuple[str, ...], published: Any) -> Iterator[tuple[str, tuple[str, ...], int]]:
-            if isinstance(published, Mapping):
-                for value, below in published.items():
-                    yield from walk((*values, str(value)), below)
-            elif published is not None:
-                yield self._name(values), values, published
-
-        return walk((), self.published)
+        return {self._name(values): number for values, number in _leaves(self.published)}
 
     def _name(self, values: Sequence[str]) -> str:
         return self.name.format(**dict(zip(self.columns, values, strict=True)))
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    if isinstance(tree, Mapping):
+        for key, below in tree.items():
+            yield from _leaves(below, (*path, str(key)))
+    elif tree is not None:
+        yield path, tree
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,8 @@ class Benchmark:
         definitions: of its tasks; the first of a task is its default.
         notes: what a user must know: unclear labels, leaks removed.
         read_index: folder of the data set -> index; needs the metadata files only.
-        read_tables: folder -> tables by name, in which `counts` are counted; needs the metadata files only.
+        read_tables: folder -> tables by name, in which `counts` are counted; needs the metadata files only. The index
+            alone where None.
         locate: (index, folder) -> index with `path` from the files on disk, where the metadata do not name them.
         read_views: folder -> what sets right the volumes in whose true orientation the boxes are.
         no_sharing: why an export is refused; empty where the license allows sharing.
@@ -216,8 +222,8 @@ class Benchmark:
     definitions: tuple[Definition, ...]
     notes: tuple[str, ...]
     read_index: Callable[[Path], pd.DataFrame]
-    read_tables: Callable[[Path], dict[str, pd.DataFrame]]
     counts: tuple[Count, ...] = ()
+    read_tables: Callable[[Path], dict[str, pd.DataFrame]] | None = None
     locate: Callable[[pd.DataFrame, Path], pd.DataFrame] | None = None
     read_views: Callable[[Path], Any] | None = None
     no_sharing: str = ""
@@ -231,7 +237,7 @@ class Benchmark:
             each["values"] = {value: str(name) for value, name in each["values"].items()}
         about["definitions"] = tuple(Definition(**each) for each in about["definitions"])
         about["counts"] = tuple(Count(**each) for each in about["counts"])
-        return cls(name=path.stem, **{**about, "notes": tuple(about["notes"])}, **functions)
+        return cls(**{"name": path.stem, **about, "notes": tuple(about["notes"])}, **functions)
 
     @property
     def published(self) -> dict[str, int]:
@@ -240,7 +246,11 @@ class Benchmark:
 
     def count(self, data_dir: Path) -> dict[str, int]:
         """Return what is here, of what its metadata files that are here can tell. Raises as `read_index`."""
-        tables = self.read_tables(data_dir)
+        if self.read_tables is None:
+            index = self.read_index(data_dir)
+            tables = {"images": index.assign(density=pd.Categorical(index["density"], DENSITIES))}
+        else:
+            tables = self.read_tables(data_dir)
         return {name: number for each in self.counts for name, number in each.of(tables).items()}
 
     def definition(self, task: str, name: str | None = None) -> Definition:

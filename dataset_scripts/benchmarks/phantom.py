@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .index import DENSITIES, SPLITS, Benchmark, Box, MetadataTable, make_index, read_csv
+from .index import DENSITIES, SPLITS, Benchmark, Box, MetadataTable, make_box, make_index, read_csv
 
 LABELS = "labels.csv"
 COLUMNS = (
@@ -91,13 +91,7 @@ def _boxes(table: MetadataTable, lesion: pd.Series) -> Iterator[list[Box]]:
         else:
             place = int(at[row]) if is_volume[row] else -1
             label = table.rows["lesion_type"][row]
-            yield [Box(x0=float(x0), y0=float(y0), x1=float(x1), y1=float(y1), slice=place, label=label)]
+            yield [make_box((x0, y0, x1, y1), label, place)]
 
 
-def read_tables(data_dir: Path) -> dict[str, pd.DataFrame]:
-    """Return `images`, the index; nothing is published of an archive, as it is whatever was asked for."""
-    index = read_index(data_dir)
-    return {"images": index.assign(density=pd.Categorical(index["density"], DENSITIES))}
-
-
-BENCHMARK = Benchmark.from_yaml(__file__, read_index=read_index, read_tables=read_tables)
+BENCHMARK = Benchmark.from_yaml(__file__, read_index=read_index)

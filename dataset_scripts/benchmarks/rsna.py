@@ -37,7 +37,7 @@ def read_index(data_dir: Path) -> pd.DataFrame:
         "birads": table.whole("BIRADS"),
         "density": table.text("density"),
     }
-    return make_index(pd.DataFrame(rows).to_dict("records"), "rsna")
+    return make_index(pd.DataFrame(rows), "rsna")
 
 
 def _read(data_dir: Path) -> MetadataTable:

@@ -43,18 +43,18 @@ class BenchmarkReport:
     @property
     def faults(self) -> list[str]:
         """A line each; empty where the data set is whole as far as it is there."""
-        return list(self._faults())
-
-    def _faults(self) -> Iterator[str]:
-        for name, published in self.benchmark.published.items():
-            if self.counts.get(name, published) != published:
-                yield f"{name}: {self.counts[name]} here, {published} published"
+        faults = [
+            f"{name}: {self.counts[name]} here, {published} published"
+            for name, published in self.benchmark.published.items()
+            if self.counts.get(name, published) != published
+        ]
         if len(self.missing) == self.images:
-            yield f"none of the {self.images} image files is here: {_first(self.missing)}"
+            faults.append(f"none of the {self.images} image files is here: {_first(self.missing)}")
         elif self.missing:
-            yield f"{len(self.missing)} of {self.images} image files are missing: {_first(self.missing)}"
+            faults.append(f"{len(self.missing)} of {self.images} image files are missing: {_first(self.missing)}")
         if self.shared:
-            yield f"{len(self.shared)} files are those of several images: {_first(self.shared)}"
+            faults.append(f"{len(self.shared)} files are those of several images: {_first(self.shared)}")
+        return faults
 
     @property
     def lines(self) -> list[str]:

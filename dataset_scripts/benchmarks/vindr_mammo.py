@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .index import DENSITIES, Benchmark, Box, MetadataTable, find_file, in_parts, make_index, read_csv
+from .index import DENSITIES, Benchmark, Box, MetadataTable, find_file, in_parts, make_box, make_index, read_csv
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def read_index(data_dir: Path) -> pd.DataFrame:
         "density": images.choice("breast_density", DENSITY),
         "boxes": image.map(boxes.get),
     }
-    return make_index(pd.DataFrame(rows).to_dict("records"), "vindr_mammo")
+    return make_index(pd.DataFrame(rows), "vindr_mammo")
 
 
 def _read(data_dir: Path) -> tuple[MetadataTable, MetadataTable]:
@@ -114,11 +114,10 @@ def _findings(images: MetadataTable, findings: MetadataTable) -> tuple[dict[str,
         box, image = corners.iloc[row], findings.rows["image_id"][row]
         if box.isna().any():
             raise findings.fault(row, str(box.isna().idxmax()), "but a finding has a box")
-        x0, y0, x1, y1 = map(float, box)
-        if x0 >= x1 or y0 >= y1:
+        if box["xmin"] >= box["xmax"] or box["ymin"] >= box["ymax"]:
             raise findings.fault(row, "xmin", "and the box holds nothing of the image")
         types[image].update(names)
-        boxes[image].append(Box(x0=x0, y0=y0, x1=x1, y1=y1, slice=-1, label=", ".join(names)))
+        boxes[image].append(make_box(box, ", ".join(names)))
     return types, boxes
 
 

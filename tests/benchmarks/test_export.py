@@ -180,10 +180,10 @@ def test_a_repository_of_another_export_or_for_everybody_is_left_alone(exported,
     other = shutil.copytree(exported, tmp_path / "other")
     (shard,) = (other / "data").iterdir()
     shard.write_bytes(shard.read_bytes() + b"more")
-    with pytest.raises(ValueError, match=r"1 files of another export, data/train-.*; nothing was sent"):
+    with pytest.raises(ValueError, match=r"1 files of another data set, data/train-.*; nothing was sent"):
         push_export(other, "someone/export", public=True)
     shard.rename(shard.with_name("test-00000-of-00001.parquet"))
-    with pytest.raises(ValueError, match="1 files of another export"):
+    with pytest.raises(ValueError, match="1 files of another data set"):
         push_export(other, "someone/export", public=True)
     assert hub.files("someone/export", kind="dataset") == before
 
