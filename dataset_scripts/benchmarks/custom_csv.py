@@ -21,13 +21,9 @@ from typing import Any
 import pandas as pd
 
 from .index import (
-    DENSITIES,
     SCHEMA,
-    TASKS,
     Benchmark,
     Box,
-    Count,
-    Definition,
     MetadataTable,
     find_file,
     make_box,

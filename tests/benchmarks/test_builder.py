@@ -155,6 +155,7 @@ def test_values_without_a_full_scale_are_refused(tmp_path):
         BenchmarkImageReader().read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_a_broken_image_is_named_and_counted_and_the_rest_goes_on(own, build_rows, tmp_path, num_proc, caplog):
     (own / "p4.png").write_bytes((own / "p4.png").read_bytes()[:200])
@@ -216,6 +217,7 @@ def test_the_cache_goes_by_content(own, build_rows, tmp_path):
     assert builder().hash not in (before, first.hash)
 
 
+@pytest.mark.slow
 def test_load_dataset_knows_the_names(own, tmp_path):
     options = {"data_dir": str(own), "cache_dir": str(tmp_path / "cache")}
     rows = datasets.load_dataset("table", "cancer", num_proc=2, **options)
@@ -273,6 +275,7 @@ def test_other_versions_of_datasets_do_without_the_names(monkeypatch, caplog):
     assert "use BenchmarkBuilder" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_bcs_dbt_is_turned_right(tmp_path, build_rows, num_proc):
     """Half a turn and a wrong side in the header: the image is that of the list's view, in which its boxes are."""

@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REAL_DATA
 from dicom_builders import CAPTURE, build, save
 
 from dataset_scripts.benchmarks import cbis_ddsm as cbis_ddsm_boxes
@@ -21,18 +20,11 @@ from dataset_scripts.benchmarks.cbis_ddsm import (
 SHAPE = (40, 30)
 
 
-@pytest.fixture
-def real():
-    folder = REAL_DATA / "cbis_ddsm"
-    if not folder.is_dir():
-        pytest.skip("the real case files (shared/data/cbis_ddsm) are not here")
-    return folder
-
-
 def test_the_real_files_have_the_published_counts(real):
     assert BENCHMARK.count(real) == BENCHMARK.published
 
 
+@pytest.mark.slow
 def test_the_real_index(real, caplog):
     with caplog.at_level("INFO"):
         index = read_index(real)

@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-from conftest import REAL_DATA
 
 from dataset_scripts.benchmarks.cdd_cesm import (
     ANNOTATIONS,
@@ -15,14 +14,6 @@ from dataset_scripts.benchmarks.cdd_cesm import (
 )
 
 LOW = FOLDERS["DM"]
-
-
-@pytest.fixture
-def real():
-    folder = REAL_DATA / "cdd_cesm"
-    if not (folder / ANNOTATIONS[0]).is_file():
-        pytest.skip("the real annotation file (shared/data/cdd_cesm) is not here")
-    return folder
 
 
 def test_the_real_file_has_the_published_counts(real):

@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REAL_DATA
 from dicom_builders import build, item, save
 
 from dataset_scripts.benchmarks.cmmd import BENCHMARK, CLINICAL, COLUMNS, MANIFEST, locate, read_index
@@ -17,14 +16,6 @@ CLINICAL_ROWS = [
     ("D2-0001", "L", 60, 2, "mass", "Malignant", "Luminal A"),
 ]
 MANIFEST_ROWS = [("D1-0001", 2), ("D1-0002", 4), ("D2-0001", 4)]
-
-
-@pytest.fixture
-def real():
-    folder = REAL_DATA / "cmmd"
-    if not folder.is_dir():
-        pytest.skip("the real clinical file (shared/data/cmmd) is not here")
-    return folder
 
 
 def test_the_real_files_have_the_published_counts(real):

@@ -30,6 +30,7 @@ def opened(folder, tmp_path):
     return datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_an_export_opens_in_another_process_and_is_the_data_set(exported, phantom_archive, tmp_path):
     command = (
         "import datasets, hashlib, json, sys\n"
@@ -89,6 +90,7 @@ def test_a_task_with_what_was_left_out(phantom_archive, tmp_path):
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_header_travels(phantom_archive, tmp_path):
     """Identifiers in every attribute that takes one; files and patients of labels.csv keep their names."""
     canaries = Canaries()
@@ -153,6 +155,7 @@ def test_what_cannot_be_exported_is_one_line(exported, phantom_archive, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_to_the_hub_and_back(phantom_archive, hub: HubServer, tmp_path, capsys):
     main(["phantom", "--data-dir", str(phantom_archive), "--push_to_hub", "someone/phantom", "--num-proc", "1"])
     assert capsys.readouterr().out.strip().endswith("someone/phantom")

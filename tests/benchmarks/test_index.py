@@ -1,9 +1,11 @@
-"""Metadata files: cells are stripped text, names of columns and sheets are matched kindly, faults are one line."""
+"""Metadata files: cells are stripped text, names of columns and sheets match loosely, faults are one line. Counts."""
+
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from dataset_scripts.benchmarks.index import find_file, read_csv, read_sheets
+from dataset_scripts.benchmarks.index import Count, Definition, find_file, make_index, read_csv, read_sheets
 
 REMEDY = "download it again"
 
@@ -67,3 +69,42 @@ def test_sheets(tmp_path):
         read_sheets(path, {"mass": ["x"]}, REMEDY)
     with pytest.raises(ValueError, match="not a readable Excel file"):
         read_sheets(write(tmp_path / "b.xlsx", "no zip"), {"all": ["x"]}, REMEDY)
+
+
+def test_counts_of_rows_values_and_parts():
+    rows = pd.DataFrame({"part": ["a", "a", "all", "all"], "view": ["CC", None] * 2, "age": [40, 50] * 2})
+    tables = {"rows": rows, "plain": rows[["view", "age"]].assign(view=pd.Categorical(rows["view"], ["CC", "MLO"]))}
+    for count, counted in (
+        (Count("rows"), {"rows": 2}),  # of the part "all"
+        (Count("of {part}", published={"a": 9, "b": 9}), {"of a": 2, "of all": 2}),  # b is not here: unknown
+        (Count("view {view}", published={"AT": 3}), {"view AT": 0, "view CC": 1, "view missing": 1}),
+        (Count("{view}", table="plain"), {"CC": 2, "MLO": 0, "missing": 2}),
+        (Count("{part}: {view}", where="age < 50"), {"a: CC": 1, "all: CC": 1}),
+        (Count("oldest", count="max age"), {"oldest": 50}),
+        (Count("ages", count="distinct age", table="plain"), {"ages": 2}),
+        (Count("years of {part}", count="sum age"), {"years of a": 90, "years of all": 90}),
+        (Count("boxes", table="boxes", published=1), {}),
+    ):
+        assert count.of(tables) == counted
+    assert Count("{part}: {view}", published={"a": {"CC": 1}, "b": {1: 2}}).published_counts() == {
+        "a: CC": 1,
+        "b: 1": 2,
+    }
+
+
+def test_labels_of_a_definition():
+    index = make_index(
+        [
+            {"patient_id": "p", "image_id": "1", "cancer": 1, "lesion_types": ["mass", "cyst"], "density": "A"},
+            {"patient_id": "p", "image_id": "2", "cancer": 0, "lesion_types": ["mass"]},
+            {"patient_id": "p", "image_id": "3", "lesion_types": []},
+        ],
+        "made up",
+    )
+    plain = Definition("cancer", "x", "", "cancer", {0: "no", 1: "yes"})
+    assert plain.classes == ("no", "yes") and plain.label(index).tolist() == ["yes", "no", pd.NA]
+    assert replace(plain, otherwise="no").label(index).tolist() == ["yes", "no", "no"]
+    assert replace(plain, needs="density").label(index).tolist() == ["yes", pd.NA, pd.NA]
+    types = Definition("lesion_type", "x", "", "lesion_types", {"mass": "solid", "cyst": "liquid"})
+    assert types.label(index).tolist() == [pd.NA, "solid", pd.NA]
+    assert replace(types, values={"mass": "any", "cyst": "any"}).label(index).tolist() == ["any", "any", pd.NA]

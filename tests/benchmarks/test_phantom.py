@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from dataset_scripts.benchmarks.phantom import BENCHMARK, COLUMNS, read_index
+from dataset_scripts.phantom.anatomy import LESION_TYPES
 
 DBT = ("PHANTOM-{n:06d}/L_CC_dbt.dcm", "PHANTOM-{n:06d}", "L", "CC", "dbt")
 FFDM = ("PHANTOM-{n:06d}/L_CC_2d.dcm", "PHANTOM-{n:06d}", "L", "CC", "ffdm")
@@ -61,6 +62,7 @@ def test_labels_of_every_task(tmp_path):
         assert {each for each in labels if each} <= set(definition.classes)
     assert list(BENCHMARK.definition("density", "dense").label(index)) == ["not dense", "dense", "dense", "dense"]
     assert "no reader" in BENCHMARK.definition("birads").meaning
+    assert BENCHMARK.definition("lesion_type").classes == LESION_TYPES
     assert index["boxes"][1] == [{"x0": 10, "y0": 20, "x1": 30, "y1": 45, "slice": 3, "label": "mass_round"}]
     assert index["boxes"][2][0]["slice"] == -1
     counts = BENCHMARK.count(tmp_path)

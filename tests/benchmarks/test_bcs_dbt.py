@@ -1,17 +1,8 @@
 """BCS-DBT as a benchmark: the real label files' counts; made-up lists in the names of both releases."""
 
 import pytest
-from conftest import REAL_DATA
 
 from dataset_scripts.benchmarks.bcs_dbt import BENCHMARK, locate, read_index
-
-
-@pytest.fixture
-def real():
-    folder = REAL_DATA / "bcs_dbt"
-    if not folder.is_dir():
-        pytest.skip("the real label files (shared/data/bcs_dbt) are not here")
-    return folder
 
 
 def test_the_real_files_have_the_published_counts(real):
