@@ -60,7 +60,9 @@ def test_the_card_says_what_is_in_the_files(exported, tmp_path):
     assert "Research use only: not a medical device" in text and 'load_dataset("phantom", split="train")' in text
     rows = opened(exported, tmp_path)["train"].remove_columns("image").to_pandas()
     assert f"| train | {len(rows)} | {rows['image_id'].nunique()} | 12 | 12 |" in text
-    assert "|\n\nThere is no official split: all is in train; hold out patients. No patient is in more than one." in text
+    assert (
+        "|\n\nThere is no official split: all is in train; hold out patients. No patient is in more than one." in text
+    )
     for definition in BENCHMARKS["phantom"].definitions:
         column = f"{definition.task}_{definition.name}"
         assert f"`{column}`, {definition.task} ({definition.name}): {definition.meaning}." in text
