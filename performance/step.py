@@ -3,7 +3,7 @@
     python -m performance.step [--model vits14] [--batches 4 8] [--ways plain compiled bf16 tissue] [--steps 6]
 
 `training.pretrain.train` itself, on a batch that stands in memory: 2 crops of 224 px and 8 of 98, half of the global
-ones masked, 65,536 prototypes, one head, no registers, no stochastic depth, centerd targets: the peers' arithmetic.
+ones masked, 65,536 prototypes, one head, no registers, no stochastic depth, centered targets: the peers' arithmetic.
 Each line in a fresh process, beside the matmul peak measured there. The ways: plain (float32), compiled (blocks
 compiled), bf16 (autocast, compiled), sinkhorn (Sinkhorn-Knopp instead of centring), dense and tissue (crops of real
 slices where they are at hand, without and with tissue tokens).

@@ -84,7 +84,7 @@ def model_folder(tmp_path_factory):
 
 
 def test_the_command_evaluates_files(model_folder, phantom_archive, tmp_path, capsys):
-    """Twelve patients are too few to evaluate by; the chain, the table and the left-out file are what is tested."""
+    """Twelve patients are too few to evaluate by; the command, the table and the left-out file are what is tested."""
     table = pd.read_csv(phantom_archive / "labels.csv")
     extra = {"file": "missing.png", "patient": "nobody", "lesion": 1}
     labels = phantom_archive / "with_missing.csv"
