@@ -40,7 +40,7 @@ def test_files_that_are_named_exist():
         "docs/pretraining.md",
         ".ci/run",
     ):
-        for path in set(re.findall(rf"(?<![\w./])((?:{tops})/[\w./]*\w)", TEXTS[page])):
+        for path in set(re.findall(rf"(?<![\w./])((?:{tops})/[\w./-]*\w)", TEXTS[page])):
             assert (ROOT / path).exists(), f"{page}: {path}"
 
 
