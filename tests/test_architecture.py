@@ -20,18 +20,21 @@ LAYERS = [
     ["training.settings"],
     ["dataset_scripts.benchmarks"],
     ["dataset_scripts.corpus", "dataset_scripts.phantom"],
+    ["dataset_scripts"],  # the bare package
     ["modeling_mammodino.tools"],
     ["modeling_mammodino"],
 ]
+# names of several files, whose packages say the difference; a script of performance/ has the name of what it times
 SAME_NAME = {
-    "__init__", "__main__",
+    *("__init__", "__main__"),
     "dicom",  # read a file; write a simulated one
-    "verify",  # a corpus; a labeled data set
     "archive",  # files to read, wherever they are; simulated files to write
-    "phantom",  # the labeled data set of simulated breasts; its speed
-    "export",
+    "verify",  # a corpus; a labeled data set
+    "export",  # a labeled data set; an encoder
+    "features",  # of files, in the installed package; the command that draws them
     "report",  # of a study; of a benchmark suite
-}  # fmt: skip
+    *("settings", "train", "metrics", "images"),  # of fine-tuning; of detection; of all
+}
 
 
 @cache
@@ -71,7 +74,6 @@ def layer(name: str) -> tuple[int, str]:
     return number, prefix
 
 
-@pytest.mark.xfail(reason="areas are still moving", strict=False)
 def test_no_module_imports_from_a_layer_above_it_or_beside_it():
     upward = []
     for name, imported in imports().items():
@@ -90,11 +92,11 @@ def test_no_imports_form_a_cycle():
         pytest.fail(" -> ".join(error.args[1]))
 
 
-@pytest.mark.xfail(reason="areas are still moving", strict=False)
 def test_no_file_is_named_utils_and_two_of_one_name_are_told_apart_by_their_packages():
     names: dict[str, list[str]] = {}
     for module, path in modules().items():
-        names.setdefault(path.stem, []).append(module)
+        if not module.startswith("performance."):
+            names.setdefault(path.stem, []).append(module)
     assert not names.keys() & {"utils", "util", "helpers", "common", "misc"}
     assert {stem: found for stem, found in names.items() if len(found) > 1 and stem not in SAME_NAME} == {}
 
