@@ -2,7 +2,7 @@
 masks of many files. Research use only."""
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -62,6 +62,18 @@ def write_png(drawing: np.ndarray, output: Path) -> None:
         temporary.write_bytes(cv2.imencode(".png", drawing)[1].tobytes())
 
 
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the default image processor)")
+
+
+def _open_processor(options: Namespace) -> MammoDinoImageProcessor:
+    """Return the image processor that was asked for. Raises ValueError where the output is not to be a PNG."""
+    if options.output.suffix.lower() != ".png":
+        raise ValueError(f"--output {options.output}: a PNG is written; give a name that ends in .png")
+    return MammoDinoImageProcessor.from_pretrained(options.model) if options.model else MammoDinoImageProcessor()
+
+
 def add_inspect_command(commands) -> None:
     """Add the subcommand `inspect`; `commands` is argparse's action of subparsers."""
     parser = commands.add_parser(
@@ -71,19 +83,14 @@ def add_inspect_command(commands) -> None:
         "outline, the patches that are encoded. Research use only.",
     )
     parser.add_argument("file", help="DICOM, PNG, JPEG, PGM or TIFF")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the default image processor)")
+    _add_options(parser)
     parser.set_defaults(run=run_inspect)
 
 
 def run_inspect(options: Namespace) -> None:
-    output: Path = options.output
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output {output}: a PNG is written; give a name that ends in .png")
-    processor = MammoDinoImageProcessor.from_pretrained(options.model) if options.model else MammoDinoImageProcessor()
-    drawing = inspect_file(options.file, processor)
-    write_png(drawing, output)
-    print(output)
+    processor = _open_processor(options)
+    write_png(inspect_file(options.file, processor), options.output)
+    print(options.output)
 
 
 def draw_tile(thumbnail: Thumbnail, name: str) -> np.ndarray:
@@ -150,24 +157,20 @@ def add_contact_sheet_command(commands) -> None:
         "Research use only.",
     )
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="files and folders")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    _add_options(parser)
     parser.add_argument("--columns", type=int, default=10, help="tiles in a row (10)")
-    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the default image processor)")
     parser.set_defaults(run=run_contact_sheet)
 
 
 def run_contact_sheet(options: Namespace) -> None:
     from .features import find_files  # brings torch's data loaders, which nothing else here needs
 
-    output: Path = options.output
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output {output}: a PNG is written; give a name that ends in .png")
+    processor, output = _open_processor(options), options.output
     if not 1 <= options.columns <= TILES_PER_PAGE:
         raise ValueError(f"--columns {options.columns}: must be from 1 to {TILES_PER_PAGE}")
     files, _ = find_files(options.sources)
     if not files:
         raise ValueError(f"{', '.join(map(str, options.sources))}: no image found; name a file, or a folder with some")
-    processor = MammoDinoImageProcessor.from_pretrained(options.model) if options.model else MammoDinoImageProcessor()
     for number, first in enumerate(range(0, len(files), TILES_PER_PAGE)):
         page = []
         for tile, refused in tiles(files[first : first + TILES_PER_PAGE], processor):
