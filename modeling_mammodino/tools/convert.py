@@ -241,19 +241,12 @@ def gray_processor(
     return own
 
 
-def to_native(model: Model, folder: str | Path) -> Path:
+def write_native(model: Model, folder: Path) -> None:
     """Write a checkpoint that plain transformers opens with `AutoModel` (or `AutoModelForImageClassification`) as
     Dinov2-with-registers, without remote code, and that gives the same as `model` without `tissue_mask`.
 
-    Raises ValueError where position embeddings do not form a square, which that class cannot store, and
-    FileExistsError where `folder` holds something.
+    Raises ValueError where position embeddings do not form a square, which that class cannot store.
     """
-    with atomic_folder(folder) as temporary:
-        write_native(model, temporary)
-    return Path(folder)
-
-
-def write_native(model: Model, folder: Path) -> None:
     config, stored = model.config, encoder_of(model).embeddings.stored_grid
     if stored[0] != stored[1]:
         raise ValueError(
@@ -409,4 +402,4 @@ def run(options: argparse.Namespace) -> None:
     print(folder)
 
 
-__all__ = ["convert", "load_checkpoint", "load_encoder", "own_processor", "processor_settings", "to_native"]
+__all__ = ["convert", "load_checkpoint", "load_encoder", "own_processor", "processor_settings", "write_native"]

@@ -30,7 +30,7 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 )
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.convert import convert, load_checkpoint, load_encoder, to_native
+from modeling_mammodino.tools.convert import convert, load_checkpoint, load_encoder, write_native
 
 
 def folder_files(folder: Path) -> set[str]:
@@ -189,9 +189,10 @@ def test_ours_goes_out_and_comes_back_bit_by_bit(tmp_path):
         assert_equal_features(model, native, gray, gray)
 
 
+@pytest.mark.slow
 def test_plain_transformers_opens_the_native_folder_without_this_package(tmp_path):
     model = randomize(MammoDinoModel(MammoDinoConfig(**TINY)))
-    to_native(model, tmp_path / "native")
+    write_native(model, tmp_path / "native")
     torch.manual_seed(0)
     pixels = torch.randn(1, 1, 84, 70)
     torch.save(pixels, tmp_path / "pixels.pt")
