@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from training.evaluation.finetuning.linear_probe import fit_linear_probe
+from training.evaluation.finetuning.heads import fit_linear_probe
 
 VALIDATION_FRACTION = 0.15
 

@@ -1,19 +1,19 @@
-"""Every backbone on every task of every data set, under one head: the paper's evaluation in one command.
+"""Run every backbone on every task of every data set, under one head: the paper's evaluation in one command.
 
     python -m training.benchmark --config training/suites/paper.yaml
 
 Runs data set x task x backbone x seed as one queue: what is done is skipped, several processes may be started on the
 same suite, and a killed one is started again with the same command. Then writes into the suite's folder: scores.csv
-(everything), report.md (tables, significance, the paper's figures beside ours) and radar.png. Research use only.
+(everything), report.md (tables, significance, the paper's results beside ours) and radar.png. Research use only.
 """
 
 import argparse
-import logging
 from pathlib import Path
 
-from training.evaluation.job_queue import run_jobs
-from training.evaluation.suite.report import read_done, write_report
-from training.evaluation.suite.suite import read_suite
+from modeling_mammodino.tools.command import command_line
+from training.evaluation.benchmark_report import read_done, write_report
+from training.evaluation.benchmark_suite import read_suite
+from training.evaluation.runs import run_jobs
 
 from .finetune import finetune
 
@@ -24,18 +24,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, help="folder of runs and report, instead of the suite's own")
     parser.add_argument("--report_only", action="store_true", help="run nothing; report what is done")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
+    with command_line("benchmark"):
         suite = read_suite(options.config, options.output_dir)
         jobs = list(suite.jobs())
         read_done(jobs)  # refuses those of another suite before any work
         failed = {} if options.report_only else run_jobs(jobs, lambda job: finetune(job.settings))
         report = write_report(suite, jobs, failed)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"benchmark: {error}") from error
-    print(report.read_text())
-    if failed:
-        raise SystemExit(f"benchmark: {len(failed)} of {len(jobs)} runs failed; {report} names them")
+        print(report.read_text())
+        if failed:
+            raise ValueError(f"{len(failed)} of {len(jobs)} runs failed; {report} names them")
 
 
 if __name__ == "__main__":

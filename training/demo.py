@@ -20,7 +20,7 @@ import yaml
 
 from dataset_scripts.benchmarks.index import TASKS as BENCHMARK_TASKS
 from modeling_mammodino.tools.command import command_line
-from training.evaluation.backbones.small import write_small_checkpoints
+from training.evaluation.backbones.small_checkpoints import write_small_checkpoints
 from training.evaluation.reports import excludes_zero, format_interval, markdown_table
 from training.pretraining.recipe import load_recipe
 from training.studies.design import mean_step_flops

@@ -1,59 +1,61 @@
-"""Trains a lesion detector on an encoder and evaluates it on held-out patients. Research use only.
+"""Train a lesion detector on an encoder and evaluate it on held-out patients. Research use only.
 
     python -m training.detect --dataset NAME --data_dir DIR --encoder MODEL --output_dir DIR [--name value ...]
 
 In output_dir: the detector in model/, predictions.parquet and lesions.parquet in pixels of the images, detections.png
 and froc.png to look at, and at last result.json: mAP over boxes, and sensitivity at 1, 2 and 4 false positives an
-image, with 95 % intervals over patients. Started again after a kill, a run goes on; when it is finished, it returns its
+image, with 95 % intervals over patients. Started again after a kill, a run resumes; when it is finished, it returns its
 result.
 """
 
 import logging
-import os
-import platform
 import sys
 import time
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import RTDetrForObjectDetection
 
-import modeling_mammodino
 from modeling_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.embed import find_device
+from modeling_mammodino.tools.files import write_json
+from training.evaluation.detection.boxes import DetectionTable, load_boxes
 from training.evaluation.detection.data import DetectionImages, LesionImageRenderer, render_training_images
 from training.evaluation.detection.detector import build_detector, open_start
-from training.evaluation.detection.drawings import draw_detections, draw_froc
 from training.evaluation.detection.find_lesions import find_lesions, lesion_table, prediction_table
-from training.evaluation.detection.metrics import Found, evaluate, froc_marks
-from training.evaluation.detection.settings import DetectionSettings, parse_settings
-from training.evaluation.detection.table import DetectionTable, load_boxes
-from training.evaluation.detection.train import train_detector
+from training.evaluation.detection.lesion_metrics import Found, evaluate, froc_marks
+from training.evaluation.detection.train_detector import train_detector
+from training.evaluation.plots import draw_detections, draw_froc
 from training.evaluation.reports import format_interval, markdown_table
-from training.evaluation.result import PACKAGES
-from training.evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
+from training.evaluation.run_settings import DetectionSettings
+from training.evaluation.runs import (
+    NOTICE,
+    PREDICTIONS_FILE,
+    SETTINGS_FILE,
+    how_it_was_run,
+    refuse_torchrun,
+    run_once,
+    write_parquet,
+)
 from training.pretraining.compute import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, IMAGES = "checkpoints", "images"  # gone when the result stands
+CHECKPOINTS, IMAGES = "checkpoints", "images"  # removed when the result is written
 
 
 def run_detection(settings: DetectionSettings) -> dict[str, Any]:
-    """Runs, or goes on with, or returns at once what `settings` ask for: the content of result.json.
+    """Run, resume, or return at once what `settings` ask for: the content of result.json.
 
     Raises ValueError or OSError, one line, for what cannot be used. One process a run.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("a run is one process: start it without torchrun, and other runs beside it")
-    output = Path(settings.output_dir)
-    return run_once(output, settings.what_is_computed(), lambda: run(settings, output), (CHECKPOINTS, IMAGES))
+    refuse_torchrun()
+    return run_once(settings, lambda: run(settings), (CHECKPOINTS, IMAGES))
 
 
-def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
-    started = time.monotonic()
+def run(settings: DetectionSettings) -> dict[str, Any]:
+    started, output = time.monotonic(), Path(settings.output_dir)
     table = load_boxes(
         settings.dataset,
         settings.data_dir,
@@ -63,7 +65,7 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
         allow_missing=settings.allow_missing,
     )
     encoder, processor = open_start(settings.encoder, settings.init == "random", settings.seed)
-    maker = LesionImageRenderer(on_canvas(processor, settings), table.views)
+    renderer = LesionImageRenderer(on_canvas(processor, settings), table.views)
     detector = build_detector(
         encoder,
         settings.map_width,
@@ -76,10 +78,10 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
 
     learned, refused = {}, {}
     if settings.num_train_epochs:
-        learned, refused = train(detector, table, maker, settings, output)
+        learned, refused = train(detector, table, renderer, settings, output)
         detector.save_pretrained(output / "model")
-        maker.processor.save_pretrained(output / "model")
-    found, of_test = find_lesions(detector, table.images["test"], maker, settings)
+        renderer.processor.save_pretrained(output / "model")
+    found, of_test = find_lesions(detector, table.images["test"], renderer, settings)
     refused |= of_test
 
     rule = (settings.hit, settings.hit_iou)
@@ -88,10 +90,10 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
     write_parquet(output / PREDICTIONS_FILE, prediction_table(found, *rule))
     write_parquet(output / "lesions.parquet", lesion_table(found, *rule))
     title = f"{table.benchmark.title}: {len(found)} images of {table.counts['test']['patients']} patients"
-    draw_detections(table.images["test"], found, maker, title, output / "detections.png")
+    draw_detections(table.images["test"], found, renderer, title, output / "detections.png")
     draw_froc({name: froc_marks(each, *rule) for name, each in kinds.items()}, title, output / "froc.png")
     return {
-        "notice": "Research use only: not a medical device.",
+        "notice": NOTICE,
         "dataset": table.benchmark.name,
         "encoder": {"source": settings.encoder, "init": settings.init, "width": encoder.config.hidden_size},
         "detector": {
@@ -102,20 +104,14 @@ def run(settings: DetectionSettings, output: Path) -> dict[str, Any]:
         "evaluated": {name: counted(each) for name, each in kinds.items()},
         "learned": learned,
         "metrics": {name: {metric: list(value) for metric, value in of.items()} for name, of in metrics.items()},
-        "settings": asdict(settings),
-        "versions": {
-            "python": platform.python_version(),
-            "mammodino": modeling_mammodino.__version__,
-            **{name: version(name) for name in (*PACKAGES, "pycocotools")},
-        },
-        "command": settings.command(),
+        **how_it_was_run(settings, "pycocotools"),
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
 def on_canvas(processor: MammoDinoImageProcessor, settings: DetectionSettings) -> MammoDinoImageProcessor:
-    """The encoder's image processor with the canvas of the settings. Raises ValueError for one that patches do not
-    fill."""
+    """Return the encoder's image processor with the canvas of the settings. Raises ValueError for one that patches do
+    not fill."""
     size = {
         "height": settings.image_height or processor.size["height"],
         "width": settings.image_width or processor.size["width"],
@@ -126,25 +122,26 @@ def on_canvas(processor: MammoDinoImageProcessor, settings: DetectionSettings) -
 def train(
     detector: RTDetrForObjectDetection,
     table: DetectionTable,
-    maker: LesionImageRenderer,
+    renderer: LesionImageRenderer,
     settings: DetectionSettings,
     output: Path,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What was learned, and the images that were refused. Raises ValueError where no image with a lesion is left."""
+    """Return what was learned, and the images that were refused. Raises ValueError where no image with a lesion is
+    left."""
     if find_device("auto").type == "cpu":
         keep_freed_memory()
     parts, refused = {}, {}
     for split in ("train", "validation"):
         rows, of_split = render_training_images(
             table.images[split],
-            maker,
+            renderer,
             settings.slices_per_volume,
             settings.lesion_slice_reach,
             output / IMAGES,
             settings.dataloader_num_workers,
         )
         refused |= of_split
-        parts[split] = DetectionImages(rows, maker, settings.seed)
+        parts[split] = DetectionImages(rows, renderer, settings.seed)
         if not parts[split].has_lesion.any():
             raise ValueError(
                 f"{split}: no image with a lesion is left; {len(of_split)} images were refused, the first: "
@@ -155,7 +152,7 @@ def train(
 
 
 def by_kind(found: list[Found]) -> dict[str, list[Found]]:
-    """All images, and mammograms and volumes apart where there are both."""
+    """Return all images, and mammograms and volumes apart where there are both."""
     kinds = {
         "mammograms": [each for each in found if each.num_slices == 1],
         "volumes": [each for each in found if each.num_slices > 1],
@@ -172,7 +169,7 @@ def counted(found: list[Found]) -> dict[str, int]:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """The scores as a Markdown table, a row a kind of image."""
+    """Return the scores as a Markdown table, a row a kind of image."""
     metrics = list(result["metrics"]["images"])
     rows = []
     for name, scores in result["metrics"].items():
@@ -183,12 +180,9 @@ def format_result(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        result = run_detection(parse_settings(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"detect: {' '.join(str(error).split())}") from error
-    print(format_result(result))
+    with command_line("detect"):
+        settings = DetectionSettings.parse(sys.argv[1:] if arguments is None else arguments)
+        print(format_result(run_detection(settings)))
 
 
 if __name__ == "__main__":

@@ -1,64 +1,72 @@
-"""Fine-tunes a backbone for one task of one data set and evaluates it on held-out patients. Research use only.
+"""Fine-tune a backbone for one task of one data set and evaluate it on held-out patients. Research use only.
 
     python -m training.finetune --dataset NAME --data_dir DIR --task TASK --backbone KIND --source MODEL
         --mode frozen|full|lora --output_dir DIR [--name value ...]
 
 frozen: a linear probe on cached features; full: all weights learn; lora: low-rank adapters; both start from the probe.
 In output_dir: predictions.parquet, the model, and at last result.json, with scores of images, breasts and patients and
-95 % intervals over patients. Started again after a kill, a run goes on; when it is finished, it returns its result.
+95 % intervals over patients. Started again after a kill, a run resumes; when it is finished, it returns its result.
 """
 
-import logging
-import os
+import hashlib
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dataset_scripts.benchmarks.index import SPLITS
 from dataset_scripts.benchmarks.task import TaskTable, load_task
+from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.embed import find_device
+from modeling_mammodino.tools.files import write_json
 from training.evaluation.backbones.registry import Backbone, load_backbone
-from training.evaluation.evaluate_metrics import MammographyScores
-from training.evaluation.finetuning.aggregation import is_ordered
+from training.evaluation.finetuning.aggregation import is_ordered, predict_levels, score_levels
 from training.evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
+from training.evaluation.finetuning.heads import LinearHead, balanced_weights, fit_linear_probe
 from training.evaluation.finetuning.image_classifier import ImageClassifier, add_adapters, save_classifier
-from training.evaluation.finetuning.images import LabeledImages
-from training.evaluation.finetuning.linear_probe import LinearHead, balanced_weights, fit_linear_probe
-from training.evaluation.finetuning.settings import FinetuneSettings, parse_settings
-from training.evaluation.finetuning.train import train_classifier
+from training.evaluation.finetuning.tuning import LabeledImages, MammographyScores, train_classifier
 from training.evaluation.metrics import metric_names
-from training.evaluation.predictions import predict_levels, score_levels
-from training.evaluation.result import describe_run, format_result
-from training.evaluation.run_files import PREDICTIONS_FILE, SETTINGS_FILE, run_once, write_json, write_parquet
+from training.evaluation.reports import format_interval, markdown_table
+from training.evaluation.run_settings import FinetuneSettings
+from training.evaluation.runs import (
+    NOTICE,
+    PREDICTIONS_FILE,
+    SETTINGS_FILE,
+    how_it_was_run,
+    refuse_torchrun,
+    run_once,
+    write_parquet,
+)
 from training.pretraining.compute import keep_freed_memory
 
-logger = logging.getLogger(__name__)
-
-CHECKPOINTS, TUNED_FEATURES = "checkpoints", "tuned_features"  # gone when the result stands
+CHECKPOINTS, TUNED_FEATURES = "checkpoints", "tuned_features"  # removed when the result is written
 
 
 def finetune(settings: FinetuneSettings) -> dict[str, Any]:
-    """Runs, or goes on with, or returns at once what `settings` ask for: the content of result.json.
+    """Run, resume, or return at once what `settings` ask for: the content of result.json.
 
     Raises ValueError or OSError, one line, for what cannot be used. One process a run.
     """
-    output = Path(settings.output_dir)
-    leftovers = (CHECKPOINTS, TUNED_FEATURES)
-    return run_once(output, settings.what_is_computed(), lambda: run(settings, output), leftovers)
+    return run_once(settings, lambda: run(settings), (CHECKPOINTS, TUNED_FEATURES))
 
 
-def run(settings: FinetuneSettings, output: Path) -> dict[str, Any]:
-    started = time.monotonic()
+def run(settings: FinetuneSettings) -> dict[str, Any]:
+    started, output = time.monotonic(), Path(settings.output_dir)
     task = open_task(settings)
     backbone = load_backbone(settings.backbone, settings.source or None, seed=settings.seed).to(find_device("auto"))
-    weights = backbone.settings()["weights"]  # as it comes
+    about_backbone = {
+        "kind": backbone.kind,
+        "source": backbone.source,
+        "width": backbone.width,
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "weights": backbone.settings()["weights"],  # their hash, before any training
+    }
     write_json(output / SETTINGS_FILE, settings.what_is_computed())
 
-    cache = Path(settings.cache_dir or output / "features")
-    features = encode(backbone, task, cache, settings)
+    features = encode(backbone, task, Path(settings.cache_dir or output / "features"), settings)
     head, learned = fit_head(features, task, settings)
     if settings.mode != "frozen":
         head, learned["training"] = train(backbone, head, features, task, settings, output / CHECKPOINTS)
@@ -72,7 +80,18 @@ def run(settings: FinetuneSettings, output: Path) -> dict[str, Any]:
         head_alone = settings.mode == "frozen"
         save_classifier(output / "model", backbone, head.layer(), task.classes, meaning, head_alone)
     return {
-        **describe_run(settings, task, backbone, weights, features.refused),
+        "notice": NOTICE,
+        "dataset": task.benchmark.name,
+        "task": settings.task,
+        "definition": task.definition.name,
+        "meaning": task.definition.meaning,
+        "classes": list(task.classes),
+        "backbone": about_backbone,
+        "mode": settings.mode,
+        "seed": settings.seed,
+        "counts": task.counts | {"refused": len(features.refused)},
+        "table": hash_table(task.table),
+        **how_it_was_run(settings),
         "learned": learned,
         "metrics": score_levels(predictions, ordered, settings.num_resamples, settings.seed),
         "seconds": round(time.monotonic() - started, 1),
@@ -80,8 +99,7 @@ def run(settings: FinetuneSettings, output: Path) -> dict[str, Any]:
 
 
 def open_task(settings: FinetuneSettings) -> TaskTable:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("a run is one process: start it without torchrun, and other runs beside it")
+    refuse_torchrun()
     task = load_task(
         settings.dataset,
         settings.data_dir,
@@ -102,7 +120,7 @@ def open_task(settings: FinetuneSettings) -> TaskTable:
 
 
 def encode(backbone: Backbone, task: TaskTable, cache: Path, settings: FinetuneSettings) -> SliceFeatures:
-    """Features of all images that can be used. Raises ValueError where a class is lost with the others."""
+    """Return features of all images that can be used. Raises ValueError where a class is lost with the others."""
     encoding = Encoding(
         settings.slices_per_volume,
         settings.per_device_eval_batch_size,
@@ -122,7 +140,7 @@ def encode(backbone: Backbone, task: TaskTable, cache: Path, settings: FinetuneS
 
 
 def fit_head(features: SliceFeatures, task: TaskTable, settings: FinetuneSettings) -> tuple[LinearHead, dict[str, Any]]:
-    """The linear probe: every slice counts with the label of its image."""
+    """Fit the linear probe: every slice counts with the label of its image."""
     label, split = features.table["label"].to_numpy(), features.table["split"].to_numpy()
     labels, of = label[features.image], split[features.image]
     part = {name: (features.values[of == name], labels[of == name]) for name in ("train", "validation")}
@@ -140,16 +158,14 @@ def train(
     settings: FinetuneSettings,
     folder: Path,
 ) -> tuple[LinearHead, dict[str, Any]]:
-    """Tunes `backbone` in place under a head that starts as the linear probe (Kumar et al. 2022, arXiv 2202.10054)."""
+    """Tune `backbone` in place under a head that starts as the linear probe (Kumar et al. 2022, arXiv 2202.10054)."""
     if find_device("auto").type == "cpu":
         keep_freed_memory()
     parts = {}
     for split in ("train", "validation"):
         rows = features.table[features.table["split"] == split]
-        parts[split] = LabeledImages(
-            backbone.lesion_image_renderer, rows["file"].tolist(), rows["label"].to_numpy(), settings.slices_per_volume,
-            settings.seed,
-        )  # fmt: skip
+        files, labels = rows["file"].tolist(), rows["label"].to_numpy()
+        parts[split] = LabeledImages(backbone.preprocess, files, labels, settings.slices_per_volume, settings.seed)
     balanced = balanced_weights(parts["train"].labels, len(task.classes))
     in_loss = balanced if settings.class_imbalance == "class_weights" else np.ones(len(task.classes))
     in_drawing = balanced[parts["train"].labels] if settings.class_imbalance == "sampler" else None
@@ -162,14 +178,25 @@ def train(
     return LinearHead.of(classifier.head), learned
 
 
+def hash_table(table: pd.DataFrame) -> str:
+    """Return the SHA-256 of images, splits and labels: runs with the same one learned and were tested on the same."""
+    lines = [f"{row.image_id}\t{row.split}\t{row.label}\n" for row in table.itertuples()]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """Return the scores as a Markdown table, a row a level."""
+    metrics = list(next(iter(result["metrics"].values())))
+    rows = [
+        [level, *(format_interval(scores[metric]) for metric in metrics)] for level, scores in result["metrics"].items()
+    ]
+    return "\n".join(markdown_table(["level", *metrics], rows))
+
+
 def main(arguments: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
-        result = finetune(settings)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"finetune: {' '.join(str(error).split())}") from error
-    print(format_result(result))
+    with command_line("finetune"):
+        settings = FinetuneSettings.parse(sys.argv[1:] if arguments is None else arguments)
+        print(format_result(finetune(settings)))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.features import embed_files
 from modeling_mammodino.tools.files import write_text
-from training.evaluation.classifiers import logistic_regression, nearest_neighbors
-from training.evaluation.labels import read_labels
 from training.evaluation.metrics import bootstrap_auc
+from training.evaluation.probes import logistic_regression, nearest_neighbors, read_labels
 from training.evaluation.reports import format_interval, markdown_table
 
 logger = logging.getLogger(__name__)

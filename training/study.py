@@ -27,8 +27,8 @@ from dataset_scripts.corpus.reader import Corpus
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoModel
 from modeling_mammodino.tools.command import command_line
-from training.evaluation.job_queue import is_done, run_jobs
-from training.evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
+from modeling_mammodino.tools.files import write_json
+from training.evaluation.runs import PREDICTIONS_FILE, RESULT_FILE, is_done, run_jobs, write_parquet
 from training.pretraining.checkpoints import LOG_FILE
 from training.pretraining.export import image_processor
 from training.pretraining.monitoring import read_warnings

@@ -32,7 +32,8 @@ class Patches(NamedTuple):
 
 @torch.inference_mode()
 def encode(model: MammoDinoModel, pixel_values: torch.Tensor, tissue_mask: torch.Tensor) -> Patches:
-    """Of pixel_values (1, 1, H, W) and tissue_mask (1, h, w). Turns the model to eager attention, which can be seen."""
+    """Return the tokens of pixel_values (1, 1, H, W) and tissue_mask (1, h, w). Sets the model to eager attention,
+    which returns its weights."""
     model.set_attn_implementation("eager")
     outputs = model(
         pixel_values.to(model.device, model.dtype), tissue_mask=tissue_mask.to(model.device), output_attentions=True
@@ -54,7 +55,8 @@ def encode(model: MammoDinoModel, pixel_values: torch.Tensor, tissue_mask: torch
 
 
 def heat_maps(patches: Patches, classifier: nn.Linear | None = None, classes: tuple[str, ...] = ()) -> list[HeatMap]:
-    """Attention, distance from the mean patch, PCA residual, and with a classifier the evidence for its classes."""
+    """Return attention, distance from the mean patch, PCA residual, and with a classifier the evidence for its
+    classes."""
     maps = [
         HeatMap("attention of the class token", _on_grid(patches.attention, patches)),
         HeatMap("distance from the breast's mean patch", _on_grid(distance_from_mean(patches.breast), patches)),
@@ -68,23 +70,24 @@ def heat_maps(patches: Patches, classifier: nn.Linear | None = None, classes: tu
 
 
 def distance_from_mean(breast: np.ndarray) -> np.ndarray:
-    """1 - cosine of each patch (T, D) with their mean."""
+    """Return 1 - cosine of each patch (T, D) with their mean."""
     mean = breast.mean(axis=0)
     return 1 - breast @ mean / (np.linalg.norm(breast, axis=1) * np.linalg.norm(mean))
 
 
 def residual(breast: np.ndarray) -> np.ndarray:
-    """Length of what the main components of the patches (T, D) leave of each: the reconstruction error of PCA, which
-    is large where a patch varies in ways that the others do not."""
-    centerd = breast - breast.mean(axis=0)
-    components = np.linalg.svd(centerd, full_matrices=False)[2][:NUM_COMPONENTS]  # (k, D)
-    return np.linalg.norm(centerd - centerd @ components.T @ components, axis=1)
+    """Return the length of what the main components of the patches (T, D) leave of each: the reconstruction error of
+    PCA, which is large where a patch varies in ways that the others do not."""
+    centered = breast - breast.mean(axis=0)
+    components = np.linalg.svd(centered, full_matrices=False)[2][:NUM_COMPONENTS]  # (k, D)
+    return np.linalg.norm(centered - centered @ components.T @ components, axis=1)
 
 
 def class_evidence(patches: Patches, classifier: nn.Linear) -> np.ndarray:
-    """(T, C): what `MammoDinoForImageClassification` would answer if every patch of the breast were like this one.
+    """Return (T, C), what `MammoDinoForImageClassification` would answer if every patch of the breast were like this
+    one.
 
-    A class' logit less the mean of the others'. The head is linear in the mean patch, so that the mean of these,
+    A class's logit less the mean of the others'. The head is linear in the mean patch, so that the mean of these,
     weighted by breast fraction, is what it does answer.
     """
     weight = classifier.weight.detach().double().cpu().numpy()  # (C, 2 D)

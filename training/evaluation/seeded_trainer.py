@@ -1,50 +1,57 @@
-"""What every Trainer here shares: an order of images that is a function of seed and epoch, and a safe way back."""
+"""What every Trainer here shares: an order of images that is a function of seed and epoch, and a safe way to resume."""
 
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from training.evaluation.finetuning.feature_cache import worker_options
-from training.evaluation.finetuning.images import SeededSampler
+from modeling_mammodino.tools.features import worker_options
+from training.settings import generator
+
+from .run_settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
+FINETUNE_ORDER_STREAM = 16
 
-def epoch_arguments(settings: Any, folder: Path, **more: Any) -> TrainingArguments:
-    """A cosine schedule, and an evaluation and a checkpoint an epoch in `folder`. Fields of the dataclass `settings`
-    that carry a name of TrainingArguments mean the same; `more` goes before them."""
-    names = {field.name for field in fields(TrainingArguments)}
-    arguments = TrainingArguments(
-        **{name: value for name, value in asdict(settings).items() if name in names}
-        | {
-            "output_dir": str(folder),
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": settings.warmup_fraction,
-            "use_cpu": not torch.accelerator.is_available(),  # said aloud, or bf16 is refused
-            "logging_strategy": "epoch",
-            "report_to": "none",
-            "remove_unused_columns": False,
-            "label_names": ["labels"],
-        }
-        | more
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # slices of an image and lists of boxes are not split over GPUs
-    return arguments
+
+class SeededSampler(Sampler):
+    """An epoch of (position, draw), or of positions alone where nothing is drawn for augmentation.
+
+    `weights` (n,), where given, are how likely each image is drawn, with replacement; else each comes once, shuffled.
+    The order is a function of seed and epoch: a resumed run has that of the uninterrupted one.
+    """
+
+    def __init__(self, num_images: int, seed: int, augment: bool, weights: np.ndarray | None = None):
+        self.num_images, self.seed, self.augment, self.weights, self.epoch = num_images, seed, augment, weights, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __iter__(self) -> Iterator[int | tuple[int, int]]:
+        rng = generator(self.seed, FINETUNE_ORDER_STREAM, self.epoch)
+        if self.weights is None:
+            order = rng.permutation(self.num_images)
+        else:
+            order = rng.choice(self.num_images, self.num_images, p=self.weights / self.weights.sum())
+        for count, position in enumerate(order.tolist()):
+            yield (position, self.epoch * self.num_images + count) if self.augment else position
 
 
 class SeededTrainer(Trainer):
-    """A Trainer whose order of images is a function of seed and epoch, and whose workers are spawned."""
+    """A Trainer whose order of images is that of a `SeededSampler`, and whose workers are spawned."""
 
     def __init__(self, *args: Any, sampler: SeededSampler, collate: Callable, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -69,12 +76,47 @@ class SeededTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
+    def resume(self) -> dict[str, Any]:
+        """Train to the end, from the last whole checkpoint in `output_dir` on if there is one; return the last
+        state."""
+        folder = Path(self.args.output_dir)
+        if last := find_checkpoint(folder):
+            logger.info("going on from %s", last)
+        self.train(resume_from_checkpoint=str(last) if last else None)
+        return last_state(folder)
+
+
+def epoch_arguments(settings: RunSettings, folder: Path, **more: Any) -> TrainingArguments:
+    """Return arguments of a cosine schedule with an evaluation and a checkpoint an epoch in `folder`.
+
+    Fields of `settings` that carry a name of TrainingArguments mean the same; `more` takes precedence.
+    """
+    names = {field.name for field in fields(TrainingArguments)}
+    arguments = TrainingArguments(
+        **{name: value for name, value in asdict(settings).items() if name in names}
+        | {
+            "output_dir": str(folder),
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": settings.warmup_fraction,
+            "use_cpu": not torch.accelerator.is_available(),  # explicit, or bf16 is refused
+            "logging_strategy": "epoch",
+            "report_to": "none",
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+        }
+        | more
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # slices of an image and lists of boxes are not split over GPUs
+    return arguments
+
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint; one that a kill left half-written is removed."""
+    """Return the last whole checkpoint; one that a kill left half-written is removed."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
-            read_state(path)
+            json.loads((path / TRAINER_STATE_NAME).read_text())  # the last file that a checkpoint gets
             return path
         except (OSError, ValueError):
             logger.warning("%s: only half-written; removed", path)
@@ -82,5 +124,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # the last file that a checkpoint gets
+def last_state(folder: Path) -> dict[str, Any]:
+    """Return Trainer's state at the last whole checkpoint in `folder`, empty where there is none."""
+    last = find_checkpoint(folder)
+    return json.loads((last / TRAINER_STATE_NAME).read_text()) if last else {}

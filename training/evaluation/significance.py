@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pandas
+import pandas as pd
 
 from .metrics import METRICS, Interval, interval, joint_bootstrap_weights, score
 
 # of one model on one task: by seed, a row a tested image (breast, patient); columns patient_id, breast_id, image_id
 # where they apply, label, p_0 .. p_{C-1}
-Predictions = Mapping[int, pandas.DataFrame]
+Predictions = Mapping[int, pd.DataFrame]
 IDENTIFIERS = ("patient_id", "breast_id", "image_id")
 
 
@@ -39,8 +39,8 @@ class TaskScores:
 
 
 def score_task(predictions: Mapping[str, Predictions], metric: str, num_resamples: int) -> TaskScores:
-    """Of the predictions of each model. A resample draws patients with replacement from all that some seed tested, and
-    takes of each seed the rows of those drawn; its score is the mean over the seeds.
+    """Score the predictions of each model. A resample draws patients with replacement from all that some seed tested,
+    and takes of each seed the rows of those drawn; its score is the mean over the seeds.
 
     Raises ValueError where no seed is there for all models, or models were tested on other rows.
     """
@@ -62,16 +62,16 @@ def score_task(predictions: Mapping[str, Predictions], metric: str, num_resample
 
 
 def two_sided_p(differences: np.ndarray) -> float:
-    """The level at which the percentile interval of resampled differences would just touch 0: twice the share on the
-    rarer side of 0, the observed one counted in (Davison and Hinkley 1997, sections 4.2 and 5.2), so never below
-    2 / (R + 1). Resamples in which a score is undefined do not count."""
+    """Return the level at which the percentile interval of resampled differences would just touch 0: twice the share on
+    the rarer side of 0, the observed one counted in (Davison and Hinkley 1997, sections 4.2 and 5.2), so never below 2
+    / (R + 1). Resamples in which a score is undefined do not count."""
     defined = differences[~np.isnan(differences)]
     rarer = min((defined <= 0).sum(), (defined >= 0).sum())
     return float(min(1.0, 2 * (1 + rarer) / (1 + len(defined)))) if len(defined) else float("nan")
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Adjusted for their number (Holm, Scand. J. Statist. 6 (1979) 65), in the order given."""
+    """Adjust p-values for their number (Holm, Scand. J. Statist. 6 (1979) 65), in the order given."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -79,13 +79,13 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def labels_and_probabilities(rows: pandas.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) int and (n, C) float; columns of classes that the task does not have are empty and left out."""
+def labels_and_probabilities(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n,) int and (n, C) float; columns of classes that the task does not have are empty and left out."""
     columns = sorted((name for name in rows if name.startswith("p_")), key=lambda name: int(name[2:]))
     return rows["label"].to_numpy(int), rows[columns].dropna(axis=1, how="all").to_numpy(float)
 
 
-def _in_order(rows: pandas.DataFrame) -> pandas.DataFrame:
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values([name for name in IDENTIFIERS if name in rows], ignore_index=True)
 
 

@@ -29,9 +29,8 @@ from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.features import RenderedSlice, SliceReader, extract_features, read_files
 from modeling_mammodino.tools.visualize import write_png
-from training.evaluation.classifiers import nearest_neighbors
-from training.evaluation.labels import read_labels
 from training.evaluation.metrics import auc
+from training.evaluation.probes import nearest_neighbors, read_labels
 
 from .checkpoints import LOG_FILE, WARNINGS_FILE
 from .compute import matmul_peak, step_flops

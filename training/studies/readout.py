@@ -18,10 +18,9 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.rendering import standardize
 from modeling_mammodino.tools.features import SliceReader, extract_features, read_files
-from training.evaluation.classifiers import logistic_regression, nearest_neighbors
 from training.evaluation.detection.data import LesionImage, LesionImageRenderer
-from training.evaluation.labels import read_labels
 from training.evaluation.metrics import auc
+from training.evaluation.probes import logistic_regression, nearest_neighbors, read_labels
 
 BATCH_SIZE = 64
 HEADS = ("knn", "linear")

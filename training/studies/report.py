@@ -11,9 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from modeling_mammodino.tools.files import write_text
-from training.evaluation.job_queue import QueuedJob
 from training.evaluation.reports import excludes_zero, format_interval, markdown_table
-from training.evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE
+from training.evaluation.runs import PREDICTIONS_FILE, RESULT_FILE, QueuedJob
 from training.evaluation.significance import TaskScores, score_task
 
 from .design import FACTORS, FULL, FULL_EQUAL_IMAGES, HAND_CRAFTED, PLAIN, PLAIN_LARGER_CROPS, UNTRAINED

@@ -35,7 +35,7 @@ class Skipped:
 
 
 def find_file(source: str, names: Sequence[str], suffix: str = "") -> Path | None:
-    """The first of `names` in a folder or Hub repository, else the one file of a folder that ends in `suffix`.
+    """Return the first of `names` in a folder or Hub repository, else the one file of a folder that ends in `suffix`.
 
     A file is itself; `OWNER/NAME/PATH` is one file of a repository. None where there is no such file.
     """
@@ -59,7 +59,7 @@ def find_file(source: str, names: Sequence[str], suffix: str = "") -> Path | Non
 
 
 def find_beside(source: str, name: str) -> Path | None:
-    """The file `name` in a folder or Hub repository, or beside a file."""
+    """Return the file `name` in a folder or Hub repository, or beside a file."""
     path = Path(source)
     if path.is_file():
         return beside if (beside := path.parent / name).is_file() else None
@@ -69,7 +69,8 @@ def find_beside(source: str, name: str) -> Path | None:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """The state dict in a file of `torch.save` or safetensors: under `model` or `state_dict` where training wrapped it.
+    """Return the state dict in a file of `torch.save` or safetensors: under `model` or `state_dict` where training
+    wrapped it.
 
     Only tensors and plain values are read (`weights_only=True`), and what a training configuration consists of is
     skipped. Raises ValueError, with the remedy, for all else; none of a file's code is run.
@@ -101,7 +102,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def _foreign_types(path: Path) -> list[str]:
-    """Names of the types in a file of `torch.save` that are neither tensors nor plain values; nothing is run."""
+    """Return names of the types in a file of `torch.save` that are neither tensors nor plain values; nothing is run."""
     if not zipfile.is_zipfile(path):  # the format before torch 1.6: torch.load refuses all that is foreign in it
         return []
     with zipfile.ZipFile(path) as archive:
@@ -117,7 +118,7 @@ def _foreign_types(path: Path) -> list[str]:
 
 
 def under(prefix: str, tensors: dict[str, Any], anchor: str, path: Path, what: str) -> dict[str, torch.Tensor]:
-    """The tensors under `prefix`, without it, float32. `anchor` must be among them; else the file is not `what`.
+    """Return the tensors under `prefix`, without it, float32. `anchor` must be among them; else the file is not `what`.
 
     What stands before the prefix, as `module.` of distributed training, is taken off.
     """
@@ -131,8 +132,18 @@ def under(prefix: str, tensors: dict[str, Any], anchor: str, path: Path, what: s
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
+def rename(tensors: dict[str, torch.Tensor], names: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """Return the tensors under other names, each by every (pattern, replacement) in turn."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
 def build(kind: type[PreTrainedModel], config: Any, state: dict[str, torch.Tensor], path: Path, **options: Any) -> Any:
-    """A model of transformers with a state dict in the names of its files; every key must fit.
+    """Return a model of transformers with a state dict in the names of its files; every key must fit.
 
     Through `from_pretrained`, which knows the names of a module in this version of transformers.
     """
@@ -145,7 +156,7 @@ def build(kind: type[PreTrainedModel], config: Any, state: dict[str, torch.Tenso
 
 
 def check_report(report: dict[str, Any], name: str = "", unexpected: bool = False) -> None:
-    """Raises ValueError where `from_pretrained` left a parameter random; with `unexpected` also a tensor unread."""
+    """Raise ValueError where `from_pretrained` left a parameter random; with `unexpected` also a tensor unread."""
     faults = {
         "missing": [each for each in report["missing_keys"] if not UNUSED.search(each)],
         "of another shape": [each[0] for each in report["mismatched_keys"]],
@@ -158,7 +169,7 @@ def check_report(report: dict[str, Any], name: str = "", unexpected: bool = Fals
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the table of keys that transformers logs: what is missing is evaluated here."""
+    """Silence the table of keys that transformers logs: what is missing is checked here."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -168,12 +179,12 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def some(names: Sequence[str], count: int = 3) -> str:
-    """The first names of a list, for a message."""
+    """Return the first names of a list, for a message."""
     rest = f" and {len(names) - count} more" if len(names) > count else ""
     return (", ".join(names[:count]) or "none") + rest
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, or the error's name where it has none."""
+    """Return the first line of a message, or the error's name where it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".")

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import EfficientNetConfig, EfficientNetModel
 
-from .checkpoint_files import build, read_tensors, under
+from .checkpoint_files import build, read_tensors, rename, under
 
 # Of their configuration and preprocessing: the breast is cropped, reduced to this size by area average without keeping
-# its aspect, and stretched to its own 0..1; the aspect and the stretch are in backbone_images.py.
+# its aspect, and stretched to its own 0..1; aspect and stretch are in preprocessing.py.
 PREPROCESSING = {
     "size": {"height": 1520, "width": 912},
     "image_mean": [0.3089279] * 3,
@@ -57,26 +57,20 @@ VARIANTS = {
     "b5": Variant(1.6, 2.2, 456),
     "b6": Variant(1.8, 2.6, 528),
     "b7": Variant(2.0, 3.1, 600),
-    "small": Variant(0.5, 0.1, 72),  # of nobody: small_backbones.py
+    "small": Variant(0.5, 0.1, 72),  # of small_checkpoints.py
 }
 
 
 def convert_mammo_clip(path: Path) -> tuple[EfficientNetModel, dict[str, Any]]:
-    """The image encoder, float32 and in eval mode, and the settings of its image processor.
+    """Return the image encoder, float32 and in eval mode, and the settings of its image processor.
 
     Drop connect is left out, which transformers would do to single values rather than to whole blocks. Raises
     ValueError, naming the keys, for any other file.
     """
     what = "a checkpoint of Mammo-CLIP with an EfficientNet"
     encoder = under("image_encoder.", read_tensors(path), "_conv_stem.weight", path, what)
-    state: dict[str, torch.Tensor] = {}
-    for original, tensor in encoder.items():
-        name = original
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if not original.startswith("_fc."):  # ImageNet's classifier, where it was kept
-            state[name] = tensor
-    model = build(EfficientNetModel, efficientnet_config(_variant(encoder, path)), state, path)
+    kept = {name: tensor for name, tensor in encoder.items() if not name.startswith("_fc.")}  # ImageNet's classifier
+    model = build(EfficientNetModel, efficientnet_config(_variant(encoder, path)), rename(kept, RENAMES), path)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = BATCH_NORM_MOMENTUM
@@ -84,7 +78,7 @@ def convert_mammo_clip(path: Path) -> tuple[EfficientNetModel, dict[str, Any]]:
 
 
 def _variant(encoder: dict[str, torch.Tensor], path: Path) -> str:
-    """B0 to B7, by the channels of stem and head and the number of blocks."""
+    """Return B0 to B7, by the channels of stem and head and the number of blocks."""
     blocks = {int(found[1]) for name in encoder if (found := re.match(r"_blocks\.(\d+)\.", name))}
     head = len(encoder.get("_conv_head.weight", ()))
     found = (len(encoder["_conv_stem.weight"]), len(blocks), head)
@@ -100,7 +94,7 @@ def _variant(encoder: dict[str, torch.Tensor], path: Path) -> str:
 
 
 def efficientnet_config(variant: str) -> EfficientNetConfig:
-    """The configuration of a variant, with the padding of efficientnet_pytorch.
+    """Return the configuration of a variant, with the padding of efficientnet_pytorch.
 
     A convolution of stride 2 pads an even input by one less on the left and top, and an odd one on all sides alike.
     """
@@ -126,7 +120,7 @@ def efficientnet_config(variant: str) -> EfficientNetConfig:
 
 
 def round_filters(channels: int, width: float, divisor: int = 8) -> int:
-    """Channels of a variant: `channels * width` to the nearest multiple of 8, and not more than a tenth below."""
+    """Return the channels of a variant: `channels * width` to the nearest multiple of 8, at most a tenth below."""
     scaled = channels * width
     rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * scaled else rounded + divisor

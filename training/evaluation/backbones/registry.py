@@ -10,11 +10,10 @@ Weights come by Hub id, folder or file; a Hub id may name one file, OWNER/NAME/P
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -38,13 +37,11 @@ from modeling_mammodino.tools.convert import own_processor, processor_settings
 from modeling_mammodino.tools.embed import open_encoder
 
 from .checkpoint_files import check_report, find_file, first_line, quiet_transformers
-from .convert_biomedclip import convert_biomedclip
 from .convert_mammo_clip_efficientnet import PREPROCESSING as MAMMO_CLIP
 from .convert_mammo_clip_efficientnet import convert_mammo_clip
-from .convert_mammo_clip_vit import convert_clip_vit
-from .images import MammoDinoImages, RgbImages, rgb_images
+from .convert_open_clip import convert_biomedclip, convert_clip_vit
+from .preprocessing import MammoDinoImages, Preprocessing, rgb_images
 
-Images = MammoDinoImages | RgbImages
 # of an untrained ViT where no checkpoint gives the architecture: a ViT-S/14
 UNTRAINED = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 # of a configuration, what no feature depends on
@@ -67,7 +64,7 @@ def pool_dinov2(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tenso
 
 def pool_clip(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
     states = model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
-    tower = getattr(model, "vision_model", model)  # older versions of transformers have it one floor below
+    tower = getattr(model, "vision_model", model)  # older versions of transformers have it one level below
     return pool_tokens(tower.post_layernorm(states), 0)
 
 
@@ -80,7 +77,7 @@ def pool_map(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor |
 
 
 def published(mean: Sequence[float], std: Sequence[float], side: int = 224) -> dict[str, Any]:
-    """The image processor of a family, for folders without one: bicubic (3) to its final size."""
+    """Return the image processor of a family, for folders without one: bicubic (3) to its final size."""
     size = {"height": side, "width": side}
     return {"size": size, "image_mean": list(mean), "image_std": list(std), "resample": 3}
 
@@ -160,48 +157,40 @@ class Backbone(nn.Module):
     Attributes:
         kind: of BACKBONES.  source: what it was opened from.  width: F, of its features.
         model: of transformers.
-        lesion_image_renderer: what `images` calls; it pickles without the weights, for workers.
+        preprocess: from a file to what `forward` takes, slice by slice: `preprocess(file, slices, slices_per_volume)`
+            yields `pixel_values` (C, H, W) float32 and, for MammoDINO, `tissue_mask` (h, w) float32. A volume gives
+            `slices_per_volume` evenly spaced slices (0: all), or those named, counted in order of position. Raises
+            InvalidImageError, naming a file that cannot be used. It pickles without the weights, for workers.
         lora_targets: names of its layers for peft's `LoraConfig(target_modules=...)`: the queries and values of
             attention, the linear layers of ConvNeXt, the convolutions of ResNet, the pointwise ones of EfficientNet.
     """
 
-    def __init__(self, kind: str, source: str, model: PreTrainedModel, lesion_image_renderer: Images):
+    def __init__(self, kind: str, source: str, model: PreTrainedModel, preprocess: Preprocessing):
         super().__init__()
         family = BACKBONES[kind]
-        self.kind, self.source, self.model, self.lesion_image_renderer = kind, source, model, lesion_image_renderer
+        self.kind, self.source, self.model, self.preprocess = kind, source, model, preprocess
         self.width: int = family.width(model.config)
         names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         self.lora_targets = sorted(names.intersection(family.adapted))
 
     def forward(self, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Features (B, F) of `pixel_values` (B, C, H, W); `tissue_mask` (B, h, w) is MammoDINO's alone."""
+        """Return features (B, F) of `pixel_values` (B, C, H, W); `tissue_mask` (B, h, w) is MammoDINO's alone."""
         return BACKBONES[self.kind].pool(self.model, pixel_values, tissue_mask)
 
-    def images(
-        self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """What `forward` takes of a file, image by image: `pixel_values` (C, H, W) float32 and, for MammoDINO,
-        `tissue_mask` (h, w) float32.
-
-        A volume gives `slices_per_volume` evenly spaced slices (0: all), or those named, counted in order of position.
-        Raises InvalidImageError, naming the file, where it cannot be used.
-        """
-        return self.lesion_image_renderer(file, slices, slices_per_volume)
-
     def settings(self) -> dict[str, Any]:
-        """All that the features depend on, for the keys of caches: a hash of the weights as they are now, the
+        """Return all that the features depend on, for the keys of caches: a hash of the weights as they are now, the
         architecture and the preprocessing; not the place they came from. Fit for JSON."""
         config = {name: value for name, value in self.model.config.to_dict().items() if name not in PROVENANCE}
         return {
             "kind": self.kind,
             "weights": _hash_weights(self.model),
             "config": config,
-            "images": self.lesion_image_renderer.settings(),
+            "images": self.preprocess.settings(),
         }
 
 
 def _hash_weights(model: nn.Module) -> str:
-    """SHA-256 of names and values of parameters and buffers."""
+    """Return the SHA-256 of names and values of parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -211,7 +200,7 @@ def _hash_weights(model: nn.Module) -> str:
 
 
 def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_to_breast: bool = True) -> Backbone:
-    """A backbone, float32 and in eval mode.
+    """Open a backbone, float32 and in eval mode.
 
     Args:
         kind: of BACKBONES.
@@ -264,7 +253,7 @@ def _check_hub_id(source: str) -> None:
         raise ValueError("neither is it a Hub id (OWNER/NAME)") from error
 
 
-def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Images]:
+def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Preprocessing]:
     config, image_processor = MammoDinoConfig(**UNTRAINED), MammoDinoImageProcessor()
     if source is not None:
         _check_family("untrained", source)
@@ -278,13 +267,13 @@ def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Images]:
         return MammoDinoModel(config), MammoDinoImages(image_processor)
 
 
-def _mammodino(source: str) -> tuple[PreTrainedModel, Images]:
+def _mammodino(source: str) -> tuple[PreTrainedModel, Preprocessing]:
     _check_family("mammodino", source)
     model, image_processor = open_encoder(source)
     return model, MammoDinoImages(image_processor)
 
 
-def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedModel, Images]:
+def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedModel, Preprocessing]:
     family = BACKBONES[kind]
     path = find_file(source, family.files, family.suffix) if family.convert else None
     if family.convert and path:
@@ -307,7 +296,8 @@ def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedM
 
 
 def _check_family(kind: str, source: str) -> str:
-    """The `model_type` of a folder or Hub id; ValueError where it is of another family, naming who opens it."""
+    """Return the `model_type` of a folder or Hub id. Raises ValueError, naming who opens it, where it is of another
+    family."""
     takes, own = BACKBONES[kind].models, BACKBONES[kind].files
     if Path(source).is_file():
         raise ValueError("is a file; give the folder of a checkpoint of transformers, or its Hub id")

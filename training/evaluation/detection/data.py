@@ -1,4 +1,4 @@
-"""Images with boxes for a detector: files rendered as the encoder sees them, lesions carried along exactly."""
+"""Images with boxes for a detector: files rendered as the encoder sees them, boxes of lesions moved with them."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from modeling_mammodino.dicom import frame_order, is_dicom
 from modeling_mammodino.rendering import Placement, place_on_canvas, standardize
 from training.settings import generator
 
-from .table import BoxedImage
+from .boxes import BoxedImage
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,11 @@ class LesionImage(NamedTuple):
 
 @dataclass(frozen=True)
 class LesionImageRenderer:
-    """Files to images, by a checkpoint's image processor; picklable, for workers."""
+    """Files to images, by a checkpoint's image processor; picklable, for workers.
+
+    Attributes:
+        views: corrects the orientation of BCS-DBT's volumes.
+    """
 
     processor: MammoDinoImageProcessor
     views: BcsDbtViews | None = None
@@ -53,7 +57,8 @@ class LesionImageRenderer:
     def __call__(
         self, file: str, frames: Sequence[int] | None = None, slices_per_volume: int = 0
     ) -> Iterator[LesionImage]:
-        """Those `frames` of a volume, or so many evenly spaced slices, 0: all. Raises InvalidImageError or OSError."""
+        """Yield those `frames` of a volume, or so many evenly spaced slices, 0: all. Raises InvalidImageError or
+        OSError."""
         processor, settings = self.processor, self.processor.render_settings
         order = frame_order(file) if is_dicom(file) else (0,)
         if outside := [frame for frame in frames or () if not 0 <= frame < len(order)]:
@@ -69,20 +74,20 @@ class LesionImageRenderer:
             yield LesionImage(frame, len(order), placed.image, placed.tissue_mask, placed.placement, shape)
 
     def inputs(self, image: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-        """What a detector takes, (2, H, W) float32: the standardized image, and its tissue patch by patch."""
+        """Return what a detector takes, (2, H, W) float32: the standardized image, and its tissue patch by patch."""
         spread = np.kron(tissue, np.ones((self.processor.patch_size,) * 2, np.float32))
         return np.stack((standardize(image, *self.processor.mean_and_std), spread))
 
 
 def render_training_images(
     images: list[BoxedImage],
-    maker: LesionImageRenderer,
+    renderer: LesionImageRenderer,
     slices_per_volume: int,
     lesion_slice_reach: int,
     cache_dir: Path,
     num_proc: int,
 ) -> tuple[datasets.Dataset, dict[str, str]]:
-    """Each image rendered once and kept, losslessly: the rows, and why images were refused by image_id.
+    """Render each image once and keep it, losslessly; return the rows, and why images were refused by image_id.
 
     Of a volume with lesions the slices of its boxes and so many before and after, which then have the box, too; of one
     without, evenly spaced slices. Rows are memory-mapped; made again by the same call, they are found in `cache_dir`.
@@ -103,7 +108,7 @@ def render_training_images(
         gen_kwargs={
             "images": images,
             "stamps": [_stamp(each.file) for each in images],  # a file that was changed is rendered anew
-            "maker": maker,
+            "renderer": renderer,
             "slices_per_volume": slices_per_volume,
             "lesion_slice_reach": lesion_slice_reach,
         },
@@ -119,15 +124,19 @@ def render_training_images(
 
 
 def _training_rows(
-    images: list[BoxedImage], stamps: list, maker: LesionImageRenderer, slices_per_volume: int, lesion_slice_reach: int
+    images: list[BoxedImage],
+    stamps: list,
+    renderer: LesionImageRenderer,
+    slices_per_volume: int,
+    lesion_slice_reach: int,
 ) -> Iterator[dict[str, Any]]:
     for image in images:
         about = {"image_id": image.image_id, "patient_id": image.patient_id, "refused": ""}
         try:
-            for each in maker(image.file, _lesion_frames(image, lesion_slice_reach), slices_per_volume):
+            for each in renderer(image.file, _lesion_frames(image, lesion_slice_reach), slices_per_volume):
                 near = (each.num_frames == 1) | (np.abs(image.lesion_slices - each.frame) <= lesion_slice_reach)
                 lesions = image.lesions[near]
-                boxes = visible_boxes(each.placement.boxes(lesions), maker.canvas)
+                boxes = visible_boxes(each.placement.boxes(lesions), renderer.canvas)
                 yield about | {
                     "frame": each.frame,
                     "hidden": len(lesions) - len(boxes),
@@ -141,7 +150,8 @@ def _training_rows(
 
 
 def _lesion_frames(image: BoxedImage, reach: int) -> list[int] | None:
-    """The slices with boxes and those within reach, of a volume; None of a mammogram or where there is no lesion."""
+    """Return the slices with boxes and those within reach, of a volume; None of a mammogram or where there is no
+    lesion."""
     if not len(image.lesions) or not is_dicom(image.file) or (depth := len(frame_order(image.file))) == 1:
         return None
     if (image.lesion_slices < 0).any():
@@ -157,7 +167,7 @@ def _stamp(file: str) -> tuple[int, int]:
 
 
 def visible_boxes(boxes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """Boxes (n, 4) cut at the canvas (height, width); those of which too little is left are dropped."""
+    """Cut boxes (n, 4) at the canvas (height, width); those of which too little is left are dropped."""
     cut = np.clip(boxes, 0, [canvas[1], canvas[0], canvas[1], canvas[0]])
     before, after = (np.prod(each[:, 2:] - each[:, :2], axis=1) for each in (boxes, cut))
     return cut[after >= np.maximum(MIN_VISIBLE_FRACTION * before, 1e-6)]
@@ -167,8 +177,8 @@ class DetectionImages(Dataset):
     """Rows of `render_training_images` for training. An item is asked for by position, or by (position, draw) to be
     changed at random: `pixel_values` (2, H, W) and `labels` as transformers' detectors take them."""
 
-    def __init__(self, rows: datasets.Dataset, maker: LesionImageRenderer, seed: int):
-        self.rows, self.maker, self.seed = rows, maker, seed
+    def __init__(self, rows: datasets.Dataset, renderer: LesionImageRenderer, seed: int):
+        self.rows, self.renderer, self.seed = rows, renderer, seed
         self.has_lesion = np.array([len(boxes) > 0 for boxes in rows["boxes"][:]], bool)
 
     def __len__(self) -> int:
@@ -176,15 +186,15 @@ class DetectionImages(Dataset):
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         position, draw = index if isinstance(index, tuple) else (index, None)
-        row, (height, width) = self.rows[position], self.maker.canvas
+        row, (height, width) = self.rows[position], self.renderer.canvas
         image = decode_png(row["image"])
-        patch_size = self.maker.processor.patch_size
+        patch_size = self.renderer.processor.patch_size
         tissue = np.array(row["tissue"], np.float32).reshape(height // patch_size, width // patch_size)
         boxes = np.array(row["boxes"], float).reshape(-1, 4)
         if draw is not None:
             image, tissue, boxes = augment(generator(self.seed, DETECTION_AUGMENT_STREAM, draw), image, tissue, boxes)
         return {
-            "pixel_values": torch.from_numpy(self.maker.inputs(image, tissue)),
+            "pixel_values": torch.from_numpy(self.renderer.inputs(image, tissue)),
             "labels": {
                 "class_labels": torch.zeros(len(boxes), dtype=torch.long),
                 "boxes": torch.from_numpy(to_centers(boxes, (height, width))).float(),
@@ -193,7 +203,7 @@ class DetectionImages(Dataset):
 
 
 def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """pixel_values (B, 2, H, W), labels: a list of B dicts."""
+    """Return pixel_values (B, 2, H, W), labels: a list of B dicts."""
     return {
         "pixel_values": torch.stack([each["pixel_values"] for each in items]),
         "labels": [each["labels"] for each in items],
@@ -203,8 +213,8 @@ def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
 def augment(
     rng: np.random.Generator, image: np.ndarray, tissue: np.ndarray, boxes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An image (H, W), its tissue (h, w) and boxes (n, 4) scaled, shifted, flipped upside down in half of the draws,
-    and given another gamma, which leaves black and white as they are."""
+    """Return an image (H, W), its tissue (h, w) and boxes (n, 4) scaled, shifted, flipped upside down in half of the
+    draws, and given another gamma, which leaves black and white as they are."""
     (height, width), flip, scale, *shift, gamma = image.shape, *rng.random(5)
     scale = 1 + MAX_SCALE * (2 * scale - 1)
     shift_x, shift_y = MAX_SHIFT_FRACTION * (2 * np.array(shift) - 1) * (width, height) + (0, (1 - scale) * height / 2)
@@ -219,7 +229,7 @@ def augment(
 
 
 def _moved(plane: np.ndarray, placement: Placement) -> np.ndarray:
-    """The plane under a placement, on a canvas of its own size; black comes in from outside."""
+    """Return the plane under a placement, on a canvas of its own size; black comes in from outside."""
     scale_x, shift_x, scale_y, shift_y = placement
     centers = np.array(  # OpenCV counts from pixels' centers
         [[scale_x, 0, shift_x + (scale_x - 1) / 2], [0, scale_y, shift_y + (scale_y - 1) / 2]]
@@ -228,13 +238,13 @@ def _moved(plane: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 def to_centers(boxes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """Corners in pixels -> center x, center y, width, height, as fractions of the canvas (height, width)."""
+    """Convert corners in pixels to center x, center y, width, height, as fractions of the canvas (height, width)."""
     size = np.array([canvas[1], canvas[0]])
     return np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size), axis=1)
 
 
 def to_corners(boxes: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """The inverse of `to_centers`."""
+    """Invert `to_centers`."""
     size = np.array([canvas[1], canvas[0]])
     middle, half = boxes[:, :2] * size, boxes[:, 2:] * size / 2
     return np.concatenate((middle - half, middle + half), axis=1)

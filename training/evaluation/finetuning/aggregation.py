@@ -1,13 +1,20 @@
-"""From images to breasts and patients: labels and probabilities of groups.
+"""From slices to images, breasts and patients: labels, probabilities and scores of each level.
 
-A volume is one image before this: the mean over its slices. Where classes are ordered (all tasks but the type of a
-lesion), a group has the highest class of its images: a breast with one positive view is positive. Of unordered classes
-it has the commonest, the first of equals. Our choice; the paper does not say.
+A volume is one image: the mean over its slices. Where classes are ordered (all tasks but the type of a lesion), a group
+has the highest class of its images: a breast with one positive view is positive. Of unordered classes it has the
+commonest, the first of equals. Our choice; the paper does not say.
 """
 
 import numpy as np
-import pandas
+import pandas as pd
 
+from dataset_scripts.benchmarks.index import SPLITS
+from training.evaluation.metrics import bootstrap, metric_names
+
+from .feature_cache import SliceFeatures
+from .heads import Bags, LinearHead, attention_probabilities, balanced_weights, fit_attention
+
+IDENTIFIERS = ["image_id", "breast_id", "patient_id"]
 UNORDERED_TASKS = ("lesion_type",)
 GROUPS = {"breast": "breast_id", "patient": "patient_id"}  # level: column of the index
 
@@ -17,14 +24,14 @@ def is_ordered(task: str) -> bool:
 
 
 def mean_probabilities(probabilities: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
-    """Mean over the rows of a group: probabilities (n, C), group (n,) int 0..G-1 -> (G, C)."""
+    """Return the mean over the rows of a group: probabilities (n, C), group (n,) int 0..G-1 -> (G, C)."""
     sums = np.zeros((num_groups, probabilities.shape[1]))
     np.add.at(sums, group, probabilities)
     return sums / np.bincount(group, minlength=num_groups)[:, None]
 
 
 def max_probabilities(probabilities: np.ndarray, group: np.ndarray, num_groups: int, ordered: bool) -> np.ndarray:
-    """The most suspicious row of a group: probabilities (n, C), group (n,) -> (G, C).
+    """Return the most suspicious row of a group: probabilities (n, C), group (n,) -> (G, C).
 
     Of ordered classes, the probability of at most class c is the least of any row's: the law of the highest class where
     rows agree as far as they can. Of two classes this is the largest positive probability. Of unordered classes each
@@ -41,7 +48,8 @@ def max_probabilities(probabilities: np.ndarray, group: np.ndarray, num_groups: 
 
 
 def group_labels(labels: np.ndarray, group: np.ndarray, num_groups: int, ordered: bool) -> np.ndarray:
-    """labels (n,) int, group (n,) -> (G,): the highest class, or of unordered classes the commonest."""
+    """Return the highest class of each group, of unordered classes the commonest: labels (n,) int, group (n,) ->
+    (G,)."""
     if ordered:
         highest = np.zeros(num_groups, labels.dtype)
         np.maximum.at(highest, group, labels)
@@ -51,10 +59,85 @@ def group_labels(labels: np.ndarray, group: np.ndarray, num_groups: int, ordered
     return counts.argmax(axis=1)
 
 
-def groups_of(table: pandas.DataFrame, level: str) -> tuple[pandas.DataFrame, np.ndarray]:
-    """The groups of a level of GROUPS, a row each with breast_id and patient_id, and the group of each row of `table`
-    (n,) int, -1 where the data set does not say."""
-    number, names = pandas.factorize(table[GROUPS[level]], sort=True)
+def groups_of(table: pd.DataFrame, level: str) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return the groups of a level of GROUPS, a row each with breast_id and patient_id, and the group of each row of
+    `table`, (n,) int, -1 where the data set does not say."""
+    number, names = pd.factorize(table[GROUPS[level]], sort=True)
     first = table.drop_duplicates(GROUPS[level]).set_index(GROUPS[level], drop=False).loc[names]
     columns = ["breast_id", "patient_id"] if level == "breast" else ["patient_id"]
     return first[columns].reset_index(drop=True), number
+
+
+def predict_levels(
+    features: SliceFeatures, head: LinearHead, num_classes: int, ordered: bool, balanced: bool, seed: int
+) -> pd.DataFrame:
+    """Return a row a test image (level `image`), and for each way of aggregation (`breast_mean`, `breast_max`,
+    `breast_attention`, `patient_mean`, ...) a row a group; columns level, IDENTIFIERS, label, p_0 .. p_{C-1}.
+
+    Attention pooling learns from the training part; `balanced`: with classes that weigh the same.
+    """
+    table, of_slices = features.table, head.probabilities(features.values)
+    probabilities = mean_probabilities(of_slices, features.image, len(table))  # (n, C)
+    test = (table["split"] == "test").to_numpy()
+    levels = [_rows("image", table[test], table["label"].to_numpy()[test], probabilities[test])]
+    for level in GROUPS:
+        bags, groups, rows = {}, {}, {}
+        for split in SPLITS:
+            rows[split] = np.flatnonzero((table["split"] == split) & table[GROUPS[level]].notna())
+            groups[split], bags[split] = _bags(features, rows[split], level, ordered)
+        if not all(len(each.labels) for each in bags.values()):
+            continue  # the data set does not say which breast
+        names, bag, chosen = groups["test"], bags["test"], probabilities[rows["test"]]
+        _, group = groups_of(table.iloc[rows["test"]], level)
+        of_train = bags["train"].labels
+        weights = balanced_weights(of_train, num_classes) if balanced else np.ones(num_classes)
+        pooling = fit_attention(bags["train"], bags["validation"], head.weight, head.bias, weights, seed)
+        ways = {
+            "mean": mean_probabilities(chosen, group, len(names)),
+            "max": max_probabilities(chosen, group, len(names), ordered),
+            "attention": attention_probabilities(pooling, bag.features, bag.group),
+        }
+        levels += [_rows(f"{level}_{way}", names, bag.labels, each) for way, each in ways.items()]
+    return pd.concat(levels, ignore_index=True)
+
+
+def score_levels(
+    predictions: pd.DataFrame, ordered: bool, num_resamples: int, seed: int
+) -> dict[str, dict[str, list[float]]]:
+    """Return {level: {metric: [value, low, high]}}; intervals over patients. A function of predictions.parquet
+    alone."""
+    columns = [name for name in predictions if name.startswith("p_")]
+    return {
+        level: {
+            metric: list(found)
+            for metric, found in bootstrap(
+                rows["label"].to_numpy(),
+                rows[columns].to_numpy(),
+                rows["patient_id"].to_numpy(),
+                metric_names(len(columns), ordered),
+                num_resamples,
+                seed,
+            ).items()
+        }
+        for level, rows in predictions.groupby("level", sort=False)
+    }
+
+
+def _bags(features: SliceFeatures, rows: np.ndarray, level: str, ordered: bool) -> tuple[pd.DataFrame, Bags]:
+    """Return the groups of some images, and their slices."""
+    table = features.table.iloc[rows]
+    names, group = groups_of(table, level)
+    labels = group_labels(table["label"].to_numpy(), group, len(names), ordered)
+    group_of_image = np.full(len(features.table), -1)
+    group_of_image[rows] = group
+    of_slice = group_of_image[features.image]
+    return names, Bags(features.values[of_slice >= 0], of_slice[of_slice >= 0], labels)
+
+
+def _rows(level: str, names: pd.DataFrame, labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+    rows = names.reindex(columns=IDENTIFIERS).astype("string").reset_index(drop=True)
+    rows.insert(0, "level", level)
+    rows["label"] = labels
+    for number in range(probabilities.shape[1]):
+        rows[f"p_{number}"] = probabilities[:, number]
+    return rows

@@ -1,7 +1,6 @@
-"""A backbone under one linear layer: how it learns, what it says of an image, and how it is kept."""
+"""A backbone under one linear layer: its loss, its predictions, and how it is saved and opened."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from modeling_mammodino import MammoDinoForImageClassification
-from training.evaluation.backbones.registry import Backbone, MammoDinoImages, load_backbone
-
-from .settings import FinetuneSettings
+from modeling_mammodino.tools.files import atomic_folder
+from training.evaluation.backbones.preprocessing import MammoDinoImages
+from training.evaluation.backbones.registry import Backbone, load_backbone
+from training.evaluation.run_settings import FinetuneSettings
 
 HEAD_FILE, BACKBONE_FILE, DESCRIPTION_FILE = "head.safetensors", "backbone.safetensors", "classifier.json"
 NOTICE = "Research use only: not a medical device."
@@ -57,8 +57,8 @@ class ImageClassifier(nn.Module):
         return outputs
 
     def train(self, mode: bool = True) -> "ImageClassifier":
-        """Batch norms keep the statistics that they came with: the head starts from features under these, and a batch
-        of slices of few volumes has poor ones."""
+        """Set the mode, but keep batch norms at the statistics that they came with: the head starts from features under
+        these, and a batch of slices of few volumes has poor ones."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -67,7 +67,7 @@ class ImageClassifier(nn.Module):
 
 
 def log_mean(of_slices: torch.Tensor, image: torch.Tensor, num_slices: torch.Tensor) -> torch.Tensor:
-    """(B, C): the logarithm of the mean probability of each image's slices; of_slices (N, C) logarithms, image (N,)."""
+    """Return (B, C), the logarithm of the mean probability of each image's slices; of_slices (N, C), image (N,)."""
     wide = image[:, None].expand_as(of_slices)
     highest = of_slices.new_full((len(num_slices), of_slices.shape[1]), -torch.inf)
     highest = highest.scatter_reduce(0, wide, of_slices.detach(), "amax")
@@ -76,7 +76,7 @@ def log_mean(of_slices: torch.Tensor, image: torch.Tensor, num_slices: torch.Ten
 
 
 def add_adapters(backbone: Backbone, settings: FinetuneSettings) -> nn.Module:
-    """Low-rank adapters in the backbone's `lora_targets` (Hu et al. 2021), all else frozen."""
+    """Put low-rank adapters in the backbone's `lora_targets` (Hu et al. 2021), all else frozen."""
     adapters = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
@@ -89,45 +89,36 @@ def add_adapters(backbone: Backbone, settings: FinetuneSettings) -> nn.Module:
 def save_classifier(
     folder: Path, backbone: Backbone, head: nn.Linear, classes: tuple[str, ...], meaning: str, head_alone: bool = False
 ) -> None:
-    """Writes `folder` whole or not at all: a MammoDINO as AutoModelForImageClassification and AutoImageProcessor open
-    it; another kind, or the head of a frozen encoder alone, for `open_classifier`."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if isinstance(backbone.lesion_image_renderer, MammoDinoImages) and not head_alone:
-        config = type(backbone.model.config).from_dict(backbone.model.config.to_dict())
-        config.id2label = dict(enumerate(classes))
-        config.label2id = {name: number for number, name in enumerate(classes)}
-        model = MammoDinoForImageClassification(config)
-        model.dinov2_with_registers.load_state_dict(backbone.model.state_dict())
-        model.classifier.load_state_dict(head.state_dict())
-        model.save_pretrained(temporary)
-        backbone.lesion_image_renderer.image_processor.save_pretrained(temporary)
-    else:
-        _save_parts(temporary, backbone, head, classes, head_alone)
-    (temporary / "README.md").write_text(f"{NOTICE}\n\nClasses, by number: {', '.join(classes)}. {meaning}\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def _save_parts(folder: Path, backbone: Backbone, head: nn.Linear, classes: tuple[str, ...], head_alone: bool) -> None:
-    modules = {HEAD_FILE: head} | ({} if head_alone else {BACKBONE_FILE: backbone.model})
-    for name, module in modules.items():
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
-        save_file(state, folder / name)
-    description = {
-        "notice": NOTICE,
-        "kind": backbone.kind,
-        "source": backbone.source,
-        "weights": backbone.settings()["weights"],
-        "width": backbone.width,
-        "classes": classes,
-    }
-    (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    """Write `folder`, atomically: a MammoDINO as AutoModelForImageClassification and AutoImageProcessor open it;
+    another kind, or the head of a frozen encoder alone, for `open_classifier`."""
+    with atomic_folder(folder, replace=True) as temporary:
+        if isinstance(backbone.preprocess, MammoDinoImages) and not head_alone:
+            config = type(backbone.model.config).from_dict(backbone.model.config.to_dict())
+            config.id2label = dict(enumerate(classes))
+            config.label2id = {name: number for number, name in enumerate(classes)}
+            model = MammoDinoForImageClassification(config)
+            model.dinov2_with_registers.load_state_dict(backbone.model.state_dict())
+            model.classifier.load_state_dict(head.state_dict())
+            model.save_pretrained(temporary)
+            backbone.preprocess.image_processor.save_pretrained(temporary)
+        else:
+            for name, module in {HEAD_FILE: head, **({} if head_alone else {BACKBONE_FILE: backbone.model})}.items():
+                state = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+                save_file(state, temporary / name)
+            description = {
+                "notice": NOTICE,
+                "kind": backbone.kind,
+                "source": backbone.source,
+                "weights": backbone.settings()["weights"],
+                "width": backbone.width,
+                "classes": classes,
+            }
+            (temporary / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        (temporary / "README.md").write_text(f"{NOTICE}\n\nClasses, by number: {', '.join(classes)}. {meaning}\n")
 
 
 def open_classifier(folder: Path, source: str | None = None) -> tuple[Backbone, nn.Linear, list[str]]:
-    """Backbone, head and class names of a folder that has them in parts.
+    """Return backbone, head and class names of a folder that has them in parts.
 
     `source`: where the backbone's architecture and preprocessing are now, if elsewhere than noted. Raises ValueError
     where its weights are not those that the head was learned on.

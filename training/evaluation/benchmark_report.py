@@ -1,25 +1,55 @@
-"""The report of a suite: scores.csv, report.md and radar.png. Research use only."""
+"""The report of a suite: scores.csv, report.md and radar.png. Research use only.
+
+The paper's published results (Zhou et al., arXiv 2510.11883; its tables are not public) are shown beside ours, marked
+as theirs, never mixed with ours: splits, label definitions, resolution and fine-tuning of the paper are not published,
+and some of its labels are not in the public data (`UNCLEAR`).
+"""
 
 import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pandas
+import pandas as pd
 
 from dataset_scripts.benchmarks import get_benchmark
-from training.evaluation.reports import format_interval, markdown_table
-from training.evaluation.run_files import read_json
-from training.evaluation.significance import TaskScores, holm, score_task
+from modeling_mammodino.tools.files import write_text
 
-from .paper import PUBLISHED, published_table
-from .radar_plot import draw_radar
-from .suite import HEADLINE_METRICS, Job, Suite, SuiteTask
+from .benchmark_suite import HEADLINE_METRICS, Job, Suite, SuiteTask
+from .plots import draw_radar
+from .reports import format_interval, markdown_table
+from .runs import read_json
+from .significance import TaskScores, holm, score_task
+
+
+class Published(NamedTuple):
+    dataset: str
+    task: str
+    metric: str
+    by_backbone: dict[str, float]  # by the name that the paper gives a backbone
+
+
+PUBLISHED = (
+    Published("vindr_mammo", "cancer", "AUC", {"MammoDINO": 0.918, "ResNet50": 0.554, "MammoCLIP": 0.809}),
+    Published("cbis_ddsm", "lesion", "AUC", {"MammoDINO": 0.932, "ResNet50": 0.919, "DINOv2": 0.902}),
+    Published("cmmd", "birads", "F1", {"MammoDINO": 0.762, "DINOv2": 0.704, "ResNet50": 0.633}),
+    Published("rsna", "density", "not named", {"MammoDINO": 0.759, "MammoCLIP": 0.748, "RadDINO": 0.740}),
+)
+
+UNCLEAR = {
+    ("vindr_mammo", "cancer"): "VinDr-Mammo has no pathology; which BI-RADS the paper calls cancer is not said",
+    (
+        "cbis_ddsm",
+        "lesion",
+    ): "the paper says DDSM; CBIS-DDSM has no normal cases, so what it calls no lesion is unknown",
+    ("cmmd", "birads"): "the public labels of CMMD have no BI-RADS, so this result cannot be tried",
+    ("rsna", "density"): "the metric is not named",
+}
 
 
 def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> Path:
-    """Of what is done so far; a function of the result files alone, so that a restarted suite ends with the same one.
+    """Report what is done so far; a function of the result files alone, so that a restarted suite ends the same.
 
     Returns: report.md. Raises ValueError where no run is done.
     """
@@ -27,10 +57,10 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
     if not done:
         raise ValueError(f"{suite.output_dir}: no run is done; " + next(iter(failed.values()), "run the suite first"))
     ours = suite.ours or suite.backbones[0].name
-    predictions: dict[SuiteTask, dict[str, dict[int, pandas.DataFrame]]] = defaultdict(lambda: defaultdict(dict))
+    predictions: dict[SuiteTask, dict[str, dict[int, pd.DataFrame]]] = defaultdict(lambda: defaultdict(dict))
     for job in jobs:
         if job.name in done:
-            rows = pandas.read_parquet(job.predictions_file)
+            rows = pd.read_parquet(job.predictions_file)
             predictions[job.task][job.backbone.name][job.seed] = rows[rows["level"] == suite.level]
     scored = {
         task: score_task(by_backbone, HEADLINE_METRICS[task.task], suite.num_resamples)
@@ -39,7 +69,7 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
     suite.output_dir.mkdir(parents=True, exist_ok=True)
     every_score(jobs, done).to_csv(suite.output_dir / "scores.csv", index=False)
     names = [each.name for each in suite.backbones]
-    table = pandas.DataFrame(
+    table = pd.DataFrame(
         [[each.value(name) if name in each.by_seed else float("nan") for name in names] for each in scored.values()],
         index=[task.name for task in scored],
         columns=names,
@@ -52,12 +82,13 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
     lines = [*heading(suite, jobs, done), *score_table(scored, names), *significance_table(scored, ours)]
     lines += ["", "![radar plot](radar.png)" if has_radar else "No radar plot: it needs three tasks at least."]
     lines += [*paper_section(scored), *data_section(jobs, done), *failures(failed)]
-    report.write_text("\n".join(lines) + "\n")
+    write_text(report, "\n".join(lines) + "\n")
     return report
 
 
 def read_done(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Results by the job's name. Raises ValueError where one was run with other settings than the suite has now."""
+    """Return results by the job's name. Raises ValueError where one was run with other settings than the suite has
+    now."""
     done = {}
     for job in jobs:
         if (result := read_json(job.result_file)) is None:
@@ -96,14 +127,14 @@ def score_table(scored: dict[SuiteTask, TaskScores], names: list[str]) -> list[s
     rows = []
     for task, each in scored.items():
         best = each.best_of(list(each.by_seed))
-        cells = ["" if name not in each.by_seed else str(each.score(name)) for name in names]
+        cells = ["" if name not in each.by_seed else format_interval(each.score(name)) for name in names]
         cells = [f"**{cell}**" if name == best else cell for name, cell in zip(names, cells, strict=True)]
         rows.append([task.name, each.metric, each.num_patients, *cells])
     return ["", *markdown_table(["task", "metric", "patients", *names], rows)]
 
 
 def significance_table(scored: dict[SuiteTask, TaskScores], ours: str) -> list[str]:
-    """Ours against the other backbone of the highest score: the best of several, so that the comparison is hard."""
+    """Compare ours with the best of the other backbones, the hardest comparison."""
     compared = []
     for task, each in scored.items():
         others = [name for name in each.by_seed if name != ours]
@@ -129,20 +160,33 @@ def significance_table(scored: dict[SuiteTask, TaskScores], ours: str) -> list[s
 
 
 def paper_section(scored: dict[SuiteTask, TaskScores]) -> list[str]:
-    """The paper's figures, and ours of the same data set and task beside them."""
-    lines = ["", "## The paper's figures", ""]
-    lines += ["Theirs, from arXiv 2510.11883; no other figure of its tables is public. Not reproduced here.", ""]
+    """Return the paper's results, and ours of the same data set and task beside them."""
+    lines = ["", "## The paper's results", ""]
+    lines += ["Theirs, from arXiv 2510.11883; no other number of its tables is public. Not reproduced here.", ""]
     lines += published_table()
     for published in PUBLISHED:
         for task, each in scored.items():
             if (task.dataset, task.task) == (published.dataset, published.task):
-                ours = ", ".join(f"{name} {each.score(name)}" for name in each.by_seed)
+                ours = ", ".join(f"{name} {format_interval(each.score(name))}" for name in each.by_seed)
                 lines += ["", f"Ours on {task.name}, {each.metric}: {ours}."]
     return lines
 
 
+def published_table() -> list[str]:
+    """Return the published results as lines of Markdown, each with what is unclear about it."""
+    rows = [
+        [
+            *(each.dataset, each.task, each.metric),
+            ", ".join(f"{name} {value:.3f}" for name, value in each.by_backbone.items()),
+            UNCLEAR[each.dataset, each.task],
+        ]
+        for each in PUBLISHED
+    ]
+    return markdown_table(["data set", "task", "metric", "the paper's results", "unclear"], rows)
+
+
 def data_section(jobs: Sequence[Job], done: dict[str, Any]) -> list[str]:
-    """What was predicted, in words, and on how much, from the first run of each task."""
+    """Return what was predicted and on how much, from the first run of each task."""
     lines = ["", "## The tasks", ""]
     told: dict[str, list[str]] = {}
     for job in jobs:
@@ -168,8 +212,8 @@ def failures(failed: dict[str, str]) -> list[str]:
     return ["", "## Failed", "", *(f"- {name}: {reason}" for name, reason in failed.items())]
 
 
-def every_score(jobs: Sequence[Job], done: dict[str, Any]) -> pandas.DataFrame:
-    """A row a run, level and metric, with its interval."""
+def every_score(jobs: Sequence[Job], done: dict[str, Any]) -> pd.DataFrame:
+    """Return a row a run, level and metric, with its interval."""
     rows = []
     for job in jobs:
         for level, metrics in done.get(job.name, {}).get("metrics", {}).items():
@@ -181,4 +225,4 @@ def every_score(jobs: Sequence[Job], done: dict[str, Any]) -> pandas.DataFrame:
                         "level": level, "metric": metric, "value": value, "low": low, "high": high,
                     }
                 )  # fmt: skip
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)

@@ -1,12 +1,12 @@
-"""From a file to what a backbone sees, each in its own preprocessing. Picklable, for workers; no weights here.
+"""From a file to a backbone's input, each in its own preprocessing. Picklable, for workers; no weights here.
 
-Every backbone gets the same gray image: modality LUT, VOI, MONOCHROME1 turned, cropped to the breast, and there the
+Every backbone gets the same gray image: modality LUT, VOI, MONOCHROME1 inverted, cropped to the breast, and there the
 percentiles of `RenderSettings` mapped to black and white, at full resolution. MammoDINO's own image processor goes on
-from there. The others want 8-bit RGB: the plane three times, fitted by their own interpolation into the size that their
-own image processor ends with, then scaled and standardized by it.
+from there. The others take 8-bit RGB: the plane three times, resized by their own interpolation to the final size of
+their own image processor, then scaled and standardized by it.
 
-Our choice, for no baseline was made for mammograms but Mammo-CLIP: the breast is cropped to for all, and no center crop
-cuts it; an image is fitted at its aspect and padded with black instead.
+Our choice, since no baseline but Mammo-CLIP was made for mammograms: images are cropped to the breast for all, and no
+center crop cuts it; the aspect is kept, and the rest is padded with black.
 """
 
 import json
@@ -20,16 +20,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # a dummy elsewhere on transformers 5.17
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools.features import SliceReader
 
 from .checkpoint_files import find_beside
-
-# imported from its module: the top-level name is a dummy on transformers 5.17 without torchvision
-
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +42,9 @@ class MammoDinoImages:
     def __call__(
         self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Each `pixel_values` (1, H, W) float32 with `tissue_mask` (h, w) float32; see `Backbone.images`."""
+        """Yield `pixel_values` (1, H, W) float32 with `tissue_mask` (h, w) float32; see `Backbone.preprocess`."""
         for image in SliceReader(self.image_processor, slices_per_volume)(file, slices):
-            yield image.inputs
+            yield {"pixel_values": image.pixel_values, "tissue_mask": image.tissue_mask}
 
     def settings(self) -> dict[str, Any]:
         return {"image_processor": self.image_processor.to_dict()}
@@ -72,7 +69,7 @@ class RgbImages:
     def __call__(
         self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Each `pixel_values` (3, H, W) float32; see `Backbone.images`."""
+        """Yield `pixel_values` (3, H, W) float32; see `Backbone.preprocess`."""
         rendered = self.gray.render_source(
             file, ANY_SIZE, upscale=False, slices_per_volume=slices_per_volume, slices=slices
         )
@@ -80,7 +77,7 @@ class RgbImages:
             yield {"pixel_values": self.prepare(each.image)}
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """A gray image (H, W) uint8 as the backbone takes it, (3, H', W') float32."""
+        """Return a gray image (H, W) uint8 as the backbone takes it, (3, H', W') float32."""
         settings = self.image_processor.to_dict()
         height, width = final_size(settings)
         resample = settings.get("resample")
@@ -108,8 +105,11 @@ class RgbImages:
         }
 
 
+Preprocessing = MammoDinoImages | RgbImages
+
+
 def rgb_images(source: str, published: dict[str, Any], crop_to_breast: bool, as_mammo_clip: bool = False) -> RgbImages:
-    """With the image processor that lies beside the weights, or else the `published` settings of the family."""
+    """Return the preprocessing by the image processor beside the weights, or else the `published` settings."""
     if beside := find_beside(source, "preprocessor_config.json"):
         image_processor = _own_processor(beside)
     else:
@@ -123,7 +123,7 @@ def rgb_images(source: str, published: dict[str, Any], crop_to_breast: bool, as_
 
 
 def _own_processor(path: Path) -> PilBackend:
-    """The image processor of a preprocessor_config.json, by Pillow, under today's name of its class."""
+    """Return the image processor of a preprocessor_config.json, by Pillow, under today's name of its class."""
     settings = json.loads(path.read_text())
     settings.pop("auto_map", None)  # no code of a checkpoint is run
     older = settings.pop("feature_extractor_type", None)
@@ -138,7 +138,7 @@ def _own_processor(path: Path) -> PilBackend:
 
 
 def final_size(settings: dict[str, Any]) -> tuple[int, int]:
-    """(height, width) in pixels of what an image processor returns: its crop's where it crops, else its size's."""
+    """Return (height, width) in pixels of an image processor's output: its crop's where it crops, else its size's."""
     size = settings.get("crop_size") if settings.get("do_center_crop") else None
     size = size or settings.get("size")
     if isinstance(size, dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas
+import pandas as pd
 
 from dataset_scripts.benchmarks import bcs_dbt as bcs_dbt_index
 from dataset_scripts.benchmarks import get_benchmark
@@ -55,7 +55,7 @@ def load_boxes(
     test_fraction: float = 0.2,
     allow_missing: bool = False,
 ) -> DetectionTable:
-    """The images of a data set that detection can learn from and be evaluated on.
+    """Load the images of a data set that detection can learn from and be evaluated on.
 
     An image whose boxes nobody noted is left out, unless it is known to hold no lesion; so is one that has a lesion
     and no box, or the other way round. Official splits stay; the others are held out as for any task. Arguments as
@@ -68,7 +68,7 @@ def load_boxes(
     benchmark = get_benchmark(name)
     index = located(benchmark, data_dir)
     lesion, boxes = index["lesion"], index["boxes"]
-    number = boxes.map(lambda each: pandas.NA if each is None else len(each)).astype("Int64")
+    number = boxes.map(lambda each: pd.NA if each is None else len(each)).astype("Int64")
     left_out = {
         "a lesion without a box": (lesion == 1) & (number.fillna(0) == 0),
         "a box without a lesion": (lesion == 0) & (number.fillna(0) > 0),
@@ -76,7 +76,7 @@ def load_boxes(
         "a box of no extent": boxes.map(_has_empty_box),
         "no official split": index["split"].isna() & index["split"].notna().any(),
     }
-    reason = pandas.Series("", index=index.index)
+    reason = pd.Series("", index=index.index)
     for why, where in left_out.items():
         reason = reason.mask((reason == "") & where.fillna(False).astype(bool), why)
     table = index[reason == ""]

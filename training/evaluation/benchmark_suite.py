@@ -22,9 +22,10 @@ import yaml
 
 from dataset_scripts.benchmarks.index import TASKS
 from dataset_scripts.benchmarks.task import open_benchmark
-from training.evaluation.backbones.registry import BACKBONES
-from training.evaluation.finetuning.settings import FinetuneSettings
-from training.evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE
+
+from .backbones.registry import BACKBONES
+from .run_settings import FinetuneSettings
+from .runs import PREDICTIONS_FILE, RESULT_FILE
 
 # what the tables show of a task. The paper gives AUC for cancer and lesion and F1 for BI-RADS; for density it names
 # no metric, and lesion type has no published figure: macro AUC is our choice there
@@ -88,7 +89,8 @@ class Suite:
     num_resamples: int = 1000
 
     def jobs(self) -> Iterator[Job]:
-        """In the order of the queue: seed by seed, so that a suite cut short has whole tables of fewer seeds."""
+        """Yield the runs in the order of the queue: seed by seed, so that a suite cut short has whole tables of fewer
+        seeds."""
         for seed in self.seeds:
             for task in self.tasks:
                 for backbone in self.backbones:
@@ -110,7 +112,7 @@ class Suite:
 
 
 def read_suite(path: Path, output_dir: Path | None = None) -> Suite:
-    """Of a YAML file; `output_dir` overrides its own. Raises ValueError naming file, field and what it may be."""
+    """Read a YAML file; `output_dir` overrides its own. Raises ValueError naming file, field and what it may be."""
     try:
         values = yaml.safe_load(path.read_text())
         if not isinstance(values, dict):
@@ -149,7 +151,7 @@ def _read(kind: type, values: Any, where: str) -> Any:
 
 
 def _tasks(values: Any) -> Iterator[SuiteTask]:
-    """Of one data set: each task by its name, or as {task: ..., definition: ...}."""
+    """Yield the tasks of one data set, each given by its name, or as {task: ..., definition: ...}."""
     if not isinstance(values, dict) or set(values) != {"name", "data_dir", "tasks"}:
         raise ValueError(f"datasets: {values!r} must have name, data_dir and tasks")
     benchmark = open_benchmark(values["name"], Path(values["data_dir"]).absolute())
@@ -169,7 +171,7 @@ def _check(suite: Suite) -> None:
         ("seeds", suite.seeds),
     ):
         if repeated := [each for each, count in Counter(found).items() if count > 1]:
-            raise ValueError(f"{kind}: {repeated[0]!r} stands there twice")
+            raise ValueError(f"{kind}: {repeated[0]!r} is there twice")
     if not suite.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in suite.seeds):
         raise ValueError(f"seeds={suite.seeds!r}: must be whole numbers from 0 on, at least one")
     if suite.ours and suite.ours not in names:

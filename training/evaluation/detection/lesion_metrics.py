@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union, (n, g); 0 where either is empty."""
+    """Return intersection over union, (n, g); 0 where either is empty."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     shared = np.prod(np.clip(high - low, 0, None), axis=2)
@@ -46,33 +46,33 @@ def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def overlaps(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Intersection over union at least `iou_threshold`."""
+    """Tell where intersection over union is at least `iou_threshold`."""
     return iou(boxes, lesions) >= iou_threshold
 
 
-def is_centerd(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """The prediction's center lies in the lesion's box, its edge included."""
+def is_centered(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Tell where the prediction's center lies in the lesion's box, its edge included."""
     centers = _centers(boxes)[:, None]
     return ((centers >= lesions[None, :, :2]) & (centers <= lesions[None, :, 2:])).all(axis=2)
 
 
 def is_near(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """The centers are at most half the lesion's diagonal apart, or 100 pixels of the source where that is more: the
-    rule of DBTex (Konz et al., JAMA Netw Open 2023; mazurowski-lab/duke-dbt-data)."""
+    """Tell where the centers are at most half the lesion's diagonal apart, or 100 pixels of the source where that is
+    more: the rule of DBTex (Konz et al., JAMA Netw Open 2023; mazurowski-lab/duke-dbt-data)."""
     distance = np.linalg.norm(_centers(boxes)[:, None] - _centers(lesions)[None], axis=2)
     half_diagonal = np.linalg.norm(lesions[:, 2:] - lesions[:, :2], axis=1) / 2
     return distance <= np.maximum(half_diagonal, CHALLENGE_PX)[None]
 
 
 HITS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
-    "center": is_centerd,
+    "center": is_centered,
     "iou": overlaps,
     "dbt_challenge": is_near,
 }
 
 
 def hits(found: Found, rule: str, iou_threshold: float) -> np.ndarray:
-    """Which prediction hits which lesion, (n, g) bool. In a volume the slice must be within a quarter of the slices."""
+    """Tell which prediction hits which lesion, (n, g) bool; in a volume, within a quarter of the slices."""
     hit = HITS[rule](found.boxes, found.lesions, iou_threshold)
     if found.num_slices > 1:
         away = np.abs(found.slices[:, None] - found.lesion_slices[None])
@@ -80,12 +80,17 @@ def hits(found: Found, rule: str, iou_threshold: float) -> np.ndarray:
     return hit
 
 
+def best_scores(found: Found, hit: np.ndarray) -> np.ndarray:
+    """Return the best score that hits each lesion, (g,), -inf where none does; hit: (n, g) as `hits` gives it."""
+    return np.max(np.where(hit, found.scores[:, None], -np.inf), axis=0, initial=-np.inf)
+
+
 def merge_boxes(
     boxes: np.ndarray, slices: np.ndarray, scores: np.ndarray, num_slices: int, iou_threshold: float, limit: int = 100
 ) -> np.ndarray:
-    """Non-maximum suppression through a volume: rows kept, the best first, `limit` at most.
+    """Suppress non-maxima through a volume; return the rows kept, the best first, `limit` at most.
 
-    A box goes where a better one overlaps it by more than `iou_threshold` within a quarter of the slices.
+    A box is dropped where a better one overlaps it by more than `iou_threshold` within a quarter of the slices.
     """
     kept: list[int] = []
     for row in np.argsort(-scores, kind="stable"):
@@ -108,11 +113,12 @@ class FrocMarks(NamedTuple):
 
 
 def froc_marks(found: list[Found], rule: str, iou_threshold: float) -> FrocMarks:
+    """Collect the marks of all images; rule: of HITS."""
     false_scores, false_images, lesion_scores, lesion_images = [], [], [], []
     for number, each in enumerate(found):
         hit = hits(each, rule, iou_threshold)  # (n, g)
         wrong = each.scores[~hit.any(axis=1)]
-        best = np.max(np.where(hit, each.scores[:, None], -np.inf), axis=0, initial=-np.inf)  # (g,)
+        best = best_scores(each, hit)
         false_scores.append(wrong), false_images.append(np.full(len(wrong), number))
         lesion_scores.append(best), lesion_images.append(np.full(len(best), number))
     scores, images = np.concatenate(false_scores), np.concatenate(false_images)
@@ -123,7 +129,7 @@ def froc_marks(found: list[Found], rule: str, iou_threshold: float) -> FrocMarks
 
 
 def sensitivity_at(marks: FrocMarks, false_positives: float, weights: np.ndarray | None = None) -> float:
-    """The largest share of lesions found by a threshold with at most so many false positives an image.
+    """Return the largest share of lesions found by a threshold with at most so many false positives an image.
 
     weights (num_images,): how often an image counts, as in a bootstrap resample. NaN where there is no lesion.
     """
@@ -138,7 +144,7 @@ def sensitivity_at(marks: FrocMarks, false_positives: float, weights: np.ndarray
 
 
 def froc_curve(marks: FrocMarks) -> tuple[np.ndarray, np.ndarray]:
-    """False positives an image and sensitivity as the threshold falls, from (0, ...) to all false positives."""
+    """Return false positives an image and sensitivity as the threshold falls, from (0, ...) to all false positives."""
     false_positives = np.arange(len(marks.false_scores) + 1) / marks.num_images
     return false_positives, np.array([sensitivity_at(marks, each) for each in false_positives])
 
@@ -152,6 +158,7 @@ class CocoMatches(NamedTuple):
 
 
 def coco_matches(found: list[Found]) -> CocoMatches:
+    """Match predictions and lesions by pycocotools."""
     annotations: dict[str, list[dict]] = {"lesions": [], "boxes": []}
     for number, each in enumerate(found, start=1):  # pycocotools takes id 0 for none
         for name, boxes, scores in (("lesions", each.lesions, None), ("boxes", each.boxes, each.scores)):
@@ -181,8 +188,9 @@ def coco_matches(found: list[Found]) -> CocoMatches:
 
 
 def average_precision(matches: CocoMatches, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """AP at an IoU of 0.5, and the mean of AP over IoU 0.50, 0.55, ..., 0.95; AP is the mean of the largest precision
-    at a recall of at least 0, 0.01, ..., 1 (COCO). Weights as in `sensitivity_at`; NaN where there is no lesion."""
+    """Return AP at an IoU of 0.5, and the mean of AP over IoU 0.50, 0.55, ..., 0.95; AP is the mean of the largest
+    precision at a recall of at least 0, 0.01, ..., 1 (COCO). Weights as in `sensitivity_at`; NaN where there is no
+    lesion."""
     weights = np.ones(len(matches.num_lesions)) if weights is None else weights
     if not (num_lesions := (weights * matches.num_lesions).sum()):
         return float("nan"), float("nan")
@@ -201,7 +209,7 @@ def average_precision(matches: CocoMatches, weights: np.ndarray | None = None) -
 
 
 def evaluate(found: list[Found], rule: str, iou_threshold: float, num_resamples: int, seed: int) -> dict[str, Interval]:
-    """`map_50`, `map` and `sensitivity_at_{1,2,4}`, with 95 % intervals over patients."""
+    """Return `map_50`, `map` and `sensitivity_at_{1,2,4}`, with 95 % intervals over patients."""
     marks, matches = froc_marks(found, rule, iou_threshold), coco_matches(found)
 
     def scores(weights: np.ndarray) -> list[float]:

@@ -1,6 +1,5 @@
-"""Training of a detector with transformers' Trainer: goes on after a kill, repeats by its seed."""
+"""Training of a detector with transformers' Trainer: resumes after a kill, repeats by its seed."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ from torch import nn
 from transformers import RTDetrForObjectDetection, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from training.evaluation.finetuning.images import SeededSampler
-from training.evaluation.seeded_trainer import SeededTrainer, epoch_arguments, find_checkpoint, read_state
+from training.evaluation.run_settings import DetectionSettings
+from training.evaluation.seeded_trainer import SeededSampler, SeededTrainer, epoch_arguments
 
 from .data import DetectionImages, collate_images, to_corners
 from .detector import cell_loss
-from .metrics import FALSE_POSITIVES, Found, average_precision, coco_matches, froc_marks, sensitivity_at
-from .settings import DetectionSettings
-
-logger = logging.getLogger(__name__)
+from .lesion_metrics import FALSE_POSITIVES, Found, average_precision, coco_matches, froc_marks, sensitivity_at
 
 
 class DetectionTrainer(SeededTrainer):
@@ -55,9 +51,9 @@ def train_detector(
     settings: DetectionSettings,
     folder: Path,
 ) -> dict[str, Any]:
-    """Trains `detector` in place, to the end of its schedule; returns losses and validation scores by epoch.
+    """Train `detector` in place, to the end of its schedule; return losses and validation scores by epoch.
 
-    A checkpoint an epoch stands in `folder`. Called again after a kill, it goes on from the last whole one.
+    A checkpoint an epoch stands in `folder`. Called again after a kill, it resumes from the last whole one.
     """
     arguments = epoch_arguments(
         settings,
@@ -66,7 +62,7 @@ def train_detector(
         eval_do_concat_batches=False,  # boxes differ in number
     )
     set_seed(settings.seed)
-    canvas = train.maker.canvas
+    canvas = train.renderer.canvas
     trainer = DetectionTrainer(
         detector,
         arguments,
@@ -80,12 +76,8 @@ def train_detector(
         collate=collate_images,
         cell_loss_weight=settings.cell_loss_weight,
     )
-    last = find_checkpoint(folder)
-    if last:
-        logger.info("going on from %s", last)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    history = trainer.resume()["log_history"]
     detector.eval()
-    history = read_state(find_checkpoint(folder))["log_history"]
     by_epoch: dict[float, dict[str, float]] = {}
     for line in history:
         kept = {name: line[name] for name in line if name in ("loss", "eval_loss") or name.startswith(PREFIXES)}
@@ -97,7 +89,7 @@ PREFIXES = ("eval_map", "eval_sensitivity")
 
 
 def make_optimizer(detector: RTDetrForObjectDetection, settings: DetectionSettings) -> torch.optim.Optimizer:
-    """AdamW; a slower rate for the encoder, which stays as it is where it is frozen, and no decay of vectors."""
+    """Make AdamW: a slower rate for the encoder, which stays as it is where it is frozen, and no decay of vectors."""
     encoder: nn.Module = detector.model.backbone.model.encoder
     encoder.requires_grad_(not settings.freeze_encoder)
     of_encoder = {id(parameter) for parameter in encoder.parameters()}
@@ -118,7 +110,7 @@ def make_optimizer(detector: RTDetrForObjectDetection, settings: DetectionSettin
 
 
 def lesion_weights(has_lesion: np.ndarray, lesion_share: float) -> np.ndarray | None:
-    """How likely each image is drawn, so that `lesion_share` of them have a lesion; None where all are alike."""
+    """Return how likely each image is drawn, so that `lesion_share` of them have a lesion; None where all are alike."""
     if lesion_share == 0 or has_lesion.all() or not has_lesion.any():
         return None
     return np.where(has_lesion, lesion_share / has_lesion.sum(), (1 - lesion_share) / (~has_lesion).sum())
@@ -127,7 +119,7 @@ def lesion_weights(has_lesion: np.ndarray, lesion_share: float) -> np.ndarray | 
 def validation_scores(
     predictions: EvalPrediction, canvas: tuple[int, int], settings: DetectionSettings
 ) -> dict[str, float]:
-    """mAP and sensitivities over images, before boxes are merged; in training only, to watch it."""
+    """Return mAP and sensitivities over images, before boxes are merged; in training only, to monitor it."""
     found, none = [], np.zeros(0, int)
     for (logits, boxes), labels in zip(predictions.predictions, predictions.label_ids, strict=True):
         for of, each, label in zip(logits, boxes, labels, strict=True):

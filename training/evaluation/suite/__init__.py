@@ -1,1 +1,0 @@
-"""Every backbone on every task: the queue of runs, and its tables and plots."""
