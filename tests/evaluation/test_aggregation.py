@@ -1,11 +1,11 @@
 """From images to breasts and patients, against loops; attention pooling against its equation."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 
 from training.evaluation.finetuning.aggregation import group_labels, groups_of, max_probabilities, mean_probabilities
-from training.evaluation.finetuning.attention_pooling import (
+from training.evaluation.finetuning.heads import (
     AttentionPooling,
     Bags,
     attention_probabilities,
@@ -51,7 +51,7 @@ def test_labels_of_groups():
 
 
 def test_images_without_a_breast_belong_to_none():
-    table = pandas.DataFrame({"breast_id": ["b", None, "a", "b"], "patient_id": ["P", "P", "Q", "P"]}, dtype="string")
+    table = pd.DataFrame({"breast_id": ["b", None, "a", "b"], "patient_id": ["P", "P", "Q", "P"]}, dtype="string")
     names, group = groups_of(table, "breast")
     assert names["breast_id"].tolist() == ["a", "b"] and names["patient_id"].tolist() == ["Q", "P"]
     assert group.tolist() == [1, -1, 0, 1]

@@ -6,13 +6,12 @@ import pickle
 import cv2
 import numpy as np
 import pytest
-from backbone_checkpoints import one_thread, small_checkpoints  # noqa: F401 (fixtures)
 from conftest import draw_breast
 from dicom_builders import build, save
 from PIL import Image
 
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
-from training.evaluation.backbones.images import rgb_images
+from training.evaluation.backbones.preprocessing import rgb_images
 from training.evaluation.backbones.registry import BACKBONES, load_backbone
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -41,7 +40,7 @@ def standardized(image: np.ndarray, kind: str) -> np.ndarray:
 
 
 def of_file(backbone, path, **options) -> np.ndarray:
-    return np.stack([each["pixel_values"] for each in backbone.images(path, **options)])
+    return np.stack([each["pixel_values"] for each in backbone.preprocess(path, **options)])
 
 
 def test_each_kind_has_its_numbers(backbones):
@@ -53,7 +52,7 @@ def test_a_image_of_the_final_size_is_only_standardized(backbones, kind):
     side = PUBLISHED[kind][2]
     image = np.random.default_rng(0).integers(0, 256, (side, side), np.uint8)
     image[0, :2] = 0, 255  # the range is full: nothing to stretch
-    found = backbones[kind].lesion_image_renderer.prepare(image)
+    found = backbones[kind].preprocess.prepare(image)
     assert found.dtype == np.float32 and found.shape == (3, side, side)
     np.testing.assert_allclose(found, standardized(image, kind), atol=1e-5)
 
@@ -76,7 +75,7 @@ def test_nothing_is_cut_off_where_the_processor_would_crop(backbones, kind):
     side = PUBLISHED[kind][2]
     tall = np.full((4 * side, 2 * side), 100, np.uint8)
     tall[:8], tall[-8:] = 255, 255
-    found = backbones[kind].lesion_image_renderer.prepare(tall)
+    found = backbones[kind].preprocess.prepare(tall)
     margin = side // 4
     black, gray, white = (standardized(np.full((1, 1), value, np.uint8), kind)[:, 0, 0] for value in (0, 100, 255))
     middle = found[:, side // 2, side // 2]
@@ -96,12 +95,12 @@ def test_the_interpolation_is_the_processors_own(backbones):
     image = np.random.default_rng(1).integers(0, 256, (140, 140), np.uint8)
     bicubic = np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC))
     np.testing.assert_allclose(
-        backbones["resnet50"].lesion_image_renderer.prepare(image), standardized(bicubic, "resnet50"), atol=1e-5
+        backbones["resnet50"].preprocess.prepare(image), standardized(bicubic, "resnet50"), atol=1e-5
     )
     image = np.random.default_rng(1).integers(0, 256, (144, 216), np.uint8)  # the area average, 2 x 3 to 1
     area = image.reshape(72, 2, 72, 3).mean((1, 3))
     area = (area - area.min()) * (255 / np.ptp(area))
-    found = backbones["mammo_clip_efficientnet"].lesion_image_renderer.prepare(image)
+    found = backbones["mammo_clip_efficientnet"].preprocess.prepare(image)
     np.testing.assert_allclose(found, standardized(area, "mammo_clip_efficientnet"), atol=0.03)  # Pillow rounds
 
 
@@ -120,7 +119,7 @@ def test_processors_of_all_ages_are_read(folders, tmp_path, settings):
     settings |= {"image_mean": mean, "image_std": std, "resample": 3, "do_resize": True, "do_normalize": True}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     image = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
-    found = load_backbone("resnet50", str(tmp_path)).lesion_image_renderer.prepare(image)
+    found = load_backbone("resnet50", str(tmp_path)).preprocess.prepare(image)
     np.testing.assert_allclose(found, standardized(image, "resnet50"), atol=1e-5)
 
 
@@ -182,7 +181,7 @@ def test_all_see_the_same_breast_or_the_whole_image(folders, tmp_path):
     for kind in ("resnet50", "dinov2", "biomedclip"):
         backbone = load_backbone(kind, str(folders[kind]))
         found = of_file(backbone, tmp_path / "a.png")[0]
-        np.testing.assert_array_equal(found, backbone.lesion_image_renderer.prepare(rendered.image))
+        np.testing.assert_array_equal(found, backbone.preprocess.prepare(rendered.image))
         whole = of_file(load_backbone(kind, str(folders[kind]), crop_to_breast=False), tmp_path / "a.png")[0]
         assert np.mean(whole[0] > whole[0].min() + 1) < 0.9 * np.mean(found[0] > found[0].min() + 1)
 
@@ -197,7 +196,7 @@ def test_a_volume_gives_spread_or_named_slices_under_one_plan(backbones, phantom
     np.testing.assert_array_equal(of_file(backbones[kind], volume, slices=[4, 1]), every[[4, 1]])
     np.testing.assert_array_equal(of_file(backbones[kind], volume, slices=[2, 2]), every[[2]])
     with pytest.raises(InvalidImageError, match="slice 6 of 6"):
-        list(backbones[kind].images(volume, slices=[6]))
+        list(backbones[kind].preprocess(volume, slices=[6]))
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -207,16 +206,16 @@ def test_what_is_no_image_is_refused_by_name(backbones, tmp_path, kind):
     cv2.imwrite(str(tmp_path / "a.png"), draw_breast())
     for name in ("broken.dcm", "broken.png"):
         with pytest.raises(InvalidImageError, match=name):
-            list(backbones[kind].images(tmp_path / name))
+            list(backbones[kind].preprocess(tmp_path / name))
     with pytest.raises(InvalidImageError, match="slice 3 of an image"):
-        list(backbones[kind].images(tmp_path / "a.png", slices=[3]))
-    assert len(list(backbones[kind].images(tmp_path / "a.png", slices=[0]))) == 1
+        list(backbones[kind].preprocess(tmp_path / "a.png", slices=[3]))
+    assert len(list(backbones[kind].preprocess(tmp_path / "a.png", slices=[0]))) == 1
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_images_are_made_in_workers_without_the_weights(backbones, tmp_path, kind):
     cv2.imwrite(str(tmp_path / "a.png"), draw_breast())
-    packed = pickle.dumps(backbones[kind].lesion_image_renderer)
+    packed = pickle.dumps(backbones[kind].preprocess)
     assert len(packed) < 20_000
     ours, theirs = (list(each(tmp_path / "a.png")) for each in (backbones[kind].images, pickle.loads(packed)))
     assert [each.keys() for each in ours] == [each.keys() for each in theirs]
@@ -228,7 +227,7 @@ def test_mammodino_sees_what_its_image_processor_gives(folders, backbones, phant
     processor = MammoDinoImageProcessor.from_pretrained(folders["mammodino"])
     for path in (sorted(phantom_archive.rglob("*_dbt.dcm"))[1], sorted(phantom_archive.rglob("*_2d.dcm"))[0]):
         expected = processor(path, slices_per_volume=3)
-        found = list(backbones["mammodino"].images(path, slices_per_volume=3))
+        found = list(backbones["mammodino"].preprocess(path, slices_per_volume=3))
         assert len(found) == len(expected["pixel_values"])
         for number, each in enumerate(found):
             np.testing.assert_array_equal(each["pixel_values"], expected["pixel_values"][number])

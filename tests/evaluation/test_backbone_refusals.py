@@ -10,11 +10,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from backbone_checkpoints import NATIVE, OWN_FILES, Touch, one_thread, small_checkpoints  # noqa: F401 (fixtures)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Config
 
 from training.evaluation.backbones.registry import BACKBONES, load_backbone
+
+from .reference_backbones import NATIVE, OWN_FILES, Touch
 
 
 def refusal(kind: str, source: str | Path | None) -> str:
@@ -103,7 +104,7 @@ def test_several_files_are_a_question(folders, tmp_path):
     shutil.copy(folder / "model-best.tar", folder / "b2-model-best-epoch-10.tar")
     assert "2 files *.tar" in refusal("mammo_clip_efficientnet", folder)
     by_path = load_backbone("mammo_clip_efficientnet", str(folder / "model-best.tar"))
-    assert by_path.lesion_image_renderer.settings()["image_processor"]["size"] == {"height": 72, "width": 72}
+    assert by_path.preprocess.settings()["image_processor"]["size"] == {"height": 72, "width": 72}
 
 
 # files with more than tensors

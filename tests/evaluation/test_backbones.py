@@ -8,14 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbone_checkpoints import (
-    NATIVE,
-    OWN_FILES,
-    clip_vit,
-    efficientnet,
-    inputs,
-    timm_vit,
-)
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -39,7 +31,9 @@ from training.evaluation.backbones.convert_mammo_clip_efficientnet import (
     efficientnet_config,
 )
 from training.evaluation.backbones.registry import BACKBONES, Backbone, load_backbone
-from training.evaluation.backbones.small import efficientnet_state, write_small_checkpoints
+from training.evaluation.backbones.small_checkpoints import efficientnet_state, write_small_checkpoints
+
+from .reference_backbones import NATIVE, OWN_FILES, clip_vit, efficientnet, inputs, timm_vit
 
 
 def features(backbone: Backbone, given: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -215,7 +209,7 @@ def test_an_untrained_vit_has_the_architecture_it_is_given_and_its_seed(folders)
     weights = [each.settings()["weights"] for each in (first, again, other, trained)]
     assert weights[0] == weights[1] and len(set(weights)) == 3
     assert first.settings()["config"] == trained.settings()["config"]
-    assert first.lesion_image_renderer.settings() == trained.lesion_image_renderer.settings()
+    assert first.preprocess.settings() == trained.preprocess.settings()
     default = load_backbone("untrained")
     assert (default.width, sum(each.numel() for each in default.parameters()) // 10**6) == (768, 21)  # a ViT-S
 

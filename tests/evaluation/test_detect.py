@@ -6,21 +6,20 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas
+import pandas as pd
 import pydicom
 import pytest
 from conftest import TINY_ENCODER, draw_breast, random_encoder
-from one_thread import one_thread  # noqa: F401 (a fixture)
 
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews, View
 from modeling_mammodino import MammoDinoImageProcessor
 from training.detect import main, run_detection
-from training.evaluation.detection import train as train_detector
+from training.evaluation.detection import train_detector
+from training.evaluation.detection.boxes import load_boxes
 from training.evaluation.detection.data import LesionImageRenderer
 from training.evaluation.detection.detector import cell_loss, load_detector
-from training.evaluation.detection.metrics import Found, evaluate
-from training.evaluation.detection.settings import DetectionSettings
-from training.evaluation.detection.table import load_boxes
+from training.evaluation.detection.lesion_metrics import Found, evaluate
+from training.evaluation.run_settings import DetectionSettings
 
 NUM_PATIENTS = 30
 FRACTIONS = {"test_fraction": 0.3, "validation_fraction": 0.2}
@@ -41,7 +40,7 @@ def drawn_table(tmp_path_factory) -> Path:
         cv2.imwrite(str(folder / f"{number:02d}.png"), plane if side == "left" else plane[:, ::-1])
         rows.append({"patient_id": f"p{number:02d}", "path": f"{number:02d}.png", "lesion": int(bool(boxes))})
         rows[-1]["boxes"] = json.dumps(boxes, default=int)
-    pandas.DataFrame(rows).to_csv(folder / "index.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
     return folder
 
 
@@ -97,7 +96,7 @@ def test_what_is_written_agrees_with_the_result(finished):
     assert not (output / "checkpoints").exists() and not (output / "images").exists()
     for name in ("detections.png", "froc.png"):
         assert cv2.imread(str(output / name)).std() > 20
-    predictions, lesions = (pandas.read_parquet(output / f"{name}.parquet") for name in ("predictions", "lesions"))
+    predictions, lesions = (pd.read_parquet(output / f"{name}.parquet") for name in ("predictions", "lesions"))
     corners = ["x0", "y0", "x1", "y1"]
     assert (predictions[corners].min().min() >= 0) and predictions[["x1", "y1"]].max().le([140, 200]).all()
     found = []
@@ -154,8 +153,8 @@ def test_a_killed_run_goes_on_to_the_same_end(drawn_table, encoder_folder, tmp_p
     assert len(calls) == 4  # the second epoch alone
     assert resumed["metrics"] == whole["metrics"] and resumed["learned"] == whole["learned"]
     for name in ("predictions", "lesions"):
-        pandas.testing.assert_frame_equal(
-            *(pandas.read_parquet(tmp_path / run / f"{name}.parquet") for run in ("whole", "killed"))
+        pd.testing.assert_frame_equal(
+            *(pd.read_parquet(tmp_path / run / f"{name}.parquet") for run in ("whole", "killed"))
         )
 
 
@@ -203,9 +202,9 @@ def test_boxes_of_bcs_dbt_lie_in_the_turned_image(phantom_archive, tmp_path):
     dataset.save_as(turned)
     view = View("L", upright.name.split("_")[1])
     views = BcsDbtViews({}, {turned.parts[-4:]: view, upright.parts[-4:]: view})
-    maker = LesionImageRenderer(MammoDinoImageProcessor(size={"height": 128, "width": 96}, patch_size=16), views)
+    renderer = LesionImageRenderer(MammoDinoImageProcessor(size={"height": 128, "width": 96}, patch_size=16), views)
     for frame in (1, 4):
-        (one,), (other,) = maker(str(upright), [frame]), maker(str(turned), [frame])
+        (one,), (other,) = renderer(str(upright), [frame]), renderer(str(turned), [frame])
         np.testing.assert_array_equal(other.image, one.image)
         assert other.placement == one.placement
     assert views.counts["turned"] == 2

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 from conftest import draw_breast
 
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
+from training.evaluation.detection.boxes import load_boxes
 from training.evaluation.detection.data import (
     DetectionImages,
     LesionImageRenderer,
@@ -20,14 +21,13 @@ from training.evaluation.detection.data import (
     to_corners,
     visible_boxes,
 )
-from training.evaluation.detection.table import load_boxes
 from training.settings import generator
 
 CANVAS = {"height": 128, "width": 96}
 
 
 @pytest.fixture(scope="module")
-def maker() -> LesionImageRenderer:
+def renderer() -> LesionImageRenderer:
     return LesionImageRenderer(MammoDinoImageProcessor(size=CANVAS, patch_size=16))
 
 
@@ -38,7 +38,7 @@ def write_table(folder: Path, rows: list[dict]) -> Path:
         row |= {"path": f"{number}.png", "laterality": "L"}
         row.setdefault("patient_id", f"p{number}")
         row["boxes"] = None if row.get("boxes") is None else json.dumps(row["boxes"])
-    pandas.DataFrame(rows).to_csv(folder / "index.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
     return folder
 
 
@@ -76,7 +76,7 @@ def test_a_table_without_boxes_is_refused_in_one_line(tmp_path):
         load_boxes("table", write_table(tmp_path, [{"lesion": 0}, {"lesion": 1}]))
 
 
-def marked_row(maker: LesionImageRenderer, tmp_path: Path, side: str):
+def marked_row(renderer: LesionImageRenderer, tmp_path: Path, side: str):
     """A drawn breast with a bright ellipse, as load_boxes and render_training_images give it back."""
     rows = [{"boxes": [box()]} for _ in range(4)]
     write_table(tmp_path, rows)
@@ -85,10 +85,10 @@ def marked_row(maker: LesionImageRenderer, tmp_path: Path, side: str):
     for number in range(4):
         cv2.imwrite(str(tmp_path / f"{number}.png"), plane if side == "left" else plane[:, ::-1])
     boxes = [box()] if side == "left" else [box(140 - 50, 80, 140 - 20, 120)]
-    table = pandas.read_csv(tmp_path / "index.csv").assign(boxes=json.dumps(boxes))
+    table = pd.read_csv(tmp_path / "index.csv").assign(boxes=json.dumps(boxes))
     table.to_csv(tmp_path / "index.csv", index=False)
     images = load_boxes("table", tmp_path, test_fraction=0.3, validation_fraction=0.3).images["train"]
-    return render_training_images(images, maker, 1, 0, tmp_path / "cache", num_proc=1)
+    return render_training_images(images, renderer, 1, 0, tmp_path / "cache", num_proc=1)
 
 
 def bright_box(image: np.ndarray) -> np.ndarray:
@@ -98,10 +98,10 @@ def bright_box(image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_targets_lie_on_the_lesion_also_after_augmentation(tmp_path, side):
-    maker = LesionImageRenderer(MammoDinoImageProcessor(size=CANVAS, patch_size=16, do_clahe=False))
-    rows, refused = marked_row(maker, tmp_path, side)
+    renderer = LesionImageRenderer(MammoDinoImageProcessor(size=CANVAS, patch_size=16, do_clahe=False))
+    rows, refused = marked_row(renderer, tmp_path, side)
     assert not refused and len(rows) == 2
-    images, canvas = DetectionImages(rows, maker, seed=3), (CANVAS["height"], CANVAS["width"])
+    images, canvas = DetectionImages(rows, renderer, seed=3), (CANVAS["height"], CANVAS["width"])
     corners = []
     for draw in [None, *range(6)]:
         item = images[0 if draw is None else (0, draw)]
@@ -115,23 +115,23 @@ def test_targets_lie_on_the_lesion_also_after_augmentation(tmp_path, side):
     np.testing.assert_array_equal(images[(0, 4)]["pixel_values"], images[(0, 4)]["pixel_values"])
 
 
-def test_rows_are_found_again_and_a_changed_file_is_not(maker, tmp_path):
-    first, _ = marked_row(maker, tmp_path, "left")
+def test_rows_are_found_again_and_a_changed_file_is_not(renderer, tmp_path):
+    first, _ = marked_row(renderer, tmp_path, "left")
     made = [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").rglob("*.arrow"))]
     images = load_boxes("table", tmp_path, test_fraction=0.3, validation_fraction=0.3).images["train"]
-    render_training_images(images, maker, 1, 0, tmp_path / "cache", num_proc=1)
+    render_training_images(images, renderer, 1, 0, tmp_path / "cache", num_proc=1)
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").rglob("*.arrow"))] == made
     cv2.imwrite(images[0].file, draw_breast(210, 140, seed=9))
-    again, _ = render_training_images(images, maker, 1, 0, tmp_path / "cache", num_proc=1)
+    again, _ = render_training_images(images, renderer, 1, 0, tmp_path / "cache", num_proc=1)
     assert again[0]["image"] != first[0]["image"] and again[1]["image"] == first[1]["image"]
 
 
-def test_a_volume_gives_the_slices_of_its_lesion(maker, phantom_archive, tmp_path):
+def test_a_volume_gives_the_slices_of_its_lesion(renderer, phantom_archive, tmp_path):
     """The phantom's box, drawn by the simulation, lies on its breast; slices beside it have it, too."""
     images = [image for split in load_boxes("phantom", phantom_archive).images.values() for image in split]
     volumes = [image for image in images if image.image_id.endswith("dbt")]
     with_lesion = [image for image in volumes if len(image.lesions)]
-    rows, refused = render_training_images(volumes, maker, 3, 1, tmp_path / "cache", num_proc=1)
+    rows, refused = render_training_images(volumes, renderer, 3, 1, tmp_path / "cache", num_proc=1)
     assert not refused
     for image in volumes:
         of = [row for row in rows if row["image_id"] == image.image_id]
@@ -148,20 +148,20 @@ def test_a_volume_gives_the_slices_of_its_lesion(maker, phantom_archive, tmp_pat
     assert len(with_lesion) >= 3
     beyond = with_lesion[0]._replace(lesion_slices=np.array([6]))
     unknown = with_lesion[0]._replace(image_id="unknown", lesion_slices=np.array([-1]))
-    rows, refused = render_training_images([beyond, unknown], maker, 3, 1, tmp_path / "other", num_proc=1)
+    rows, refused = render_training_images([beyond, unknown], renderer, 3, 1, tmp_path / "other", num_proc=1)
     assert (
         len(rows) == 0 and "6 slices, from 0; slice 6" in refused[beyond.image_id] and "no slice" in refused["unknown"]
     )
 
 
-def test_frames_are_those_of_the_file(maker, phantom_archive):
+def test_frames_are_those_of_the_file(renderer, phantom_archive):
     file = str(next(phantom_archive.rglob("*_dbt.dcm")))
-    every = list(maker(file))
+    every = list(renderer(file))
     assert [each.frame for each in every] == list(range(6)) and every[0].num_frames == 6
-    (one,) = maker(file, [4])
+    (one,) = renderer(file, [4])
     np.testing.assert_array_equal(one.image, every[4].image)
     with pytest.raises(InvalidImageError, match="slice 6 was asked for"):
-        list(maker(file, [6]))
+        list(renderer(file, [6]))
 
 
 def test_boxes_that_are_hardly_on_the_canvas_are_no_targets():
@@ -184,9 +184,9 @@ def test_augmentation_keeps_black_black_and_depth():
     assert of.shape == tissue.shape and 0 <= of.min() and of.max() <= 1
 
 
-def test_a_batch_has_a_list_of_labels(maker, tmp_path):
-    rows, _ = marked_row(maker, tmp_path, "left")
-    images = DetectionImages(rows, maker, seed=0)
+def test_a_batch_has_a_list_of_labels(renderer, tmp_path):
+    rows, _ = marked_row(renderer, tmp_path, "left")
+    images = DetectionImages(rows, renderer, seed=0)
     batch = collate_images([images[0], images[1]])
     assert batch["pixel_values"].shape == (2, 2, 128, 96) and len(batch["labels"]) == 2
     assert batch["labels"][0]["boxes"].shape == (1, 4) and batch["labels"][0]["class_labels"].tolist() == [0]

@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from training.evaluation.detection.metrics import (
+from training.evaluation.detection.lesion_metrics import (
     HITS,
     Found,
     average_precision,

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_encoder
-from one_thread import one_thread  # noqa: F401 (a fixture)
 
 from modeling_mammodino import MammoDinoImageProcessor
-from training.evaluation.detection.backbone import DetectionBackbone
-from training.evaluation.detection.detector import build_detector, cell_loss, detect, load_detector
-from training.evaluation.detection.settings import DetectionSettings
-from training.evaluation.detection.train import lesion_weights, make_optimizer
+from training.evaluation.detection.detector import DetectionBackbone, build_detector, cell_loss, detect, load_detector
+from training.evaluation.detection.train_detector import lesion_weights, make_optimizer
+from training.evaluation.run_settings import DetectionSettings
 
 GRID = (16, 12)  # of cells, for 112 x 84 pixels and patches of 14
 

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
-from backbone_checkpoints import one_thread, small_checkpoints  # noqa: F401 (fixtures)
-from finetune_runs import make_drawn_table  # noqa: F401
 
 from dataset_scripts.benchmarks.task import load_task
 from training.evaluation.backbones.registry import load_backbone
@@ -29,21 +27,21 @@ class CountedImages:
         if len(self.seen) >= self.lives:
             raise KeyboardInterrupt
         self.seen.append(Path(file).name)
-        yield from self.images(file, slices, slices_per_volume)
+        yield from self.preprocess(file, slices, slices_per_volume)
 
     def settings(self):
         return self.images.settings()
 
 
 @pytest.fixture
-def table(drawn_table) -> pandas.DataFrame:
+def table(drawn_table) -> pd.DataFrame:
     return load_task("table", drawn_table, "cancer").table[:12]
 
 
 @pytest.fixture
 def backbone(folders):
     backbone = load_backbone("mammodino", folders["mammodino"])
-    backbone.lesion_image_renderer = CountedImages(backbone.lesion_image_renderer)
+    backbone.preprocess = CountedImages(backbone.preprocess)
     return backbone
 
 
@@ -57,7 +55,7 @@ def test_features_are_the_encoders_in_the_order_of_the_table(backbone, table, tm
     found = cached_features(backbone, shuffled, tmp_path, "drawn", Encoding(batch_size=4))
     assert found.table["image_id"].tolist() == shuffled["image_id"].tolist() and not found.refused
     for row, values in zip(shuffled.itertuples(), found.values, strict=True):
-        (image,) = backbone.images(row.file)
+        (image,) = backbone.preprocess(row.file)
         with torch.inference_mode():
             expected = backbone(**{name: torch.from_numpy(each)[None] for name, each in image.items()})[0]
         np.testing.assert_allclose(values, expected, atol=1e-5)
@@ -67,7 +65,7 @@ def test_features_are_the_encoders_in_the_order_of_the_table(backbone, table, tm
 def test_every_image_is_read_once_however_many_ask(backbone, table, tmp_path):
     first = cached_features(backbone, table[:8], tmp_path, "drawn", Encoding())
     second = cached_features(backbone, table, tmp_path, "drawn", Encoding())
-    assert sorted(backbone.lesion_image_renderer.seen) == sorted(Path(file).name for file in table["file"])
+    assert sorted(backbone.preprocess.seen) == sorted(Path(file).name for file in table["file"])
     np.testing.assert_array_equal(first.values, second.values[:8])
 
 
@@ -78,20 +76,20 @@ def test_another_encoder_or_choice_of_slices_has_a_place_of_its_own(backbone, ta
     with torch.no_grad():
         next(backbone.model.parameters()).add_(0.1)
     cached_features(backbone, few, tmp_path, "drawn", Encoding())
-    assert len(backbone.lesion_image_renderer.seen) == 8
+    assert len(backbone.preprocess.seen) == 8
     assert len(list((tmp_path / "drawn").iterdir())) == 4
 
 
 def test_a_killed_run_loses_one_shard_at_most_and_ends_the_same(backbone, table, tmp_path, small_shards):
     whole = cached_features(backbone, table, tmp_path / "whole", "drawn", Encoding())
-    backbone.lesion_image_renderer.seen.clear()
-    backbone.lesion_image_renderer.lives = 8  # in the second shard of five
+    backbone.preprocess.seen.clear()
+    backbone.preprocess.lives = 8  # in the second shard of five
     with pytest.raises(KeyboardInterrupt):
         cached_features(backbone, table, tmp_path, "drawn", Encoding())
-    backbone.lesion_image_renderer.seen.clear()
-    backbone.lesion_image_renderer.lives = 10**9
+    backbone.preprocess.seen.clear()
+    backbone.preprocess.lives = 10**9
     again = cached_features(backbone, table, tmp_path, "drawn", Encoding())
-    assert len(backbone.lesion_image_renderer.seen) == 7  # of twelve
+    assert len(backbone.preprocess.seen) == 7  # of twelve
     np.testing.assert_array_equal(again.values, whole.values)
 
 
@@ -108,7 +106,7 @@ def test_processes_take_turns_and_repeat_nothing(backbone, table, tmp_path):
         run.start()
     for run in runs:
         run.join()
-    assert len(backbone.lesion_image_renderer.seen) == 12
+    assert len(backbone.preprocess.seen) == 12
     np.testing.assert_array_equal(*found)
 
 
@@ -121,7 +119,7 @@ def test_replaced_files_and_damaged_shards_are_encoded_again(backbone, table, tm
     before = cached_features(backbone, copies, tmp_path, "drawn", Encoding())
     Path(copies["file"].iloc[0]).write_bytes(Path(copies["file"].iloc[2]).read_bytes())
     after = cached_features(backbone, copies, tmp_path, "drawn", Encoding())
-    assert len(backbone.lesion_image_renderer.seen) == 4
+    assert len(backbone.preprocess.seen) == 4
     np.testing.assert_allclose(after.values[0], before.values[2], atol=1e-6)
     np.testing.assert_array_equal(after.values[1:], before.values[1:])
     for shard in tmp_path.rglob("features-*.parquet"):
@@ -140,7 +138,7 @@ def test_what_cannot_be_used_is_left_out_named_and_tried_again(backbone, table, 
         found = cached_features(backbone, rows, tmp_path / "cache", "drawn", Encoding())
     assert len(found.values) == len(found.table) == 2 and found.image.tolist() == [0, 1]
     assert list(found.refused) == [rows["image_id"].iloc[1]] and "bad.png" in caplog.text
-    assert backbone.lesion_image_renderer.seen.count("bad.png") == 2
+    assert backbone.preprocess.seen.count("bad.png") == 2
     with pytest.raises(ValueError, match="none of 1 images can be used; the first: .*bad.png"):
         cached_features(backbone, rows[1:2], tmp_path / "cache", "drawn", Encoding())
     bad.unlink()

@@ -9,20 +9,20 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
-from backbone_checkpoints import one_thread, small_checkpoints  # noqa: F401 (fixtures)
-from finetune_runs import command_line, draw_table, make_drawn_table, short_run  # noqa: F401
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from training.evaluation.finetuning.aggregation import score_levels
 from training.evaluation.finetuning.image_classifier import open_classifier
-from training.evaluation.finetuning.settings import FinetuneSettings, parse_settings
-from training.evaluation.predictions import score_levels
+from training.evaluation.run_settings import FinetuneSettings
 from training.evaluation.significance import score_task
 from training.finetune import finetune, main
+
+from .small_runs import command_line, draw_table, short_run
 
 LEVELS = ["image", *(f"{level}_{way}" for level in ("breast", "patient") for way in ("mean", "max", "attention"))]
 PROBABILITIES = ["p_0", "p_1"]
@@ -33,7 +33,7 @@ def frozen(drawn_table, folders, tmp_path_factory):
     """A finished linear probe: its settings, result and predictions."""
     settings = short_run(drawn_table, folders, tmp_path_factory.mktemp("frozen"))
     result = finetune(settings)
-    return settings, result, pandas.read_parquet(Path(settings.output_dir) / "predictions.parquet")
+    return settings, result, pd.read_parquet(Path(settings.output_dir) / "predictions.parquet")
 
 
 def test_a_result_says_everything_and_is_what_the_file_says(frozen):
@@ -45,7 +45,7 @@ def test_a_result_says_everything_and_is_what_the_file_says(frozen):
     } == result.keys()  # fmt: skip
     assert result["classes"] == ["no cancer", "cancer"] and result["counts"]["test"]["images"] > 0
     assert list(result["metrics"]) == LEVELS
-    assert parse_settings(command_line(settings)) == settings == FinetuneSettings(**result["settings"])
+    assert FinetuneSettings.parse(command_line(settings)) == settings == FinetuneSettings(**result["settings"])
     assert "Research use only" in result["notice"]
 
 
@@ -89,9 +89,9 @@ def test_the_same_settings_give_the_same_predictions_and_another_seed_others(fro
     settings, _, predictions = frozen
     again = FinetuneSettings(**{**vars(settings), "output_dir": str(tmp_path / "again")})
     finetune(again)
-    pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "again" / "predictions.parquet"), predictions)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "again" / "predictions.parquet"), predictions)
     finetune(FinetuneSettings(**{**vars(settings), "output_dir": str(tmp_path / "other"), "seed": 1}))
-    other = pandas.read_parquet(tmp_path / "other" / "predictions.parquet")
+    other = pd.read_parquet(tmp_path / "other" / "predictions.parquet")
     assert set(other["patient_id"]) != set(predictions["patient_id"])  # other patients are held out
 
 
@@ -120,9 +120,9 @@ def test_volumes_of_the_phantom_are_the_mean_of_their_slices(folders, phantom_ar
     finetune(settings)
     (volume, *_), (head,) = sorted(Path(phantom_archive).rglob("*_dbt.dcm")), [tmp_path / "run" / "model"]
     backbone, layer, _ = open_classifier(head)
-    images = pandas.read_parquet(tmp_path / "run" / "predictions.parquet").query("level == 'image'")
+    images = pd.read_parquet(tmp_path / "run" / "predictions.parquet").query("level == 'image'")
     volume = Path(phantom_archive) / (images["image_id"][images["image_id"].str.contains("dbt")].iloc[0] + ".dcm")
-    slices = list(backbone.images(volume))
+    slices = list(backbone.preprocess(volume))
     with torch.inference_mode():
         inputs = {name: torch.from_numpy(np.stack([each[name] for each in slices])) for name in slices[0]}
         p = torch.softmax(layer(backbone(**inputs)), dim=1).mean(dim=0)
@@ -145,7 +145,7 @@ def test_a_fine_tuned_mammodino_opens_as_automodel_and_predicts_the_same(
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True).eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)
     assert model.config.id2label == {0: "no cancer", 1: "cancer"}
-    images = pandas.read_parquet(tmp_path / "run" / "predictions.parquet").query("level == 'image'")
+    images = pd.read_parquet(tmp_path / "run" / "predictions.parquet").query("level == 'image'")
     with torch.inference_mode():
         inputs = processor([drawn_table / name for name in images["image_id"]], return_tensors="pt")
         p = torch.softmax(model(**inputs).logits, dim=1)
@@ -159,9 +159,9 @@ def test_another_backbone_is_tuned_and_kept_in_parts(folders, drawn_table, tmp_p
     )
     finetune(settings)
     backbone, head, classes = open_classifier(tmp_path / "run" / "model")
-    images = pandas.read_parquet(tmp_path / "run" / "predictions.parquet").query("level == 'image'")
+    images = pd.read_parquet(tmp_path / "run" / "predictions.parquet").query("level == 'image'")
     for row in images[:3].to_dict("records"):
-        image = next(backbone.images(drawn_table / row["image_id"]))
+        image = next(backbone.preprocess(drawn_table / row["image_id"]))
         with torch.inference_mode():
             p = torch.softmax(head(backbone(torch.from_numpy(image["pixel_values"])[None])), dim=1)[0]
         np.testing.assert_allclose([row["p_0"], row["p_1"]], p, atol=0.05)  # bfloat16 there
@@ -191,12 +191,12 @@ def test_a_command_that_is_killed_goes_on_and_ends_with_the_same_result(
     again = finetune(killed)
     assert again["metrics"] == whole["metrics"] and again["learned"] == whole["learned"]
     assert shards and shards == {path: path.stat().st_mtime_ns for path in shards}  # made once
-    predictions = [pandas.read_parquet(tmp_path / name / "predictions.parquet") for name in ("whole", "killed")]
-    pandas.testing.assert_frame_equal(*predictions)
+    predictions = [pd.read_parquet(tmp_path / name / "predictions.parquet") for name in ("whole", "killed")]
+    pd.testing.assert_frame_equal(*predictions)
 
 
 def edit(folder: Path, change) -> None:
-    table = pandas.read_csv(folder / "index.csv", dtype=str)
+    table = pd.read_csv(folder / "index.csv", dtype=str)
     change(table).to_csv(folder / "index.csv", index=False)
 
 
@@ -206,7 +206,7 @@ def one_class_rare(table):
 
 
 def spoil_images_of_cancer(folder: Path) -> None:
-    table = pandas.read_csv(folder / "index.csv")
+    table = pd.read_csv(folder / "index.csv")
     for path in table["path"][table["cancer"] == 1]:
         (folder / path).write_bytes(b"no image")
 

@@ -6,22 +6,26 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from backbone_checkpoints import one_thread, small_checkpoints  # noqa: F401 (fixtures)
-from finetune_runs import make_drawn_table, short_run  # noqa: F401
 from torch import nn
 
 from dataset_scripts.benchmarks.task import load_task
 from training.evaluation.backbones.registry import load_backbone
-from training.evaluation.evaluate_metrics import MammographyScores
 from training.evaluation.finetuning.image_classifier import (
     ImageClassifier,
     add_adapters,
     open_classifier,
     save_classifier,
 )
-from training.evaluation.finetuning.images import LabeledImages, SeededSampler, augment, collate_images
-from training.evaluation.finetuning.train import train_classifier
-from training.evaluation.seeded_trainer import SeededTrainer, find_checkpoint
+from training.evaluation.finetuning.tuning import (
+    LabeledImages,
+    MammographyScores,
+    augment,
+    collate_images,
+    train_classifier,
+)
+from training.evaluation.seeded_trainer import SeededSampler, SeededTrainer, find_checkpoint
+
+from .small_runs import short_run
 
 
 def test_each_image_comes_once_an_epoch_in_an_order_of_seed_and_epoch():
@@ -83,7 +87,7 @@ def test_flips_turns_and_scales_are_as_large_as_said():
 def test_a_images_change_is_a_function_of_seed_and_draw(drawn_table, folders):
     backbone = load_backbone("mammodino", folders["mammodino"])
     files = [str(path) for path in sorted(drawn_table.glob("*.png"))[:2]]
-    images = LabeledImages(backbone.lesion_image_renderer, files, np.array([0, 1]), 4, seed=5)
+    images = LabeledImages(backbone.preprocess, files, np.array([0, 1]), 4, seed=5)
     (first,), label = images[1, 7]
     (again,), _ = images[1, 7]
     (other,), _ = images[1, 8]
@@ -91,7 +95,7 @@ def test_a_images_change_is_a_function_of_seed_and_draw(drawn_table, folders):
     assert label == 1
     np.testing.assert_array_equal(first["pixel_values"], again["pixel_values"])
     assert np.abs(first["pixel_values"] - other["pixel_values"]).max() > 0.1
-    np.testing.assert_array_equal(plain["pixel_values"], next(backbone.images(files[1]))["pixel_values"])
+    np.testing.assert_array_equal(plain["pixel_values"], next(backbone.preprocess(files[1]))["pixel_values"])
 
 
 class MeanPixel(nn.Module):
@@ -150,7 +154,7 @@ def test_adapters_alone_learn_and_are_merged(kind, folders, drawn_table, tmp_pat
     assert learns and all("lora_" in name or name.startswith("head.") for name in learns)
     optimizer = torch.optim.SGD([each for each in classifier.parameters() if each.requires_grad], 1e-3)
     classifier.train()
-    images = [next(backbone.images(path)) for path in sorted(drawn_table.glob("*.png"))[:4]]
+    images = [next(backbone.preprocess(path)) for path in sorted(drawn_table.glob("*.png"))[:4]]
     batch = collate_images([([each], number % 2) for number, each in enumerate(images)])
     for _ in range(2):
         classifier(**batch)["loss"].backward()
@@ -172,9 +176,7 @@ def make_training(kind, folders, drawn_table, output, **changes):
     parts = []
     for split in ("train", "validation"):
         rows = task.table[task.table["split"] == split]
-        parts.append(
-            LabeledImages(backbone.lesion_image_renderer, rows["file"].tolist(), rows["label"].to_numpy(), 4, 0)
-        )
+        parts.append(LabeledImages(backbone.preprocess, rows["file"].tolist(), rows["label"].to_numpy(), 4, 0))
     torch.manual_seed(1)
     classifier = ImageClassifier(backbone, nn.Linear(backbone.width, 2), np.array([0.8, 1.5]))
     arguments = (classifier, *parts, None, MammographyScores(2), settings, output / "checkpoints")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training.evaluation.job_queue import RESULT_FILE, run_jobs
+from training.evaluation.runs import RESULT_FILE, run_jobs
 
 
 @dataclass(frozen=True)

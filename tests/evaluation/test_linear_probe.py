@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from training.evaluation.finetuning.linear_probe import (
+from training.evaluation.finetuning.heads import (
     PENALTIES,
     LinearHead,
     _minimize,

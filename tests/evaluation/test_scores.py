@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from training.evaluation.evaluate_metrics import MammographyScores
+from training.evaluation.finetuning.tuning import MammographyScores
 from training.evaluation.metrics import METRICS, bootstrap, bootstrap_weights, metric_names, score
 
 

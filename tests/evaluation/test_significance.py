@@ -1,7 +1,7 @@
 """Scores over seeds: means, paired bootstrap by patient against DeLong's formula, p-values, Holm's adjustment."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
@@ -9,14 +9,14 @@ from sklearn.metrics import roc_auc_score
 from training.evaluation.significance import holm, labels_and_probabilities, score_task, two_sided_p
 
 
-def predictions(signal: float, seed: int, model: int = 0, num_patients: int = 80, images: int = 2) -> pandas.DataFrame:
+def predictions(signal: float, seed: int, model: int = 0, num_patients: int = 80, images: int = 2) -> pd.DataFrame:
     """Patients of `images` images each with one label of this seed; higher signal, better ranked."""
     rng = np.random.default_rng(1000 + seed)
     label = np.repeat(rng.integers(0, 2, num_patients), images)
     noise = np.random.default_rng([seed, model]).normal(size=len(label))
     p = 1 / (1 + np.exp(-(signal * (label - 0.5) + noise)))
     patient = np.repeat([f"P{number}" for number in range(num_patients)], images)
-    return pandas.DataFrame(
+    return pd.DataFrame(
         {"image_id": np.arange(len(label)).astype(str), "patient_id": patient, "label": label, "p_0": 1 - p, "p_1": p}
     )
 
@@ -39,7 +39,7 @@ def test_resamples_take_whole_patients_and_are_shared_by_all_models():
     counts = np.random.default_rng(0).multinomial(80, np.full(80, 1 / 80), size=40)[0]
     scores = []
     for each in rows.values():
-        drawn = pandas.concat(
+        drawn = pd.concat(
             [each[each["patient_id"] == p] for p, n in zip(patients, counts, strict=True) for _ in range(n)]
         )
         scores.append(roc_auc_score(drawn["label"], drawn["p_1"]))
@@ -65,12 +65,12 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert hits >= 34
 
 
-def independent(trial: int) -> pandas.DataFrame:
+def independent(trial: int) -> pd.DataFrame:
     rng = np.random.default_rng(trial)
     label = np.arange(120) % 2
     score = rng.normal(size=120) + label
     names = [f"{number:03d}" for number in range(120)]
-    return pandas.DataFrame({"image_id": names, "patient_id": names, "label": label, "p_0": -score, "p_1": score})
+    return pd.DataFrame({"image_id": names, "patient_id": names, "label": label, "p_0": -score, "p_1": score})
 
 
 def test_models_that_saw_other_images_are_not_compared():
@@ -124,7 +124,7 @@ def two_models(seed, gain, num_patients=300):
 def paired(labels, a, b, patients, num_resamples):
     """Difference of two models with its interval, and p; their scores by hand."""
     names = [f"{number:05d}" for number in range(len(labels))]
-    table = pandas.DataFrame({"patient_id": [f"{each:05d}" for each in patients], "image_id": names, "label": labels})
+    table = pd.DataFrame({"patient_id": [f"{each:05d}" for each in patients], "image_id": names, "label": labels})
     models = {name: {0: table.assign(p_0=-scores, p_1=scores)} for name, scores in (("a", a), ("b", b))}
     return score_task(models, "auc", num_resamples).difference("a", "b")
 

@@ -7,16 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-import pandas
+import pandas as pd
 import pytest
 import yaml
 
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from training.benchmark import main
-from training.evaluation.backbones.small import write_small_checkpoints
-from training.evaluation.suite.paper import PUBLISHED, UNCLEAR
-from training.evaluation.suite.radar_plot import draw_radar
-from training.evaluation.suite.suite import read_suite
+from training.evaluation.backbones.small_checkpoints import write_small_checkpoints
+from training.evaluation.benchmark_report import PUBLISHED, UNCLEAR
+from training.evaluation.benchmark_suite import read_suite
+from training.evaluation.plots import draw_radar
 
 NUM_RUNS = 8  # two tasks, two backbones, two seeds
 
@@ -66,7 +66,7 @@ def test_the_report_holds_every_task_backbone_and_the_papers_figures(finished):
     assert "phantom lesion (simulated)" in report and "phantom density (dense)" in report
     assert "ours against the best other backbone" in report and "0.918" in report
     assert "say nothing about patients" in report
-    scores = pandas.read_csv(finished / "scores.csv")
+    scores = pd.read_csv(finished / "scores.csv")
     assert set(scores["backbone"]) == {"ours", "DINOv2"} and set(scores["seed"]) == {0, 1}
     assert {"image", "breast_mean", "patient_attention"} <= set(scores["level"])
     # the table's cell is the mean over seeds of what the runs say
@@ -99,9 +99,7 @@ def test_killed_and_started_again_it_repeats_nothing_and_ends_with_the_same_tabl
     main(["--config", str(suite)])
     assert all(path.stat().st_mtime_ns == at for path, at in done.items())
     assert (tmp_path / "report.md").read_text() == (finished / "report.md").read_text()
-    pandas.testing.assert_frame_equal(
-        pandas.read_csv(tmp_path / "scores.csv"), pandas.read_csv(finished / "scores.csv")
-    )
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "scores.csv"), pd.read_csv(finished / "scores.csv"))
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_reported(finished, values, tmp_path, capsys):
@@ -157,8 +155,6 @@ def test_the_shipped_suite_is_the_papers():
 
 
 def test_a_radar_needs_three_spokes(tmp_path):
-    scores = pandas.DataFrame(
-        {"a": [0.5, 0.6, 0.7], "b": [0.6, float("nan"), 0.7]}, index=["x one", "y two", "z three"]
-    )
+    scores = pd.DataFrame({"a": [0.5, 0.6, 0.7], "b": [0.6, float("nan"), 0.7]}, index=["x one", "y two", "z three"])
     assert not draw_radar(scores[:2], "a", tmp_path / "radar.png", "two")
     assert draw_radar(scores, "a", tmp_path / "radar.png", "three") and (tmp_path / "radar.png").stat().st_size > 10_000

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from training.evaluation.run_files import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
+from training.evaluation.runs import PREDICTIONS_FILE, RESULT_FILE, write_json, write_parquet
 from training.studies.design import FULL, PLAIN
 from training.studies.readout import HEADS, TASKS
 from training.studies.report import write_study

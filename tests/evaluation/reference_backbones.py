@@ -1,15 +1,11 @@
-"""Small checkpoints of every backbone and what they take; independent forwards of other projects' layouts, on the raw
-keys of their files; and what must not be unpickled."""
+"""What small checkpoints take; independent forwards of other projects' layouts, on the raw keys of their files; and
+what must not be unpickled."""
 
 import math
 from pathlib import Path
 
-import pytest
 import torch
-from one_thread import one_thread  # noqa: F401 (a fixture)
 from torch.nn import functional
-
-from training.evaluation.backbones.small import write_small_checkpoints
 
 Tensors = dict[str, torch.Tensor]
 
@@ -104,12 +100,6 @@ OWN_FILES = {
     "mammo_clip_efficientnet": "model-best.tar",
 }
 SIDES = {"dinov2": 70, "rad_dino": 70, "mammo_clip_efficientnet": 72}
-
-
-@pytest.fixture(name="folders", scope="module")
-def small_checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """A small checkpoint of every kind."""
-    return write_small_checkpoints(tmp_path_factory.mktemp("small"))
 
 
 def inputs(kind: str, batch: int = 2) -> dict[str, torch.Tensor]:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas
-import pytest
+import pandas as pd
 from conftest import draw_breast
 
-from training.evaluation.finetuning.settings import FinetuneSettings
+from training.evaluation.run_settings import FinetuneSettings
 
 NUM_PATIENTS = 24
 
@@ -37,13 +36,8 @@ def draw_table(folder: Path, num_patients: int = NUM_PATIENTS) -> Path:
                     "lesion_types": ("mass", "calcification", "")[number % 3],
                 }
             )
-    pandas.DataFrame(rows).to_csv(folder / "index.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
     return folder
-
-
-@pytest.fixture(name="drawn_table", scope="module")
-def make_drawn_table(tmp_path_factory) -> Path:
-    return draw_table(tmp_path_factory.mktemp("drawn"))
 
 
 def short_run(data_dir: Path, folders: dict[str, Path], output: Path, **changes) -> FinetuneSettings:
