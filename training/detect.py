@@ -66,7 +66,7 @@ def run(settings: DetectionSettings) -> dict[str, Any]:
     )
     encoder, processor = open_start(settings.encoder, settings.init == "random", settings.seed)
     renderer = LesionImageRenderer(on_canvas(processor, settings), table.views)
-    detector = build_detector(
+    detector: Any = build_detector(
         encoder,
         settings.map_width,
         settings.decoder_layers,
@@ -76,7 +76,8 @@ def run(settings: DetectionSettings) -> dict[str, Any]:
     ).to(find_device("auto"))
     write_json(output / SETTINGS_FILE, settings.what_is_computed())
 
-    learned, refused = {}, {}
+    learned: dict[str, Any] = {}
+    refused: dict[str, str] = {}
     if settings.num_train_epochs:
         learned, refused = train(detector, table, renderer, settings, output)
         detector.save_pretrained(output / "model")
@@ -130,7 +131,8 @@ def train(
     left."""
     if find_device("auto").type == "cpu":
         keep_freed_memory()
-    parts, refused = {}, {}
+    parts: dict[str, DetectionImages] = {}
+    refused: dict[str, str] = {}
     for split in ("train", "validation"):
         rows, of_split = render_training_images(
             table.images[split],
@@ -148,7 +150,7 @@ def train(
                 f"{next(iter(of_split.values()), '')}"
             )
         logger.info("%s: %d images, %d with lesions", split, len(rows), parts[split].has_lesion.sum())
-    return train_detector(detector, *parts.values(), settings, output / CHECKPOINTS), refused
+    return train_detector(detector, parts["train"], parts["validation"], settings, output / CHECKPOINTS), refused
 
 
 def by_kind(found: list[Found]) -> dict[str, list[Found]]:

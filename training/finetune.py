@@ -170,7 +170,7 @@ def train(
     in_loss = balanced if settings.class_imbalance == "class_weights" else np.ones(len(task.classes))
     in_drawing = balanced[parts["train"].labels] if settings.class_imbalance == "sampler" else None
     scores = MammographyScores(len(task.classes), is_ordered(settings.task))
-    encoder = add_adapters(backbone, settings) if settings.mode == "lora" else backbone
+    encoder: Any = add_adapters(backbone, settings) if settings.mode == "lora" else backbone
     classifier = ImageClassifier(encoder, head.layer(), in_loss)
     learned = train_classifier(classifier, parts["train"], parts["validation"], in_drawing, scores, settings, folder)
     if settings.mode == "lora":

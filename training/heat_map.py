@@ -9,6 +9,7 @@ evidence for its classes, too.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ def write_heat_maps(
 ) -> list[HeatMap]:
     """Draw and return the heat maps of one slice. Raises InvalidImageError, ValueError or OSError for what cannot be
     used."""
+    model: Any
     model, processor = open_encoder(model_name)
     classifier, classes = find_classifier(model_name, head)
     renderer = LesionImageRenderer(processor)
@@ -51,7 +53,8 @@ def find_classifier(model_name: str, head: Path | None) -> tuple[nn.Linear | Non
     if "MammoDinoForImageClassification" not in (config.architectures or ()):
         return None, ()
     whole = MammoDinoForImageClassification.from_pretrained(model_name)
-    return whole.classifier, tuple(whole.config.id2label[number] for number in range(whole.num_labels))
+    names: Any = whole.config.id2label
+    return whole.classifier, tuple(names[number] for number in range(whole.num_labels))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Figures of the evaluation: radar plot, detections, FROC curves, heat maps. Research use only."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -39,10 +40,10 @@ def draw_radar(scores: pd.DataFrame, ours: str, output: Path, caption: str) -> b
     length = 0.25 + 0.75 * scores.sub(low, axis=0).div(span, axis=0)
     angles = np.linspace(0, 2 * np.pi, len(scores), endpoint=False)
     figure = Figure(figsize=(8, 8), layout="constrained")
-    axes = figure.add_subplot(projection="polar")
+    axes: Any = figure.add_subplot(projection="polar")
     axes.set_theta_offset(np.pi / 2)
     axes.set_theta_direction(-1)
-    colors = matplotlib.colormaps["tab10"].colors
+    colors = matplotlib.color_sequences["tab10"]
     for number, name in enumerate(scores.columns):
         heavy = name == ours
         line = axes.plot(

@@ -72,7 +72,7 @@ class RunSettings:
         """Read `--name value ...`. Raises ValueError naming the field and what it may be."""
         required = " ".join(f"--{name} {name.upper()}" for name in cls.REQUIRED)
         usage = f"python -m training.{cls.PROGRAM} {required} [--name value ...]"
-        parser = HfArgumentParser(cls, prog=cls.PROGRAM, usage=usage)
+        parser = HfArgumentParser(cls, prog=cls.PROGRAM, usage=usage)  # type: ignore[arg-type]
         return parser.parse_args_into_dataclasses(args=arguments)[0]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -63,7 +63,7 @@ class SeededTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return self._loader(eval_dataset or self.eval_dataset, self.args.eval_batch_size, None)
 
-    def _loader(self, images: Dataset, batch_size: int, sampler: SeededSampler | None) -> DataLoader:
+    def _loader(self, images: Any, batch_size: int, sampler: SeededSampler | None) -> DataLoader:
         num_workers = self.args.dataloader_num_workers
         loader = DataLoader(
             images,
@@ -79,7 +79,7 @@ class SeededTrainer(Trainer):
     def resume(self) -> dict[str, Any]:
         """Train to the end, from the last whole checkpoint in `output_dir` on if there is one; return the last
         state."""
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         if last := find_checkpoint(folder):
             logger.info("going on from %s", last)
         self.train(resume_from_checkpoint=str(last) if last else None)

@@ -81,14 +81,14 @@ def _variant(encoder: dict[str, torch.Tensor], path: Path) -> str:
     """Return B0 to B7, by the channels of stem and head and the number of blocks."""
     blocks = {int(found[1]) for name in encoder if (found := re.match(r"_blocks\.(\d+)\.", name))}
     head = len(encoder.get("_conv_head.weight", ()))
-    found = (len(encoder["_conv_stem.weight"]), len(blocks), head)
+    stem = len(encoder["_conv_stem.weight"])
     for name in VARIANTS:
         config = efficientnet_config(name)
         repeats = sum(math.ceil(config.depth_coefficient * each) for each in config.num_block_repeats)
-        if found == (round_filters(32, config.width_coefficient), repeats, config.hidden_dim):
+        if (stem, len(blocks), head) == (round_filters(32, config.width_coefficient), repeats, config.hidden_dim):
             return name
     raise ValueError(
-        f"{path.name}: no EfficientNet B0 to B7 has {found[0]} channels in its stem, {found[1]} blocks and {found[2]} "
+        f"{path.name}: no EfficientNet B0 to B7 has {stem} channels in its stem, {len(blocks)} blocks and {head} "
         "channels in its head; give a whole checkpoint of Mammo-CLIP"
     )
 

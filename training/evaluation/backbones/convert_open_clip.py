@@ -67,7 +67,9 @@ def convert_biomedclip(path: Path) -> tuple[ViTModel, dict[str, Any]]:
         trunk, "patch_embed.proj.weight", positions, r"blocks\.(\d+)\.", "blocks.0.mlp.fc1.bias", path
     )
     config = ViTConfig(**architecture, layer_norm_eps=1e-6)  # timm's; the default here is another
-    return build(ViTModel, config, state, path, add_pooling_layer=False), preprocessing(path, config.image_size)
+    return build(ViTModel, config, state, path, add_pooling_layer=False), preprocessing(
+        path, architecture["image_size"]
+    )
 
 
 def convert_clip_vit(path: Path) -> tuple[CLIPVisionModel, dict[str, Any]]:
@@ -95,12 +97,12 @@ def convert_clip_vit(path: Path) -> tuple[CLIPVisionModel, dict[str, Any]]:
     beside = open_clip_config(path)
     quick = not beside or beside.get("model_cfg", {}).get("quick_gelu")
     config = CLIPVisionConfig(**architecture, hidden_act="quick_gelu" if quick else "gelu")
-    return build(CLIPVisionModel, config, state, path), preprocessing(path, config.image_size)
+    return build(CLIPVisionModel, config, state, path), preprocessing(path, architecture["image_size"])
 
 
 def vit_architecture(
     tensors: dict[str, torch.Tensor], patch_weight: str, num_positions: int, block: str, hidden_bias: str, path: Path
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Return what a ViT's configuration needs, from the shapes of its tensors.
 
     patch_weight, hidden_bias: names of the patch embedding and of a block's first MLP bias. block: pattern of a block's

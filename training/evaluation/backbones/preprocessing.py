@@ -142,7 +142,7 @@ def final_size(settings: dict[str, Any]) -> tuple[int, int]:
     size = settings.get("crop_size") if settings.get("do_center_crop") else None
     size = size or settings.get("size")
     if isinstance(size, dict):
-        sides = [size.get(name) or size.get("shortest_edge") for name in ("height", "width")]
-        if all(sides):
-            return int(sides[0]), int(sides[1])
+        height, width = (size.get(name) or size.get("shortest_edge") for name in ("height", "width"))
+        if height and width:
+            return int(height), int(width)
     raise ValueError(f"its preprocessor_config.json has size={size}; needs height and width, or shortest_edge")

@@ -43,7 +43,7 @@ from .convert_open_clip import convert_biomedclip, convert_clip_vit
 from .preprocessing import MammoDinoImages, Preprocessing, rgb_images
 
 # of an untrained ViT where no checkpoint gives the architecture: a ViT-S/14
-UNTRAINED = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+UNTRAINED: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 # of a configuration, what no feature depends on
 PROVENANCE = ("_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id", "transformers_version")
 
@@ -258,10 +258,11 @@ def _untrained(source: str | None, seed: int) -> tuple[PreTrainedModel, Preproce
     if source is not None:
         _check_family("untrained", source)
         config = MammoDinoConfig.from_pretrained(source)
-        if (image_processor := own_processor(processor_settings(source))) is None:
+        if (own := own_processor(processor_settings(source))) is None:
             raise ValueError(
                 "has no preprocessor_config.json of a MammoDinoImageProcessor; give an encoder's whole folder"
             )
+        image_processor = own
     with torch.random.fork_rng(devices=[]):  # the draws of a run do not depend on the backbone
         torch.default_generator.manual_seed(seed)
         return MammoDinoModel(config), MammoDinoImages(image_processor)
@@ -280,11 +281,12 @@ def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedM
         model, published = family.convert(path)
     elif family.models:
         model_type, published = _check_family(kind, source), family.published
-        options = {"add_pooling_layer": False} if model_type == "vit" else {}
+        options: dict[str, Any] = {"add_pooling_layer": False} if model_type == "vit" else {}
         with quiet_transformers():
-            model, report = family.models[model_type].from_pretrained(
+            opened: Any = family.models[model_type].from_pretrained(
                 source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+        model, report = opened
         check_report(report)
     else:
         if not Path(source).exists():

@@ -139,6 +139,7 @@ def open_start(name: str, from_random: bool, seed: int) -> tuple[MammoDinoModel,
 
     Raises as `modeling_mammodino.tools.embed.open_encoder` does.
     """
+    encoder: Any
     encoder, processor = open_encoder(name)
     if from_random:
         torch.manual_seed(seed)
@@ -180,5 +181,5 @@ def detect(detector: RTDetrForObjectDetection, pixel_values: torch.Tensor) -> li
     outputs: Any = detector(pixel_values.to(detector.device))
     scores = outputs.logits[..., 0].float().sigmoid().cpu().numpy()
     boxes = outputs.pred_boxes.float().cpu().numpy().astype(float)
-    canvas = tuple(pixel_values.shape[-2:])
-    return [(to_corners(each, canvas), of.astype(float)) for each, of in zip(boxes, scores, strict=True)]
+    height, width = pixel_values.shape[-2:]
+    return [(to_corners(each, (height, width)), of.astype(float)) for each, of in zip(boxes, scores, strict=True)]

@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,7 @@ def lesion_table(found: list[Found], rule: str, iou_threshold: float) -> pd.Data
     return pd.concat(parts, ignore_index=True)
 
 
-def _rows(found: Found, boxes: np.ndarray, slices: np.ndarray, **columns: np.ndarray) -> pd.DataFrame:
+def _rows(found: Found, boxes: np.ndarray, slices: np.ndarray, **columns: Any) -> pd.DataFrame:
     corners = dict(zip(("x0", "y0", "x1", "y1"), boxes.T, strict=True))
     about = {"image_id": found.image_id, "patient_id": found.patient_id, "num_slices": found.num_slices}
     return pd.DataFrame({**corners, "slice": slices, **columns}).assign(**about)

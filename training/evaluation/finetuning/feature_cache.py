@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,9 +105,10 @@ def encode_images(
         features: dict[int, list[np.ndarray]] = defaultdict(list)
         refused: dict[int, str] = {}
         slices = _usable(islice(of_files, IMAGES_PER_SHARD), refused)
-        for position, feature in extract_features(
+        extracted: Any = extract_features(
             backbone, slices, pool=None, batch_size=encoding.batch_size, bf16=encoding.bf16
-        ):
+        )
+        for position, feature in extracted:
             if not np.isfinite(feature).all():
                 raise ValueError(
                     f"{files[position]}: features of {backbone.source} are not finite; its weights are damaged, or "

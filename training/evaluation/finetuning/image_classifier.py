@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class ImageClassifier(nn.Module):
         head: nn.Linear(F, C).
         class_weights (C,): of the loss; ones where classes weigh as they are.
     """
+
+    class_weights: torch.Tensor
 
     def __init__(self, backbone: nn.Module, head: nn.Linear, class_weights: np.ndarray):
         super().__init__()
@@ -93,7 +96,7 @@ def save_classifier(
     another kind, or the head of a frozen encoder alone, for `open_classifier`."""
     with atomic_folder(folder, replace=True) as temporary:
         if isinstance(backbone.preprocess, MammoDinoImages) and not head_alone:
-            config = type(backbone.model.config).from_dict(backbone.model.config.to_dict())
+            config: Any = type(backbone.model.config).from_dict(backbone.model.config.to_dict())
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: number for number, name in enumerate(classes)}
             model = MammoDinoForImageClassification(config)

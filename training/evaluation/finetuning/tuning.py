@@ -70,7 +70,7 @@ def augment(rng: np.random.Generator, slices: list[dict[str, np.ndarray]]) -> li
 
     def change(plane: np.ndarray) -> np.ndarray:
         height, width = plane.shape
-        matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, factor)
+        matrix: np.ndarray = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, factor)
         matrix[:, 2] += shift * (width, height)
         plane = np.ascontiguousarray(plane[:, ::-1] if flip < 0.5 else plane)
         border = float(plane.min())
