@@ -27,7 +27,7 @@ class CountedImages:
         if len(self.seen) >= self.lives:
             raise KeyboardInterrupt
         self.seen.append(Path(file).name)
-        yield from self.preprocess(file, slices, slices_per_volume)
+        yield from self.images(file, slices, slices_per_volume)
 
     def settings(self):
         return self.images.settings()

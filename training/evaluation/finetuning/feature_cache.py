@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow
-import torch
 from filelock import FileLock
 from pyarrow import parquet
 
@@ -99,8 +98,6 @@ def encode_images(
     read = partial(backbone.preprocess, slices_per_volume=encoding.slices_per_volume)
     of_files = enumerate(read_files(files, read, encoding.num_workers, num_ahead=encoding.batch_size))
     backbone.eval()
-    if files and not encoding.num_workers:
-        torch.empty((), dtype=torch.int64).random_()  # as a DataLoader draws: adapters of lora start from what follows
     for _ in range(0, len(files), IMAGES_PER_SHARD):
         features: dict[int, list[np.ndarray]] = defaultdict(list)
         refused: dict[int, str] = {}
