@@ -128,14 +128,15 @@ def whole_slices(paths: Sequence[Path], image_processor: MammoDinoImageProcessor
 
     Raises ValueError for a file that cannot be used: scores of other files are others.
     """
-    files = list(read_files(paths, SliceReader(image_processor, slices)))
-    if refused := [reason for reason in files if isinstance(reason, str)]:
+    examples, refused = [], []
+    for row, images in enumerate(read_files(paths, SliceReader(image_processor, slices))):
+        if isinstance(images, str):
+            refused.append(images)
+        else:
+            examples += [Example(row, each.pixel_values, each.tissue_mask, each.tissue_mask) for each in images]
+    if refused:
         raise ValueError(f"{len(refused)} of {len(paths)} files cannot be used: {refused[0]}")
-    return [
-        Example(row, each.pixel_values, each.tissue_mask, each.tissue_mask)
-        for row, images in enumerate(files)
-        for each in images
-    ]
+    return examples
 
 
 def features_of(encoder: MammoDinoModel, examples: Sequence[Example], drops_background: bool) -> np.ndarray:
@@ -147,7 +148,7 @@ def features_of(encoder: MammoDinoModel, examples: Sequence[Example], drops_back
     seen = ("pixel_values", "weights", "tissue_mask") if drops_background else ("pixel_values", "weights")
     keyed = ((each.row, {name: getattr(each, name) for name in seen}) for each in examples)
     features = extract_features(encoder, keyed, pool="all", batch_size=BATCH_SIZE)
-    return mean_of_rows(examples, np.stack([row for _, row in features]))
+    return mean_of_rows(examples, np.stack([feature for _, feature in features]))  # type: ignore[misc]  # no FileEnd
 
 
 def mean_of_rows(examples: Sequence[Example], features: np.ndarray) -> np.ndarray:
