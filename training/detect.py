@@ -73,7 +73,7 @@ def run(settings: DetectionSettings) -> dict[str, Any]:
         settings.num_queries,
         settings.spatial_prior,
         settings.seed,
-    ).to(find_device("auto"))
+    ).to(find_device("auto"))  # type: ignore[arg-type]
     write_json(output / SETTINGS_FILE, settings.what_is_computed())
 
     learned: dict[str, Any] = {}

@@ -51,7 +51,7 @@ def find_file(source: str, names: Sequence[str], suffix: str = "") -> Path | Non
         return found[0] if found else None
     if source.count("/") > 1:
         owner, repository, name = source.split("/", 2)
-        return Path(cached_file(f"{owner}/{repository}", name))
+        return Path(cached_file(f"{owner}/{repository}", name))  # type: ignore[arg-type]
     for name in names:
         if found_file := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
             return Path(found_file)
@@ -147,8 +147,10 @@ def build(kind: type[PreTrainedModel], config: Any, state: dict[str, torch.Tenso
 
     Through `from_pretrained`, which knows the names of a module in this version of transformers.
     """
+    model: Any
+    report: Any
     with quiet_transformers():
-        model, report = kind.from_pretrained(
+        model, report = kind.from_pretrained(  # type: ignore[misc]
             None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     check_report(report, f"{path.name}: ", unexpected=True)

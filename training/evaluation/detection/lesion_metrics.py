@@ -9,7 +9,7 @@ there a second box on one lesion is wrong; of a volume the depth is not evaluate
 import contextlib
 import io
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -53,7 +53,7 @@ def overlaps(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np
 def is_centered(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np.ndarray:
     """Tell where the prediction's center lies in the lesion's box, its edge included."""
     centers = _centers(boxes)[:, None]
-    return ((centers >= lesions[None, :, :2]) & (centers <= lesions[None, :, 2:])).all(axis=2)
+    return np.all((centers >= lesions[None, :, :2]) & (centers <= lesions[None, :, 2:]), axis=2)
 
 
 def is_near(boxes: np.ndarray, lesions: np.ndarray, iou_threshold: float) -> np.ndarray:
@@ -119,8 +119,10 @@ def froc_marks(found: list[Found], rule: str, iou_threshold: float) -> FrocMarks
         hit = hits(each, rule, iou_threshold)  # (n, g)
         wrong = each.scores[~hit.any(axis=1)]
         best = best_scores(each, hit)
-        false_scores.append(wrong), false_images.append(np.full(len(wrong), number))
-        lesion_scores.append(best), lesion_images.append(np.full(len(best), number))
+        false_scores.append(wrong)
+        false_images.append(np.full(len(wrong), number))
+        lesion_scores.append(best)
+        lesion_images.append(np.full(len(best), number))
     scores, images = np.concatenate(false_scores), np.concatenate(false_images)
     order = np.argsort(-scores, kind="stable")
     return FrocMarks(
@@ -163,14 +165,19 @@ def coco_matches(found: list[Found]) -> CocoMatches:
     for number, each in enumerate(found, start=1):  # pycocotools takes id 0 for none
         for name, boxes, scores in (("lesions", each.lesions, None), ("boxes", each.boxes, each.scores)):
             for row, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
-                one = {"id": len(annotations[name]) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
+                one: dict[str, Any] = {
+                    "id": len(annotations[name]) + 1,
+                    "image_id": number,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                }
                 one |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
                 annotations[name].append(one if scores is None else {**one, "score": float(scores[row])})
     with contextlib.redirect_stdout(io.StringIO()):
         truth, predicted = COCO(), COCO()
         for coco, name in ((truth, "lesions"), (predicted, "boxes")):
-            images = [{"id": number} for number in range(1, len(found) + 1)]
-            coco.dataset = {"images": images, "annotations": annotations[name], "categories": [{"id": 1}]}
+            every_image = [{"id": number} for number in range(1, len(found) + 1)]
+            coco.dataset = {"images": every_image, "annotations": annotations[name], "categories": [{"id": 1}]}
             coco.createIndex()
         evaluation = COCOeval(truth, predicted, "bbox")
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]

@@ -154,6 +154,9 @@ class AttentionPooling(nn.Module):
     """features (N, F) of G groups -> logits (G, C). `weight` (C, F) and `bias` (C,) are those that it starts with, for
     features as they come; `mean` and `std` (F,) standardize them for the attention."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray):
         super().__init__()
         num_classes, width = weight.shape
