@@ -217,7 +217,7 @@ def test_images_are_made_in_workers_without_the_weights(backbones, tmp_path, kin
     cv2.imwrite(str(tmp_path / "a.png"), draw_breast())
     packed = pickle.dumps(backbones[kind].preprocess)
     assert len(packed) < 20_000
-    ours, theirs = (list(each(tmp_path / "a.png")) for each in (backbones[kind].images, pickle.loads(packed)))
+    ours, theirs = (list(each(tmp_path / "a.png")) for each in (backbones[kind].preprocess, pickle.loads(packed)))
     assert [each.keys() for each in ours] == [each.keys() for each in theirs]
     for name in ours[0]:
         np.testing.assert_array_equal(ours[0][name], theirs[0][name])
