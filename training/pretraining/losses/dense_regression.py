@@ -1,0 +1,148 @@
+"""Dense local regression: from each visible or masked patch token, what is seen at its place is predicted.
+
+This is ours, not the paper's: the adjacent-slice idea taken to patches. Where an image has a neighboring slice, the
+content is the neighbor's, so that a token must know what is there and not the noise of one slice. Two kinds of content,
+each with a weight of its own: local statistics (brightness, bands of differences of Gaussians, orientation; Lindeberg
+1994 for the scale space, Bigun and Granlund 1987 for the structure tensor) and pixels (whitened principal components of
+a window around the patch). Both are computed from images without augmentation of intensity, inside the breast alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+SCALES_PX = (1.0, 2.0, 4.0, 8.0, 16.0)  # standard deviations; one of two patches is added where it is larger
+WINDOWS_PATCHES = (1, 3, 5)  # sides of the windows of a statistic
+ORIENTATION_SCALES = (0, 1, 2)  # of SCALES_PX
+LIMIT = 5.0  # standardized targets are clipped to this, so that no rare place rules a batch
+
+
+def dense_regression_loss(predicted: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean over tokens of the smooth L1 loss (Girshick 2015), mean over a token's targets.
+
+    predicted and targets (B, K, S); weights (B, K), such as the breast fraction of each patch. Returns a scalar
+    float32; every process holds as many tokens, and each weighs by its own sum.
+    """
+    with torch.autocast(predicted.device.type, enabled=False):
+        error = functional.smooth_l1_loss(predicted.float(), targets.float(), reduction="none").mean(dim=-1)  # (B, K)
+        return (error * weights).sum() / weights.sum().clamp_min(1e-6)
+
+
+class DenseTargets(nn.Module):
+    """Content of every patch of a canvas (H, W): local statistics and components, standardized over a sample of images.
+
+    `fit` takes means, deviations and principal components from images; they are buffers, saved in checkpoints.
+    """
+
+    def __init__(self, canvas: tuple[int, int], patch_size: int, num_components: int = 64):
+        super().__init__()
+        self.canvas, self.patch_size = canvas, patch_size
+        self.scales = tuple(scale for scale in SCALES_PX) + (
+            (2.0 * patch_size,) if 2 * patch_size > SCALES_PX[-1] else ()
+        )
+        self.num_statistics = len(WINDOWS_PATCHES) * (1 + len(self.scales)) + 3 * len(self.scales)
+        self.num_statistics += 3 * len(ORIENTATION_SCALES)
+        self.num_components = num_components
+        window = (3 * patch_size) ** 2
+        self.register_buffer("statistics_mean", torch.zeros(self.num_statistics))
+        self.register_buffer("statistics_scale", torch.ones(self.num_statistics))
+        self.register_buffer("window_mean", torch.zeros(window))
+        self.register_buffer("components", torch.zeros(num_components, window))  # rows divided by their deviation
+        for axis, length in zip("yx", canvas, strict=True):
+            blurs = torch.stack([gaussian_matrix(length, scale) for scale in self.scales])
+            self.register_buffer(f"blur_{axis}", blurs, persistent=False)  # (scales, H, H), (scales, W, W)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor, tissue: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardized statistics (B, N, S) and components (B, N, C) of images (B, H, W) in 0..1; tissue (B, H, W) bool."""
+        with torch.autocast(images.device.type, enabled=False):
+            statistics = (self.statistics(images, tissue) - self.statistics_mean) / self.statistics_scale
+            filters = self.components.view(-1, 1, 3 * self.patch_size, 3 * self.patch_size)
+            components = functional.conv2d(self._padded(images), filters, stride=self.patch_size)
+            components = components.flatten(2).transpose(1, 2) - self.components @ self.window_mean
+            return statistics.clamp(-LIMIT, LIMIT), components.clamp(-LIMIT, LIMIT)
+
+    def statistics(self, images: torch.Tensor, tissue: torch.Tensor) -> torch.Tensor:
+        """Raw statistics (B, N, S), each over breast alone: mean brightness in windows of 1, 3 and 5 patches; of each band
+        its mean, log root mean square in the three windows, maximum and minimum; of each orientation scale the two
+        components of the structure tensor's direction and its coherence in 3 patches."""
+        inside = tissue.to(images.dtype)
+        patch = self.patch_size
+
+        def mean_in(values: torch.Tensor, window: int) -> torch.Tensor:  # (B, H, W) -> (B, h, w)
+            patches = functional.avg_pool2d(values.unsqueeze(1), patch)
+            return functional.avg_pool2d(patches, window, stride=1, padding=window // 2).squeeze(1)
+
+        share = {window: mean_in(inside, window).clamp_min(1e-3) for window in WINDOWS_PATCHES}
+        smooth = [images, *self._blurred(images, inside)]
+        values = [mean_in(images * inside, window) / share[window] for window in WINDOWS_PATCHES]
+        for finer, coarser in zip(smooth[:-1], smooth[1:], strict=True):
+            band = (finer - coarser) * inside
+            values.append(mean_in(band, 1) / share[1])
+            values += [(mean_in(band.square(), each) / share[each] + 1e-6).log() / 2 for each in WINDOWS_PATCHES]
+            values += [functional.max_pool2d(sign * band.unsqueeze(1), patch).squeeze(1) * sign for sign in (1, -1)]
+        for scale in ORIENTATION_SCALES:
+            x, y = (gradient * inside for gradient in sobel(smooth[1 + scale]))
+            xx, yy, xy = (mean_in(product, 3) for product in (x * x, y * y, x * y))
+            total = xx + yy + 1e-6
+            values += [(xx - yy) / total, 2 * xy / total, ((xx - yy).square() + 4 * xy.square()).sqrt() / total]
+        return torch.stack(values, dim=-1).flatten(1, 2)
+
+    @torch.no_grad()
+    def fit(self, images: torch.Tensor, tissue: torch.Tensor) -> None:
+        """Take means, deviations and components from a sample of images (n, H, W) in 0..1 and tissue (n, H, W) bool.
+
+        Raises ValueError where they hold fewer patches of breast than components.
+        """
+        keep = functional.avg_pool2d(tissue.float().unsqueeze(1), self.patch_size).flatten(1) > 0.5  # (n, N)
+        if int(keep.sum()) <= self.num_components:
+            raise ValueError(
+                f"{int(keep.sum())} patches of breast for {self.num_components} components; give more images"
+            )
+        chunks = [slice(start, start + 32) for start in range(0, len(images), 32)]
+        statistics = torch.cat([self.statistics(images[each], tissue[each])[keep[each]] for each in chunks])
+        self.statistics_mean.copy_(statistics.mean(dim=0))
+        self.statistics_scale.copy_(statistics.std(dim=0).clamp_min(1e-4))
+        count, total, products = 0, 0, 0
+        for each in chunks:  # moments in float64: windows are many
+            windows = self._windows(images[each])[keep[each]].double()
+            count, total, products = count + len(windows), total + windows.sum(dim=0), products + windows.T @ windows
+        mean = total / count
+        variances, directions = torch.linalg.eigh(products / count - mean.outer(mean))
+        variances, directions = variances.flip(0)[: self.num_components], directions.flip(1)[:, : self.num_components]
+        signs = torch.where(directions.sum(dim=0) < 0, -1.0, 1.0)  # eigenvectors have none of their own
+        deviations = (variances.clamp_min(0) + 1e-4 * variances[0]).sqrt()
+        self.window_mean.copy_(mean)
+        self.components.copy_((directions * signs / deviations).T)
+
+    def _padded(self, images: torch.Tensor) -> torch.Tensor:
+        return functional.pad(images.unsqueeze(1), (self.patch_size,) * 4)  # beyond the canvas is air
+
+    def _windows(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, N, 9 p^2): the 3 x 3 patches around each patch."""
+        return functional.unfold(self._padded(images), 3 * self.patch_size, stride=self.patch_size).transpose(1, 2)
+
+    def _blurred(self, images: torch.Tensor, inside: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Each scale's blur over breast alone (normalized convolution, Knutsson and Westin 1993)."""
+        both = torch.stack((images * inside, inside))  # (2, B, H, W)
+        for down, across in zip(self.blur_y, self.blur_x, strict=True):
+            values, weights = down @ both @ across.T
+            yield values / weights.clamp_min(1e-3)
+
+
+def gaussian_matrix(length: int, scale: float) -> torch.Tensor:
+    """(length, length): row i blurs at i with standard deviation `scale`, cut at four of them; beyond the ends is zero."""
+    places = torch.arange(length, dtype=torch.float32)
+    distance = places[:, None] - places
+    kernel = torch.exp(-(distance / scale).square() / 2) * (distance.abs() <= 4 * scale + 0.5)
+    reach = int(4 * scale + 0.5)
+    return kernel / torch.exp(-(torch.arange(-reach, reach + 1) / scale).square() / 2).sum()
+
+
+def sobel(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients along x and y (B, H, W), zero beyond the border."""
+    kernel = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+    gradients = functional.conv2d(images.unsqueeze(1), torch.stack((kernel, kernel.T)).unsqueeze(1), padding=1)
+    return gradients[:, 0], gradients[:, 1]

@@ -1,0 +1,100 @@
+"""Which images a batch groups: several views of one patient, patients of one source, so that views have what to agree on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from training.settings import PATIENT_STREAM, SOURCE_STREAM, generator
+
+STEPS_PER_BLOCK = 256  # in which each source has its share of the steps
+
+
+class Place(NamedTuple):
+    """What a sample shows."""
+
+    volume: int  # by its place in the corpus
+    patient: int  # number of the patient, equal for all views of one
+    breast: int  # number of the breast, equal for all views of one
+    repeat: int  # how often this patient's volume came earlier in the group: another slice, another transform
+
+
+class PatientOrder:
+    """The volume of each sample where patients are grouped, a pure function of (seed, index).
+
+    Sample `index` is view `index % views_per_patient` of patient slot `index // views_per_patient`; half of a patient's
+    views are of one breast where there are two, and within a breast no volume comes twice before all came once. Images
+    of unknown patients stand alone, those of unknown side are a breast of their own. With `single_source` a step's
+    patients are of one source, sources in proportion to their patients, so that the source is not what agrees; within
+    a source (or all of them) an epoch is a permutation of its patients.
+
+    patients, lateralities, sources: of each volume, by its place in the corpus; None where unknown. patients_per_step:
+    over all processes. Raises ValueError for an odd number of views above one.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        patients: Sequence[str | None],
+        lateralities: Sequence[str | None],
+        sources: Sequence[str],
+        views_per_patient: int,
+        patients_per_step: int,
+        single_source: bool = True,
+    ):
+        if views_per_patient > 1 and views_per_patient % 2:
+            raise ValueError(f"views_per_patient={views_per_patient}: must be 1 or even, half of them of each breast")
+        self.seed, self.views_per_patient, self.patients_per_step = seed, views_per_patient, patients_per_step
+        breasts: dict[tuple[str, str], dict[str, list[int]]] = {}
+        for volume, (patient, side, source) in enumerate(zip(patients, lateralities, sources, strict=True)):
+            of_patient = breasts.setdefault((source, patient or f"unknown {volume}"), {})
+            of_patient.setdefault(side or f"unknown {volume}", []).append(volume)
+        self.patients = [list(sides.values()) for sides in breasts.values()]
+        self.first_breast = np.r_[0, np.cumsum([len(sides) for sides in self.patients])]
+        of_source: dict[str, list[int]] = {}
+        for number, (source, _) in enumerate(breasts):
+            of_source.setdefault(source if single_source else "", []).append(number)
+        self.groups = [np.array(numbers) for numbers in of_source.values()]
+        shares = np.array([len(group) for group in self.groups]) * STEPS_PER_BLOCK / len(self.patients)
+        counts = np.floor(shares).astype(int)
+        counts[np.argsort(counts - shares, kind="stable")[: STEPS_PER_BLOCK - counts.sum()]] += 1  # largest remainders
+        self.block = np.repeat(np.arange(len(self.groups)), counts)  # source of each step, sorted
+        self.per_block = counts
+        self._mix: tuple[int, np.ndarray, np.ndarray] = (-1, self.block, self.block)  # of the last block asked for
+        self._epochs = [(-1, group) for group in self.groups]
+
+    def __getitem__(self, index: int) -> Place:
+        slot, view = divmod(index, self.views_per_patient)
+        patient = self.patient_of(slot)
+        rng = generator(self.seed, PATIENT_STREAM, slot)
+        sides = [self.patients[patient][each] for each in rng.permutation(len(self.patients[patient]))[:2]]
+        drawn = []  # every view of the slot, to know what this one repeats
+        for number in range(self.views_per_patient):
+            half = number * 2 // self.views_per_patient if self.views_per_patient > 1 else 0
+            side = half % len(sides)
+            done = sum(1 for each, _ in drawn if each == side)
+            if done % len(sides[side]) == 0:
+                order = rng.permutation(len(sides[side]))
+            drawn.append((side, sides[side][order[done % len(order)]]))
+        side, volume = drawn[view]
+        breast = next(number for number, volumes in enumerate(self.patients[patient]) if volumes is sides[side])
+        repeat = sum(1 for _, each in drawn[:view] if each == volume)
+        return Place(volume, patient, int(self.first_breast[patient]) + breast, repeat)
+
+    def patient_of(self, slot: int) -> int:
+        """The patient of a slot."""
+        step, place = divmod(slot, self.patients_per_step)
+        block, step_in_block = divmod(step, STEPS_PER_BLOCK)
+        if self._mix[0] != block:
+            sources = generator(self.seed, SOURCE_STREAM, block).permutation(self.block)
+            earlier = np.empty_like(sources)  # steps of the same source before each, within the block
+            for source in range(len(self.groups)):
+                earlier[sources == source] = np.arange(self.per_block[source])
+            self._mix = (block, sources, earlier)
+        source = int(self._mix[1][step_in_block])
+        number = block * int(self.per_block[source]) + int(self._mix[2][step_in_block])  # of the source's steps
+        epoch, position = divmod(number * self.patients_per_step + place, len(self.groups[source]))
+        if self._epochs[source][0] != epoch:
+            rng = generator(self.seed, PATIENT_STREAM, ((source + 1) << 40) + epoch)
+            self._epochs[source] = (epoch, rng.permutation(self.groups[source]))
+        return int(self._epochs[source][1][position])
