@@ -1,0 +1,123 @@
+"""The canvas objective: dense local regression from a subset of tissue tokens, and agreement of a patient's views.
+
+Ours, not the paper's. It needs nothing that two crops share, learns from every token, and costs what it encodes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from modeling_mammodino import MammoDinoModel
+from training.pretraining.views.sample import Batch
+
+from .losses.coding_rate import coding_rate_loss
+from .losses.dense_regression import DenseTargets, dense_regression_loss
+from .losses.distributed import gather_rows
+from .losses.sigreg import sigreg_loss
+from .losses.view_agreement import view_agreement_loss
+from .losses.visreg import visreg_loss
+from .recipe import LossRecipe, Recipe
+
+REGULARIZERS = {"visreg": visreg_loss, "sigreg": sigreg_loss, "coding_rate": coding_rate_loss}
+
+
+class CanvasOutputs(NamedTuple):
+    """What the student says of one batch of canvases. K tokens of each, S statistics, C components."""
+
+    content: torch.Tensor  # (B, K, S + C), predicted at each token's place
+    breast: torch.Tensor  # (B, E), embeddings that agree between the views of a breast
+    patient: torch.Tensor  # (B, E), embeddings that agree between the views of a patient
+    features: torch.Tensor  # (B, D), class tokens
+
+
+class BatchStandardization(nn.Module):
+    """BatchNorm (Ioffe and Szegedy 2015) over the batches of all processes, without running statistics: heads are
+    used in training alone, and a run by two processes is the run by one."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            variance, mean = torch.var_mean(gather_rows(features.float()), dim=0, correction=0)
+            return (features.float() - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
+
+
+class CanvasHeads(nn.Module):
+    """A linear layer from patch tokens to content, and a projector (LeJEPA's, BatchNorm MLP) for each kind of view."""
+
+    def __init__(self, recipe: Recipe, num_targets: int):
+        super().__init__()
+        model = recipe.model
+        self.content = nn.Linear(model.hidden_size, num_targets)
+
+        def projector() -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for width in (2 * model.hidden_size, model.projector_hidden_size):
+                layers += [
+                    nn.Linear(width, model.projector_hidden_size, bias=False),
+                    BatchStandardization(model.projector_hidden_size),
+                    nn.GELU(),
+                ]
+            return nn.Sequential(*layers, nn.Linear(model.projector_hidden_size, model.projector_size))
+
+        self.breast, self.patient = projector(), projector()
+
+    def forward(self, backbone: MammoDinoModel, batch: Batch) -> CanvasOutputs:
+        """Encode the kept tokens of each canvas, (B, 1, H, W), and project them."""
+        keep = batch["canvas_tokens"].flatten(1)  # (B, N), equally many in each row
+        states = backbone(
+            batch["canvas"], bool_masked_pos=batch["canvas_masks"].flatten(1), tissue_mask=batch["canvas_tokens"]
+        ).last_hidden_state
+        cls = states[:, 0]
+        patches = states[:, 1 + backbone.config.num_register_tokens :][keep].view(len(cls), -1, cls.shape[-1])
+        view = torch.cat((cls, patches.mean(dim=1)), dim=1)  # (B, 2 D)
+        return CanvasOutputs(self.content(patches), self.breast(view), self.patient(view), cls)
+
+
+def canvas_losses(
+    seen: CanvasOutputs, batch: Batch, targets_of: DenseTargets, weights: LossRecipe
+) -> dict[str, torch.Tensor]:
+    """Return the unweighted losses of weight above 0 by name: content at each token's place, agreement of views."""
+    losses = {}
+    if weights.dense_statistics_weight or weights.dense_components_weight:
+        keep, shape = batch["canvas_tokens"].flatten(1), seen.content.shape[:2]
+        statistics, components = targets_of(batch["canvas_target"], batch["canvas_tissue"])
+        patch = targets_of.patch_size
+        tissue = nn.functional.avg_pool2d(batch["canvas_tissue"].float().unsqueeze(1), patch).flatten(1)[keep].view(shape)
+        predicted = seen.content.split((targets_of.num_statistics, targets_of.num_components), dim=-1)
+        losses["dense_statistics"] = dense_regression_loss(predicted[0], statistics[keep].view(*shape, -1), tissue)
+        losses["dense_components"] = dense_regression_loss(predicted[1], components[keep].view(*shape, -1), tissue)
+    regularize = REGULARIZERS[weights.view_regularizer]
+    for name, embeddings, weight in (
+        ("breast", seen.breast, weights.breast_weight),
+        ("patient", seen.patient, weights.patient_weight),
+    ):
+        if weight:
+            losses[f"{name}_agreement"] = view_agreement_loss(embeddings, batch[name])
+            losses[f"{name}_spread"] = regularize(embeddings)
+    return losses
+
+
+@torch.no_grad()
+def whiten_patch_embeddings(backbone: MammoDinoModel, images: torch.Tensor, tissue: torch.Tensor) -> None:
+    """Start the patch embedding, in place, as random mixtures of ZCA-whitened patches of the corpus (Coates and Ng 2012),
+    so that the first features are neither brightness alone nor noise.
+
+    images (n, H, W) as the encoder sees them; tissue (n, H, W) bool. Random numbers are torch's.
+    """
+    projection = backbone.embeddings.patch_embeddings.projection
+    patch = projection.kernel_size[0]
+    patches = nn.functional.unfold(images.unsqueeze(1), patch, stride=patch).transpose(1, 2)  # (n, N, p^2)
+    inside = nn.functional.avg_pool2d(tissue.float().unsqueeze(1), patch).flatten(1) > 0.5
+    patches = patches[inside].double()
+    patches = patches[patches.std(dim=1) > 1e-2]
+    mean = patches.mean(dim=0)
+    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    whitening = vectors / (values.clamp_min(0) + 1e-3 * values[-1]).sqrt() @ vectors.T
+    mixtures = torch.randn(projection.out_channels, patch**2, dtype=torch.float64) / patch
+    weight = (mixtures.to(images.device) @ whitening / 2).float()
+    projection.weight.copy_(weight.view_as(projection.weight))
+    projection.bias.copy_(-weight @ mean.float())
