@@ -86,7 +86,9 @@ def canvas_losses(
         keep, shape = batch["canvas_tokens"].flatten(1), seen.content.shape[:2]
         statistics, components = targets_of(batch["canvas_target"], batch["canvas_tissue"])
         patch = targets_of.patch_size
-        tissue = nn.functional.avg_pool2d(batch["canvas_tissue"].float().unsqueeze(1), patch).flatten(1)[keep].view(shape)
+        tissue = (
+            nn.functional.avg_pool2d(batch["canvas_tissue"].float().unsqueeze(1), patch).flatten(1)[keep].view(shape)
+        )
         predicted = seen.content.split((targets_of.num_statistics, targets_of.num_components), dim=-1)
         losses["dense_statistics"] = dense_regression_loss(predicted[0], statistics[keep].view(*shape, -1), tissue)
         losses["dense_components"] = dense_regression_loss(predicted[1], components[keep].view(*shape, -1), tissue)

@@ -43,6 +43,12 @@ class ModelRecipe:
     ibot_num_prototypes: int = setting(0, "Prototypes of that head; 0: num_prototypes.", low=0)
     ibot_head_hidden_size: int = setting(0, "Hidden size of that head; 0: head_hidden_size.", low=0)
     ibot_head_bottleneck_size: int = setting(0, "Bottleneck of that head; 0: head_bottleneck_size.", low=0)
+    dense_components: int = setting(64, "Whitened components of a patch's surroundings that are predicted.", low=1)
+    projector_hidden_size: int = setting(512, "Hidden size of the projectors of breast and patient views.", low=1)
+    projector_size: int = setting(64, "Embedding size of these projectors.", low=1)
+    whiten_patch_embeddings: bool = setting(
+        False, "The patch embedding starts as random mixtures of whitened patches of the corpus; else random."
+    )
     image_height: int = setting(518, "Canvas height of the exported image processor, in pixels.", low=1)
     image_width: int = setting(518, "Canvas width of the exported image processor, in pixels.", low=1)
 
@@ -84,6 +90,23 @@ class ViewsRecipe:
     )
     slice_max_distance_mm: float = setting(3.0, "Farthest neighbor where the slice spacing is known.", low=0)
     slice_max_distance_slices: int = setting(2, "Farthest neighbor where it is not.", low=1)
+    # the canvas: whole images for dense regression and agreement of views; our choice, all of it
+    views_per_patient: int = setting(
+        0, "Views of one patient that stand together in a batch, half of each breast; 0: images as they come.", low=0
+    )
+    single_source_batches: bool = setting(True, "The patients of a step are of one source (with views_per_patient).")
+    canvas_tokens: int = setting(96, "Patches of the canvas that the encoder sees; 0: all.", low=0)
+    canvas_scatter_probability: float = setting(0.5, "Share scattered over the breast, else a blob.", low=0, high=1)
+    canvas_mask_probability: float = setting(0.5, "Share of the blobs that are masked.", low=0, high=1)
+    canvas_mask_ratio: float = setting(0.3, "Masked share of the tokens of such a blob.", low=0, high=1)
+    canvas_rotation_degrees: float = setting(12.0, "Rotation drawn in +- this.", low=0)
+    canvas_scale: list[float] = setting([0.88, 1.15], "Scale.", low=0.1)
+    canvas_aspect: float = setting(1.0, "Stretch of the width over the height, drawn log-uniform up to this.", low=1)
+    canvas_shift_fraction: float = setting(0.023, "Shift in +- this, of the canvas' height.", low=0, high=1)
+    canvas_gain: float = setting(0.225, "Gain drawn in 1 +- this.", low=0, high=1)
+    canvas_offset: float = setting(0.1, "Offset of gray values of 0..1, drawn in +- this.", low=0, high=1)
+    canvas_field: float = setting(0.0, "Gain that varies smoothly over the image, in +- this.", low=0, high=1)
+    canvas_noise: float = setting(0.015, "Largest standard deviation of noise, in gray values of 0..1.", low=0, high=1)
 
 
 @dataclass
@@ -99,6 +122,14 @@ class LossRecipe:
     )
     gram_update_steps: int = setting(10000, "Steps after which it is taken anew; 0: never.", low=0)
     gram_max_updates: int = setting(3, "How often it is taken anew at most.", low=0)
+    dense_statistics_weight: float = setting(0.0, "Weight of regressing local statistics from patches; 0: off.", low=0)
+    dense_components_weight: float = setting(0.0, "Weight of regressing whitened surroundings; 0: off.", low=0)
+    breast_weight: float = setting(0.0, "Weight of agreement between the views of a breast; 0: off.", low=0)
+    patient_weight: float = setting(0.0, "Weight of agreement between the views of a patient; 0: off.", low=0)
+    view_regularizer: str = setting(
+        "visreg", "What keeps agreeing views from collapse.", choices=("visreg", "sigreg", "coding_rate")
+    )
+    view_regularizer_fraction: float = setting(0.6, "Its share beside the agreement's.", low=0, high=1)
     student_temperature: float = setting(0.1, "Temperature of the student.", low=1e-3)
     teacher_temperature: float = setting(0.07, "Temperature of the teacher after warm-up.", low=1e-3)
     teacher_temperature_start: float = setting(0.04, "Temperature of the teacher at step 0.", low=1e-3)
