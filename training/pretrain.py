@@ -18,10 +18,12 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from dataset_scripts.corpus.reader import Corpus, local_corpus
 from modeling_mammodino.tools.command import command_line
 from training.pretraining import checkpoints
+from training.pretraining.canvas import canvas_losses, prepare_canvas
 from training.pretraining.checkpoints import FiniteWatch
 from training.pretraining.compute import keep_freed_memory
 from training.pretraining.export import export_encoder
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
+from training.pretraining.losses.dense_regression import DenseTargets
 from training.pretraining.losses.dino import dino_loss
 from training.pretraining.losses.gram import gram_loss
 from training.pretraining.losses.ibot import ibot_loss
@@ -52,15 +54,22 @@ def compute_losses(
     temperature: float,
     recipe: Recipe,
     gram_teacher: GramTeacher | None = None,
+    dense_targets: DenseTargets | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Run both networks forward: return unweighted losses by name, and what the monitor looks for collapse in."""
+    losses, shown = {}, {}
+    both = student(batch, is_student=True)
+    if dense_targets is not None:
+        losses |= canvas_losses(both.canvas, batch, dense_targets, recipe)
+        shown["features"] = both.canvas.features.detach()
+    if not recipe.uses_crops:
+        return losses, shown
     with torch.no_grad():
-        targets = targets_of(teacher(batch, is_student=False), temperature)
-    seen = student(batch, is_student=True)
-
+        targets = targets_of(teacher(batch, is_student=False).crops, temperature)
+    seen = both.crops
     num_pairs = NUM_GLOBAL_CROPS * (recipe.views.num_local_crops + NUM_GLOBAL_CROPS - 1)
     tau, tissue = recipe.loss.student_temperature, batch["slice_tissue"][batch["slice_tissue"] > 0]
-    losses = {
+    losses |= {
         "dino_global": dino_loss(seen.global_cls, targets.global_cls, tau, ignore_diagonal=True) / num_pairs,
         "dino_local": dino_loss(seen.local_cls, targets.global_cls, tau) / num_pairs,
         "ibot": ibot_loss(seen.masked_patches, targets.masked_patches, batch["masks"].flatten(1), tau),
@@ -71,20 +80,30 @@ def compute_losses(
     }
     if gram_teacher is not None:
         losses["gram"] = gram_loss(seen.patches, gram_teacher(batch), gram_teacher.counted_patches(batch))
-    return losses, {"targets": targets.global_cls, "features": seen.features[0].detach()}
+    return losses, shown | {"targets": targets.global_cls, "features": seen.features[0].detach()}
 
 
 def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
-    """Return the loss that is minimized."""
-    weights = recipe.loss
-    return (
-        weights.dino_weight * (losses["dino_global"] + losses["dino_local"])
-        + weights.ibot_weight * losses["ibot"]
-        + weights.koleo_weight * losses["koleo"]
-        + weights.adjacent_slice_weight * losses["adjacent_slice"]
-        + weights.adjacent_patch_weight * losses["adjacent_patch"]
-        + weights.gram_weight * losses["gram"]
-    )
+    """Return the loss that is minimized; a loss that the recipe does not use is no part of it."""
+    loss, fraction = recipe.loss, recipe.loss.view_regularizer_fraction
+    terms = []
+    if recipe.uses_crops:
+        terms += [
+            loss.dino_weight * (losses["dino_global"] + losses["dino_local"]),
+            loss.ibot_weight * losses["ibot"],
+            loss.koleo_weight * losses["koleo"],
+            loss.adjacent_slice_weight * losses["adjacent_slice"],
+            loss.adjacent_patch_weight * losses["adjacent_patch"],
+            loss.gram_weight * losses["gram"],
+        ]
+    if "dense_statistics" in losses:
+        terms.append(loss.dense_statistics_weight * losses["dense_statistics"])
+        terms.append(loss.dense_components_weight * losses["dense_components"])
+    for view in ("breast", "patient", "contralateral"):
+        if f"{view}_spread" in losses:
+            spread = (1 - fraction) * losses[f"{view}_agreement"] + fraction * losses[f"{view}_spread"]
+            terms.append(getattr(loss, f"{view}_weight") * spread)
+    return sum(terms[1:], start=terms[0])
 
 
 def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) -> Path:
@@ -118,6 +137,21 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     gram_teacher = GramTeacher(teacher, recipe).to(accelerator.device) if recipe.loss.gram_weight > 0 else None
     if gram_teacher:
         modules["gram_teacher"] = gram_teacher
+    crops, canvas = recipe.uses_crops, (recipe.model.image_height, recipe.model.image_width)
+    views = PretrainingViews(
+        corpus,
+        recipe.views,
+        recipe.model.patch_size,
+        run.seed,
+        global_batch,
+        slice_pairs=recipe.uses_slice_pairs,
+        crops=crops,
+        canvas=canvas if recipe.uses_canvas else None,
+    )
+    dense_targets = prepare_canvas(student.backbone, views, recipe, accelerator.device) if recipe.uses_canvas else None
+    if dense_targets:
+        modules["dense_targets"] = dense_targets
+        teacher.load_state_dict(student.state_dict())
     step = resume(recipe, modules, optimizer)
     if run.gradient_checkpointing:
         student.backbone.gradient_checkpointing_enable()
@@ -126,8 +160,6 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
             compile_blocks(network)
     wrapped = student if run.fsdp else accelerator.prepare(student)
 
-    slice_pairs = recipe.loss.adjacent_slice_weight > 0 or recipe.loss.adjacent_patch_weight > 0
-    views = PretrainingViews(corpus, recipe.views, recipe.model.patch_size, run.seed, global_batch, slice_pairs)
     schedules = make_schedules(recipe, global_batch)
     monitor = Monitor(recipe, accelerator, corpus, teacher, step, global_batch)
     watch = FiniteWatch(views, run, accelerator)
@@ -143,7 +175,7 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
             with accelerator.accumulate(wrapped):
                 with accelerator.autocast():
                     losses, shown = compute_losses(
-                        batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe, gram
+                        batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe, gram, dense_targets
                     )
                     total = weighted_sum(losses, recipe)
                 watch.note(total, step * run.gradient_accumulation_steps + forward)

@@ -52,7 +52,7 @@ def check_values(section: Any) -> None:
 
 
 # streams of the counter-based generator, so that order, masks and views never share numbers
-VIEWS_STREAM, ORDER_STREAM, MASK_STREAM, KIND_STREAM, PATIENT_STREAM, SOURCE_STREAM = range(6)
+VIEWS_STREAM, ORDER_STREAM, MASK_STREAM, KIND_STREAM, PATIENT_STREAM, SOURCE_STREAM, CANVAS_STREAM = range(7)
 
 
 def generator(seed: int, stream: int, counter: int) -> np.random.Generator:

@@ -99,6 +99,7 @@ class Corpus:
         starts = np.flatnonzero(np.r_[True, volume_ids[1:] != volume_ids[:-1]])
         self.volume_bounds = np.r_[starts, len(volume_ids)]
         self.kinds = np.asarray(self.rows.data.column("kind").take(starts))  # (num_volumes,) str
+        self._starts = starts
         self._slice_indices = np.asarray(self.rows.data.column("slice_index"))
         self._slice_spacing_mm = np.asarray(self.rows.data.column("slice_spacing_mm"), dtype=float)
         self.image_processor = MammoDinoImageProcessor(**self.manifest["image_processor"])
@@ -106,6 +107,10 @@ class Corpus:
     @property
     def num_volumes(self) -> int:
         return len(self.volume_bounds) - 1
+
+    def volume_column(self, name: str) -> list[str | None]:
+        """Return a column of FEATURES by volume, (num_volumes,), such as `patient`."""
+        return self.rows.data.column(name).take(self._starts).to_pylist()
 
     def rows_of(self, volume: int) -> range:
         """Return the rows of a volume, by its place in the corpus."""

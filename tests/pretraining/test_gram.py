@@ -89,7 +89,7 @@ def test_features_of_the_gram_teacher_lie_on_the_students_grid(phantom_corpus, a
     patches = gram_teacher(batch)
     assert patches.shape == (16, 16, 32) and not patches.requires_grad
     with torch.no_grad():
-        student = teacher(batch, is_student=False).patches
+        student = teacher(batch, is_student=False).crops.patches
     loss = gram_loss(student, patches, gram_teacher.counted_patches(batch))
     assert loss > 0.01 if arguments else loss == pytest.approx(0, abs=1e-10)  # the same weights on the same crops
 

@@ -51,7 +51,7 @@ def test_each_token_goes_through_its_head(batch, arguments):
     network = Network(tiny(*arguments)).eval()
     patch_head = network.ibot_head if arguments else network.head
     with torch.no_grad():
-        seen = network(batch, is_student=True)
+        seen = network(batch, is_student=True).crops
         global_cls, global_patches = network.encode(
             batch["global_crops"], batch["global_tissue"], batch["masks"].flatten(1)
         )
@@ -84,7 +84,7 @@ def test_separate_heads_have_sizes_groups_and_centers_of_their_own(batch):
     assert not torch.equal(inherited.head.mlp[0].weight, inherited.ibot_head.mlp[0].weight)
 
     teacher, targets_of = make_teacher(student), TeacherTargets(chosen)
-    logits = teacher(batch, is_student=False)
+    logits = teacher(batch, is_student=False).crops
     targets_of(logits, 0.07)
     cls = torch.cat((logits.global_cls.flatten(0, 1), logits.slice_cls))
     patches = torch.cat((logits.masked_patches, logits.slice_patches))

@@ -10,10 +10,10 @@ from training.pretraining.views.patients import STEPS_PER_BLOCK, PatientOrder
 def archive(num_a=30, num_b=10):
     """Patients of two sources with both views of both breasts, as columns by volume."""
     rows = [
-        (f"{source}{number}", side, source)
+        (f"{source}{number}", side, view, source)
         for source, count in (("a", num_a), ("b", num_b))
         for number in range(count)
-        for side in "LLRR"
+        for side, view in (("L", "CC"), ("L", "MLO"), ("R", "MLO"), ("R", "CC"))
     ]
     return tuple(list(column) for column in zip(*rows, strict=True))
 
@@ -32,6 +32,7 @@ def test_a_group_is_the_four_views_of_a_patient():
         assert len({columns[0][place.volume] for place in group}) == 1
         assert group[0].breast == group[1].breast != group[2].breast == group[3].breast
         assert columns[1][group[0].volume] == columns[1][group[1].volume] != columns[1][group[2].volume]
+        assert [columns[2][place.volume] for place in group] == ["CC", "MLO"] * 2
         assert all(place.repeat == 0 for place in group)
 
 
@@ -40,7 +41,7 @@ def test_a_step_is_of_one_source_and_sources_have_their_share():
     grouped = order(columns)
     sources = []
     for step in range(steps):
-        found = {columns[2][grouped[24 * step + 4 * slot].volume] for slot in range(6)}
+        found = {columns[3][grouped[24 * step + 4 * slot].volume] for slot in range(6)}
         assert len(found) == 1
         sources += found
     assert Counter(sources) == {"a": steps * 3 // 4, "b": steps // 4}
@@ -50,7 +51,7 @@ def test_a_step_is_of_one_source_and_sources_have_their_share():
 def test_mixed_batches_hold_both_sources():
     columns = archive()
     mixed = order(columns, single_source=False)
-    assert len({columns[2][mixed[index].volume] for index in range(24)}) == 2
+    assert len({columns[3][mixed[index].volume] for index in range(24)}) == 2
 
 
 def test_an_epoch_shows_every_patient_once():
@@ -62,7 +63,7 @@ def test_an_epoch_shows_every_patient_once():
 
 
 def test_one_image_comes_again_and_says_so():
-    columns = (["p", "q", "q", "q"], ["L", "L", "R", "R"], ["s"] * 4)
+    columns = (["p", "q", "q", "q"], ["L", "L", "R", "R"], [None] * 4, ["s"] * 4)
     grouped = order(columns, patients_per_step=2)
     for index in range(0, 80, 4):
         group = [grouped[index + view] for view in range(4)]
@@ -75,7 +76,7 @@ def test_one_image_comes_again_and_says_so():
 
 
 def test_unknown_patients_and_sides_stand_alone():
-    grouped = order(([None, None, "p", "p"], ["L", "L", None, None], ["s"] * 4), patients_per_step=3)
+    grouped = order(([None, None, "p", "p"], ["L", "L", None, None], [None] * 4, ["s"] * 4), patients_per_step=3)
     found = {(grouped[index].volume, grouped[index].patient, grouped[index].breast) for index in range(400)}
     assert len({patient for _, patient, _ in found}) == 3
     assert len({breast for volume, _, breast in found if volume >= 2}) == 2

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from modeling_mammodino import MammoDinoModel
-from training.pretraining.views.sample import Batch
+from training.pretraining.views.sample import Batch, PretrainingViews
 
 from .losses.coding_rate import coding_rate_loss
-from .losses.dense_regression import DenseTargets, dense_regression_loss
+from .losses.dense_regression import DenseTargets, dense_regression_loss, num_statistics
 from .losses.distributed import gather_rows
 from .losses.sigreg import sigreg_loss
 from .losses.view_agreement import view_agreement_loss
 from .losses.visreg import visreg_loss
-from .recipe import LossRecipe, Recipe
+from .recipe import Recipe
 
+NUM_FITTED = 400  # images from which means, deviations and components are taken
 REGULARIZERS = {"visreg": visreg_loss, "sigreg": sigreg_loss, "coding_rate": coding_rate_loss}
 
 
@@ -28,6 +29,7 @@ class CanvasOutputs(NamedTuple):
     content: torch.Tensor  # (B, K, S + C), predicted at each token's place
     breast: torch.Tensor  # (B, E), embeddings that agree between the views of a breast
     patient: torch.Tensor  # (B, E), embeddings that agree between the views of a patient
+    contralateral: torch.Tensor  # (B, E), embeddings whose difference between the breasts agrees between the views
     features: torch.Tensor  # (B, D), class tokens
 
 
@@ -48,10 +50,10 @@ class BatchStandardization(nn.Module):
 class CanvasHeads(nn.Module):
     """A linear layer from patch tokens to content, and a projector (LeJEPA's, BatchNorm MLP) for each kind of view."""
 
-    def __init__(self, recipe: Recipe, num_targets: int):
+    def __init__(self, recipe: Recipe):
         super().__init__()
         model = recipe.model
-        self.content = nn.Linear(model.hidden_size, num_targets)
+        self.content = nn.Linear(model.hidden_size, num_statistics(model.patch_size) + model.dense_components)
 
         def projector() -> nn.Sequential:
             layers: list[nn.Module] = []
@@ -63,7 +65,7 @@ class CanvasHeads(nn.Module):
                 ]
             return nn.Sequential(*layers, nn.Linear(model.projector_hidden_size, model.projector_size))
 
-        self.breast, self.patient = projector(), projector()
+        self.breast, self.patient, self.contralateral = projector(), projector(), projector()
 
     def forward(self, backbone: MammoDinoModel, batch: Batch) -> CanvasOutputs:
         """Encode the kept tokens of each canvas, (B, 1, H, W), and project them."""
@@ -74,14 +76,15 @@ class CanvasHeads(nn.Module):
         cls = states[:, 0]
         patches = states[:, 1 + backbone.config.num_register_tokens :][keep].view(len(cls), -1, cls.shape[-1])
         view = torch.cat((cls, patches.mean(dim=1)), dim=1)  # (B, 2 D)
-        return CanvasOutputs(self.content(patches), self.breast(view), self.patient(view), cls)
+        embeddings = self.breast(view), self.patient(view), self.contralateral(view)
+        return CanvasOutputs(self.content(patches), *embeddings, cls)
 
 
 def canvas_losses(
-    seen: CanvasOutputs, batch: Batch, targets_of: DenseTargets, weights: LossRecipe
+    seen: CanvasOutputs, batch: Batch, targets_of: DenseTargets, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
     """Return the unweighted losses of weight above 0 by name: content at each token's place, agreement of views."""
-    losses = {}
+    losses, weights = {}, recipe.loss
     if weights.dense_statistics_weight or weights.dense_components_weight:
         keep, shape = batch["canvas_tokens"].flatten(1), seen.content.shape[:2]
         statistics, components = targets_of(batch["canvas_target"], batch["canvas_tissue"])
@@ -100,13 +103,54 @@ def canvas_losses(
         if weight:
             losses[f"{name}_agreement"] = view_agreement_loss(embeddings, batch[name])
             losses[f"{name}_spread"] = regularize(embeddings)
+    if weights.contralateral_weight:
+        differences, groups = breast_differences(
+            seen.contralateral, batch["patient"], batch["breast"], recipe.views.views_per_patient
+        )
+        losses["contralateral_agreement"] = view_agreement_loss(differences, groups)
+        losses["contralateral_spread"] = regularize(differences)
     return losses
+
+
+def breast_differences(
+    embeddings: torch.Tensor, patients: torch.Tensor, breasts: torch.Tensor, views_per_patient: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Subtract, view by view, the second breast's embedding from the first's: (B, E) -> (B / 2, E), and their patients.
+
+    Batches come in groups of one patient, the first half of one breast, the second of the other, in the same order of
+    views. The sign of each patient is drawn, so that no side is special; where there is one breast only, both halves
+    are of it, and what differs is chance, which agrees with nothing. patients, breasts (B,) int64.
+    """
+    first, second = (
+        embeddings.float().view(-1, 2, views_per_patient // 2, embeddings.shape[-1]).unbind(1)
+    )  # (patients, views, E)
+    sign = 2.0 * torch.randint(0, 2, (len(first), 1, 1), device=embeddings.device) - 1
+    pairs = breasts.view(-1, 2, views_per_patient // 2)[:, :, 0]
+    has_both = (pairs[:, 0] != pairs[:, 1]).view(-1, 1, 1)
+    differences = torch.where(has_both, (first - second) * sign, torch.zeros_like(first))
+    return differences.flatten(0, 1), patients.view(-1, views_per_patient)[:, : views_per_patient // 2].flatten()
+
+
+@torch.no_grad()
+def prepare_canvas(
+    backbone: MammoDinoModel, views: PretrainingViews, recipe: Recipe, device: torch.device
+) -> DenseTargets:
+    """Return the targets of a new run, fitted to images of its corpus, and start the patch embedding where the recipe
+    whitens it. Which images is a function of the seed; a resumed run loads both from its checkpoint instead."""
+    model = recipe.model
+    targets = DenseTargets((model.image_height, model.image_width), model.patch_size, model.dense_components).to(device)
+    images, tissue = (part.to(device) for part in views.plain_canvases(NUM_FITTED))
+    targets.fit(images, tissue)
+    if model.whiten_patch_embeddings:
+        mean, std = views.mean, views.std
+        whiten_patch_embeddings(backbone, (images - float(mean)) / float(std), tissue)
+    return targets
 
 
 @torch.no_grad()
 def whiten_patch_embeddings(backbone: MammoDinoModel, images: torch.Tensor, tissue: torch.Tensor) -> None:
-    """Start the patch embedding, in place, as random mixtures of ZCA-whitened patches of the corpus (Coates and Ng 2012),
-    so that the first features are neither brightness alone nor noise.
+    """Start the patch embedding, in place, as random mixtures of ZCA-whitened patches (Coates and Ng 2012), so that the
+    first features are neither brightness alone nor noise.
 
     images (n, H, W) as the encoder sees them; tissue (n, H, W) bool. Random numbers are torch's.
     """
@@ -122,4 +166,5 @@ def whiten_patch_embeddings(backbone: MammoDinoModel, images: torch.Tensor, tiss
     mixtures = torch.randn(projection.out_channels, patch**2, dtype=torch.float64) / patch
     weight = (mixtures.to(images.device) @ whitening / 2).float()
     projection.weight.copy_(weight.view_as(projection.weight))
-    projection.bias.copy_(-weight @ mean.float())
+    if projection.bias is not None:
+        projection.bias.copy_(-weight @ mean.float())

@@ -48,6 +48,11 @@ def step_flops(batch: Batch, config: MammoDinoConfig, recipe: ModelRecipe, tissu
     By the batch itself, so that what depends on chance (masked patches, slice pairs, background patches that are
     dropped, stochastic depth) is counted as it was. tissue_tokens: whether both drop background patches.
     """
+    canvas = 0.0
+    if "canvas_tokens" in batch:
+        canvas = encode_flops(batch["canvas_tokens"], config, True, is_student=True)
+    if "global_tissue" not in batch:
+        return canvas
     seen_by_both = (batch["global_tissue"], batch["slice_tissue"])
     teacher = sum(encode_flops(tissue, config, tissue_tokens, is_student=False) for tissue in seen_by_both)
     seen_by_student = (*seen_by_both, batch["local_tissue"])
@@ -55,7 +60,7 @@ def step_flops(batch: Batch, config: MammoDinoConfig, recipe: ModelRecipe, tissu
     tokens = len(batch["global_tissue"]) + len(batch["slice_tissue"])  # class tokens of both
     tokens += int(batch["masks"].sum()) + int((batch["slice_tissue"] > 0).sum())  # patches of both
     student += STUDENT * head_flops(recipe, tokens + len(batch["local_tissue"]))
-    return student + teacher + head_flops(recipe, tokens)
+    return canvas + student + teacher + head_flops(recipe, tokens)
 
 
 def encode_flops(tissue: torch.Tensor, config: MammoDinoConfig, tissue_tokens: bool, is_student: bool) -> float:

@@ -175,13 +175,14 @@ def draw_log(log: Path, output: Path) -> None:
     """Draw losses and signs of collapse over steps, from the run's log."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     scores = [line for line in lines if "knn_auc" in line]  # from step 0 on, where there are no losses yet
-    lines = [line for line in lines if "target_entropy" in line]
+    lines = [line for line in lines if "feature_rank" in line]
     panels = {
         "losses (unweighted)": [key for key in lines[0] if key.startswith("loss_")],
         "entropy over ln K": ["target_entropy", "prototype_entropy"],
         "feature rank (RankMe)": ["feature_rank"],
         "breast fraction": ["tissue_in_crops", "tissue_in_masks"],
     }
+    panels = {title: keys for title, keys in panels.items() if all(key in lines[0] for key in keys)}
     if scores:
         panels["k-NN of the teacher"] = ["knn_auc"]
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")

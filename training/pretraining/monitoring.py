@@ -89,21 +89,21 @@ SIGNS = (
     Sign(
         "collapse",
         False,
-        lambda values: values["prototype_entropy"] < 0.1,
+        lambda values: values.get("prototype_entropy", 1) < 0.1,
         "every image gets the same few prototypes; stop, and start again with a lower learning_rate, a longer "
         "warmup_steps, or teacher_targets sinkhorn_knopp",
     ),
     Sign(
         "entropy wall",
         True,
-        lambda values: values["target_entropy"] > 0.98,
+        lambda values: values.get("target_entropy", 0) > 0.98,
         "the teacher's targets are uniform and teach nothing; lower teacher_temperature and teacher_temperature_start, "
         "take fewer num_prototypes or a larger batch",
     ),
     Sign(
         "collapse of information",
         True,
-        lambda values: values["target_information"] < 0.01 and values["target_entropy"] <= 0.98,
+        lambda values: values.get("target_information", 1) < 0.01 and values["target_entropy"] <= 0.98,
         "every image gets the same broad target; lower learning_rate, take teacher_targets sinkhorn_knopp, or a higher "
         "teacher_momentum",
     ),
@@ -315,11 +315,14 @@ class Monitor:
         values = dict(zip(own, table.mean(dim=0).tolist(), strict=True))
         return values | {"data_wait_seconds": float(table[:, -1].max())}  # the slowest holds the others up
 
-    def log(self, step: int, values: dict[str, float], targets: torch.Tensor, features: torch.Tensor) -> None:
+    def log(
+        self, step: int, values: dict[str, float], features: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> None:
         """Write a line. All processes call this. values: what `gather` gave, and what else is to be written;
-        targets (G, B, K) of the teacher, features (B, D) of the student: this process's."""
+        features (B, D) of the student and targets (G, B, K) of the teacher, where it has any: this process's."""
         accelerator = self.accelerator
-        values = {**values, **target_statistics(targets, lambda mean: accelerator.reduce(mean, reduction="mean"))}
+        if targets is not None:
+            values |= target_statistics(targets, lambda mean: accelerator.reduce(mean, reduction="mean"))
         values["feature_rank"] = feature_rank(accelerator.gather(features.detach().float()))
         now = time.monotonic()
         seconds, steps = max(now - self.last_log, 1e-9), self.steps_since_log
@@ -371,6 +374,8 @@ class Monitor:
 
 def tissue_shares(batch: Batch) -> dict[str, float]:
     """Return how much breast the views hold, and how much of the masked crops, and of the breast in them, is masked."""
+    if "masks" not in batch:
+        return {}
     masks, tissue = batch["masks"], batch["global_tissue"]  # (G*B, h, w) each
     is_masked = masks.flatten(1).any(dim=1)
     masked_tissue = (tissue * masks).sum()

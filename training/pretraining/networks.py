@@ -23,6 +23,7 @@ from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.convert import load_encoder, rebuild
 from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch
 
+from .canvas import CanvasHeads, CanvasOutputs
 from .checkpoints import CONFIG_FILE, RECIPE_FILE, load_module
 from .recipe import ModelRecipe, Recipe
 
@@ -77,6 +78,13 @@ class Outputs(NamedTuple):
     patches: torch.Tensor  # (G*B, N, D), patch tokens of the global crops; (0, N, D) without Gram anchoring
 
 
+class Seen(NamedTuple):
+    """What one network makes of a batch; None where the recipe does not use it."""
+
+    crops: Outputs | None
+    canvas: CanvasOutputs | None  # student only
+
+
 class Network(nn.Module):
     """Encoder and projection heads: one head for class tokens and patches (DINOv2's short recipe), or an `ibot_head`
     for patches beside it (its long recipe). Heads start from random weights; image_processor: what standardizes the
@@ -88,11 +96,13 @@ class Network(nn.Module):
         self.is_sharded = recipe.run.fsdp
         self.tissue_tokens, self.shows_patches = recipe.views.tissue_tokens, recipe.loss.gram_weight > 0
         self.backbone = start_backbone(recipe, image_processor)
-        self.head = ProjectionHead(
-            model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
-        )
-        self.ibot_head = None
-        if model.separate_ibot_head:
+        self.canvas_heads = CanvasHeads(recipe) if recipe.uses_canvas else None
+        self.head = self.ibot_head = None
+        if recipe.uses_crops:
+            self.head = ProjectionHead(
+                model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
+            )
+        if recipe.uses_crops and model.separate_ibot_head:
             self.ibot_head = ProjectionHead(
                 model.hidden_size,
                 model.ibot_head_hidden_size or model.head_hidden_size,
@@ -100,7 +110,14 @@ class Network(nn.Module):
                 num_patch_prototypes(model),
             )
 
-    def forward(self, batch: Batch, is_student: bool) -> Outputs:
+    def forward(self, batch: Batch, is_student: bool) -> Seen:
+        """Encode crops and, for the student, canvases, as far as the batch holds them."""
+        return Seen(
+            self.encode_crops(batch, is_student) if "global_crops" in batch else None,
+            self.canvas_heads(self.backbone, batch) if self.canvas_heads is not None and is_student else None,
+        )
+
+    def encode_crops(self, batch: Batch, is_student: bool) -> Outputs:
         """Encode a batch: for the student masked global crops, local crops and the slices, for the teacher unmasked
         global crops and the neighbors. Heads see class tokens and the patches that a loss needs, never all patches."""
         masks = batch["masks"].flatten(1)  # (G*B, N)
@@ -173,12 +190,14 @@ def start_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | No
 
 def random_backbone(recipe: Recipe) -> MammoDinoModel:
     model = recipe.model
+    canvas = (model.image_height, model.image_width)
+    image_size = canvas if recipe.uses_canvas else recipe.views.global_crop_size  # of the position embeddings
     return MammoDinoModel(
         MammoDinoConfig(
             hidden_size=model.hidden_size,
             num_hidden_layers=model.num_hidden_layers,
             num_attention_heads=model.num_attention_heads,
-            image_size=recipe.views.global_crop_size,
+            image_size=image_size,
             patch_size=model.patch_size,
             num_register_tokens=model.num_register_tokens,
             layerscale_value=model.layerscale_value,

@@ -126,6 +126,9 @@ class LossRecipe:
     dense_components_weight: float = setting(0.0, "Weight of regressing whitened surroundings; 0: off.", low=0)
     breast_weight: float = setting(0.0, "Weight of agreement between the views of a breast; 0: off.", low=0)
     patient_weight: float = setting(0.0, "Weight of agreement between the views of a patient; 0: off.", low=0)
+    contralateral_weight: float = setting(
+        0.0, "Weight of agreement, between views, of what differs between the two breasts; 0: off.", low=0
+    )
     view_regularizer: str = setting(
         "visreg", "What keeps agreeing views from collapse.", choices=("visreg", "sigreg", "coding_rate")
     )
@@ -197,6 +200,29 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     run: RunRecipe = field(default_factory=RunRecipe)
+
+    @property
+    def uses_slice_pairs(self) -> bool:
+        return self.loss.adjacent_slice_weight > 0 or self.loss.adjacent_patch_weight > 0
+
+    @property
+    def uses_crops(self) -> bool:
+        """Whether a loss of student and teacher needs crops."""
+        loss = self.loss
+        weights = (loss.dino_weight, loss.ibot_weight, loss.koleo_weight, loss.gram_weight)
+        return self.uses_slice_pairs or any(weight > 0 for weight in weights)
+
+    @property
+    def uses_canvas(self) -> bool:
+        """Whether dense regression or agreement of views needs the whole image."""
+        loss = self.loss
+        dense = (loss.dense_statistics_weight, loss.dense_components_weight)
+        return self.uses_view_groups or any(weight > 0 for weight in dense)
+
+    @property
+    def uses_view_groups(self) -> bool:
+        loss = self.loss
+        return any(weight > 0 for weight in (loss.breast_weight, loss.patient_weight, loss.contralateral_weight))
 
     def flat(self) -> dict[str, Any]:
         """Every field by its name, as in the YAML file and on the command line."""
@@ -300,12 +326,28 @@ def _check_together(recipe: Recipe) -> None:
     if model.init_from and model.init_from_checkpoint:
         raise ValueError("init_from_checkpoint: cannot be combined with init_from; give one of them")
     scales = ("global_crop_scale", "local_crop_scale", "slice_crop_scale")
-    for name in (*scales, "crop_ratio", "mask_ratio", "blur_sigma_px"):
+    for name in (*scales, "canvas_scale", "crop_ratio", "mask_ratio", "blur_sigma_px"):
         pair = getattr(views, name)
         check(name, len(pair) != 2 or pair[0] > pair[1], "must be two numbers, the smaller first")
         check(name, name in scales and pair[0] <= 0, "must be above 0")
     check("blur_probability", len(views.blur_probability) != 3, "must be three numbers: global 1, global 2, local")
-    parse_kind_weights(views.kind_weights)
+    weights = parse_kind_weights(views.kind_weights)
+    if not (recipe.uses_crops or recipe.uses_canvas):
+        raise ValueError("every loss has weight 0: nothing would be learned; give one a weight")
+    if recipe.uses_view_groups and views.views_per_patient < 2:
+        raise ValueError("breast_weight, patient_weight and contralateral_weight need --views_per_patient 2 or more")
+    if views.views_per_patient:
+        if weights:
+            raise ValueError("kind_weights: cannot be combined with views_per_patient; leave one out")
+        if run.per_device_train_batch_size % views.views_per_patient:
+            raise ValueError(
+                f"per_device_train_batch_size={run.per_device_train_batch_size}: must be a multiple of "
+                f"views_per_patient={views.views_per_patient}"
+            )
+        if views.views_per_patient > 1 and views.views_per_patient % 2:
+            raise ValueError(f"views_per_patient={views.views_per_patient}: must be 1 or even, half of each breast")
+    if recipe.uses_canvas and run.fsdp:
+        raise ValueError("fsdp: the canvas objective is not sharded; give --fsdp false")
     if not (run.corpus and run.output_dir):
         raise ValueError("corpus and output_dir must be given: --corpus DIR --output_dir RUN")
     is_split = run.knn_steps and run.fsdp

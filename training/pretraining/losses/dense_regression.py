@@ -30,6 +30,17 @@ def dense_regression_loss(predicted: torch.Tensor, targets: torch.Tensor, weight
         return (error * weights).sum() / weights.sum().clamp_min(1e-6)
 
 
+def scales_px(patch_size: int) -> tuple[float, ...]:
+    """Return the blur scales for a patch size: SCALES_PX, and two patches where that is coarser."""
+    return SCALES_PX + ((2.0 * patch_size,) if 2 * patch_size > SCALES_PX[-1] else ())
+
+
+def num_statistics(patch_size: int) -> int:
+    """Return how many statistics describe a patch: brightness, bands and orientations; 42 at a patch of 8 px."""
+    scales = len(scales_px(patch_size))
+    return len(WINDOWS_PATCHES) * (1 + scales) + 3 * scales + 3 * len(ORIENTATION_SCALES)
+
+
 class DenseTargets(nn.Module):
     """Content of every patch of a canvas (H, W): local statistics and components, standardized over a sample of images.
 
@@ -39,11 +50,7 @@ class DenseTargets(nn.Module):
     def __init__(self, canvas: tuple[int, int], patch_size: int, num_components: int = 64):
         super().__init__()
         self.canvas, self.patch_size = canvas, patch_size
-        self.scales = tuple(scale for scale in SCALES_PX) + (
-            (2.0 * patch_size,) if 2 * patch_size > SCALES_PX[-1] else ()
-        )
-        self.num_statistics = len(WINDOWS_PATCHES) * (1 + len(self.scales)) + 3 * len(self.scales)
-        self.num_statistics += 3 * len(ORIENTATION_SCALES)
+        self.scales, self.num_statistics = scales_px(patch_size), num_statistics(patch_size)
         self.num_components = num_components
         window = (3 * patch_size) ** 2
         self.register_buffer("statistics_mean", torch.zeros(self.num_statistics))
@@ -56,7 +63,8 @@ class DenseTargets(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, tissue: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardized statistics (B, N, S) and components (B, N, C) of images (B, H, W) in 0..1; tissue (B, H, W) bool."""
+        """Return standardized statistics (B, N, S) and components (B, N, C) of images (B, H, W) in 0..1; tissue (B, H, W)
+        bool."""
         with torch.autocast(images.device.type, enabled=False):
             statistics = (self.statistics(images, tissue) - self.statistics_mean) / self.statistics_scale
             filters = self.components.view(-1, 1, 3 * self.patch_size, 3 * self.patch_size)
@@ -65,9 +73,9 @@ class DenseTargets(nn.Module):
             return statistics.clamp(-LIMIT, LIMIT), components.clamp(-LIMIT, LIMIT)
 
     def statistics(self, images: torch.Tensor, tissue: torch.Tensor) -> torch.Tensor:
-        """Raw statistics (B, N, S), each over breast alone: mean brightness in windows of 1, 3 and 5 patches; of each band
-        its mean, log root mean square in the three windows, maximum and minimum; of each orientation scale the two
-        components of the structure tensor's direction and its coherence in 3 patches."""
+        """Return raw statistics (B, N, S), each over breast alone: mean brightness in windows of 1, 3 and 5 patches; of
+        each band its mean, log root mean square in the three windows, maximum and minimum; of each orientation scale
+        the two components of the structure tensor's direction and its coherence in 3 patches."""
         inside = tissue.to(images.dtype)
         patch = self.patch_size
 
@@ -133,7 +141,8 @@ class DenseTargets(nn.Module):
 
 
 def gaussian_matrix(length: int, scale: float) -> torch.Tensor:
-    """(length, length): row i blurs at i with standard deviation `scale`, cut at four of them; beyond the ends is zero."""
+    """Return (length, length), whose row i blurs at i with standard deviation `scale`, cut at four of them; beyond the
+    ends is zero."""
     places = torch.arange(length, dtype=torch.float32)
     distance = places[:, None] - places
     kernel = torch.exp(-(distance / scale).square() / 2) * (distance.abs() <= 4 * scale + 0.5)

@@ -1,4 +1,4 @@
-"""SIGReg (LeJEPA, Balestriero and LeCun 2025): embeddings of a batch follow a standard normal along random directions."""
+"""SIGReg (LeJEPA, Balestriero and LeCun 2025): embeddings of a batch are standard normal along random directions."""
 
 import torch
 

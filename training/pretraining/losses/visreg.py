@@ -1,4 +1,4 @@
-"""VISReg (arXiv 2606.02572): embeddings of a batch are kept from collapse by a Gaussian shape along random directions."""
+"""VISReg (arXiv 2606.02572): a Gaussian shape along random directions keeps the embeddings of a batch apart."""
 
 import torch
 

@@ -8,6 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 
+WITHOUT_AUGMENTATION = {
+    "canvas_rotation_degrees": 0.0, "canvas_scale": [1.0, 1.0], "canvas_aspect": 1.0, "canvas_shift_fraction": 0.0,
+    "vertical_flip_probability": 0.0, "canvas_gain": 0.0, "canvas_offset": 0.0, "canvas_field": 0.0,
+    "canvas_noise": 0.0,
+}  # fmt: skip
+
 
 def canvas_view(
     rng: np.random.Generator,

@@ -1,4 +1,4 @@
-"""Which images a batch groups: several views of one patient, patients of one source, so that views have what to agree on."""
+"""Which images stand together in a batch: several views of one patient, patients of one source."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,8 +28,8 @@ class PatientOrder:
     patients are of one source, sources in proportion to their patients, so that the source is not what agrees; within
     a source (or all of them) an epoch is a permutation of its patients.
 
-    patients, lateralities, sources: of each volume, by its place in the corpus; None where unknown. patients_per_step:
-    over all processes. Raises ValueError for an odd number of views above one.
+    patients, lateralities, views, sources: of each volume, by its place in the corpus; None where unknown.
+    patients_per_step: over all processes. Raises ValueError for an odd number of views above one.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class PatientOrder:
         seed: int,
         patients: Sequence[str | None],
         lateralities: Sequence[str | None],
+        views: Sequence[str | None],
         sources: Sequence[str],
         views_per_patient: int,
         patients_per_step: int,
@@ -49,6 +50,7 @@ class PatientOrder:
         for volume, (patient, side, source) in enumerate(zip(patients, lateralities, sources, strict=True)):
             of_patient = breasts.setdefault((source, patient or f"unknown {volume}"), {})
             of_patient.setdefault(side or f"unknown {volume}", []).append(volume)
+        self.views = [view or "" for view in views]
         self.patients = [list(sides.values()) for sides in breasts.values()]
         self.first_breast = np.r_[0, np.cumsum([len(sides) for sides in self.patients])]
         of_source: dict[str, list[int]] = {}
@@ -76,6 +78,7 @@ class PatientOrder:
             if done % len(sides[side]) == 0:
                 order = rng.permutation(len(sides[side]))
             drawn.append((side, sides[side][order[done % len(order)]]))
+        drawn.sort(key=lambda each: (each[0], self.views[each[1]]))  # the same view of both breasts at the same place
         side, volume = drawn[view]
         breast = next(number for number, volumes in enumerate(self.patients[patient]) if volumes is sides[side])
         repeat = sum(1 for _, each in drawn[:view] if each == volume)

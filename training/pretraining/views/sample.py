@@ -1,7 +1,7 @@
 """Samples and batches: what student and teacher see of one image, a pure function of (seed, global sample index)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import cv2
@@ -13,11 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset_scripts.corpus.reader import Corpus
 from training.pretraining.recipe import Recipe, ViewsRecipe, parse_kind_weights
-from training.settings import MASK_STREAM, VIEWS_STREAM, generator
+from training.settings import CANVAS_STREAM, MASK_STREAM, VIEWS_STREAM, generator
 
+from .canvas import WITHOUT_AUGMENTATION, canvas_view
 from .crops import Crops, TissueTable, cut, downsample_2x, tissue_aware_crops
 from .masks import block_mask, maskable_patches, stratified_mask_ratios
 from .order import StepSampler, VolumeOrder, neighbor_reach, sample_neighbor
+from .patients import PatientOrder
 
 Batch = dict[str, torch.Tensor]  # what `collate` returns
 
@@ -87,9 +89,10 @@ class PretrainingViews(Dataset):
     volumes (a 2D image is a volume of one slice), or of those of each kind where the recipe weighs kinds, and each
     visit draws one slice, so that near-duplicates do not fill a batch.
 
-    global_batch_size: images a step over all processes; it fixes how
-    mask ratios are stratified, so the number of processes does not matter. slice_pairs: whether to draw neighbors.
-    Raises ValueError where the recipe weighs a kind that the corpus lacks.
+    global_batch_size: images a step over all processes; it fixes how mask ratios are stratified and which patients
+    share a step, so the number of processes does not matter. slice_pairs, crops: whether they are drawn; canvas:
+    the size (H, W) of a view of the whole image, None for no such view. Raises ValueError where the recipe weighs a
+    kind that the corpus lacks.
     """
 
     def __init__(
@@ -100,12 +103,21 @@ class PretrainingViews(Dataset):
         seed: int,
         global_batch_size: int,
         slice_pairs: bool = True,
+        crops: bool = True,
+        canvas: tuple[int, int] | None = None,
     ):
-        self.corpus, self.recipe, self.patch_size, self.with_slice_pairs = corpus, recipe, patch_size, slice_pairs
+        self.corpus, self.recipe, self.patch_size = corpus, recipe, patch_size
+        self.with_slice_pairs, self.with_crops, self.canvas = slice_pairs, crops, canvas
         self.seed, self.global_batch_size = seed, global_batch_size
         processor = corpus.image_processor
         self.mean, self.std = map(np.float32, processor.mean_and_std)
-        self.order = VolumeOrder(seed, corpus.kinds, parse_kind_weights(recipe.kind_weights))
+        self.patients = self.order = None
+        if recipe.views_per_patient:
+            columns = (corpus.volume_column(name) for name in ("patient", "laterality", "view", "source"))
+            slots = global_batch_size // recipe.views_per_patient
+            self.patients = PatientOrder(seed, *columns, recipe.views_per_patient, slots, recipe.single_source_batches)
+        else:
+            self.order = VolumeOrder(seed, corpus.kinds, parse_kind_weights(recipe.kind_weights))
         self._mask_ratios: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the last step asked for
 
     def image(self, row: int) -> Image:
@@ -124,12 +136,24 @@ class PretrainingViews(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng, volume, rows, position = self.place(index)
         image = self.image(rows[position])
-        origin = {"index": index, "row": rows[position], "volume": volume}
-        return origin | self.draw(rng, image, index) | {"slice_pair": self.slice_pair(rng, rows, position, image)}
+        sample = {"index": index, "row": rows[position], "volume": volume}
+        if self.patients:
+            place = self.patients[index]
+            sample |= {"patient": place.patient, "breast": place.breast}
+        if self.with_crops:
+            sample |= self.draw(rng, image, index) | {"slice_pair": self.slice_pair(rng, rows, position, image)}
+        if self.canvas:
+            neighbor = self.neighbor(rng, rows, position)
+            target = image if neighbor is None else self.image(neighbor)
+            tissue = self.corpus.image(rows[position])[1]
+            view = canvas_view(rng, image.pixels, target.pixels, tissue, self.canvas, self.patch_size, self.recipe)
+            sample |= view | {"canvas": self.standardize(view["canvas"])}
+        return sample
 
     def place(self, index: int) -> tuple[np.random.Generator, int, range, int]:
         """Return the sample's generator, its volume, the volume's rows, and which of them was drawn."""
-        rng, volume = generator(self.seed, VIEWS_STREAM, index), self.order[index]
+        rng = generator(self.seed, VIEWS_STREAM, index)
+        volume = self.patients[index].volume if self.patients else self.order[index]
         rows = self.corpus.rows_of(volume)
         return rng, volume, rows, int(rng.integers(len(rows)))
 
@@ -158,6 +182,19 @@ class PretrainingViews(Dataset):
             "crops_below_minimum": int(np.count_nonzero(~fit)),
             "boxes": boxes,  # (G + L, 4)
         }
+
+    def plain_canvases(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (n, H, W) float32 in 0..1 on the canvas, without augmentation, and their tissue (n, H, W) bool,
+        of at most `count` volumes drawn by the seed."""
+        rng, recipe = generator(self.seed, CANVAS_STREAM, 0), replace(self.recipe, **WITHOUT_AUGMENTATION)
+        found = []
+        for volume in rng.permutation(self.corpus.num_volumes)[:count]:
+            rows = self.corpus.rows_of(int(volume))
+            pixels, tissue = self.corpus.image(rows[int(rng.integers(len(rows)))])
+            found.append(canvas_view(rng, pixels, pixels, tissue, self.canvas, self.patch_size, recipe))
+        return tuple(
+            torch.from_numpy(np.stack([view[key] for view in found])) for key in ("canvas_target", "canvas_tissue")
+        )
 
     def views(self, rng: np.random.Generator, image: Image, is_global: bool) -> Views:
         """Draw all global or all local crops with their photometric changes."""
@@ -212,14 +249,11 @@ class PretrainingViews(Dataset):
         """Draw a neighbor and show both slices under one conservative transform: one crop with enough breast, one
         flip, one mild jitter. pixels (2, 1, S, S): the student's slice, the teacher's neighbor; tissue (h, w) of both.
         None where the image has no neighbor (2D)."""
-        recipe, corpus = self.recipe, self.corpus
-        if len(rows) < 2 or not self.with_slice_pairs:
-            return None
-        reach = neighbor_reach(recipe, corpus.slice_spacing_mm(rows[0]))
-        neighbor = sample_neighbor(rng, corpus.slice_indices(rows), position, reach)
+        recipe = self.recipe
+        neighbor = self.neighbor(rng, rows, position) if self.with_slice_pairs else None
         if neighbor is None:
             return None
-        other = self.image(rows[neighbor])
+        other = self.image(neighbor)
         boxes = self.crops(rng, image, recipe.slice_crop_scale, recipe.global_min_tissue).boxes  # (1, 4)
         flips = self.flips(rng)
         factor = rng.uniform(1 - recipe.brightness / 2, 1 + recipe.brightness / 2)
@@ -230,8 +264,16 @@ class PretrainingViews(Dataset):
         return {
             "pixels": self.standardize(np.stack([unit[flips] for unit in units]))[:, None],
             "tissue": tissue,
-            "rows": (rows[position], rows[neighbor]),
+            "rows": (rows[position], neighbor),
         }
+
+    def neighbor(self, rng: np.random.Generator, rows: range, position: int) -> int | None:
+        """Draw the corpus row of a neighboring slice within the recipe's reach; None where there is none (2D)."""
+        if len(rows) < 2:
+            return None
+        reach = neighbor_reach(self.recipe, self.corpus.slice_spacing_mm(rows[0]))
+        found = sample_neighbor(rng, self.corpus.slice_indices(rows), position, reach)
+        return None if found is None else rows[found]
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
@@ -246,10 +288,14 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
         for key in of_crops
         if key in samples[0]
     }
-    for key in ("index", "row", "volume", "crops_below_minimum"):
-        batch[key] = torch.tensor([sample[key] for sample in samples])
-    for key in ("crop_tissue", "boxes"):
-        batch[key] = torch.from_numpy(np.stack([sample[key] for sample in samples]))
+    for key in ("index", "row", "volume", "patient", "breast", "crops_below_minimum"):
+        if key in samples[0]:
+            batch[key] = torch.tensor([sample[key] for sample in samples])
+    for key in ("crop_tissue", "boxes", *(key for key in samples[0] if key.startswith("canvas"))):
+        if key in samples[0]:
+            batch[key] = torch.from_numpy(np.stack([sample[key] for sample in samples]))
+    if "global_crops" not in samples[0]:
+        return batch
     size, grid = samples[0]["global_crops"].shape[-1], samples[0]["masks"].shape[-1]
     for key, shape in (("pixels", (2, 1, size, size)), ("tissue", (grid, grid))):
         of_pairs = [sample["slice_pair"][key] for sample in samples if sample["slice_pair"]]
