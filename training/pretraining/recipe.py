@@ -312,7 +312,8 @@ def _check_together(recipe: Recipe) -> None:
         is_lonely = getattr(model, name) and not model.separate_ibot_head
         check(name, is_lonely, "needs --separate_ibot_head true")
     check("ibot_num_prototypes", model.ibot_num_prototypes == 1, "must be 2 or more, or 0 for num_prototypes")
-    for name in ("global_crop_size", "local_crop_size", "gram_crop_size", "image_height", "image_width"):
+    crop_sizes = ("global_crop_size", "local_crop_size", "gram_crop_size") if recipe.uses_crops else ()
+    for name in (*crop_sizes, "image_height", "image_width"):
         is_cut = recipe.flat()[name] % model.patch_size
         check(name, is_cut, f"must be a multiple of patch_size={model.patch_size}")
     gram = loss.gram_weight
@@ -331,23 +332,18 @@ def _check_together(recipe: Recipe) -> None:
         check(name, len(pair) != 2 or pair[0] > pair[1], "must be two numbers, the smaller first")
         check(name, name in scales and pair[0] <= 0, "must be above 0")
     check("blur_probability", len(views.blur_probability) != 3, "must be three numbers: global 1, global 2, local")
-    weights = parse_kind_weights(views.kind_weights)
+    parse_kind_weights(views.kind_weights)
     if not (recipe.uses_crops or recipe.uses_canvas):
         raise ValueError("every loss has weight 0: nothing would be learned; give one a weight")
-    if recipe.uses_view_groups and views.views_per_patient < 2:
-        raise ValueError("breast_weight, patient_weight and contralateral_weight need --views_per_patient 2 or more")
-    if views.views_per_patient:
-        if weights:
-            raise ValueError("kind_weights: cannot be combined with views_per_patient; leave one out")
-        if run.per_device_train_batch_size % views.views_per_patient:
-            raise ValueError(
-                f"per_device_train_batch_size={run.per_device_train_batch_size}: must be a multiple of "
-                f"views_per_patient={views.views_per_patient}"
-            )
-        if views.views_per_patient > 1 and views.views_per_patient % 2:
-            raise ValueError(f"views_per_patient={views.views_per_patient}: must be 1 or even, half of each breast")
-    if recipe.uses_canvas and run.fsdp:
-        raise ValueError("fsdp: the canvas objective is not sharded; give --fsdp false")
+    group = views.views_per_patient
+    check("views_per_patient", group % 2, "must be even: half of them are of each breast")
+    check(
+        "views_per_patient", recipe.uses_view_groups and not group, "must be 2 or more where views of a patient agree"
+    )
+    check("kind_weights", group and views.kind_weights, "cannot be combined with views_per_patient; leave one out")
+    is_torn = group and run.per_device_train_batch_size % group
+    check("per_device_train_batch_size", is_torn, f"must be a multiple of views_per_patient={group}")
+    check("fsdp", recipe.uses_canvas and run.fsdp, "the canvas objective is not sharded; give --fsdp false")
     if not (run.corpus and run.output_dir):
         raise ValueError("corpus and output_dir must be given: --corpus DIR --output_dir RUN")
     is_split = run.knn_steps and run.fsdp

@@ -29,7 +29,7 @@ class PatientOrder:
     a source (or all of them) an epoch is a permutation of its patients.
 
     patients, lateralities, views, sources: of each volume, by its place in the corpus; None where unknown.
-    patients_per_step: over all processes. Raises ValueError for an odd number of views above one.
+    patients_per_step: over all processes. Raises ValueError for an odd number of views.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class PatientOrder:
         patients_per_step: int,
         single_source: bool = True,
     ):
-        if views_per_patient > 1 and views_per_patient % 2:
-            raise ValueError(f"views_per_patient={views_per_patient}: must be 1 or even, half of them of each breast")
+        if views_per_patient % 2:
+            raise ValueError(f"views_per_patient={views_per_patient}: must be even, half of them of each breast")
         self.seed, self.views_per_patient, self.patients_per_step = seed, views_per_patient, patients_per_step
         breasts: dict[tuple[str, str], dict[str, list[int]]] = {}
         for volume, (patient, side, source) in enumerate(zip(patients, lateralities, sources, strict=True)):
@@ -72,8 +72,7 @@ class PatientOrder:
         sides = [self.patients[patient][each] for each in rng.permutation(len(self.patients[patient]))[:2]]
         drawn = []  # every view of the slot, to know what this one repeats
         for number in range(self.views_per_patient):
-            half = number * 2 // self.views_per_patient if self.views_per_patient > 1 else 0
-            side = half % len(sides)
+            side = number * 2 // self.views_per_patient % len(sides)
             done = sum(1 for each, _ in drawn if each == side)
             if done % len(sides[side]) == 0:
                 order = rng.permutation(len(sides[side]))
