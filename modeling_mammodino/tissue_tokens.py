@@ -31,7 +31,8 @@ class PackedTokens(NamedTuple):
 
 
 class PaddedTokens(NamedTuple):
-    """The kept tokens of each image, padded to the longest, T. Stochastic depth, which draws images, needs this form.
+    """The kept tokens of each image, padded to the longest, T: where all keep equally many, one attention call serves
+    the batch. Stochastic depth, which draws images, needs this form in any case.
 
     positions (B, T) int64: place of each token in the dense sequence; valid (B, T) bool: False where padded.
     """
@@ -88,7 +89,7 @@ def select_tokens(
     lengths: list[int] = keep.sum(dim=1).tolist()
     if min(lengths) == keep.shape[1]:
         return None
-    if pack:
+    if pack and min(lengths) < max(lengths):
         return PackedTokens(keep, lengths)
     positions = torch.argsort(keep.int(), dim=1, descending=True, stable=True)[:, : max(lengths)]
     return PaddedTokens(keep, positions, keep.gather(1, positions))

@@ -70,6 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bit_depth", type=int, default=8, choices=(8, 16), help="bits a pixel (default 8)")
     parser.add_argument("--collection", default="unnamed", help="name for the column `source`; it is published")
     parser.add_argument("--bcs_dbt_paths", nargs="+", default=(), help="BCS-DBT-file-paths-*.csv: its wrong headers")
+    parser.add_argument(
+        "--metadata",
+        nargs="+",
+        default=(),
+        help="CSV of files without a header: columns file (relative to it) and patient, study, laterality, view, kind, "
+        "source as far as known",
+    )
     parser.add_argument("--hash_key_file", type=Path, help=f"key of the patient hashes (default: ${HASH_KEY_VARIABLE})")
     parser.add_argument("--rows_per_shard", type=int, default=ROWS_PER_SHARD, help=f"(default {ROWS_PER_SHARD})")
     parser.add_argument(
@@ -112,6 +119,7 @@ def build_corpus(
     collection: str = "unnamed",
     hash_key_file: str | Path | None = None,
     bcs_dbt_paths: Sequence[str | Path] = (),
+    metadata: Sequence[str | Path] = (),
     num_proc: int = 1,
     rows_per_shard: int = ROWS_PER_SHARD,
     tasks: int = TASKS,
@@ -140,6 +148,7 @@ def build_corpus(
             collection=collection,
             hash_key_file=str(Path(hash_key_file).absolute()) if hash_key_file else None,
             bcs_dbt_paths=tuple(map(_absolute, bcs_dbt_paths)),
+            metadata=tuple(map(_absolute, metadata)),
             rows_per_shard=rows_per_shard,
             tasks=tasks,
         )

@@ -75,6 +75,7 @@ class Job:
         image_processor: settings of the MammoDinoImageProcessor.
         hash_key_file: holds the key of the hashes; else it is in $MAMMODINO_HASH_KEY. The key itself stands nowhere.
         bcs_dbt_paths: BCS-DBT's BCS-DBT-file-paths-*.csv, which correct wrong headers.
+        metadata: CSV tables of files without a header (`metadata.FileMetadata`).
         tasks: in which the work is shared out; fixed for the life of a build.
     """
 
@@ -87,6 +88,7 @@ class Job:
     bcs_dbt_paths: tuple[str, ...]
     rows_per_shard: int
     tasks: int
+    metadata: tuple[str, ...] = ()
 
     @property
     def work(self) -> Path:
@@ -119,7 +121,7 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Return what shapes the rows. One corpus has one set of these."""
-        kept = ("sources", "fit", "image_processor", "collection", "bcs_dbt_paths")
+        kept = ("sources", "fit", "image_processor", "collection", "bcs_dbt_paths", "metadata")
         settings = {name: value for name, value in asdict(self).items() if name in kept}
         settings["hash_key_check"] = keyed_hash("corpus", self.hash_key)  # tells two keys apart, reveals neither
         return json.loads(json.dumps(settings))

@@ -18,6 +18,7 @@ from modeling_mammodino.tools.files import atomic_file, write_json
 
 from .bcs_dbt_volumes import BcsDbtViews
 from .engine import die_with_parent
+from .metadata import FileMetadata
 from .plan import Job, Volume, read_lines, unreadable
 from .reader import FEATURES, make_row
 
@@ -122,6 +123,8 @@ def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
         path.unlink()
     if read.views:
         record.notes = {f"BCS-DBT: {name}": count for name, count in read.views.counts.items()}
+    if read.metadata:
+        record.notes |= {f"metadata: {name}": count for name, count in read.metadata.counts.items()}
     record.notes |= noted
     write_json(job.shard_record(shard), vars(record))
 
@@ -132,6 +135,7 @@ class VolumeReader:
     def __init__(self, job: Job):
         self.job, self.hash_key, self.image_processor = job, job.hash_key, job.processor()
         self.views = BcsDbtViews.from_csv(job.bcs_dbt_paths) if job.bcs_dbt_paths else None
+        self.metadata = FileMetadata(job.metadata, self.hash_key) if job.metadata else None
 
     def rows(self, volume: Volume) -> list[dict[str, Any]]:
         """Render a volume. Raises InvalidImageError or OSError where a file of it cannot be used."""
@@ -147,4 +151,9 @@ class VolumeReader:
         for row in rows:
             row["volume_id"], row["burned_in_annotation"] = volume.volume_id, annotation
             row["slice_spacing_mm"] = row["slice_spacing_mm"] or volume.slice_spacing_mm
+        if self.metadata:
+            known = self.metadata.of(volume.files[0].path)
+            if "source" in known:
+                known["source"] = f"{self.job.collection}-{known['source']}"  # a part of the collection
+            rows = [row | known for row in rows]
         return rows

@@ -214,7 +214,7 @@ def _check_row(row: dict[str, Any], manifest: dict[str, Any]) -> Iterator[str]:
     for name, is_allowed in COLUMN_CHECKS.items():
         if not allows(is_allowed, row[name]):
             yield f"{name}: not a value of that column"
-    if row["source"] != manifest["collection"]:
+    if row["source"] != manifest["collection"] and not row["source"].startswith(f"{manifest['collection']}-"):
         yield "source: not the manifest's collection"
     height, width = manifest["fit"]
     image, complaint = _image(row["image"], height, width)

@@ -50,9 +50,10 @@ class BatchStandardization(nn.Module):
 class CanvasHeads(nn.Module):
     """A linear layer from patch tokens to content, and a projector (LeJEPA's, BatchNorm MLP) for each kind of view."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, mean: float, std: float):
         super().__init__()
         model = recipe.model
+        self.mean, self.std = mean, std  # of the pixels 0..1 that the encoder sees
         self.content = nn.Linear(model.hidden_size, num_statistics(model.patch_size) + model.dense_components)
 
         def projector() -> nn.Sequential:
@@ -68,10 +69,11 @@ class CanvasHeads(nn.Module):
         self.breast, self.patient, self.contralateral = projector(), projector(), projector()
 
     def forward(self, backbone: MammoDinoModel, batch: Batch) -> CanvasOutputs:
-        """Encode the kept tokens of each canvas, (B, 1, H, W), and project them."""
+        """Encode the kept tokens of each canvas, (B, 1, H, W) uint8, and project them."""
         keep = batch["canvas_tokens"].flatten(1)  # (B, N), equally many in each row
+        pixels = (batch["canvas"].float() / 255 - self.mean) / self.std
         states = backbone(
-            batch["canvas"], bool_masked_pos=batch["canvas_masks"].flatten(1), tissue_mask=batch["canvas_tokens"]
+            pixels, bool_masked_pos=batch["canvas_masks"].flatten(1), tissue_mask=batch["canvas_tokens"]
         ).last_hidden_state
         cls = states[:, 0]
         patches = states[:, 1 + backbone.config.num_register_tokens :][keep].view(len(cls), -1, cls.shape[-1])
@@ -87,7 +89,7 @@ def canvas_losses(
     losses, weights = {}, recipe.loss
     if weights.dense_statistics_weight or weights.dense_components_weight:
         keep, shape = batch["canvas_tokens"].flatten(1), seen.content.shape[:2]
-        statistics, components = targets_of(batch["canvas_target"], batch["canvas_tissue"])
+        statistics, components = targets_of(batch["canvas_target"].float() / 255, batch["canvas_tissue"])
         patch = targets_of.patch_size
         tissue = (
             nn.functional.avg_pool2d(batch["canvas_tissue"].float().unsqueeze(1), patch).flatten(1)[keep].view(shape)

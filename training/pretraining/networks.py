@@ -96,7 +96,10 @@ class Network(nn.Module):
         self.is_sharded = recipe.run.fsdp
         self.tissue_tokens, self.shows_patches = recipe.views.tissue_tokens, recipe.loss.gram_weight > 0
         self.backbone = start_backbone(recipe, image_processor)
-        self.canvas_heads = CanvasHeads(recipe) if recipe.uses_canvas else None
+        self.canvas_heads = None
+        if recipe.uses_canvas:
+            mean_and_std = image_processor.mean_and_std if image_processor else (0.5, 0.25)
+            self.canvas_heads = CanvasHeads(recipe, *mean_and_std)
         self.head = self.ibot_head = None
         if recipe.uses_crops:
             self.head = ProjectionHead(

@@ -103,10 +103,12 @@ class ViewsRecipe:
     canvas_scale: list[float] = setting([0.88, 1.15], "Scale.", low=0.1)
     canvas_aspect: float = setting(1.0, "Stretch of the width over the height, drawn log-uniform up to this.", low=1)
     canvas_shift_fraction: float = setting(0.023, "Shift in +- this, of the canvas' height.", low=0, high=1)
-    canvas_gain: float = setting(0.225, "Gain drawn in 1 +- this.", low=0, high=1)
-    canvas_offset: float = setting(0.1, "Offset of gray values of 0..1, drawn in +- this.", low=0, high=1)
-    canvas_field: float = setting(0.0, "Gain that varies smoothly over the image, in +- this.", low=0, high=1)
-    canvas_noise: float = setting(0.015, "Largest standard deviation of noise, in gray values of 0..1.", low=0, high=1)
+    canvas_gain: float = setting(0.15, "Gain drawn in 1 +- this.", low=0, high=1)
+    canvas_offset: float = setting(0.05, "Offset of gray values of 0..1, drawn in +- this.", low=0, high=1)
+    canvas_field: float = setting(
+        0.25, "Gain that varies smoothly over the image, in +- this, and offset, in +- 0.4 times this.", low=0, high=1
+    )
+    canvas_noise: float = setting(0.02, "Largest standard deviation of noise, in gray values of 0..1.", low=0, high=1)
 
 
 @dataclass

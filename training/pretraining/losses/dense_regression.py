@@ -63,8 +63,10 @@ class DenseTargets(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, tissue: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return standardized statistics (B, N, S) and components (B, N, C) of images (B, H, W) in 0..1; tissue (B, H, W)
-        bool."""
+        """Return standardized statistics (B, N, S) and components (B, N, C) of images (B, H, W) in 0..1.
+
+        tissue (B, H, W) bool.
+        """
         with torch.autocast(images.device.type, enabled=False):
             statistics = (self.statistics(images, tissue) - self.statistics_mean) / self.statistics_scale
             filters = self.components.view(-1, 1, 3 * self.patch_size, 3 * self.patch_size)

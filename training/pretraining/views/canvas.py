@@ -28,8 +28,9 @@ def canvas_view(
 
     pixels, target (H', W') uint8 or uint16, the image and what is to be predicted, such as its neighboring slice;
     tissue (h', w') float32, the breast fraction of cells of any size; recipe: a `ViewsRecipe`. Returns `canvas`
-    (1, H, W) float32 in 0..1, `canvas_target` (H, W) float32 in 0..1, `canvas_tissue` (H, W) bool, `canvas_tokens`
-    (h, w) bool, as many true as the recipe says, and `canvas_masks` (h, w) bool within them.
+    (1, H, W) and `canvas_target` (H, W) uint8, a quarter of what floats would take on their way to the device,
+    `canvas_tissue` (H, W) bool, `canvas_tokens` (h, w) bool, as many true as the recipe says, and `canvas_masks` (h, w)
+    bool within them.
     """
     matrix = affine(rng, pixels.shape, canvas, recipe)
 
@@ -38,6 +39,9 @@ def canvas_view(
 
     def unit(plane: np.ndarray) -> np.ndarray:
         return warp(plane).astype(np.float32) * np.float32(1 / np.iinfo(plane.dtype).max)
+
+    def bytes_of(values: np.ndarray) -> np.ndarray:
+        return np.rint(values * inside * np.float32(255)).astype(np.uint8)
 
     scale_y, scale_x = pixels.shape[0] / tissue.shape[0], pixels.shape[1] / tissue.shape[1]
     cells = matrix @ np.array([[scale_x, 0, (scale_x - 1) / 2], [0, scale_y, (scale_y - 1) / 2], [0, 0, 1]])
@@ -48,8 +52,8 @@ def canvas_view(
     draws, each = rng.random(), rng.random(grid)
     masked = tokens & (each < recipe.canvas_mask_ratio) & (is_blob and draws < recipe.canvas_mask_probability)
     return {
-        "canvas": (change_intensity(rng, unit(pixels), grid, recipe) * inside)[None],
-        "canvas_target": unit(target) * inside,
+        "canvas": bytes_of(change_intensity(rng, unit(pixels), grid, recipe))[None],
+        "canvas_target": bytes_of(unit(target)),
         "canvas_tissue": inside,
         "canvas_tokens": tokens,
         "canvas_masks": masked,
@@ -99,11 +103,15 @@ def token_subset(
 
 
 def change_intensity(rng: np.random.Generator, unit: np.ndarray, grid: tuple[int, int], recipe: Any) -> np.ndarray:
-    """Gain, offset, a smooth random field of both (Frepa's low-frequency perturbation, arXiv 2407.14651), and noise."""
+    """Change gain and offset, evenly and by smooth random fields (Frepa's low-frequency perturbation, arXiv
+    2407.14651), and add noise, the sum of two uniform numbers a pixel."""
     gain, offset, noise = rng.uniform(-1, 1, 3).astype(np.float32)
-    fields = rng.uniform(-1, 1, (2, 4, 3)).astype(np.float32)
-    small = [cv2.resize(each, unit.shape[::-1], interpolation=cv2.INTER_CUBIC) for each in fields]
-    changed = unit * (1 + np.float32(recipe.canvas_gain) * gain + np.float32(recipe.canvas_field) * small[0])
-    changed += np.float32(recipe.canvas_offset / 2) * (offset + small[1])
-    changed += rng.standard_normal(unit.shape, np.float32) * (np.float32(recipe.canvas_noise) * abs(noise))
-    return np.clip(changed, 0, 1)
+    fields = np.float32(recipe.canvas_field) * rng.uniform(-1, 1, (2, 4, 3)).astype(np.float32)
+    gains, offsets = (cv2.resize(each, unit.shape[::-1], interpolation=cv2.INTER_LINEAR) for each in fields)
+    gains += np.float32(1 + recipe.canvas_gain * gain)
+    offsets *= np.float32(0.4)
+    offsets += np.float32(recipe.canvas_offset * offset)
+    grain = np.frombuffer(rng.bytes(2 * unit.size), np.int8).reshape(2, *unit.shape)
+    scale = np.float32(recipe.canvas_noise * abs(noise) / (128 * np.sqrt(2 / 3)))  # of the sum of two uniform numbers
+    changed = unit * gains + offsets + cv2.add(grain[0], grain[1], dtype=cv2.CV_32F) * scale
+    return np.clip(changed, 0, 1, out=changed)

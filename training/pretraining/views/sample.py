@@ -135,19 +135,18 @@ class PretrainingViews(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng, volume, rows, position = self.place(index)
-        image = self.image(rows[position])
-        sample = {"index": index, "row": rows[position], "volume": volume}
+        pixels, tissue = self.corpus.image(rows[position])
+        sample: dict[str, Any] = {"index": index, "row": rows[position], "volume": volume}
         if self.patients:
             place = self.patients[index]
             sample |= {"patient": place.patient, "breast": place.breast}
         if self.with_crops:
+            image = Image(pixels, downsample_2x(pixels), TissueTable(tissue, pixels.shape))
             sample |= self.draw(rng, image, index) | {"slice_pair": self.slice_pair(rng, rows, position, image)}
         if self.canvas:
             neighbor = self.neighbor(rng, rows, position)
-            target = image if neighbor is None else self.image(neighbor)
-            tissue = self.corpus.image(rows[position])[1]
-            view = canvas_view(rng, image.pixels, target.pixels, tissue, self.canvas, self.patch_size, self.recipe)
-            sample |= view | {"canvas": self.standardize(view["canvas"])}
+            target = pixels if neighbor is None else self.corpus.image(neighbor)[0]
+            sample |= canvas_view(rng, pixels, target, tissue, self.canvas, self.patch_size, self.recipe)
         return sample
 
     def place(self, index: int) -> tuple[np.random.Generator, int, range, int]:
@@ -192,9 +191,8 @@ class PretrainingViews(Dataset):
             rows = self.corpus.rows_of(int(volume))
             pixels, tissue = self.corpus.image(rows[int(rng.integers(len(rows)))])
             found.append(canvas_view(rng, pixels, pixels, tissue, self.canvas, self.patch_size, recipe))
-        return tuple(
-            torch.from_numpy(np.stack([view[key] for view in found])) for key in ("canvas_target", "canvas_tissue")
-        )
+        images = torch.from_numpy(np.stack([view["canvas_target"] for view in found])).float() / 255
+        return images, torch.from_numpy(np.stack([view["canvas_tissue"] for view in found]))
 
     def views(self, rng: np.random.Generator, image: Image, is_global: bool) -> Views:
         """Draw all global or all local crops with their photometric changes."""
