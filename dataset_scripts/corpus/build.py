@@ -257,7 +257,7 @@ class Finish:
         files = json.loads((job.work / "job.json").read_text())["files"]
         shards = [{name: record[name] for name in ("name", "rows", "sha256")} for record in records if record["name"]]
         settings = {"tissue_cell_px": TISSUE_CELL_PX, **job.settings()}
-        del settings["sources"], settings["bcs_dbt_paths"]  # places of this machine
+        del settings["sources"], settings["bcs_dbt_paths"], settings["metadata"]  # places of this machine
         _write_state(output, [shard["name"] for shard in shards], settings)
         manifest = {
             "complete": True,

@@ -36,7 +36,7 @@ def test_images_get_their_patient_side_view_and_source(tmp_path):
             ],
         )
     )
-    assert not list(verify_corpus(output).faults)
+    assert verify_corpus(output) == []
     assert "Jane" not in (output / "manifest.json").read_text()
 
 

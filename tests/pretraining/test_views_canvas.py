@@ -7,18 +7,15 @@ import numpy as np
 import pytest
 from conftest import draw_breast
 
-from training.pretraining.views.canvas import affine, canvas_view, token_subset
+from training.pretraining.views.canvas import WITHOUT_AUGMENTATION, affine, canvas_view, token_subset
 
 CANVAS, PATCH = (96, 64), 8
 RECIPE = {
     "canvas_rotation_degrees": 12.0, "canvas_scale": [0.88, 1.15], "canvas_aspect": 1.06, "canvas_shift_fraction": 0.02,
     "vertical_flip_probability": 0.5, "canvas_tokens": 20, "canvas_scatter_probability": 0.5,
-    "canvas_mask_probability": 0.5, "canvas_mask_ratio": 0.3, "canvas_gain": 0.2, "canvas_field": 0.2,
-    "canvas_offset": 0.1, "canvas_noise": 0.05,
+    "canvas_mask_probability": 0.5, "canvas_mask_ratio": 0.3, "canvas_blur_probability": 0.4, "canvas_gamma": 0.4,
+    "canvas_gain": 0.2, "canvas_field": 0.2, "canvas_offset": 0.1, "canvas_noise": 0.05,
 }  # fmt: skip
-STILL = {"canvas_rotation_degrees": 0.0, "canvas_scale": [1.0, 1.0], "canvas_aspect": 1.0, "canvas_shift_fraction": 0.0,
-         "vertical_flip_probability": 0.0}  # fmt: skip
-QUIET = {"canvas_gain": 0.0, "canvas_field": 0.0, "canvas_offset": 0.0, "canvas_noise": 0.0}
 
 
 def recipe(**changes) -> SimpleNamespace:
@@ -38,7 +35,7 @@ def draw(image, seed=0, **changes):
 
 
 def test_without_changes_it_is_the_image_fitted_to_the_canvas(image):
-    view = draw(image, **STILL, **QUIET)
+    view = draw(image, **WITHOUT_AUGMENTATION)
     fit = 96 / 92
     expected = cv2.resize(image[0], (round(60 * fit), 96), interpolation=cv2.INTER_LINEAR).astype(np.float32) / 255
     inside = view["canvas_tissue"][:, : expected.shape[1]]

@@ -106,31 +106,24 @@ def canvas_losses(
             losses[f"{name}_agreement"] = view_agreement_loss(embeddings, batch[name])
             losses[f"{name}_spread"] = regularize(embeddings)
     if weights.contralateral_weight:
-        differences, groups = breast_differences(
-            seen.contralateral, batch["patient"], batch["breast"], recipe.views.views_per_patient
-        )
+        differences, groups = breast_differences(seen.contralateral, batch["patient"], recipe.views.views_per_patient)
         losses["contralateral_agreement"] = view_agreement_loss(differences, groups)
         losses["contralateral_spread"] = regularize(differences)
     return losses
 
 
 def breast_differences(
-    embeddings: torch.Tensor, patients: torch.Tensor, breasts: torch.Tensor, views_per_patient: int
+    embeddings: torch.Tensor, patients: torch.Tensor, views_per_patient: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Subtract, view by view, the second breast's embedding from the first's: (B, E) -> (B / 2, E), and their patients.
 
-    Batches come in groups of one patient, the first half of one breast, the second of the other, in the same order of
-    views. The sign of each patient is drawn, so that no side is special; where there is one breast only, both halves
-    are of it, and what differs is chance, which agrees with nothing. patients, breasts (B,) int64.
+    Batches come in groups of one patient, the first half of one breast, drawn by chance, the second of the other, in
+    the same order of views. Where there is one breast only, both halves are of it, and what differs is chance, which
+    agrees with nothing. patients (B,) int64.
     """
-    first, second = (
-        embeddings.float().view(-1, 2, views_per_patient // 2, embeddings.shape[-1]).unbind(1)
-    )  # (patients, views, E)
-    sign = 2.0 * torch.randint(0, 2, (len(first), 1, 1), device=embeddings.device) - 1
-    pairs = breasts.view(-1, 2, views_per_patient // 2)[:, :, 0]
-    has_both = (pairs[:, 0] != pairs[:, 1]).view(-1, 1, 1)
-    differences = torch.where(has_both, (first - second) * sign, torch.zeros_like(first))
-    return differences.flatten(0, 1), patients.view(-1, views_per_patient)[:, : views_per_patient // 2].flatten()
+    size = views_per_patient // 2
+    first, second = embeddings.float().view(-1, 2, size, embeddings.shape[-1]).unbind(1)  # (patients, views, E)
+    return (first - second).flatten(0, 1), patients.view(-1, views_per_patient)[:, :size].flatten()
 
 
 @torch.no_grad()

@@ -99,16 +99,18 @@ class ViewsRecipe:
     canvas_scatter_probability: float = setting(0.5, "Share scattered over the breast, else a blob.", low=0, high=1)
     canvas_mask_probability: float = setting(0.5, "Share of the blobs that are masked.", low=0, high=1)
     canvas_mask_ratio: float = setting(0.3, "Masked share of the tokens of such a blob.", low=0, high=1)
-    canvas_rotation_degrees: float = setting(12.0, "Rotation drawn in +- this.", low=0)
-    canvas_scale: list[float] = setting([0.88, 1.15], "Scale.", low=0.1)
-    canvas_aspect: float = setting(1.0, "Stretch of the width over the height, drawn log-uniform up to this.", low=1)
-    canvas_shift_fraction: float = setting(0.023, "Shift in +- this, of the canvas' height.", low=0, high=1)
-    canvas_gain: float = setting(0.15, "Gain drawn in 1 +- this.", low=0, high=1)
-    canvas_offset: float = setting(0.05, "Offset of gray values of 0..1, drawn in +- this.", low=0, high=1)
+    canvas_rotation_degrees: float = setting(17.0, "Rotation drawn in +- this.", low=0)
+    canvas_scale: list[float] = setting([0.83, 1.2], "Scale.", low=0.1)
+    canvas_aspect: float = setting(1.09, "Stretch of the width over the height, drawn log-uniform up to this.", low=1)
+    canvas_shift_fraction: float = setting(0.03, "Shift in +- this, of the canvas' height.", low=0, high=1)
+    canvas_blur_probability: float = setting(0.4, "Share that is blurred or sharpened.", low=0, high=1)
+    canvas_gamma: float = setting(0.4, "Exponent of gray values of half of the images, log-uniform in +- this.", low=0)
+    canvas_gain: float = setting(0.22, "Gain drawn in 1 +- this.", low=0, high=1)
+    canvas_offset: float = setting(0.075, "Offset of gray values of 0..1, drawn in +- this.", low=0, high=1)
     canvas_field: float = setting(
-        0.25, "Gain that varies smoothly over the image, in +- this, and offset, in +- 0.4 times this.", low=0, high=1
+        0.37, "Gain that varies smoothly over the image, in +- this, and offset, in +- 0.4 times this.", low=0, high=1
     )
-    canvas_noise: float = setting(0.02, "Largest standard deviation of noise, in gray values of 0..1.", low=0, high=1)
+    canvas_noise: float = setting(0.03, "Largest standard deviation of noise, in gray values of 0..1.", low=0, high=1)
 
 
 @dataclass

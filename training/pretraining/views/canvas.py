@@ -10,8 +10,8 @@ import numpy as np
 
 WITHOUT_AUGMENTATION = {
     "canvas_rotation_degrees": 0.0, "canvas_scale": [1.0, 1.0], "canvas_aspect": 1.0, "canvas_shift_fraction": 0.0,
-    "vertical_flip_probability": 0.0, "canvas_gain": 0.0, "canvas_offset": 0.0, "canvas_field": 0.0,
-    "canvas_noise": 0.0,
+    "vertical_flip_probability": 0.0, "canvas_blur_probability": 0.0, "canvas_gamma": 0.0, "canvas_gain": 0.0,
+    "canvas_offset": 0.0, "canvas_field": 0.0, "canvas_noise": 0.0,
 }  # fmt: skip
 
 
@@ -103,9 +103,15 @@ def token_subset(
 
 
 def change_intensity(rng: np.random.Generator, unit: np.ndarray, grid: tuple[int, int], recipe: Any) -> np.ndarray:
-    """Change gain and offset, evenly and by smooth random fields (Frepa's low-frequency perturbation, arXiv
-    2407.14651), and add noise, the sum of two uniform numbers a pixel."""
+    """Change sharpness, gamma, gain and offset, the last two also by smooth random fields (Frepa's low-frequency
+    perturbation, arXiv 2407.14651), and add noise, the sum of two uniform numbers a pixel."""
     gain, offset, noise = rng.uniform(-1, 1, 3).astype(np.float32)
+    bends, gamma, blurs, blur = rng.random(4)
+    if blurs < recipe.canvas_blur_probability:  # from sharpened to blurred
+        unit = cv2.addWeighted(unit, 1.4 - 1.4 * blur, cv2.GaussianBlur(unit, (3, 3), 0), 1.4 * blur - 0.4, 0)
+    if bends < 0.5:
+        curve = (np.arange(257) / 256) ** np.exp(recipe.canvas_gamma * (2 * gamma - 1))
+        unit = curve.astype(np.float32)[(unit * np.float32(256)).astype(np.uint16).clip(0, 256)]
     fields = np.float32(recipe.canvas_field) * rng.uniform(-1, 1, (2, 4, 3)).astype(np.float32)
     gains, offsets = (cv2.resize(each, unit.shape[::-1], interpolation=cv2.INTER_LINEAR) for each in fields)
     gains += np.float32(1 + recipe.canvas_gain * gain)
