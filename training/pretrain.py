@@ -18,7 +18,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from dataset_scripts.corpus.reader import Corpus, local_corpus
 from modeling_mammodino.tools.command import command_line
 from training.pretraining import checkpoints
-from training.pretraining.canvas import canvas_losses, prepare_canvas
+from training.pretraining.canvas_objective import VIEW_KINDS, canvas_losses, prepare_canvas, view_weight
 from training.pretraining.checkpoints import FiniteWatch
 from training.pretraining.compute import keep_freed_memory
 from training.pretraining.export import export_encoder
@@ -57,7 +57,8 @@ def compute_losses(
     dense_targets: DenseTargets | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Run both networks forward: return unweighted losses by name, and what the monitor looks for collapse in."""
-    losses, shown = {}, {}
+    losses: dict[str, torch.Tensor] = {}
+    shown: dict[str, torch.Tensor] = {}
     both = student(batch, is_student=True)
     if dense_targets is not None:
         losses |= canvas_losses(both.canvas, batch, dense_targets, recipe)
@@ -99,10 +100,10 @@ def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tenso
     if "dense_statistics" in losses:
         terms.append(loss.dense_statistics_weight * losses["dense_statistics"])
         terms.append(loss.dense_components_weight * losses["dense_components"])
-    for view in ("breast", "patient", "contralateral"):
-        if f"{view}_spread" in losses:
-            spread = (1 - fraction) * losses[f"{view}_agreement"] + fraction * losses[f"{view}_spread"]
-            terms.append(getattr(loss, f"{view}_weight") * spread)
+    for kind in VIEW_KINDS:
+        if weight := view_weight(loss, kind):
+            views = (1 - fraction) * losses[f"{kind}_agreement"] + fraction * losses[f"{kind}_spread"]
+            terms.append(weight * views)
     return sum(terms[1:], start=terms[0])
 
 

@@ -23,7 +23,7 @@ from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.convert import load_encoder, rebuild
 from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch
 
-from .canvas import CanvasHeads, CanvasOutputs
+from .canvas_objective import CanvasHeads, CanvasOutputs
 from .checkpoints import CONFIG_FILE, RECIPE_FILE, load_module
 from .recipe import ModelRecipe, Recipe
 

@@ -29,6 +29,14 @@ def max_over_processes(value: torch.Tensor) -> torch.Tensor:
     return _all_reduce(value, dist.ReduceOp.MAX)
 
 
+@torch.no_grad()
+def from_first_process(value: torch.Tensor) -> torch.Tensor:
+    """Return the first process' `value`, of its shape, such as random numbers that all must share."""
+    if num_processes() > 1:
+        dist.broadcast(value, src=0)
+    return value
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """Every process' rows (n, ...), n the same for all, in their order: (processes * n, ...).
 

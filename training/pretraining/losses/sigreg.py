@@ -2,7 +2,7 @@
 
 import torch
 
-from .distributed import gather_rows
+from .distributed import from_first_process, gather_rows
 
 
 def sigreg_loss(
@@ -19,7 +19,7 @@ def sigreg_loss(
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = gather_rows(embeddings.float())
-        directions = torch.randn(embeddings.shape[1], num_directions, device=embeddings.device)
+        directions = from_first_process(torch.randn(embeddings.shape[1], num_directions, device=embeddings.device))
         projected = embeddings @ torch.nn.functional.normalize(directions, dim=0)  # (B, K)
         knots = torch.linspace(0, largest_knot, num_knots, device=embeddings.device)  # (T,)
         normal = torch.exp(-knots.square() / 2)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .distributed import gather_rows
+from .distributed import from_first_process, gather_rows
 
 
 def visreg_loss(embeddings: torch.Tensor, num_directions: int = 256) -> torch.Tensor:
@@ -19,7 +19,8 @@ def visreg_loss(embeddings: torch.Tensor, num_directions: int = 256) -> torch.Te
         embeddings = gather_rows(embeddings.float())
         count, width = embeddings.shape
         mean, scale = embeddings.mean(dim=0), embeddings.std(dim=0) + 1e-4
-        directions = torch.nn.functional.normalize(torch.randn(width, num_directions, device=embeddings.device), dim=0)
+        directions = from_first_process(torch.randn(width, num_directions, device=embeddings.device))
+        directions = torch.nn.functional.normalize(directions, dim=0)
         standardized = (embeddings - mean) / scale.detach()
         ordered = (standardized @ directions).sort(dim=0).values  # (B, K)
         ranks = torch.arange(1, count + 1, device=embeddings.device) / (count + 1)

@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-WITHOUT_AUGMENTATION = {
+WITHOUT_AUGMENTATION: dict[str, Any] = {
     "canvas_rotation_degrees": 0.0, "canvas_scale": [1.0, 1.0], "canvas_aspect": 1.0, "canvas_shift_fraction": 0.0,
     "vertical_flip_probability": 0.0, "canvas_blur_probability": 0.0, "canvas_gamma": 0.0, "canvas_gain": 0.0,
     "canvas_offset": 0.0, "canvas_field": 0.0, "canvas_noise": 0.0,

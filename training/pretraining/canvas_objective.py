@@ -17,19 +17,18 @@ from .losses.distributed import gather_rows
 from .losses.sigreg import sigreg_loss
 from .losses.view_agreement import view_agreement_loss
 from .losses.visreg import visreg_loss
-from .recipe import Recipe
+from .recipe import LossRecipe, Recipe
 
 NUM_FITTED = 400  # images from which means, deviations and components are taken
+VIEW_KINDS = ("breast", "patient", "contralateral")  # whose views, or what differs between its breasts, agree
 REGULARIZERS = {"visreg": visreg_loss, "sigreg": sigreg_loss, "coding_rate": coding_rate_loss}
 
 
 class CanvasOutputs(NamedTuple):
     """What the student says of one batch of canvases. K tokens of each, S statistics, C components."""
 
-    content: torch.Tensor  # (B, K, S + C), predicted at each token's place
-    breast: torch.Tensor  # (B, E), embeddings that agree between the views of a breast
-    patient: torch.Tensor  # (B, E), embeddings that agree between the views of a patient
-    contralateral: torch.Tensor  # (B, E), embeddings whose difference between the breasts agrees between the views
+    content: torch.Tensor | None  # (B, K, S + C), predicted at each token's place; None where the recipe has none
+    embeddings: dict[str, torch.Tensor]  # (B, E), by the kind of views that agree, of those that the recipe weighs
     features: torch.Tensor  # (B, D), class tokens
 
 
@@ -52,9 +51,11 @@ class CanvasHeads(nn.Module):
 
     def __init__(self, recipe: Recipe, mean: float, std: float):
         super().__init__()
-        model = recipe.model
+        model, loss = recipe.model, recipe.loss
         self.mean, self.std = mean, std  # of the pixels 0..1 that the encoder sees
-        self.content = nn.Linear(model.hidden_size, num_statistics(model.patch_size) + model.dense_components)
+        self.content = None
+        if loss.dense_statistics_weight or loss.dense_components_weight:
+            self.content = nn.Linear(model.hidden_size, num_statistics(model.patch_size) + model.dense_components)
 
         def projector() -> nn.Sequential:
             layers: list[nn.Module] = []
@@ -66,7 +67,7 @@ class CanvasHeads(nn.Module):
                 ]
             return nn.Sequential(*layers, nn.Linear(model.projector_hidden_size, model.projector_size))
 
-        self.breast, self.patient, self.contralateral = projector(), projector(), projector()
+        self.projectors = nn.ModuleDict({kind: projector() for kind in VIEW_KINDS if view_weight(loss, kind)})
 
     def forward(self, backbone: MammoDinoModel, batch: Batch) -> CanvasOutputs:
         """Encode the kept tokens of each canvas, (B, 1, H, W) uint8, and project them."""
@@ -78,37 +79,34 @@ class CanvasHeads(nn.Module):
         cls = states[:, 0]
         patches = states[:, 1 + backbone.config.num_register_tokens :][keep].view(len(cls), -1, cls.shape[-1])
         view = torch.cat((cls, patches.mean(dim=1)), dim=1)  # (B, 2 D)
-        embeddings = self.breast(view), self.patient(view), self.contralateral(view)
-        return CanvasOutputs(self.content(patches), *embeddings, cls)
+        embeddings = {kind: projector(view) for kind, projector in self.projectors.items()}
+        return CanvasOutputs(None if self.content is None else self.content(patches), embeddings, cls)
+
+
+def view_weight(loss: LossRecipe, kind: str) -> float:
+    """Return the weight of agreement between the views of a kind of VIEW_KINDS."""
+    return getattr(loss, f"{kind}_weight")
 
 
 def canvas_losses(
     seen: CanvasOutputs, batch: Batch, targets_of: DenseTargets, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """Return the unweighted losses of weight above 0 by name: content at each token's place, agreement of views."""
-    losses, weights = {}, recipe.loss
-    if weights.dense_statistics_weight or weights.dense_components_weight:
+    """Return the unweighted losses by name: content at each token's place, agreement and spread of each kind of view."""
+    losses: dict[str, torch.Tensor] = {}
+    if seen.content is not None:
         keep, shape = batch["canvas_tokens"].flatten(1), seen.content.shape[:2]
         statistics, components = targets_of(batch["canvas_target"].float() / 255, batch["canvas_tissue"])
-        patch = targets_of.patch_size
-        tissue = (
-            nn.functional.avg_pool2d(batch["canvas_tissue"].float().unsqueeze(1), patch).flatten(1)[keep].view(shape)
-        )
+        inside = nn.functional.avg_pool2d(batch["canvas_tissue"].float().unsqueeze(1), targets_of.patch_size)
+        tissue = inside.flatten(1)[keep].view(shape)
         predicted = seen.content.split((targets_of.num_statistics, targets_of.num_components), dim=-1)
         losses["dense_statistics"] = dense_regression_loss(predicted[0], statistics[keep].view(*shape, -1), tissue)
         losses["dense_components"] = dense_regression_loss(predicted[1], components[keep].view(*shape, -1), tissue)
-    regularize = REGULARIZERS[weights.view_regularizer]
-    for name, embeddings, weight in (
-        ("breast", seen.breast, weights.breast_weight),
-        ("patient", seen.patient, weights.patient_weight),
-    ):
-        if weight:
-            losses[f"{name}_agreement"] = view_agreement_loss(embeddings, batch[name])
-            losses[f"{name}_spread"] = regularize(embeddings)
-    if weights.contralateral_weight:
-        differences, groups = breast_differences(seen.contralateral, batch["patient"], recipe.views.views_per_patient)
-        losses["contralateral_agreement"] = view_agreement_loss(differences, groups)
-        losses["contralateral_spread"] = regularize(differences)
+    for kind, embeddings in seen.embeddings.items():
+        groups = batch["breast" if kind == "breast" else "patient"]
+        if kind == "contralateral":
+            embeddings, groups = breast_differences(embeddings, groups, recipe.views.views_per_patient)
+        losses[f"{kind}_agreement"] = view_agreement_loss(embeddings, groups)
+        losses[f"{kind}_spread"] = REGULARIZERS[recipe.loss.view_regularizer](embeddings)
     return losses
 
 
