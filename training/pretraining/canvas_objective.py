@@ -91,7 +91,7 @@ def view_weight(loss: LossRecipe, kind: str) -> float:
 def canvas_losses(
     seen: CanvasOutputs, batch: Batch, targets_of: DenseTargets, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """Return the unweighted losses by name: content at each token's place, agreement and spread of each kind of view."""
+    """Return the unweighted losses by name: content at each place, agreement and spread of each kind of view."""
     losses: dict[str, torch.Tensor] = {}
     if seen.content is not None:
         keep, shape = batch["canvas_tokens"].flatten(1), seen.content.shape[:2]
