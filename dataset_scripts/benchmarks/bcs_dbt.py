@@ -6,13 +6,26 @@ file from 0, as in the collection's own reading code.
 """
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews, View
 
-from .index import SPLITS, Benchmark, Box, MetadataTable, collection_roots, make_box, make_index, read_csv, relative
+from .index import (
+    SPLITS,
+    Benchmark,
+    Box,
+    MetadataTable,
+    collection_roots,
+    files_by_element,
+    make_box,
+    make_index,
+    read_csv,
+    relative,
+    say_where,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -137,22 +150,40 @@ def _paths(data_dir: Path, split: str) -> dict[tuple, tuple[str, str]] | None:
 
 
 def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
-    """Return the index with each `path` as it is on disk, descriptive or classic, also in a manifest-* folder."""
+    """Return the index with each `path` as it is on disk, descriptive or classic, below data_dir or the folder of the
+    collection; other clients call folders and files otherwise: there the SeriesInstanceUID of the headers tells.
+
+    A volume that is not found keeps the descriptive path, which is not there. Where was looked is logged.
+    """
     data_dir = Path(data_dir)
     listed = {f"{key[1]}_{key[2]}": both for split in SPLITS for key, both in (_paths(data_dir, split) or {}).items()}
-    roots = list(dict.fromkeys([data_dir, *(root.parent for root in collection_roots(data_dir, COLLECTION)[1:])]))
-
-    def on_disk(image: str) -> str | None:
+    roots = collection_roots(data_dir, COLLECTION)
+    found: dict[str, Path] = {}
+    for image in index["image_id"]:
         stated = listed.get(image, ())
-        files = (root / path for path in stated for root in roots)
-        return next((relative(file, data_dir) for file in files if file.is_file()), next(iter(stated), None))
-
-    return index.assign(path=index["image_id"].map(on_disk).astype("string"))
+        beside = [data_dir, *(root.parent for root in roots[1:])]  # a listed path begins with the collection
+        files = [root / path for path in stated for root in beside]
+        files += [root / path.partition("/")[2] for path in stated for root in roots]
+        if file := next((file for file in files if file.is_file()), None):
+            found[image] = file
+    if absent := [image for image in index["image_id"] if image in listed and image not in found]:
+        series = {image: listed[image][1].split("/")[-2] for image in absent}
+        shared = Counter(classic.split("/")[-2] for _, classic in listed.values())
+        by_header = files_by_element(data_dir, "SeriesInstanceUID", set(found.values()))
+        told = {each: files[0] for each, files in by_header.items() if len(files) == 1 and shared[each] == 1}
+        found |= {image: told[each] for image, each in series.items() if each in told}
+    absent = [image for image in absent if image not in found]
+    say_where("bcs_dbt", data_dir, COLLECTION, absent, len(index), ", and for SeriesInstanceUID in the headers")
+    paths = {image: both[0] for image, both in listed.items()} | {
+        image: relative(file, data_dir) for image, file in found.items()
+    }
+    return index.assign(path=index["image_id"].map(paths).astype("string"))
 
 
 def read_views(data_dir: Path) -> BcsDbtViews:
-    """Return what sets side and orientation of the volumes right, from the lists of paths that are there."""
-    return BcsDbtViews.from_csv(sorted(Path(data_dir).glob("BCS-DBT?file-paths-*.csv")))
+    """Return what sets side and orientation of the volumes right, from the newest list of paths of each split."""
+    newest = (_find(data_dir, "file-paths", split) for split in SPLITS)
+    return BcsDbtViews.from_csv([path for path in newest if path])
 
 
 def read_tables(data_dir: Path) -> dict[str, pd.DataFrame]:

@@ -203,12 +203,13 @@ class BenchmarkBuilder(datasets.GeneratorBasedBuilder):
             validation_fraction=config.validation_fraction,
             test_fraction=config.test_fraction,
             allow_missing=config.allow_missing,
+            with_boxes=True,
         )
         self.table, self.official, self.left_out = task.table, task.official, task.counts["left_out"]
         self.definitions = {"label": task.definition}
 
     def _read_all(self, data_dir: Path) -> None:
-        index = located(self.benchmark, data_dir)
+        index = located(self.benchmark, data_dir, with_boxes=True)
         self.definitions = {f"{each.task}_{each.name}": each for each in self.benchmark.definitions}
         self.official = official_splits(index)
         is_there = find_files(index, data_dir, self.config.allow_missing)

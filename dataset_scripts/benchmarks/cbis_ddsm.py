@@ -27,9 +27,9 @@ from modeling_mammodino.image_io import InvalidImageError
 from modeling_mammodino.tools.files import write_text
 
 from .index import (
+    BY_HEADER,
     Benchmark,
     Box,
-    dicom_files,
     find_file,
     in_parts,
     make_box,
@@ -37,7 +37,8 @@ from .index import (
     read_csv,
     read_headers,
     relative,
-    subject_folders,
+    say_where,
+    subject_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -93,38 +94,49 @@ def read_cases(data_dir: Path) -> pd.DataFrame:
 
 
 def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
-    """Return the index with `path` as it is on disk and, where the masks are there, `boxes`.
-
-    An image that is not found keeps the path of the case files, which is not there. Boxes are one for each abnormality,
-    None where a mask of an image is missing or does not fit: counted and logged. A mask is read once (CACHE).
-    """
+    """Return the index with `path` as it is on disk; an image that is not found keeps the path of the case files."""
     data_dir = Path(data_dir)
-    cases, folders = read_cases(data_dir), subject_folders(data_dir, COLLECTION)
+    cases = read_cases(data_dir)
     # an image that is filed with masses and with calcifications is there twice: the copy will do
     named = {image: list(dict.fromkeys(of["image_path"])) for image, of in cases.groupby("image_id", sort=False)}
-    paths = []
+    files_of = subject_files(
+        data_dir, COLLECTION, [_subject(path) for image in index["image_id"] for path in named[image]]
+    )
+    paths, absent = [], []
     for image, stated in zip(index["image_id"], index["path"], strict=True):
-        files = (_full_mammogram(folders.get(each.split("/")[0])) for each in dict.fromkeys([stated, *named[image]]))
+        files = (_full_mammogram(files_of.get(_subject(each), [])) for each in dict.fromkeys([stated, *named[image]]))
         found = next((file for file in files if file), None)
         paths.append(relative(found, data_dir) if found else stated)
-    located = index.assign(path=pd.array(paths, dtype="string"))
-    return located.assign(boxes=pd.Series(_boxes(located, data_dir, cases, folders), index.index, dtype=object))
+        absent += [] if found else [image]
+    say_where("cbis_ddsm", data_dir, COLLECTION, absent, len(index), BY_HEADER)
+    return index.assign(path=pd.array(paths, dtype="string"))
 
 
-def _full_mammogram(folder: Path | None) -> Path | None:
-    files = dicom_files(folder) if folder else []
+def _subject(path: str) -> str:
+    """Return the subject of a path of the case files: an image, or one of its abnormalities."""
+    return path.split("/")[0]
+
+
+def _full_mammogram(files: list[Path]) -> Path | None:
     if len(files) > 1:
         headers = read_headers(files)
         files = [file for file, header in headers.items() if "FULL" in text(header, "SeriesDescription")]
     return files[0] if len(files) == 1 else None
 
 
-def _boxes(
-    index: pd.DataFrame, data_dir: Path, cases: pd.DataFrame, folders: dict[str, Path]
-) -> list[list[Box] | None]:
+def read_boxes(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
+    """Return the index of `locate` with `boxes`, one for each abnormality, where the masks are there.
+
+    None where a mask of an image is missing or does not fit: counted and logged. A mask is read once (CACHE).
+    """
+    data_dir = Path(data_dir)
+    cases = read_cases(data_dir)
+    cases = cases[cases["image_id"].isin(index["image_id"])]
     abnormalities = {
-        image: list(zip(of["mask_path"], of["type"], strict=True)) for image, of in cases.groupby("image_id")
+        image: list(zip(of["mask_path"].map(_subject), of["type"], strict=True))
+        for image, of in cases.groupby("image_id")
     }
+    files_of = subject_files(data_dir, COLLECTION, cases["mask_path"].map(_subject))
     reasons: Counter[str] = Counter()
     boxes: list[list[Box] | None] = []
     known = _read_cache(data_dir / CACHE)
@@ -132,8 +144,8 @@ def _boxes(
     try:
         for image, path in tqdm(zip(index["image_id"], index["path"], strict=True), "masks", len(index), disable=None):
             of_image: list[Box] = []
-            for mask_path, kind in abnormalities[image]:
-                corners, reason = _corners(folders.get(mask_path.split("/")[0]), data_dir / path, known)
+            for subject, kind in abnormalities[image]:
+                corners, reason = _corners(subject, files_of.get(subject), data_dir / path, known)
                 if corners is None:
                     reasons[reason] += 1
                     break
@@ -147,24 +159,25 @@ def _boxes(
         logger.warning(
             "cbis_ddsm: %d of %d images have no boxes, by mask: %s", sum(reasons.values()), len(index), listed
         )
-    return boxes
+    return index.assign(boxes=pd.Series(boxes, index.index, dtype=object))
 
 
-def _corners(folder: Path | None, image: Path, known: dict[str, Any]) -> tuple[list[float] | None, str]:
+def _corners(
+    subject: str, files: list[Path] | None, image: Path, known: dict[str, Any]
+) -> tuple[list[float] | None, str]:
     """Return (x0, y0, x1, y1) and "", or None and what is wrong with the mask.
 
-    known: what was read before, by the abnormality's folder, with names and sizes of the files it came from.
+    known: what was read before, by abnormality, with names and sizes of the files it came from.
     """
-    if folder is None:
+    if files is None:
         return None, "not on disk"
     if not image.is_file():
         return None, "without its mammogram"
-    files = dicom_files(folder)
     signature = [[path.name, path.stat().st_size] for path in (*files, image)]
-    kept = known.get(folder.name)
+    kept = known.get(subject)
     if not isinstance(kept, dict) or kept.get("files") != signature:
         corners, reason = _read_mask(files, image)
-        known[folder.name] = kept = {"files": signature, "corners": corners, "reason": reason}
+        known[subject] = kept = {"files": signature, "corners": corners, "reason": reason}
     return kept["corners"], kept["reason"]
 
 
@@ -263,4 +276,6 @@ def read_tables(data_dir: Path) -> dict[str, pd.DataFrame]:
     return {"cases": in_parts(cases), "files": files}
 
 
-BENCHMARK = Benchmark.from_yaml(__file__, read_index=read_index, read_tables=read_tables, locate=locate)
+BENCHMARK = Benchmark.from_yaml(
+    __file__, read_index=read_index, read_tables=read_tables, locate=locate, read_boxes=read_boxes
+)

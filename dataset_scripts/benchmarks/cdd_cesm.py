@@ -7,17 +7,29 @@ agent went, and has labels of its own. `read_index(data_dir, "CESM")` gives thos
 
 import logging
 import re
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
-from .index import DENSITIES, Benchmark, MetadataTable, find_file, make_index, read_sheets, relative
+from .index import (
+    DENSITIES,
+    Benchmark,
+    MetadataTable,
+    collection_roots,
+    find_file,
+    make_index,
+    read_sheets,
+    relative,
+    say_where,
+)
 
 logger = logging.getLogger(__name__)
 
 ANNOTATIONS = ("Radiology-manual-annotations.xlsx", "Radiology manual annotations.xlsx")  # the newer name first
 REMEDY = f"give the folder with {ANNOTATIONS[0]} and the image folders of CDD-CESM as downloaded from TCIA"
 FOLDERS = {"DM": "Low energy images of CDD-CESM", "CESM": "Subtracted images of CDD-CESM"}
+COLLECTION = "CDD-CESM"
 NAME = re.compile(r"P(\d+)_([LR])_(DM|CM)_(CC|MLO)")
 COLUMNS = {
     "name": ("Image_name",),
@@ -110,14 +122,18 @@ def _labels(table: MetadataTable) -> pd.DataFrame:
 
 
 def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
-    """Return the index with each `path` as it is on disk, where names have stray blanks (P3_L_CM_CC .jpg)."""
+    """Return the index with each `path` as it is on disk, where names have stray blanks (P3_L_CM_CC .jpg), below
+    data_dir or the folder of the collection; where was looked for the others is logged."""
     data_dir = Path(data_dir)
+    roots = collection_roots(data_dir, COLLECTION)
     on_disk: dict[str, str] = {}
-    for folder in FOLDERS.values():
-        if (data_dir / folder).is_dir():
-            for file in sorted((data_dir / folder).iterdir()):
+    for root, folder in product(roots, FOLDERS.values()):
+        if (root / folder).is_dir():
+            for file in sorted((root / folder).iterdir()):
                 name = f"{folder}/{file.stem.strip()}{file.suffix.strip().lower()}"
                 on_disk.setdefault(name, relative(file, data_dir))
+    absent = [path for path in index["path"] if path not in on_disk]
+    say_where("cdd_cesm", data_dir, COLLECTION, absent, len(index))
     return index.assign(path=index["path"].map(lambda path: on_disk.get(path, path)).astype("string"))
 
 

@@ -7,6 +7,7 @@ out.
 """
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -14,16 +15,17 @@ import pandas as pd
 from modeling_mammodino.dicom_header import laterality, view
 
 from .index import (
+    BY_HEADER,
     Benchmark,
     MetadataTable,
-    dicom_files,
     find_file,
     make_index,
     read_csv,
     read_headers,
     read_sheets,
     relative,
-    subject_folders,
+    say_where,
+    subject_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -120,11 +122,11 @@ def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
     Where a patient's files do not give each image of the index once, those that are doubtful keep no path; logged.
     """
     data_dir = Path(data_dir)
-    folders = _patient_folders(data_dir)
+    files_of = _patient_files(data_dir, index["patient_id"].unique())
     found: dict[str, str] = {}
     unclear: list[str] = []
     for patient in index["patient_id"].unique():
-        files = dicom_files(folders[patient]) if patient in folders else []
+        files = files_of.get(patient, [])
         names: dict[str, list[Path]] = {}
         for file, header in read_headers(files).items():
             names.setdefault(f"{patient}_{laterality(header)}_{view(header)}", []).append(file)
@@ -136,20 +138,19 @@ def locate(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
             "cmmd: files of %d patients share side and view or cannot be read, first %s; they have no path",
             len(unclear), unclear[0],
         )  # fmt: skip
+    absent = [image for image in index["image_id"] if image not in found]
+    say_where("cmmd", data_dir, COLLECTION, absent, len(index), BY_HEADER)
     return index.assign(path=index["image_id"].map(found).astype("string"))
 
 
-def _patient_folders(data_dir: Path) -> dict[str, Path]:
-    """Find folders by the manifest's File Location (.\\CMMD\\D1-0001\\...), or by their names."""
-    folders = subject_folders(data_dir, COLLECTION)
-    manifest = _manifest(data_dir)
-    if manifest is None:
-        return folders
-    for patient, location in zip(manifest.rows["Subject ID"], manifest.rows["File Location"], strict=True):
-        stated = manifest.path.parent / location.replace("\\", "/")
-        if patient not in folders and stated.is_dir():
-            folders[patient] = stated
-    return folders
+def _patient_files(data_dir: Path, patients: Iterable[str]) -> dict[str, list[Path]]:
+    """Find files as in any collection, or by the manifest's File Location (.\\CMMD\\D1-0001\\...)."""
+    stated: dict[str, Path] = {}
+    if (manifest := _manifest(data_dir)) is not None:
+        for patient, location in zip(manifest.rows["Subject ID"], manifest.rows["File Location"], strict=True):
+            if (folder := manifest.path.parent / location.replace("\\", "/")).is_dir():
+                stated[patient] = folder
+    return subject_files(data_dir, COLLECTION, patients, stated)
 
 
 def read_tables(data_dir: Path) -> dict[str, pd.DataFrame]:

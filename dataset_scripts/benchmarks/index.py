@@ -4,21 +4,27 @@ A data set is two files of one name. `NAME.py` reads its metadata into an index,
 `NAME.yaml` says what it is: its terms, what a user must know, what its tasks mean, and which counts were published.
 """
 
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import pandas as pd
 import yaml
 
 from modeling_mammodino.dicom import open_dicom
+from modeling_mammodino.dicom_header import identifier
 from modeling_mammodino.image_io import InvalidImageError
 
+logger = logging.getLogger(__name__)
+
 TASKS = ("cancer", "lesion", "birads", "density", "lesion_type")
+BY_HEADER = ", and for PatientID in the headers"  # where `subject_files` looks, too
 SPLITS = ("train", "validation", "test")
 DENSITIES = ("A", "B", "C", "D")
 
@@ -210,6 +216,7 @@ class Benchmark:
         read_tables: folder -> tables by name, in which `counts` are counted; needs the metadata files only. The index
             alone where None.
         locate: (index, folder) -> index with `path` from the files on disk, where the metadata do not name them.
+        read_boxes: (index as located, folder) -> index with `boxes`, where they are in the pixels of masks.
         read_views: folder -> what sets right the volumes in whose true orientation the boxes are.
         no_sharing: why an export is refused; empty where the license allows sharing.
     """
@@ -225,6 +232,7 @@ class Benchmark:
     counts: tuple[Count, ...] = ()
     read_tables: Callable[[Path], dict[str, pd.DataFrame]] | None = None
     locate: Callable[[pd.DataFrame, Path], pd.DataFrame] | None = None
+    read_boxes: Callable[[pd.DataFrame, Path], pd.DataFrame] | None = None
     read_views: Callable[[Path], Any] | None = None
     no_sharing: str = ""
 
@@ -387,24 +395,63 @@ def _plain(name: Any) -> str:
     return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
-# ---- where NBIA's data retriever puts a TCIA collection ----------------------------------------------------------
+# ---- where the clients of TCIA and of the Imaging Data Commons put a collection ----------------------------------
 
 
 def collection_roots(data_dir: Path, collection: str) -> list[Path]:
-    """Return data_dir itself, its folder of the collection, and that of the retriever's manifest-* folders."""
+    """Return data_dir itself, its folder of the collection, and that of the retriever's manifest-* folders.
+
+    The folder's name counts without case and signs: the Imaging Data Commons writes cbis_ddsm for CBIS-DDSM.
+    """
     data_dir = Path(data_dir)
-    roots = [data_dir, data_dir / collection, *sorted(data_dir.glob(f"manifest-*/{collection}"))]
-    return [root for root in roots if root.is_dir()]
+    inside = [path for pattern in ("*", "manifest-*/*") for path in sorted(data_dir.glob(pattern))]
+    return [data_dir, *(path for path in inside if _plain(path.name) == _plain(collection) and path.is_dir())]
 
 
-def subject_folders(data_dir: Path, collection: str) -> dict[str, Path]:
-    """Return the folders directly below the roots, by name; of two with a name the first."""
+def subject_files(
+    data_dir: Path, collection: str, subjects: Iterable[str], stated: Mapping[str, Path] = MappingProxyType({})
+) -> dict[str, list[Path]]:
+    """Return the DICOM files of the subjects that are found, in order of their paths.
+
+    A subject's files are those in the folder of its name below a root, or in a folder that is `stated`; where there is
+    none, those below data_dir whose header has it as PatientID, as clients name folders by series, too.
+    """
     folders: dict[str, Path] = {}
     for root in collection_roots(data_dir, collection):
         for entry in sorted(os.scandir(root), key=lambda each: each.name):
             if entry.is_dir():
                 folders.setdefault(entry.name, Path(entry.path))
-    return folders
+    folders = {**stated, **folders}
+    wanted = dict.fromkeys(subjects)
+    found = {subject: dicom_files(folders[subject]) for subject in wanted if subject in folders}
+    if unnamed := [subject for subject in wanted if subject not in found]:
+        by_header = files_by_element(data_dir, "PatientID", set().union(*found.values()))
+        found |= {subject: by_header[subject] for subject in unnamed if subject in by_header}
+    return found
+
+
+def say_where(name: str, data_dir: Path, collection: str, absent: Sequence[str], of: int, also: str = "") -> None:
+    """Log which images of a collection were not found, and where was looked for them."""
+    if absent:
+        roots = ", ".join(map(str, collection_roots(data_dir, collection)))
+        logger.warning(
+            "%s: %d of %d images are not there, first %s: looked below %s%s",
+            name,
+            len(absent),
+            of,
+            absent[0],
+            roots,
+            also,
+        )
+
+
+def files_by_element(data_dir: Path, keyword: str, known: Collection[Path] = ()) -> dict[str, list[Path]]:
+    """Return the DICOM files below data_dir, without the `known`, by an identifier in their headers."""
+    found: dict[str, list[Path]] = {}
+    others = [path for path in dicom_files(Path(data_dir)) if path not in known]
+    for path, header in read_headers(others).items():
+        found.setdefault(identifier(header, keyword), []).append(path)
+    return found
 
 
 def dicom_files(folder: Path) -> list[Path]:

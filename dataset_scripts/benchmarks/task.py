@@ -127,6 +127,7 @@ def load_task(
     validation_fraction: float = 0.15,
     test_fraction: float = 0.2,
     allow_missing: bool = False,
+    with_boxes: bool = False,
 ) -> TaskTable:
     """Return the images of a data set that have a label of the task, split by patient.
 
@@ -138,6 +139,7 @@ def load_task(
         data_dir: its folder as downloaded, or the table.
         task: one of TASKS. definition: what its classes mean; the data set's default where None.
         allow_missing: leave images out whose file is not there, after the split, so that it stays the same.
+        with_boxes: read boxes, too, where they are in the pixels of masks (CBIS-DDSM).
 
     Raises FileNotFoundError or ValueError, before an image is opened: for what cannot be read of the metadata, an
     unknown name, missing image files, or a class that a split has no image of.
@@ -165,6 +167,8 @@ def load_task(
     is_there = find_files(table, data_dir, allow_missing)
     left_out[MISSING] = int((~is_there).sum())
     table = table[is_there].sort_values("image_id").reset_index(drop=True)
+    if with_boxes and benchmark.read_boxes is not None:
+        table = benchmark.read_boxes(table, data_dir)
     counts = _counts(table, chosen.classes) | {"left_out": {why: n for why, n in left_out.items() if n}}
     _check_classes(counts, chosen, benchmark.name)
     logger.info("%s, %s (%s): %s", benchmark.name, task, chosen.name, counts)
@@ -195,11 +199,16 @@ def open_benchmark(name: str, data_dir: Path) -> Benchmark:
     return table_benchmark(data_dir) if name == CUSTOM_CSV.name else get_benchmark(name)
 
 
-def located(benchmark: Benchmark, data_dir: Path) -> pd.DataFrame:
-    """Return the index, in order of image_id, with `file`: absolute paths, missing where no file is known."""
+def located(benchmark: Benchmark, data_dir: Path, with_boxes: bool = False) -> pd.DataFrame:
+    """Return the index, in order of image_id, with `file`: absolute paths, missing where no file is known.
+
+    Boxes that are in the pixels of masks are read only `with_boxes`: each costs an image.
+    """
     index = benchmark.read_index(data_dir)
     if benchmark.locate is not None:
         index = benchmark.locate(index, data_dir)
+    if with_boxes and benchmark.read_boxes is not None:
+        index = benchmark.read_boxes(index, data_dir)
     root = data_dir if data_dir.is_dir() else data_dir.parent
     file = index["path"].map(lambda path: str(root / path), na_action="ignore").astype("string")
     return index.assign(file=file).sort_values("image_id", ignore_index=True)

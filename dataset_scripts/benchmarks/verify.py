@@ -14,8 +14,9 @@ from pathlib import Path
 from modeling_mammodino.image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES
 from modeling_mammodino.tools.command import command_line
 
-from . import BENCHMARKS, get_benchmark
+from . import BENCHMARKS
 from .index import Benchmark
+from .task import find_files, located, open_benchmark
 
 SHOWN = 5
 
@@ -79,25 +80,25 @@ def verify_benchmark(benchmark: str | Benchmark, data_dir: str | Path) -> Benchm
 
     Raises ValueError for an unknown name or metadata that cannot be read as such, OSError where there are none.
     """
+    data_dir = Path(data_dir).absolute()
     if isinstance(benchmark, str):
-        benchmark = get_benchmark(benchmark)
-    data_dir = Path(data_dir)
-    index = benchmark.read_index(data_dir)
+        benchmark = open_benchmark(benchmark, data_dir)
     counts = benchmark.count(data_dir)
-    if benchmark.locate is not None:
-        index = benchmark.locate(index, data_dir)
-    here = {path.relative_to(data_dir).as_posix() for path in _image_files(data_dir)}
+    index = located(benchmark, data_dir)
+    is_there = find_files(index, data_dir, allow_missing=True)  # as a task does
     paths = index["path"].fillna("")
-    absent = ~paths.isin(here)
-    found = paths[~absent]
+    found = paths[is_there]
+    root = data_dir if data_dir.is_dir() else data_dir.parent
+    known = {os.path.normpath(file) for file in index["file"][is_there]}
+    extra = [path.relative_to(root).as_posix() for path in _image_files(root) if os.path.normpath(path) not in known]
     return BenchmarkReport(
         benchmark=benchmark,
         data_dir=data_dir,
         counts=counts,
         images=len(index),
-        missing=paths.where(paths != "", index["image_id"])[absent].tolist(),
+        missing=paths.where(paths != "", index["image_id"])[~is_there].tolist(),
         shared=found[found.duplicated()].unique().tolist(),
-        extra=sorted(here - set(found)),
+        extra=sorted(extra),
     )
 
 

@@ -1,8 +1,9 @@
 """BCS-DBT as a benchmark: the real label files' counts; made-up lists in the names of both releases."""
 
 import pytest
+from dicom_builders import build, save
 
-from dataset_scripts.benchmarks.bcs_dbt import BENCHMARK, locate, read_index
+from dataset_scripts.benchmarks.bcs_dbt import BENCHMARK, locate, read_index, read_views
 
 
 def test_the_real_files_have_the_published_counts(real):
@@ -100,8 +101,25 @@ def test_the_published_counts_are_whole():
 
 def test_of_two_releases_the_newer_is_read(tmp_path):
     old = [LABELS, "P2,S2,rmlo,1,0,0,0"]
-    write(tmp_path, **{"labels-validation": old, "labels-validation-v2": old})
+    other_side = ROWS["file-paths-train-v2"][1].replace("lcc", "rcc")  # which the newer release corrected
+    write(tmp_path, **{
+        "labels-validation": old, "labels-validation-v2": old, "file-paths-train": [PATHS, other_side]
+    })  # fmt: skip
     assert BENCHMARK.count(tmp_path)["validation: Benign"] == 1
+    assert read_views(tmp_path).by_series["1.3"] == ("L", "CC")
+
+
+def test_a_volume_is_found_by_its_series_and_the_collection_by_any_case(tmp_path, caplog):
+    """The Imaging Data Commons and TCIA's own Python client; and the collection's folder itself as data_dir."""
+    write(tmp_path)
+    (tmp_path / "breast_cancer_screening_dbt" / "P1").mkdir(parents=True)
+    save(build(SeriesInstanceUID="1.3"), tmp_path / "breast_cancer_screening_dbt" / "P1", "x.dcm")
+    (tmp_path / "P1" / "d-S1" / "e-3").mkdir(parents=True)
+    (tmp_path / "P1" / "d-S1" / "e-3" / "1-1.dcm").touch()
+    paths = locate(read_index(tmp_path), tmp_path).set_index("image_id")["path"]
+    assert paths["S1_lcc"] == "breast_cancer_screening_dbt/P1/x.dcm"
+    assert paths["S1_rcc"] == "P1/d-S1/e-3/1-1.dcm"
+    assert "bcs_dbt: 1 of 5 images are not there, first S1_lmlo2: looked below" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["", "manifest-161/Breast-Cancer-Screening-DBT/../"])

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 from dicom_builders import CAPTURE, build, save
 
@@ -13,9 +14,11 @@ from dataset_scripts.benchmarks.cbis_ddsm import (
     CACHE,
     FILES,
     locate,
+    read_boxes,
     read_cases,
     read_index,
 )
+from dataset_scripts.benchmarks.task import located
 
 SHAPE = (40, 30)
 
@@ -153,26 +156,53 @@ def collection(tmp_path):
     return data_dir
 
 
+def with_boxes(data_dir):
+    return read_boxes(locate(read_index(data_dir), data_dir), data_dir)
+
+
 def test_files_are_found_and_boxes_are_those_of_the_masks(collection, caplog):
-    located = locate(read_index(collection), collection).set_index("image_id")
-    assert located["path"].map(lambda path: (collection / path).is_file()).all()
-    assert located.loc["P_1_LEFT_CC", "path"].endswith("1.000000-full mammogram images-2/1-1.dcm")
-    assert located.loc["P_1_LEFT_CC", "boxes"] == [
+    found = with_boxes(collection).set_index("image_id")
+    assert found["path"].map(lambda path: (collection / path).is_file()).all()
+    assert found.loc["P_1_LEFT_CC", "path"].endswith("1.000000-full mammogram images-2/1-1.dcm")
+    assert found.loc["P_1_LEFT_CC", "boxes"] == [
         {"x0": 4, "y0": 3, "x1": 6, "y1": 9, "slice": -1, "label": "mass"},
         {"x0": 29, "y0": 0, "x1": 30, "y1": 40, "slice": -1, "label": "mass"},
         {"x0": 7, "y0": 5, "x1": 9, "y1": 6, "slice": -1, "label": "calcification"},
     ]
-    assert located.loc[["P_3_RIGHT_CC", "P_4_LEFT_CC"], "boxes"].isna().all()  # no masks on disk
+    assert found.loc[["P_3_RIGHT_CC", "P_4_LEFT_CC"], "boxes"].isna().all()  # no masks on disk
     assert "2 of 3 images have no boxes, by mask: 2 not on disk" in caplog.text
 
 
 def test_masks_are_read_once(collection, monkeypatch):
-    index = locate(read_index(collection), collection)
+    index = with_boxes(collection)
     monkeypatch.setattr(cbis_ddsm_boxes, "iter_slices", None)
-    assert locate(index, collection)["boxes"].tolist() == index["boxes"].tolist()
+    assert read_boxes(index, collection)["boxes"].tolist() == index["boxes"].tolist()
     (collection / CACHE).write_text("[damaged")
     with pytest.raises(TypeError):
-        locate(index, collection)
+        read_boxes(index, collection)
+
+
+def test_only_who_asks_for_boxes_pays_for_the_masks(collection, monkeypatch):
+    monkeypatch.setattr(cbis_ddsm_boxes, "iter_slices", None)
+    assert located(BENCHMARK, collection)["boxes"].isna().all() and not (collection / CACHE).exists()
+    with pytest.raises(TypeError):
+        located(BENCHMARK, collection, with_boxes=True)
+
+
+def test_folders_may_be_called_by_series_and_the_collection_by_any_case(collection):
+    """The Imaging Data Commons and TCIA's own Python client; PatientID is what the retriever calls the folder."""
+    expected = with_boxes(collection)
+    for number, folder in enumerate(sorted((collection / "CBIS-DDSM").iterdir())):
+        for file in folder.rglob("*.dcm"):
+            dataset = pydicom.dcmread(file)
+            dataset.PatientID = folder.name
+            dataset.save_as(file)
+        folder.rename(collection / "CBIS-DDSM" / f"1.2.{number}")
+    (collection / CACHE).unlink()
+    (collection / "CBIS-DDSM").rename(collection / "cbis_ddsm")
+    found = with_boxes(collection)
+    assert found["boxes"].tolist() == expected["boxes"].tolist()
+    assert found["path"].map(lambda path: (collection / path).is_file()).all()
 
 
 @pytest.mark.parametrize(
@@ -185,21 +215,21 @@ def test_masks_are_read_once(collection, monkeypatch):
 )
 def test_a_mask_that_cannot_be_used_costs_the_image_its_boxes_and_is_counted(collection, mask, reason, caplog):
     capture(collection / "CBIS-DDSM/Mass-Training_P_1_LEFT_CC_2/study/series", "1-1.dcm", mask, ROI)
-    located = locate(read_index(collection), collection).set_index("image_id")
-    assert located["boxes"].isna().all() and f"1 {reason}" in caplog.text
+    found = with_boxes(collection).set_index("image_id")
+    assert found["boxes"].isna().all() and f"1 {reason}" in caplog.text
 
 
 def test_two_masks_of_one_size_are_not_guessed(collection, caplog):
     capture(collection / "CBIS-DDSM/Mass-Training_P_1_LEFT_CC_1/study/series", "1-1.dcm", FULL, ROI)
-    assert locate(read_index(collection), collection)["boxes"].isna().all() and "not told from its crop" in caplog.text
+    assert with_boxes(collection)["boxes"].isna().all() and "not told from its crop" in caplog.text
 
 
 def test_a_replaced_mask_is_read_again(collection):
-    index = locate(read_index(collection), collection)
+    index = with_boxes(collection)
     folder = collection / "CBIS-DDSM/Mass-Training_P_1_LEFT_CC_1/study/series"
     capture(folder, "1-1.dcm", np.full((9, 9), 80, np.uint8), ROI)
     capture(folder, "1-2.dcm", mask_of((0, 2), (0, 3)), ROI)
-    first = locate(index, collection)["boxes"][0][0]
+    first = read_boxes(index, collection)["boxes"][0][0]
     assert first == {"x0": 0, "y0": 0, "x1": 3, "y1": 2, "slice": -1, "label": "mass"}
 
 
@@ -208,8 +238,8 @@ def test_a_folder_that_cannot_be_written_is_said(collection, monkeypatch, caplog
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "replace", refuse)
-    located = locate(read_index(collection), collection)
-    assert located["boxes"].notna().sum() == 1 and "not written (Permission denied)" in caplog.text
+    found = with_boxes(collection)
+    assert found["boxes"].notna().sum() == 1 and "not written (Permission denied)" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["", "CBIS-DDSM", "manifest-161/CBIS-DDSM"])
@@ -220,9 +250,9 @@ def test_where_the_collection_may_lie(tmp_path, place, caplog):
     capture(
         tmp_path / place / "Calc-Training_P_1_LEFT_CC" / "x" / "y", "1-1.dcm", FULL, ""
     )  # the copy with calcifications
-    located = locate(read_index(data_dir), data_dir).set_index("image_id")
-    assert (
-        located.loc["P_1_LEFT_CC", "path"] == (f"{place}/" if place else "") + "Calc-Training_P_1_LEFT_CC/x/y/1-1.dcm"
-    )
-    assert "boxes" not in caplog.text  # no masks at all
-    assert located.loc["P_2_RIGHT_CC", "path"] == "Calc-Test_P_2_RIGHT_CC/1.2/1.3/000000.dcm"  # not there: as stated
+    found = locate(read_index(data_dir), data_dir).set_index("image_id")
+    assert found.loc["P_1_LEFT_CC", "path"] == (f"{place}/" if place else "") + "Calc-Training_P_1_LEFT_CC/x/y/1-1.dcm"
+    assert "cbis_ddsm: 2 of 3 images are not there, first P_2_RIGHT_CC: looked below" in caplog.text
+    caplog.clear()
+    assert with_boxes(data_dir)["boxes"].isna().all() and "boxes" not in caplog.text  # no masks at all
+    assert found.loc["P_2_RIGHT_CC", "path"] == "Calc-Test_P_2_RIGHT_CC/1.2/1.3/000000.dcm"  # not there: as stated

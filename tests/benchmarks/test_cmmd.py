@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 from dicom_builders import build, item, save
 
@@ -91,6 +92,21 @@ def test_headers_say_which_file_is_which(tmp_path, place, caplog):
         "D2-0001_L_CC": f"{prefix}D2-0001/x/y/1-3.dcm",
     }
     assert "files of 1 patients share side and view" in caplog.text and "first D2-0001" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["cmmd/{patient}/1.2.3/MG_1.2.4", "tciaDownload/1.2.{number}"])
+def test_todays_clients_are_found_and_where_was_looked_is_said(tmp_path, layout, caplog):
+    """idc-index writes the collection in lower case, tcia_utils a folder for each series."""
+    write(tmp_path)
+    for number, view in enumerate(VIEW):
+        folder = tmp_path / layout.format(patient="D1-0001", number=number)
+        dataset = pydicom.dcmread(mammogram(folder, f"{number}.dcm", "R", view))
+        dataset.PatientID = "D1-0001"
+        dataset.save_as(folder / f"{number}.dcm")
+    paths = locate(read_index(tmp_path), tmp_path).set_index("image_id")["path"]
+    assert paths[["D1-0001_R_CC", "D1-0001_R_MLO"]].notna().all() and paths.notna().sum() == 2
+    assert f"cmmd: 8 of 10 images are not there, first D1-0002_L_CC: looked below {tmp_path}" in caplog.text
+    assert "and for PatientID in the headers" in caplog.text
 
 
 def test_a_location_with_backslashes(tmp_path):

@@ -90,6 +90,22 @@ def test_files_come_from_locate_and_belong_to_one_image(folder):
     ]
 
 
+def test_a_custom_csv_data_set_is_found_as_a_task_finds_it(tmp_path):
+    """Relative to the table, whether it is given or its folder; absolute; through a linked folder."""
+    data_dir, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (data_dir, elsewhere):
+        folder.mkdir()
+        for name in NAMES:
+            (folder / name).touch()
+    (data_dir / "linked").symlink_to(elsewhere)
+    table = data_dir / "index.csv"
+    for prefix, place in (("", data_dir), ("", table), (f"{elsewhere}/", table), ("linked/", data_dir)):
+        table.write_text("patient_id,path,cancer\n" + "".join(f"p{name},{prefix}{name},1\n" for name in NAMES))
+        report = verify_benchmark("table", place)
+        assert report.faults == [] and report.images == 3
+    assert report.extra == NAMES  # those beside the table
+
+
 ROW = "1,10,{},L,CC,50,1,1,1,0,0,B,49,False\n"
 
 

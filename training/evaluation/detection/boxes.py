@@ -66,7 +66,7 @@ def load_boxes(
     """
     data_dir = Path(data_dir).absolute()
     benchmark = get_benchmark(name)
-    index = located(benchmark, data_dir)
+    index = located(benchmark, data_dir, with_boxes=True)
     lesion, boxes = index["lesion"], index["boxes"]
     number = boxes.map(lambda each: pd.NA if each is None else len(each)).astype("Int64")
     left_out = {
