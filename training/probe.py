@@ -23,7 +23,7 @@ from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.features import embed_files
 from modeling_mammodino.tools.files import write_text
 from training.evaluation.metrics import bootstrap_auc
-from training.evaluation.probes import logistic_regression, nearest_neighbors, read_labels
+from training.evaluation.probes import FOLDS_OF_PENALTY, logistic_regression, nearest_neighbors, read_labels
 from training.evaluation.reports import format_interval, markdown_table
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def probe(options: argparse.Namespace) -> dict[str, Any]:
     """Return what the command writes: settings, and by task and head the AUCs and their differences."""
+    tables = read_tables(options)
     folders = dict(item.split("=", 1) if "=" in item else (Path(item).name, item) for item in options.models)
     models = {name: MammoDinoModel.from_pretrained(folder).eval() for name, folder in folders.items()}
     torch.manual_seed(options.seed)
@@ -69,13 +70,11 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         if other.to_dict() != image_processor.to_dict():
             raise ValueError(f"{name}: its image processor has other settings; evaluate it in a run of its own")
 
-    learn = read_features(options.labels, options.tasks, models, image_processor, options.slices_per_volume)
-    if options.test_labels:
-        test = read_features(options.test_labels, options.tasks, models, image_processor, options.slices_per_volume)
-        if shared := set(learn.table["patient"]) & set(test.table["patient"]):
-            raise ValueError(f"{options.test_labels}: {len(shared)} patients are in both tables, {min(shared)} first")
-    else:
-        learn, test = split_patients(learn, options.tasks[0], options.test_fraction, options.seed)
+    features = [
+        read_features(path, table, models, image_processor, options.slices_per_volume) for path, table in tables
+    ]
+    split = (options.tasks[0], options.test_fraction, options.seed)
+    learn, test = features if options.test_labels else split_patients(features[0], *split)
     return {
         "seed": options.seed,
         "num_resamples": options.num_resamples,
@@ -84,9 +83,33 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def read_tables(options: argparse.Namespace) -> list[tuple[Path, pd.DataFrame]]:
+    """Return path and content of --labels and --test_labels, once it is known that the tasks can be evaluated on them.
+
+    Raises ValueError naming the table, before any image is read.
+    """
+    paths = [path for path in (options.labels, options.test_labels) if path]
+    tables = [read_labels(path, options.tasks) for path in paths]
+    if options.test_labels:
+        learn, test = tables
+        if shared := set(learn["patient"]) & set(test["patient"]):
+            raise ValueError(f"{options.test_labels}: {len(shared)} patients are in both tables, {min(shared)} first")
+    else:
+        (table,) = tables
+        try:
+            learn, test = (
+                table.iloc[rows] for rows in split_rows(table, options.tasks[0], options.test_fraction, options.seed)
+            )
+        except ValueError as error:
+            raise ValueError(f"{options.labels}: {error}") from error
+    for task in options.tasks:
+        check_task(learn, test, task)
+    return list(zip(paths, tables, strict=True))
+
+
 def read_features(
     labels: Path,
-    tasks: list[str],
+    table: pd.DataFrame,
     models: dict[str, MammoDinoModel],
     image_processor: MammoDinoImageProcessor,
     slices_per_volume: int,
@@ -94,7 +117,6 @@ def read_features(
     """Return the features of the files that can be used, the mean over a file's slices: the class token beside the
     tissue-weighted mean of the patch tokens. Each file is read once for all models; why others are left out is logged.
     """
-    table = read_labels(labels, tasks)
     paths = [labels.parent / file for file in table["file"]]
     files = embed_files(paths, list(models.values()), image_processor, pool="both", slices_per_volume=slices_per_volume)
     rows, kept = [], []
@@ -112,28 +134,50 @@ def read_features(
 def split_patients(features: Features, task: str, test_fraction: float, seed: int) -> tuple[Features, Features]:
     """Return a learning and a held-out part, by patient, stratified by the first task."""
     table = features.table
-    folds = StratifiedGroupKFold(max(2, round(1 / test_fraction)), shuffle=True, random_state=seed)
-    learn, test = next(folds.split(table, table[task].astype(str), table["patient"]))
     return tuple(  # type: ignore[return-value]
         Features(table.iloc[rows].reset_index(drop=True), {k: v[rows] for k, v in features.by_model.items()})
-        for rows in (learn, test)
+        for rows in split_rows(table, task, test_fraction, seed)
     )
+
+
+def split_rows(table: pd.DataFrame, task: str, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows to learn from and those held out; rows without a label are shared out as a class of their own.
+
+    Raises ValueError where there are too few patients, or no class that has as many images as there are parts.
+    """
+    num_folds = max(2, round(1 / test_fraction))
+    classes = table[task].astype(str).where(table[task].notna(), "")
+    if (num_patients := table["patient"].nunique()) < num_folds:
+        raise ValueError(f"{num_patients} patients; a held-out part needs {num_folds} at least, or give --test_labels")
+    if classes[classes != ""].value_counts().max() < num_folds:
+        raise ValueError(f"task {task}: no value occurs {num_folds} times; give a column of classes, not of numbers")
+    folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    return next(folds.split(table, classes, table["patient"]))
+
+
+def check_task(learn: pd.DataFrame, test: pd.DataFrame, task: str) -> None:
+    """Raise ValueError where a task cannot be evaluated on these label tables."""
+    learn, test = (table[table[task].notna()] for table in (learn, test))
+    classes, held_out = (sorted(set(table[task].astype(str))) for table in (learn, test))
+    if len(classes) < 2 or not held_out or set(held_out) - set(classes):
+        raise ValueError(
+            f"task {task}: learning patients have {classes}, held-out ones {held_out}; each "
+            "class of the held-out patients must occur among the others, and two at least"
+        )
+    if (num_patients := learn["patient"].nunique()) < FOLDS_OF_PENALTY:
+        raise ValueError(f"task {task}: {num_patients} learning patients; logistic regression needs {FOLDS_OF_PENALTY}")
 
 
 def evaluate(learn: Features, test: Features, task: str, num_resamples: int, seed: int) -> dict[str, Any]:
     """Return the AUC on held-out patients of each model under k-NN and logistic regression, and differences of models.
 
-    Raises ValueError where a class of the held-out patients does not occur among the others, or there is but one.
+    Raises ValueError as `check_task`.
     """
+    check_task(learn.table, test.table, task)
     learn_rows = learn.table[task].notna().to_numpy()
     test_rows = test.table[task].notna().to_numpy()
     classes, y = np.unique(learn.table[task][learn_rows].astype(str), return_inverse=True)
     test_labels = test.table[task][test_rows].astype(str).to_numpy()
-    if len(classes) < 2 or set(test_labels) - set(classes):
-        raise ValueError(
-            f"task {task}: learning patients have {list(classes)}, held-out ones {sorted(set(test_labels))}; each "
-            "class of the held-out patients must occur among the others, and two at least"
-        )
     test_y = np.searchsorted(classes, test_labels)
     patients, test_patients = learn.table["patient"][learn_rows], test.table["patient"][test_rows].to_numpy()
     heads = {"knn": lambda: nearest_neighbors(len(y)), "logistic": lambda: logistic_regression(y, patients)}

@@ -96,7 +96,9 @@ def _labels(data_dir: Path) -> dict[str, MetadataTable]:
 
 
 def _groups(labels: MetadataTable) -> list[str]:
-    """Return the one of GROUPS that is 1 in each row."""
+    """Return the one of GROUPS that is 1 in each row, whose KEY must be filled."""
+    for column in KEY:
+        labels.text(column, required=True)
     flags = pd.DataFrame({group: labels.choice(group, {"0": 0, "1": 1}).astype(int) for group in GROUPS})
     wrong = flags.sum(axis=1) != 1
     if wrong.any():

@@ -96,13 +96,17 @@ def test_the_older_name_and_other_spellings_of_columns(tmp_path):
     assert list(index["density"].fillna("-")) == ["C", "C", "B", "B", "-"] and index["cancer"].sum() == 2
 
 
-def test_names_on_disk_with_stray_blanks(tmp_path):
-    (tmp_path / LOW).mkdir()
+@pytest.mark.parametrize("place", ["", "cdd_cesm/"])
+def test_names_on_disk_with_stray_blanks(tmp_path, place, caplog):
+    folder = tmp_path / place / LOW
+    folder.mkdir(parents=True)
     for name in ("P1_L_DM_CC .jpg", "P1_L_DM_MLO.JPG", "P2_R_DM_CC.jpg"):
-        (tmp_path / LOW / name).touch()
+        (folder / name).touch()
     paths = locate(read_index(write(tmp_path)), tmp_path)["path"]
-    assert list(paths)[:3] == [f"{LOW}/P1_L_DM_CC .jpg", f"{LOW}/P1_L_DM_MLO.JPG", f"{LOW}/P2_R_DM_CC.jpg"]
+    where = f"{place}{LOW}"
+    assert list(paths)[:3] == [f"{where}/P1_L_DM_CC .jpg", f"{where}/P1_L_DM_MLO.JPG", f"{where}/P2_R_DM_CC.jpg"]
     assert list(paths)[3] == f"{LOW}/P2_R_DM_MLO.jpg"  # not there: as the file names it
+    assert f"first {LOW}/P2_R_DM_MLO.jpg: looked below {tmp_path}" in caplog.text
 
 
 def test_labels(tmp_path):

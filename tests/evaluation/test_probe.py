@@ -74,6 +74,15 @@ def test_a_split_keeps_patients_apart():
     assert 0.3 < len(test.table) / len(table) < 0.6 and len(learn.by_model["good"]) == len(learn.table)
 
 
+def test_rows_without_a_label_are_left_out(tmp_path):
+    """Of any task, the first, by which patients are split, as well."""
+    features = made_up_features(True, 0)
+    features.table.loc[::5, "cancer"] = np.nan
+    learn, test = split_patients(features, "cancer", 0.4, seed=0)
+    result = evaluate(learn, test, "cancer", 20, seed=0)
+    assert result["learning_images"] + result["test_images"] == 96 and result["classes"] == ["0.0", "1.0"]
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -105,6 +114,24 @@ def test_bad_tables_are_refused_by_name(model_folder, phantom_archive, tmp_path)
         main([*common, "--tasks", "age"])
     with pytest.raises(SystemExit, match="patients are in both tables"):
         main([*common, "--tasks", "lesion", "--test_labels", str(phantom_archive / "labels.csv")])
+    header = "file,patient,cancer\n"
+    rows = [f"{n}.png,p{n},{n % 2}" for n in range(20)]
+    for changed, words in (
+        ("3.png,,1", "labels.csv, row 4: patient is '', but must not be empty; fill it, or take the row out"),
+        (",p3,1", "labels.csv, row 4: file is ''"),
+    ):
+        (tmp_path / "labels.csv").write_text(header + "\n".join([*rows[:3], changed, *rows[4:]]))
+        with pytest.raises(SystemExit, match=words):  # before any image: none is there
+            main([*common[:3], str(tmp_path / "labels.csv"), *common[4:], "--tasks", "cancer"])
+    for table, words in (
+        ([f"{n}.png,p,{n % 2}" for n in range(20)], "labels.csv: 1 patients; a held-out part needs 2"),
+        ([f"{n}.png,p{n},{40 + 1.37 * n}" for n in range(20)], "task cancer: no value occurs 2 times"),
+        ([f"{n}.png,p{n},1" for n in range(20)], r"task cancer: learning patients have \['1'\]"),
+        ([f"{n}.png,p{n},{n % 2}" for n in range(4)], "task cancer: 2 learning patients; logistic regression needs 4"),
+    ):
+        (tmp_path / "labels.csv").write_text(header + "\n".join(table))
+        with pytest.raises(SystemExit, match=words):
+            main([*common[:3], str(tmp_path / "labels.csv"), *common[4:], "--tasks", "cancer"])
     one_class = made_up_features(True, 0)
     one_class.table["cancer"] = 1
     with pytest.raises(ValueError, match="task cancer"):

@@ -10,19 +10,25 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from dataset_scripts.benchmarks.index import MetadataTable
+
 NUM_NEIGHBORS = 20
 INVERSE_PENALTIES = np.logspace(-4, 1, 6)
+FOLDS_OF_PENALTY = 4  # of the learning patients
+NEEDED = ("file", "patient")  # columns of a label table
 
 
 def read_labels(labels: Path, tasks: list[str]) -> pd.DataFrame:
-    """Return the table of a CSV with the columns `file` (relative to it), `patient` and the tasks; empty cells are NaN.
+    """Return the table of a CSV with the columns `file` (relative to it), `patient` and the tasks; a task's empty cells
+    are NaN.
 
-    Raises ValueError for a missing column, OSError where there is no such file.
+    Raises ValueError for a missing column, and for a row without file or patient, OSError where there is no such file.
     """
-    table = pd.read_csv(labels, dtype={"patient": str}, keep_default_na=True)
-    if missing := [column for column in ("file", "patient", *tasks) if column not in table]:
+    table = pd.read_csv(labels, dtype=dict.fromkeys(NEEDED, str), keep_default_na=True)
+    if missing := [column for column in (*NEEDED, *tasks) if column not in table]:
         raise ValueError(f"{labels}: no column {', '.join(missing)}; it has {', '.join(table.columns)}")
-    return table
+    cells = MetadataTable(labels, table[list(NEEDED)].fillna(""), "fill it, or take the row out")
+    return table.assign(**{column: cells.text(column, required=True).astype(object) for column in NEEDED})
 
 
 def nearest_neighbors(num_examples: int) -> Pipeline:
@@ -40,7 +46,7 @@ def logistic_regression(labels: np.ndarray, patients: np.ndarray) -> Pipeline:
         StandardScaler(),
         LogisticRegressionCV(
             Cs=INVERSE_PENALTIES,
-            cv=list(GroupKFold(4).split(labels, labels, patients)),
+            cv=list(GroupKFold(FOLDS_OF_PENALTY).split(labels, labels, patients)),
             scoring="neg_log_loss",
             max_iter=2000,
             l1_ratios=(0,),
