@@ -24,6 +24,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tissue_tokens import select_tokens
+from modeling_mammodino.tools.command import user_path
 from training.pretraining.compute import block_flops, matmul_peak, synchronize
 
 from .images import example_images
@@ -43,7 +44,9 @@ COLUMNS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m performance.encoder", description=__doc__.splitlines()[0])
-    parser.add_argument("images", nargs="*", type=Path, help="slices (default: real ones where present, or phantoms)")
+    parser.add_argument(
+        "images", nargs="*", type=user_path, help="slices (default: real ones where present, or phantoms)"
+    )
     parser.add_argument("--model", choices=MODELS, default="vits14")
     parser.add_argument("--sizes", type=int, nargs="+", default=[518, 1036], help="side of the canvas in pixels")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images a forward")

@@ -19,6 +19,7 @@ import numpy as np
 
 from dataset_scripts.phantom.archive import PhantomParameters, acquire_2d, acquire_dbt, simulate_breast
 from modeling_mammodino.image_io import read_image
+from modeling_mammodino.tools.command import user_path
 
 from .image_statistics import (
     BAND,
@@ -45,8 +46,10 @@ NAME = "phantom_realism"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m performance.phantom_realism", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--slices", type=Path, default=REAL_DATA / "bcs_dbt" / "slices", help="folder of real slices")
+    parser.add_argument("--output", type=user_path, required=True, help="folder to write")
+    parser.add_argument(
+        "--slices", type=user_path, default=REAL_DATA / "bcs_dbt" / "slices", help="folder of real slices"
+    )
     parser.add_argument("--breasts", type=int, default=60, help="phantoms (default 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the phantoms and of the image's order (default 0)")
     options = parser.parse_args()

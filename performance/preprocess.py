@@ -12,7 +12,6 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,6 +20,7 @@ import transformers
 
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.rendering import RenderSettings
+from modeling_mammodino.tools.command import user_path
 
 from .images import example_images
 
@@ -32,7 +32,7 @@ BAR = 3.0  # for 16 bits on the default canvas
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m performance.preprocess", description=__doc__.splitlines()[0])
-    parser.add_argument("image", nargs="*", type=Path, help="8-bit slice (default: a real one, else a phantom)")
+    parser.add_argument("image", nargs="*", type=user_path, help="8-bit slice (default: a real one, else a phantom)")
     parser.add_argument("--repeats", type=int, default=40, help="timings of each (default 40)")
     parser.add_argument("--threads", type=int, help="threads of OpenCV and torch (default: theirs)")
     options = parser.parse_args()

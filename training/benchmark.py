@@ -8,9 +8,8 @@ same suite, and a killed one is started again with the same command. Then writes
 """
 
 import argparse
-from pathlib import Path
 
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from training.evaluation.benchmark_report import read_done, write_report
 from training.evaluation.benchmark_suite import read_suite
 from training.evaluation.runs import run_jobs
@@ -20,8 +19,10 @@ from .finetune import finetune
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the suite, such as training/suites/*.yaml")
-    parser.add_argument("--output_dir", type=Path, help="folder of runs and report, instead of the suite's own")
+    parser.add_argument(
+        "--config", type=user_path, required=True, help="YAML of the suite, such as training/suites/*.yaml"
+    )
+    parser.add_argument("--output_dir", type=user_path, help="folder of runs and report, instead of the suite's own")
     parser.add_argument("--report_only", action="store_true", help="run nothing; report what is done")
     options = parser.parse_args(arguments)
     with command_line("benchmark"):

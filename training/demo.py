@@ -19,7 +19,7 @@ import jinja2
 import yaml
 
 from dataset_scripts.benchmarks.index import TASKS as BENCHMARK_TASKS
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from training.evaluation.backbones.small_checkpoints import write_small_checkpoints
 from training.evaluation.reports import excludes_zero, format_interval, markdown_table
 from training.pretraining.recipe import load_recipe
@@ -48,7 +48,7 @@ Command = tuple[str | Path | int, ...]  # a module and its arguments
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="default: runs/demo, runs/benchmark_demo")
+    parser.add_argument("--output", type=user_path, help="default: runs/demo, runs/benchmark_demo")
     parser.add_argument("--seed", type=int, default=0, help="of phantom, pretraining and probe (not with --benchmark)")
     parser.add_argument("--benchmark", action="store_true", help="the benchmark demo")
     options = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.visualize import write_png
 from training.pretraining.feature_images import draw_features
@@ -17,9 +17,11 @@ from training.pretraining.feature_images import draw_features
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.features", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="DICOM or image files, colored together")
+    parser.add_argument(
+        "files", nargs="+", type=user_path, metavar="FILE", help="DICOM or image files, colored together"
+    )
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--slices_per_volume", type=int, default=1, help="evenly spaced slices (default 1, the middle)")
     options = parser.parse_args(arguments)
     with command_line("features"):

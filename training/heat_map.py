@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from modeling_mammodino import MammoDinoForImageClassification
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.embed import open_encoder
 from training.evaluation.detection.data import LesionImageRenderer
 from training.evaluation.finetuning.image_classifier import open_classifier
@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.heat_map", description=__doc__.splitlines()[0])
     parser.add_argument("file", help="DICOM or image")
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--slice", type=int, help="of a volume, a frame of the file from 0 (default: the middle one)")
-    parser.add_argument("--head", type=Path, help="model folder of a training.finetune run on the frozen MODEL")
+    parser.add_argument("--head", type=user_path, help="model folder of a training.finetune run on the frozen MODEL")
     options = parser.parse_args(arguments)
     with command_line("heat_map"):
         write_heat_maps(options.file, options.model, options.output, options.slice, options.head)

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from dataset_scripts.corpus.reader import TISSUE_CELL_PX
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import patch_tissue
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from training.pretraining.recipe import Recipe, load_recipe
 from training.pretraining.views.crops import TissueTable, cut, tissue_aware_crops
 from training.pretraining.views.masks import block_mask, maskable_patches
@@ -129,7 +129,7 @@ def draw_neighbors(axes: np.ndarray, slices: list, position: int, recipe: Recipe
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.preview", description=__doc__.splitlines()[0])
     parser.add_argument("file", help="DICOM, PNG, JPEG or PGM")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--recipe", default="mammodino", help="whose crops and masks (default: mammodino)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

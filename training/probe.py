@@ -19,7 +19,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.features import embed_files
 from modeling_mammodino.tools.files import write_text
 from training.evaluation.metrics import bootstrap_auc
@@ -42,10 +42,12 @@ class Features(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.probe", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="encoders to evaluate")
-    parser.add_argument("--labels", type=Path, required=True, help="CSV of the patients that the probes learn from")
-    parser.add_argument("--test_labels", type=Path, help="CSV of held-out patients (default: a part of --labels)")
+    parser.add_argument(
+        "--labels", type=user_path, required=True, help="CSV of the patients that the probes learn from"
+    )
+    parser.add_argument("--test_labels", type=user_path, help="CSV of held-out patients (default: a part of --labels)")
     parser.add_argument("--tasks", nargs="+", required=True, help="columns to predict")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--output", type=user_path, required=True, help="JSON file of the results")
     parser.add_argument("--slices_per_volume", type=int, default=4, help="slices averaged of a volume (default 4)")
     parser.add_argument("--test_fraction", type=float, default=0.4, help="patients held out without --test_labels")
     parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap resamples (default 1000)")

@@ -11,7 +11,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import atomic_file
 from training.studies.design import FULL, PLAIN, SIZES, configurations
 
@@ -24,11 +24,11 @@ CHECKPOINTS = {"mammodino-phantom-small": FULL, "dinov2-phantom-small": PLAIN}
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.release", description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=Path, help="output of training.study")
+    parser.add_argument("study", type=user_path, help="output of training.study")
     parser.add_argument("--size", choices=SIZES, default="evening", help="of the study (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the study's seeds (default 0)")
-    parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the archives (default dist)")
-    parser.add_argument("--model_cards", type=Path, help="folder in which to put a copy of each card")
+    parser.add_argument("--output", type=user_path, default=Path("dist"), help="folder of the archives (default dist)")
+    parser.add_argument("--model_cards", type=user_path, help="folder in which to put a copy of each card")
     options = parser.parse_args(arguments)
     with command_line("release"):
         study = Study(options.study, SIZES[options.size], options.size, None)

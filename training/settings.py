@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from modeling_mammodino.tools.command import user_path
+
 
 class Range:
     """The numbers from `low` to `high`, inclusive, as argparse's `choices`: checked there and in YAML by `in`."""
@@ -40,8 +42,10 @@ def setting(
 
 
 def check_values(section: Any) -> None:
-    """Raise ValueError naming the first field whose value it may not take, and what it may be."""
+    """Expand `~` in paths. Raise ValueError naming the first field whose value it may not take, and what it may be."""
     for each in fields(section):
+        if str(getattr(section, each.name)).startswith("~"):
+            setattr(section, each.name, str(user_path(getattr(section, each.name))))
         value, allowed = getattr(section, each.name), each.metadata.get("choices")
         for element in value if isinstance(value, list) else [value]:
             kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in str(each.type))

@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from dataset_scripts.corpus.reader import Corpus
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoModel
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import write_json
 from training.evaluation.runs import PREDICTIONS_FILE, RESULT_FILE, is_done, run_jobs, write_parquet
 from training.pretraining.checkpoints import LOG_FILE
@@ -200,12 +200,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--size", choices=SIZES, default="hour", help="an hour, an evening: on two cores; a night: a GPU"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--output", type=user_path, default=Path("runs/study"))
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the size's own")
     parser.add_argument("--num_proc", type=int, default=1, help="runs at a time, of one thread each")
-    parser.add_argument("--real_slices", type=Path, help="BCS-DBT slices: a folder with slices.csv and slices/")
-    parser.add_argument("--report", type=Path, help="Markdown to write (default: report.md in the output)")
+    parser.add_argument("--real_slices", type=user_path, help="BCS-DBT slices: a folder with slices.csv and slices/")
+    parser.add_argument("--report", type=user_path, help="Markdown to write (default: report.md in the output)")
     parser.add_argument("--report_only", action="store_true", help="run nothing; report what is done")
     options = parser.parse_args(arguments)
     study = Study(options.output, SIZES[options.size], options.size, options.real_slices)

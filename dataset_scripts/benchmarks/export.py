@@ -25,7 +25,7 @@ import jinja2
 import pandas as pd
 
 import modeling_mammodino
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import atomic_folder
 from modeling_mammodino.tools.publish import upload
 
@@ -159,8 +159,8 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", help=f"data set: {', '.join(BENCHMARKS)}")
-    parser.add_argument("--data-dir", "--data_dir", type=Path, required=True, help="its folder as downloaded")
-    parser.add_argument("--output", type=Path, help="new folder")
+    parser.add_argument("--data-dir", "--data_dir", type=user_path, required=True, help="its folder as downloaded")
+    parser.add_argument("--output", type=user_path, help="new folder")
     parser.add_argument("--push-to-hub", "--push_to_hub", metavar="OWNER/NAME", help="made where it does not exist")
     parser.add_argument("--public", action="store_true", help="on the Hub for everybody (default: only with access)")
     parser.add_argument("--task", choices=TASKS, help="only images with a label of it, in train, validation and test")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_mammodino.image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 
 from . import BENCHMARKS
 from .index import Benchmark
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m dataset_scripts.benchmarks.verify", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("name", help=f"data set: {', '.join(BENCHMARKS)}")
-    parser.add_argument("--data-dir", "--data_dir", type=Path, required=True, help="its folder as downloaded")
+    parser.add_argument("--data-dir", "--data_dir", type=user_path, required=True, help="its folder as downloaded")
     options = parser.parse_args(arguments)
     with command_line("verify"):
         report = verify_benchmark(options.name, options.data_dir)

@@ -27,7 +27,7 @@ import modeling_mammodino
 from modeling_mammodino.breast_segmentation import TISSUE_FINDERS
 from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, write_json
 
 from .engine import ENGINES, Stage, parse_arguments, run_stages
@@ -61,7 +61,7 @@ here is needed.
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dataset_scripts.corpus", description=__doc__.splitlines()[0])
     parser.add_argument("source", nargs="+", help="folders, files, or fsspec addresses such as s3://bucket/folder")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the corpus")
+    parser.add_argument("--output", required=True, type=user_path, help="folder of the corpus")
     parser.add_argument("--height", type=int, default=1024, help="images are fitted into this height (default 1024)")
     parser.add_argument("--width", type=int, default=1024, help="... and this width, never enlarged (default 1024)")
     parser.add_argument(
@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
         help="CSV of files without a header: columns file (relative to it) and patient, study, laterality, view, kind, "
         "source as far as known",
     )
-    parser.add_argument("--hash_key_file", type=Path, help=f"key of the patient hashes (default: ${HASH_KEY_VARIABLE})")
+    parser.add_argument(
+        "--hash_key_file", type=user_path, help=f"key of the patient hashes (default: ${HASH_KEY_VARIABLE})"
+    )
     parser.add_argument("--rows_per_shard", type=int, default=ROWS_PER_SHARD, help=f"(default {ROWS_PER_SHARD})")
     parser.add_argument(
         "--num_proc", type=int, default=os.cpu_count() or 1, help="processes at a time (default: cores)"

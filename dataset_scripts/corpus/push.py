@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jinja2
 
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.publish import upload
 
 from .reader import MANIFEST
@@ -79,7 +79,7 @@ def _card(manifest: dict, repo_id: str, license: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dataset_scripts.corpus.push", description=__doc__.splitlines()[0])
-    parser.add_argument("corpus", type=Path)
+    parser.add_argument("corpus", type=user_path)
     parser.add_argument("repo_id", help="OWNER/NAME of the dataset; made where it does not exist")
     parser.add_argument("--license", default="", help="required: by the Hub's identifier, such as cc-by-nc-4.0")
     parser.add_argument("--public", action="store_true", help="for everybody (default: only with access)")

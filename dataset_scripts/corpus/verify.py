@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from modeling_mammodino.breast_segmentation import LOW_CONFIDENCE
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.publish import check_image_processor, check_text, png_chunks, read_settings
 
 from .reader import FEATURES, MANIFEST, TISSUE_CELL_PX, decode_png
@@ -362,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("corpus", type=Path)
+    parser.add_argument("corpus", type=user_path)
     parser.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
     with command_line("verify"):

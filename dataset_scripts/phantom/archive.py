@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import atomic_file
 
 from .acquisition import GEOMETRIES, acquire_2d, acquire_dbt
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m dataset_scripts.phantom",
         description="Write an archive of simulated mammograms and DBT with labels.",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output", type=user_path, required=True, help="folder to write")
     numbers: dict[str, tuple[Any, str]] = {
         "num_patients": (8, "patients"),
         "first_patient": (0, "number of the first patient"),

@@ -1,9 +1,11 @@
-"""What all commands share: logging to the terminal, and errors of the user's input as one line without a traceback."""
+"""What all commands share: logging to the terminal, errors of the user's input as one line without a traceback, and
+the type of every option that is a path."""
 
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -23,3 +25,12 @@ def command_line(program: str) -> Iterator[None]:
         sys.exit(f"{program}: {reason}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def user_path(text: str | Path) -> Path:
+    """Take a path as a user wrote it, in an option or a recipe: `~` is the home directory, which shells leave as it is
+    in --option=~/folder. Raises ValueError where there is no such home directory."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text}: no such home directory; write the path out") from error

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from ..configuration_mammodino import MammoDinoConfig
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..modeling_mammodino import MammoDinoForImageClassification, MammoDinoModel, as_pair
+from .command import user_path
 from .dinov2_checkpoints import read_reference_checkpoint
 from .files import atomic_folder
 
@@ -375,7 +376,7 @@ def add_command(commands: Any) -> None:
         "opens as dinov2_with_registers. Research use only.",
     )
     parser.add_argument("source", help="Hub id or folder (dinov2, dinov2_with_registers, mammodino), or DINOv2's .pth")
-    parser.add_argument("output", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument("output", type=user_path, help="folder to write; must not exist or be empty")
     parser.add_argument("--to", choices=TARGETS, default=TARGETS[0], help="type of the folder (default: %(default)s)")
     parser.add_argument("--num_channels", type=int, default=1, help="1, or as many as the source has (default: 1)")
     parser.add_argument(

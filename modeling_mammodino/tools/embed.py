@@ -18,6 +18,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import __version__
 from ..image_processing_mammodino import MammoDinoImageProcessor
+from .command import user_path
 from .convert import load_encoder, own_processor, processor_settings
 from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
 from .files import atomic_file
@@ -108,9 +109,11 @@ def add_command(commands) -> None:
         "columns path and volume hold paths as they are given: where a folder's name is private, name files from "
         "within it. Research use only.",
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="DICOM or image files, or folders of them")
+    parser.add_argument(
+        "paths", nargs="+", type=user_path, metavar="PATH", help="DICOM or image files, or folders of them"
+    )
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
-    parser.add_argument("--output", type=Path, required=True, help="Parquet file to write")
+    parser.add_argument("--output", type=user_path, required=True, help="Parquet file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
     parser.add_argument("--pool", choices=POOLS, default="class", help="class token, tissue-weighted mean of patch "
                         "tokens, or both side by side (default class)")  # fmt: skip
@@ -133,7 +136,7 @@ def run(options: Namespace) -> None:
         raise FileExistsError(
             f"{output} exists; give another --output" + ("" if output.is_dir() else ", or --overwrite")
         )
-    files, ignored = find_files(options.paths)
+    files, ignored, unlisted = find_files(options.paths)
     if ignored:
         logger.info("ignored: %s", ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common()))
     if not files:
@@ -152,7 +155,7 @@ def run(options: Namespace) -> None:
         slices_per_volume=options.slices_per_volume,
         num_workers=num_workers,
     )
-    refused: dict[str, str] = {}
+    refused = dict(unlisted)
     results = _watch(results, len(files), refused)
     rows = write_table(
         pool_volumes(results) if options.pool_volumes else results, output, provenance(options, model, image_processor)
@@ -160,7 +163,7 @@ def run(options: Namespace) -> None:
     write_refused(refused_path := output.with_suffix(".refused.csv"), refused)
     if not rows:
         raise ValueError(f"none of {len(files)} files could be used: the reasons are in {refused_path}")
-    print(f"{output}: {rows} rows of {len(files) - len(refused)} files; {len(refused)} refused"
+    print(f"{output}: {rows} rows of {len(files) + len(unlisted) - len(refused)} files; {len(refused)} refused"
           + (f", see {refused_path}" if refused else ""))  # fmt: skip
 
 

@@ -11,6 +11,7 @@ Research use only.
 """
 
 import inspect
+import logging
 import os
 import secrets
 from collections import Counter, defaultdict
@@ -30,11 +31,14 @@ from ..image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES, InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..modeling_mammodino import pool_tokens
 from ..rendering import place_on_canvas
+from .walk import NOT_REGULAR, walk
 
 try:
     import cv2
 except ImportError:  # refused by name where an image is rendered
     cv2 = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -283,31 +287,42 @@ def _pool(
     return {"class": pooled[:, :width], "patches": pooled[:, width:], "both": pooled}[pool]
 
 
-def find_files(sources: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
-    """Return every file that may be an image, by an image's or DICOM's suffix or by its content, sorted; and how many
-    others were ignored, by suffix. A file named as a source is always taken; linked folders are not entered.
+class FoundFiles(NamedTuple):
+    """What `find_files` found."""
 
-    Raises OSError where a source or a folder in it cannot be read.
+    files: list[Path]  # sorted
+    ignored: Counter[str]  # number of others, by suffix or by reason
+    unlisted: dict[str, str]  # folders that cannot be listed: path -> reason
+
+
+def find_files(sources: Iterable[Path]) -> FoundFiles:
+    """Find every file that may be an image, by an image's or DICOM's suffix or by its content. A file named as a source
+    is always taken. Folders that cannot be listed are logged.
+
+    Raises OSError where a source cannot be read, or is neither a folder nor a regular file.
     """
     found: set[Path] = set()
     ignored: Counter[str] = Counter()
+    unlisted: dict[str, str] = {}
     for source in sources:
         if not source.is_dir():
             source.stat()  # raises where there is nothing
+            if not source.is_file():
+                raise OSError(f"{source}: {NOT_REGULAR}; give a folder or a file")
             found.add(source)
             continue
-        for folder, _, names in os.walk(source, onerror=_raise):
-            for path in (Path(folder, name) for name in names):
-                suffix = path.suffix.lower()
-                if suffix in (*IMAGE_SUFFIXES, *DICOM_SUFFIXES) or path.is_file() and is_dicom(path):
-                    found.add(path)
-                else:
-                    ignored[suffix or "no suffix"] += 1
-    return sorted(found), ignored
-
-
-def _raise(error: OSError) -> None:
-    raise error
+        listed = walk(source)
+        unlisted |= listed.unlisted
+        ignored.update(listed.passed_over.values())
+        for path in map(Path, listed.files):
+            suffix = path.suffix.lower()
+            if suffix in (*IMAGE_SUFFIXES, *DICOM_SUFFIXES) or is_dicom(path):
+                found.add(path)
+            else:
+                ignored[suffix or "no suffix"] += 1
+    for folder, reason in unlisted.items():
+        logger.warning("left out: %s: %s", folder, reason)
+    return FoundFiles(sorted(found), ignored, unlisted)
 
 
 class FileEmbeddings(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 from ..image_io import InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..rendering import Thumbnail, make_thumbnail
+from .command import user_path
 from .files import atomic_file
 
 try:
@@ -63,7 +64,7 @@ def write_png(drawing: np.ndarray, output: Path) -> None:
 
 
 def _add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--model", help="checkpoint folder or Hub id (default: the default image processor)")
 
 
@@ -156,7 +157,7 @@ def add_contact_sheet_command(commands) -> None:
         "(doubtful) to green, its name and the mask's confidence. File names are on the sheet: they may name patients. "
         "Research use only.",
     )
-    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="files and folders")
+    parser.add_argument("sources", nargs="+", type=user_path, metavar="SOURCE", help="files and folders")
     _add_options(parser)
     parser.add_argument("--columns", type=int, default=10, help="tiles in a row (10)")
     parser.set_defaults(run=run_contact_sheet)
@@ -168,7 +169,7 @@ def run_contact_sheet(options: Namespace) -> None:
     processor, output = _open_processor(options), options.output
     if not 1 <= options.columns <= TILES_PER_PAGE:
         raise ValueError(f"--columns {options.columns}: must be from 1 to {TILES_PER_PAGE}")
-    files, _ = find_files(options.sources)
+    files = find_files(options.sources).files
     if not files:
         raise ValueError(f"{', '.join(map(str, options.sources))}: no image found; name a file, or a folder with some")
     for number, first in enumerate(range(0, len(files), TILES_PER_PAGE)):

@@ -122,7 +122,7 @@ def test_a_row_is_what_processor_and_model_give_by_hand(archive, checkpoint, mod
 @pytest.mark.slow
 def test_workers_and_batches_change_nothing_but_speed(archive, model, processor):
     """Two processes, a batch that straddles files: the same rows in the same order, refusals in their places."""
-    files, _ = find_files([archive])
+    files = find_files([archive]).files
     alone = list(embed_files(files, model, processor, batch_size=8))
     shared = list(embed_files(files, model, processor, batch_size=3, num_workers=2))
     assert [(a.path, a.refused, a.volume, a.slices) for a in alone] == [
@@ -136,7 +136,7 @@ def test_workers_and_batches_change_nothing_but_speed(archive, model, processor)
 
 @pytest.mark.slow
 def test_files_are_read_whole_and_in_order_whatever_the_workers(archive, processor):
-    files, _ = find_files([archive])
+    files = find_files([archive]).files
     alone, shared = (list(read_files(files, SliceReader(processor, 2), num_workers)) for num_workers in (0, 2))
     assert [file.name for file, each in zip(files, alone, strict=True) if isinstance(each, str)] == list(BAD)
     for a, b in zip(alone, shared, strict=True):
@@ -259,7 +259,7 @@ def test_slices_that_are_files_of_their_own_share_a_volume(phantom_archive, mode
         for path in split_into_files(volume, tmp_path / name):
             path.rename(tmp_path / path.name)
     cv2.imwrite(str(tmp_path / "2_between.png"), draw_breast())
-    files, _ = find_files([tmp_path])
+    files = find_files([tmp_path]).files
     results = list(embed_files(files, model, processor))
     assert not [each.refused for each in results if each.refused]
     for each in results:

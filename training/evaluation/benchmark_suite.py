@@ -22,6 +22,7 @@ import yaml
 
 from dataset_scripts.benchmarks.index import TASKS
 from dataset_scripts.benchmarks.task import open_benchmark
+from modeling_mammodino.tools.command import user_path
 
 from .backbones.registry import BACKBONES
 from .run_settings import FinetuneSettings
@@ -126,7 +127,7 @@ def read_suite(path: Path, output_dir: Path | None = None) -> Suite:
             raise ValueError("output_dir must be given")
         rest = {key: value for key, value in values.items() if key not in ("backbones", "datasets")}
         suite = Suite(
-            **rest | {"output_dir": Path(output_dir or values["output_dir"])}, backbones=backbones, tasks=tasks
+            **rest | {"output_dir": user_path(output_dir or values["output_dir"])}, backbones=backbones, tasks=tasks
         )
         _check(suite)
     except (ValueError, TypeError, yaml.YAMLError) as error:
