@@ -1,4 +1,4 @@
-"""The one walk over folders, for every command that takes an archive: which files it holds, what was left out, and why."""
+"""The walk over folders of every command that takes an archive: which files it holds, what is left out, and why."""
 
 import os
 from heapq import heappop, heappush
