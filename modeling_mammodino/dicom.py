@@ -1,8 +1,9 @@
 """DICOM in, gray images out: mammograms and the slices of tomosynthesis (DBT), CT and MR volumes.
 
 `open_dicom` parses a header once; what it returns is taken by every function here in place of the file. The pixels
-stay in the file until they are asked for, frame by frame. Nothing of a header leaves this file but the fields of
-`Mammogram`; identifiers leave as keyed hashes.
+stay in the file until they are asked for, frame by frame. What is read here of a header are the fields of `Mammogram`
+and `Instance`, identifiers as keyed hashes. `DicomFile.header` holds all of it: the readers of labeled data sets
+(dataset_scripts/) match UIDs and descriptions with their tables by it, and keep what those tables hold.
 """
 
 import hashlib
@@ -14,10 +15,11 @@ import os
 import re
 import secrets
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +27,19 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from .dicom_frames import (
+    BIG_ENDIAN,
+    DELIMITER,
+    HEAD_BYTES,
+    ITEM,
+    NATIVE,
+    UNDEFINED,
+    decode,
+    fault_of_codestream,
+    found_syntax,
+    missing_decoder,
+    name_of,
+)
 from .dicom_header import (
     FOR_PROCESSING,
     SECONDARY_CAPTURE,
@@ -42,7 +57,7 @@ from .dicom_header import (
     text,
     view,
 )
-from .dicom_pixels import HEAD_BYTES, TO_GRAY, GraySettings, decode, fault_of_codestream, to_gray
+from .dicom_pixels import TO_GRAY, GraySettings, to_gray
 from .image_io import DICOM_SUFFIXES, MAX_PIXELS, ImageFile, InvalidImageError, suffix
 
 try:
@@ -55,6 +70,7 @@ logger = logging.getLogger(__name__)
 MAX_SIDE_PX = 32768
 MAX_FRAMES = 4096  # a tomosynthesis volume has at most some hundred
 MAX_INFLATED_BYTES = 1 << 29  # of a deflated data set
+MAX_ELEMENT_BYTES = 1 << 24  # of one element that is read with the header: a private payload stays in the file
 VENDORS = {
     "1.2.840.113619": "GE",
     "1.3.12.2.1107": "Siemens",
@@ -63,6 +79,7 @@ VENDORS = {
 }
 COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
 PROCESS_KEY = secrets.token_bytes(32)  # made at import, so that forked workers share it
+START_OF_DATA_SET = re.compile(rb"[\x02\x08]\0..([A-Z]{2}|..\0\0)", re.DOTALL)  # group 2 or 8, with a VR or a length
 NOT_DICOM = ("not a readable DICOM file", "give a DICOM file, or an image by its own extension")
 NO_HEADER = ("the header cannot be interpreted", "check or export the file again")
 
@@ -111,10 +128,29 @@ class DicomFile:
     @cached_property
     def num_complete_frames(self) -> int:
         """`num_frames`, once it was checked, without decoding, that PixelData holds them."""
-        frame_bytes, syntax = _check_geometry(self), _check_transfer_syntax(self)
-        with self.refusing("PixelData is damaged", "fetch the file again"), self.pixel_data() as (stream, length, _):
-            _check_complete(self, stream, length, None if syntax.is_encapsulated else frame_bytes)
+        frame_bytes = _check_geometry(self)
+        _check_transfer_syntax(self)
+        with self.refusing("PixelData is damaged", "fetch the file again"), self.pixel_data() as (stream, length, vr):
+            _check_complete(self, stream, length, frame_bytes if self.syntax in NATIVE else None)
+            if self.stored is not None:
+                _read_behind(self.header, stream, implicit=not vr)
         return self.num_frames
+
+    @cached_property
+    def syntax(self) -> str:
+        """The transfer syntax of the pixels: the one that the header states, or another that is found in them."""
+        stated = str(self.header.file_meta.TransferSyntaxUID)
+        remedy = "export it again with the right transfer syntax"
+        with self.refusing("PixelData is damaged", "fetch the file again"), self.pixel_data() as (stream, length, _):
+            frame_bytes = math.ceil(_check_geometry(self))
+            found = found_syntax(stated, stream.read(HEAD_BYTES), length, frame_bytes, self.num_frames)
+        if found is None:
+            lies = "not encapsulated" if stated not in NATIVE else "encapsulated"
+            raise self.refuse(f"TransferSyntaxUID is {name_of(stated)}, but PixelData is {lies}", remedy)
+        if found != stated:
+            said = f"says {name_of(stated)}, the pixels are in {name_of(found)}; read as they are"
+            self.warn_once("TransferSyntaxUID", said)
+        return found
 
     def refuse(self, problem: str, remedy: str) -> InvalidImageError:
         return InvalidImageError(self.name, f"{problem}; {remedy}")
@@ -130,40 +166,79 @@ class DicomFile:
     @contextmanager
     def pixel_data(self) -> Iterator[tuple[BinaryIO, int, str]]:
         """A stream at the first byte of the frames, and the length in bytes and the VR that the element states."""
-        syntax = self.header.file_meta.TransferSyntaxUID
         missing = ("no PixelData (7FE0,0010)", "give an image object; or the file is cut off, fetch it again")
         if self.stored is None:
             if "PixelData" not in self.header:
                 raise self.refuse(*missing)
-            yield io.BytesIO(self.header.PixelData), len(self.header.PixelData), ""
+            element = self.header["PixelData"]
+            yield io.BytesIO(element.value), len(element.value), element.VR
             return
         with _opened(self.stored) as stream:
             stream.seek(self.pixels_at)
-            endian = "<" if syntax.is_little_endian else ">"
+            endian = ">" if self.header.file_meta.TransferSyntaxUID == BIG_ENDIAN else "<"
             if stream.read(4) != struct.pack(f"{endian}HH", 0x7FE0, 0x0010):
                 raise self.refuse(*missing)
-            vr = "" if syntax.is_implicit_VR else stream.read(4)[:2].decode("latin-1")  # two reserved bytes follow
-            (length,) = struct.unpack(f"{endian}L", stream.read(4))
+            field, vr = stream.read(4), ""
+            if field[:2] in (b"OB", b"OW", b"UN"):  # explicit VR, whatever the header states; no even length reads so
+                field, vr = stream.read(4), field[:2].decode()
+            (length,) = struct.unpack(f"{endian}L", field)
             yield stream, length, vr
 
     def decode(self, frames: list[int]) -> Iterator[np.ndarray]:
         """Decode the given frames of the file one at a time: stored values (H, W), of color (H, W, 3) in RGB."""
-        name = self.header.file_meta.TransferSyntaxUID.name
+        if number(self.header, "PixelRepresentation") is None:
+            self.warn_once("PixelRepresentation", "missing; the pixels are taken as unsigned")
         with self.pixel_data() as (stream, _, vr):
-            decoded = decode(self.header if self.stored is None else stream, self.header, frames, vr)
+            decoded = decode(stream, self.header, frames, self.syntax, vr)
+            problem = f"PixelData cannot be decoded as {name_of(self.syntax)}"
             with closing(decoded):
                 for _ in frames:
-                    with self.refusing(f"PixelData cannot be decoded as {name}", "fetch or export the file again"):
+                    with self.refusing(problem, "fetch or export the file again"):
                         frame = next(decoded)
                     yield frame
+
+
+class _Silence:
+    """Keep pydicom's validation and warnings, which quote a header, from speaking while any thread reads one.
+
+    Both are settings of the whole process: the first reader sets them, the last one puts them back.
+    """
+
+    filter = ("ignore", None, Warning, re.compile(r"(pydicom|pylibjpeg|openjpeg|libjpeg|jpeg_ls)\b"), 0)
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.lock, self.readers = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.readers += 1
+            if self.readers == 1:
+                self.validation = pydicom.config.disable_value_validation()
+                self.validation.__enter__()
+                warnings.filters.insert(0, self.filter)  # type: ignore[attr-defined]
+
+    def __exit__(self, *error: Any) -> None:
+        with self.lock:
+            self.readers -= 1
+            if self.readers == 0:
+                self.validation.__exit__(None, None, None)
+                with suppress(ValueError):  # someone else has put other filters back
+                    warnings.filters.remove(self.filter)  # type: ignore[attr-defined]
+
+
+_silence = _Silence()
+if hasattr(os, "register_at_fork"):  # a lock that another thread holds would stay held in the child
+    os.register_at_fork(after_in_child=_silence.start)
 
 
 @contextmanager
 def refusing(name: str, problem: str, remedy: str) -> Iterator[None]:
     """Turn whatever pydicom and its plugins raise into InvalidImageError, without their messages, which may quote the
     header."""
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():  # both would quote it too
-        warnings.simplefilter("ignore")
+    with _silence, np.errstate(all="ignore"):
         try:
             yield
         except InvalidImageError:
@@ -201,19 +276,26 @@ def open_dicom(source: Any) -> DicomFile:
     with refusing(name, *NOT_DICOM), _opened(stored) as stream:
         _check_inflated_size(name, stream)
         stream.seek(0)
-        header = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
+        header = pydicom.dcmread(stream, stop_before_pixels=True, force=True, defer_size=MAX_ELEMENT_BYTES)
         if "SOPClassUID" not in header and "Rows" not in header:
             raise InvalidImageError(name, "; ".join(("not a DICOM file", NOT_DICOM[1])))
         syntax = header.file_meta.get("TransferSyntaxUID")
-        if syntax and syntax != pydicom.uid.DeflatedExplicitVRLittleEndian:
-            return DicomFile(name, header, stored, stream.tell(), identity)
-        stream.seek(0)  # pydicom decodes neither from the file
-        header = pydicom.dcmread(stream, force=True)
+        if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
+            stream.seek(0)  # its pixels cannot be found in the file
+            return DicomFile(name, pydicom.dcmread(stream, force=True), identity=identity)
         if not syntax:
             implicit, little = header.original_encoding
             explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
             header.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
-        return DicomFile(name, header, identity=identity)
+        return DicomFile(name, header, stored, stream.tell(), identity)
+
+
+def _read_behind(header: Any, stream: BinaryIO, implicit: bool) -> None:
+    """Add the elements behind PixelData, where the stream is, to those before it."""
+    little = header.file_meta.TransferSyntaxUID != BIG_ENDIAN
+    with suppress(Exception):  # it may be anything
+        behind = pydicom.filereader.read_dataset(stream, implicit, little, defer_size=MAX_ELEMENT_BYTES)
+        header.update({tag: behind.get_item(tag) for tag in behind.keys() if tag not in header})
 
 
 def _check_inflated_size(name: str, stream: BinaryIO) -> None:
@@ -235,27 +317,28 @@ def _check_inflated_size(name: str, stream: BinaryIO) -> None:
 
 
 def is_dicom(source: str | os.PathLike[str] | ImageFile) -> bool:
-    """Whether the file has the DICM preamble, or is a data set without one under the name *.dcm or *.dicom."""
-    return _has_preamble(source) or open_if_dicom(source) is not None
+    """Whether the file has the DICM preamble, or is a data set without one."""
+    return _first_bytes(source)[128:] == b"DICM" or open_if_dicom(source) is not None
 
 
 def open_if_dicom(source: str | os.PathLike[str] | ImageFile) -> DicomFile | None:
     """`open_dicom`, or None for a file that is no DICOM file, or no file; see `is_dicom`."""
-    if _has_preamble(source):
+    start = _first_bytes(source)
+    if start[128:] == b"DICM":
         return open_dicom(source)
     try:
-        return open_dicom(source) if suffix(source) in DICOM_SUFFIXES else None
+        return open_dicom(source) if suffix(source) in DICOM_SUFFIXES or START_OF_DATA_SET.match(start) else None
     except (OSError, InvalidImageError):
         return None
 
 
-def _has_preamble(source: str | os.PathLike[str] | ImageFile) -> bool:
+def _first_bytes(source: str | os.PathLike[str] | ImageFile) -> bytes:
     try:
         with _opened(source.stream if isinstance(source, ImageFile) else Path(source)) as stream:
             stream.seek(0)
-            return stream.read(132)[128:] == b"DICM"
+            return stream.read(132)
     except OSError:
-        return False
+        return b""
 
 
 def _check_header(opened: DicomFile, allow_for_processing: bool) -> None:
@@ -319,35 +402,34 @@ def _object_name(header: Any) -> str:
     return f"a private object of {vendor or 'a vendor'}" if sop else "an object"
 
 
-def _check_transfer_syntax(opened: DicomFile) -> Any:
-    syntax = getattr(opened.header, "file_meta", {}).get("TransferSyntaxUID")
-    if not syntax:
+def _check_transfer_syntax(opened: DicomFile) -> None:
+    stated = getattr(opened.header, "file_meta", {}).get("TransferSyntaxUID")
+    if not stated:
         raise opened.refuse("no TransferSyntaxUID", "set file_meta.TransferSyntaxUID")
-    try:
-        decoder = pydicom.pixels.get_decoder(syntax)
-    except NotImplementedError as error:
-        name = syntax.name if re.fullmatch(r"1\.2\.840\.10008\.[0-9.]+", syntax) else "(not of DICOM)"
-        raise opened.refuse(
-            f"transfer syntax {name} is not supported", "convert the file, or export it again"
-        ) from error
-    if not decoder.is_available:
-        needs = " or ".join(decoder.missing_dependencies)
-        raise opened.refuse(f"transfer syntax {syntax.name} needs a decoder", f"install one: {needs}")
-    return syntax
+    needs = missing_decoder(stated)
+    if needs is None:
+        name = name_of(stated) if re.fullmatch(r"1\.2\.840\.10008\.[0-9.]+", stated) else "(not of DICOM)"
+        raise opened.refuse(f"transfer syntax {name} is not supported", "convert the file, or export it again")
+    if needs := missing_decoder(opened.syntax):
+        raise opened.refuse(f"transfer syntax {name_of(opened.syntax)} needs a decoder", f"install one: {needs}")
 
 
 def _check_complete(opened: DicomFile, stream: BinaryIO, length: int, frame_bytes: float | None) -> None:
-    """Refuse PixelData that lacks frames of the header; `frame_bytes` is None where it is encapsulated (PS3.5 A.4)."""
+    """Refuse PixelData that lacks frames of the header; the stream is left behind it.
+
+    `frame_bytes` is None where it is encapsulated (PS3.5 A.4).
+    """
     start = stream.tell()
     end = stream.seek(0, io.SEEK_END)
     truncated = ("PixelData is truncated", "fetch the file again")
     if frame_bytes is not None:
         if min(length, end - start) < math.ceil(opened.num_frames * frame_bytes):
             raise opened.refuse(*truncated)
+        stream.seek(start + length if length != UNDEFINED else end)
         return
     stream.seek(start)
     fragments = -1  # the first item is the basic offset table
-    while len(item := stream.read(8)) == 8 and item[:4] == b"\xfe\xff\x00\xe0":
+    while len(item := stream.read(8)) == 8 and item[:4] == ITEM:
         fragments += 1
         after = stream.tell() + int.from_bytes(item[4:], "little")
         if after > end:
@@ -359,6 +441,8 @@ def _check_complete(opened: DicomFile, stream: BinaryIO, length: int, frame_byte
         stream.seek(after)
     if fragments < opened.num_frames:
         raise opened.refuse(*truncated)
+    if item[:4] != DELIMITER:
+        stream.seek(end)
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,9 +54,17 @@ def vector(dataset: Any, keyword: str) -> np.ndarray | None:
 
 
 def number(dataset: Any, keyword: str) -> float | None:
-    """The first value of a numeric element."""
-    values = vector(dataset, keyword)
-    return None if values is None else float(values[0])
+    """The first value of a numeric element, also where those behind it are malformed."""
+    try:
+        value = dataset.get(keyword)
+    except _MALFORMED:
+        first, *others = identifier(dataset, keyword).split("\\")
+        value = first if others else None
+    try:
+        first = float(value if np.isscalar(value) else next(iter(value)))
+    except (*_MALFORMED, StopIteration):
+        return None
+    return first if math.isfinite(first) else None
 
 
 def text(dataset: Any, keyword: str) -> str:
@@ -71,11 +79,23 @@ def text(dataset: Any, keyword: str) -> str:
 
 
 def identifier(dataset: Any, keyword: str) -> str:
-    """An element as stored. Unconverted, because pydicom's validation quotes values in its warnings."""
+    """An element as stored, byte for byte. Unconverted, because pydicom's validation quotes values in its warnings."""
     if keyword not in dataset:
         return ""
     value = dataset.get_item(keyword).value
-    return (value.decode("latin-1") if isinstance(value, bytes) else str(value or "")).strip(" \0")
+    if not isinstance(value, bytes):  # converted when it was looked at, or never stored
+        value = "" if value is None else value if isinstance(value, str) else "\\".join(map(str, np.atleast_1d(value)))
+        if not value.isascii():
+            value = value.encode(_encoding(dataset), "replace")
+    return (value.decode("latin-1") if isinstance(value, bytes) else value).strip(" \0")
+
+
+def _encoding(dataset: Any) -> str:
+    """Python's name of the first SpecificCharacterSet."""
+    import pydicom  # here at the latest: there is a data set
+
+    names = text(dataset, "SpecificCharacterSet").split("\\")
+    return pydicom.charset.python_encoding.get(names[0], "utf-8")
 
 
 def scopes(dataset: Any, frame: int, sequence: str) -> Iterator[Any]:

@@ -1,34 +1,22 @@
-"""The pixels of a DICOM: checks of compressed frames, decoding, and gray values.
+"""From the stored values of a DICOM to gray.
 
 Order of the steps to gray (PS3.4 N.2): modality LUT -> padding set to air -> VOI LUT or window -> MONOCHROME1 inversion
-(PS3.3 C.7.5.1.1.2, C.11.1, C.11.2). What a compressed frame says of itself is read before a decoder takes memory by its
-word: JPEG, also lossless and JPEG-LS (ITU-T T.81 B.2.2, T.87 C.2.2), JPEG 2000 and HTJ2K (T.800 A.5.1).
+(PS3.3 C.7.5.1.1.2, C.11.1, C.11.2).
 """
 
-import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .dicom_header import number, scopes, text
 from .image_io import GRAY_TOLERANCE
 
-try:
-    import pydicom
-except ImportError:  # a checkpoint runs on ready tensors without pydicom
-    pydicom = None  # type: ignore[assignment]
-
-HEAD_BYTES = 1 << 16  # in which the frame header stands: behind tables, comments and application segments
-MAX_TILES = 4096  # of JPEG 2000; a decoder keeps some kilobytes for each
-LOSSLESS_JPEG = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
 FLAT_FRACTION = 1 / 64  # a window that leaves less contrast than this on an image is of another bit depth
 MOSTLY_WHITE_FRACTION = 0.5  # of what is not black; such a window is followed, with a warning
 OVERSHOOT_FRACTION = 1 / 64  # of the range of BitsStored; a lossy codec stays within it, beyond it BitsStored lies
 MALFORMED = (AttributeError, ValueError, TypeError, LookupError, NotImplementedError)  # of a LUT
-_START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
-_START_OF_CODESTREAM = b"\xff\x4f\xff\x51"
 
 
 @dataclass(frozen=True)
@@ -50,93 +38,6 @@ TO_GRAY = GraySettings()
 AS_STORED = GraySettings(do_modality_lut=False, do_voi_lut=False, do_invert_monochrome1=False)
 
 
-class FrameHeader(NamedTuple):
-    rows: int
-    columns: int
-    samples: int
-    tiles: int = 1
-
-
-def frame_header(head: bytes) -> FrameHeader | None:
-    """Of the first bytes of a codestream; None where there is none that is known.
-
-    Raises ValueError where it cannot be one.
-    """
-    try:
-        if head[:2] == b"\xff\xd8":
-            return _jpeg(head)
-        if (start := head[:512].find(_START_OF_CODESTREAM)) >= 0:  # behind the boxes of a JP2 file, too
-            return _jpeg_2000(head[start:])
-    except struct.error as error:
-        raise ValueError("the codestream's frame header is cut off") from error
-    return None
-
-
-def _jpeg(head: bytes) -> FrameHeader | None:
-    at = 2
-    while at + 4 <= len(head):
-        marker, code, length = struct.unpack_from(">BBH", head, at)
-        if marker != 0xFF:
-            raise ValueError("the codestream's markers are damaged")
-        if code == 0xFF:  # fill bytes
-            at += 1
-        elif code in _START_OF_FRAME:
-            _, rows, columns, samples = struct.unpack_from(">BHHB", head, at + 4)
-            return FrameHeader(rows, columns, samples)
-        elif code == 0xDA:
-            raise ValueError("the codestream has no frame header")
-        else:
-            at += 2 + length
-    return None
-
-
-def _jpeg_2000(head: bytes) -> FrameHeader:
-    right, bottom, left, top, width, height, tile_left, tile_top, samples = struct.unpack_from(">8LH", head, 8)
-    if not (width and height and left < right and top < bottom):
-        raise ValueError("the codestream has no area")
-    tiles = -(-(right - tile_left) // width) * -(-(bottom - tile_top) // height)
-    return FrameHeader(bottom - top, right - left, samples, tiles)
-
-
-def fault_of_codestream(head: bytes, header: Any) -> tuple[str, str] | None:
-    """Return what is wrong with a frame by its first bytes, and the remedy; None where nothing is."""
-    try:
-        stated = frame_header(head)
-    except ValueError as error:
-        return f"PixelData is damaged: {error}", "fetch the file again"
-    if stated is None:
-        return None
-    wanted = tuple(int(number(header, name) or 1) for name in ("Rows", "Columns", "SamplesPerPixel"))
-    if stated[:3] != wanted:
-        said, meant = (f"{rows} x {columns} x {samples}" for rows, columns, samples in (stated[:3], wanted))
-        return f"the codestream has {said} pixels, the header says {meant}", "check or export it again"
-    if stated.tiles > MAX_TILES:
-        return f"the codestream has {stated.tiles} tiles, at most {MAX_TILES} are read", "export it again"
-    return None
-
-
-def decode(source: Any, header: Any, frames: list[int], pixel_vr: str = "") -> Generator[np.ndarray, None, None]:
-    """Decode frames, one at a time: stored values (H, W), of color (H, W, 3) in RGB.
-
-    source: a stream at the first byte of PixelData's value, or the data set that holds it.
-    frames: by their numbers in the file, from 0.
-    """
-    if not frames:  # pydicom would take an empty list for all
-        return
-    is_gray = number(header, "SamplesPerPixel") in (None, 1)
-    syntax = header.file_meta.TransferSyntaxUID
-    # Bits above BitsStored are cleared where they may be an embedded overlay, else kept: BitsStored lies.
-    clear = bool((0x6000, 0x0102) in header and header[0x6000, 0x0102].value)
-    options = pydicom.pixels.utils.as_pixel_options(header, correct_unused_bits=clear)
-    if is_gray and (number(header, "BitsStored") or 16) <= 8 and syntax in LOSSLESS_JPEG:
-        options["bits_allocated"] = 8  # a stream of one byte a value, also where BitsAllocated is 16
-    if source is not header:
-        options |= {"transfer_syntax_uid": syntax, "pixel_keyword": "PixelData"}
-        options |= {"pixel_vr": pixel_vr} if pixel_vr else {}
-    for frame, _ in pydicom.pixels.get_decoder(syntax).iter_array(source, indices=frames, raw=is_gray, **options):
-        yield frame
-
-
 def to_gray(
     frame: np.ndarray, header: Any, index: int, settings: GraySettings, warn: Callable[[str, str], None]
 ) -> np.ndarray:
@@ -147,7 +48,7 @@ def to_gray(
     """
     frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
     values = _extend_sign(frame if frame.ndim == 2 else _one_channel(frame, warn), header)
-    inverse = text(header, "PhotometricInterpretation") == "MONOCHROME1"
+    inverse = is_inverse(header)
     uses_padding = settings.do_modality_lut or settings.do_voi_lut
     padding = _padding(values, header) if uses_padding else None  # (H, W) bool
     if padding is not None and (padding.all() or not padding.any()):
@@ -167,6 +68,12 @@ def to_gray(
     if inverse and settings.do_invert_monochrome1:
         np.subtract(values.dtype.type(limits[0] + limits[1]), values, out=values)
     return values
+
+
+def is_inverse(header: Any) -> bool:
+    """Whether small values are displayed bright."""
+    shape = text(header, "PresentationLUTShape")  # PS3.3 C.11.6.1.2
+    return text(header, "PhotometricInterpretation") == "MONOCHROME1" or shape == "INVERSE"
 
 
 def _one_channel(colors: np.ndarray, warn: Callable[[str, str], None]) -> np.ndarray:

@@ -12,9 +12,9 @@ from pydicom import uid
 from pydicom.encaps import generate_fragments
 from pydicom.pixels.decoders.base import Decoder
 
-from modeling_mammodino import dicom, dicom_pixels
+from modeling_mammodino import dicom, dicom_frames
 from modeling_mammodino.dicom import iter_slices, read_mammogram
-from modeling_mammodino.dicom_pixels import FrameHeader, frame_header
+from modeling_mammodino.dicom_frames import JPEG_2000, FrameHeader, frame_header
 from modeling_mammodino.image_io import ImageFile
 
 SYNTAXES = (
@@ -53,7 +53,7 @@ def test_tiles_of_jpeg_2000():
     head = bytearray(b"\xff\x4f\xff\x51\0\x29\0\0")
     for value in (100, 90, 4, 2, 10, 20, 0, 0):
         head += value.to_bytes(4, "big")
-    assert frame_header(bytes(head + b"\0\x01")) == FrameHeader(88, 96, 1, tiles=10 * 5)
+    assert frame_header(bytes(head + b"\0\x01")) == FrameHeader(88, 96, 1, tiles=10 * 5, family=JPEG_2000)
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES)
@@ -102,7 +102,7 @@ def test_objects_that_are_no_images_are_refused_by_name(sop, name):
 
 
 def test_too_many_tiles_are_refused(monkeypatch):
-    monkeypatch.setattr(dicom_pixels, "MAX_TILES", 0)
+    monkeypatch.setattr(dicom_frames, "MAX_TILES", 0)
     refused(fit(phantom(False)[0], "JPEG2000Lossless"), "1 tiles")
 
 

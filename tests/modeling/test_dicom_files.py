@@ -1,5 +1,7 @@
 """What the DICOM reader refuses, with which words, and real files in many transfer syntaxes."""
 
+import zlib
+
 import cv2
 import numpy as np
 import pydicom
@@ -8,6 +10,7 @@ from conftest import REAL_DATA
 from dicom_builders import CAPTURE, MAMMOGRAPHY, PROCESSING, RAMP, RAW, build, refused, save, volume
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import generate_frames
 
 from modeling_mammodino.dicom import (
     Mammogram,
@@ -39,8 +42,13 @@ def test_is_dicom_by_content(tmp_path):
     dataset = build()
     del dataset.file_meta
     dataset.save_as(bare, implicit_vr=True, little_endian=True)
-    assert is_dicom(bare)
-    np.testing.assert_array_equal(read_mammogram(bare).pixels, RAMP)
+    dataset.save_as(tmp_path / "bare", implicit_vr=False, little_endian=True)
+    dataset.save_as(tmp_path / "bare.001", implicit_vr=True, little_endian=True)
+    for path in (bare, tmp_path / "bare", tmp_path / "bare.001"):
+        assert is_dicom(path)
+        np.testing.assert_array_equal(read_mammogram(path).pixels, RAMP)
+    (tmp_path / "other").write_bytes(b"\x08\0\x05\0CS" + bytes(300))
+    assert not is_dicom(tmp_path / "other")
 
 
 @pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless, uid.JPEGLSLossless])
@@ -154,11 +162,11 @@ def test_pixels_of_a_data_set_stay_untouched():
 
 real = pytest.mark.skipif(not CODECS.is_dir(), reason=f"no real DICOM files in {CODECS}")
 NAMES = sorted(path.name for path in CODECS.glob("*.dcm"))
-COLORED, UNREADABLE = "HTJ2KLossless_08_RGB.dcm", "liver_deflate.dcm"
+COLORED, DEFLATED_FRAMES = "HTJ2KLossless_08_RGB.dcm", "liver_deflate.dcm"
 
 
 @real
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in (COLORED, UNREADABLE)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (COLORED, DEFLATED_FRAMES)])
 def test_real_files_decode_as_pydicom_does(name):
     dataset = pydicom.dcmread(CODECS / name)
     if not pydicom.pixels.get_decoder(dataset.file_meta.TransferSyntaxUID).is_available:
@@ -183,5 +191,14 @@ def test_a_colored_capture_is_read_as_its_luminance(caplog):
 
 
 @real
-def test_real_files_refused():
-    refused(CODECS / UNREADABLE, UNREADABLE, "transfer syntax", "1.2.840.10008.1.2.8.1", read=iter_slices)
+def test_a_deflated_image_frame_holds_what_inflating_it_by_hand_gives():
+    """A segmentation of 1 bit, which pydicom does not read."""
+    dataset = pydicom.dcmread(CODECS / DEFLATED_FRAMES)
+    slices = list(iter_slices(CODECS / DEFLATED_FRAMES, **RAW))
+    assert len(slices) == dataset.NumberOfFrames
+    frames = list(generate_frames(dataset.PixelData, number_of_frames=len(slices)))
+    for each, place in zip(slices, frame_order(CODECS / DEFLATED_FRAMES), strict=True):
+        inflated = np.frombuffer(zlib.decompressobj(-15).decompress(frames[place]), np.uint8)
+        expected = np.unpackbits(inflated, bitorder="little").reshape(dataset.Rows, dataset.Columns)
+        np.testing.assert_array_equal(each.pixels, expected)
+    assert max(each.pixels.max() for each in slices) == 1

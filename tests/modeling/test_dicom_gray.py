@@ -276,3 +276,12 @@ def test_embedded_overlay_bits_are_cleared():
     dataset = build(RAMP | 0x8000, bits=16, BitsStored=12, HighBit=11)
     dataset.add_new((0x6000, 0x0102), "US", 15)
     np.testing.assert_array_equal(read_mammogram(dataset).pixels, RAMP)
+
+
+def test_inverse_presentation_turns_monochrome2_once():
+    np.testing.assert_array_equal(read_mammogram(build(PresentationLUTShape="INVERSE")).pixels, 4095 - RAMP)
+    np.testing.assert_array_equal(read_mammogram(build(PresentationLUTShape="IDENTITY")).pixels, RAMP)
+    both = build(photometric="MONOCHROME1", PresentationLUTShape="INVERSE")
+    np.testing.assert_array_equal(read_mammogram(both).pixels, 4095 - RAMP)
+    kept = read_mammogram(build(PresentationLUTShape="INVERSE"), GraySettings(do_invert_monochrome1=False)).pixels
+    np.testing.assert_array_equal(kept, RAMP)

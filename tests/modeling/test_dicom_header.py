@@ -3,6 +3,9 @@
 import logging
 import math
 import re
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pydicom
@@ -257,3 +260,40 @@ def test_no_identifier_leaves(tmp_path, caplog, recwarn, damage):
     for secret in (*secrets.values(), "ZWINGLI", "47113"):
         assert secret not in said
     assert len(said) > 20
+
+
+@pytest.mark.parametrize("encoding", ["ISO_IR 192", "ISO_IR 144"])
+def test_a_patients_hash_does_not_depend_on_who_looked_at_the_data_set(tmp_path, encoding):
+    path = save(build(PatientID="Иванов-1", SpecificCharacterSet=encoding), tmp_path)
+    touched = pydicom.dcmread(path)
+    assert touched.PatientID == "Иванов-1"
+    sources = (path, pydicom.dcmread(path), touched, build(PatientID="Иванов-1", SpecificCharacterSet=encoding))
+    assert len({read_mammogram(source, hash_key=KEY).patient for source in sources}) == 1
+
+
+def test_a_malformed_second_value_does_not_drop_the_first(tmp_path):
+    expected = read_mammogram(build(WindowCenter=2048, WindowWidth=500)).pixels
+    for centers in (b"2048\\ab", b"2048\\"):
+        path = save(build(WindowCenter=77777777, WindowWidth=[500, 500]), tmp_path)
+        path.write_bytes(path.read_bytes().replace(b"77777777", centers.ljust(8)))
+        np.testing.assert_array_equal(read_mammogram(path).pixels, expected)
+        touched = pydicom.dcmread(path)
+        np.testing.assert_array_equal(read_mammogram(touched).pixels, expected)
+
+
+def test_threads_leave_pydicom_and_warnings_as_they_were(tmp_path):
+    """And no thread hears what a header holds, whichever reads longest."""
+    path = save(build(ViewPosition="ZWINGLI ULRIKA 19530217", WindowCenter=2048, WindowWidth=4096), tmp_path)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            before = (pydicom.config.settings._reading_validation_mode, list(warnings.filters))
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda _: [read_mammogram(path) for _ in range(15)], range(8)))
+            assert (pydicom.config.settings._reading_validation_mode, list(warnings.filters)) == before
+            warnings.warn("of the user", stacklevel=1)
+    finally:
+        sys.setswitchinterval(interval)
+    assert [str(each.message) for each in heard] == ["of the user"]

@@ -13,6 +13,7 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "im
 PASSED = {
     "image_processing_mammodino.py",
     "dicom.py",
+    "dicom_frames.py",
     "dicom_header.py",
     "dicom_pixels.py",
     "breast_segmentation.py",
@@ -38,7 +39,7 @@ def files_entered(call) -> set[str]:
     return {Path(name).name for name in entered if Path(name).is_relative_to(PACKAGE)}
 
 
-def test_a_dicom_passes_through_six_files_to_pixel_values(phantom_archive):
+def test_a_dicom_passes_through_seven_files_to_pixel_values(phantom_archive):
     processor = MammoDinoImageProcessor()
     for path in sorted(phantom_archive.rglob("*.dcm"))[:2]:  # a mammogram and a volume
         assert files_entered(lambda path=path: processor(path)) <= PASSED
