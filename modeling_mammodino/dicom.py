@@ -18,6 +18,7 @@ import struct
 import threading
 import warnings
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -607,6 +608,55 @@ def order_of_files(instances: Sequence[Instance]) -> list[int]:
         if None not in values and len(set(values)) > 1:
             return np.argsort(values, kind="stable").tolist()
     return list(range(len(instances)))
+
+
+def group_files(instances: Sequence[Instance | None]) -> list[list[int]]:
+    """Places of the files of each volume, in order of position; volumes in order of their first files.
+
+    A file without an instance is one of its own. Copies of a slice belong to copies of the volume.
+    """
+    together: dict[Any, list[int]] = defaultdict(list)
+    seen: Counter[str] = Counter()
+    for place, instance in enumerate(instances):
+        if instance is None:
+            together[place].append(place)
+            continue
+        together[instance.volume_id, seen[instance.sop_instance]].append(place)
+        seen[instance.sop_instance] += 1
+    volumes = []
+    for places in together.values():
+        order = order_of_files([each for place in places if (each := instances[place])]) if len(places) > 1 else [0]
+        volumes.append([places[index] for index in order])
+    return volumes
+
+
+def instance_of(source: Any, hash_key: bytes = PROCESS_KEY) -> Instance | None:
+    """`read_instance` of what `open_dicom` takes, or None for a file that is no DICOM or that it refuses: who reads its
+    pixels says why."""
+    try:
+        is_file = isinstance(source, (str, os.PathLike, ImageFile))
+        opened = open_if_dicom(source) if is_file else open_dicom(source)
+        return None if opened is None else read_instance(opened, hash_key)
+    except (InvalidImageError, OSError):
+        return None
+
+
+def open_folder(folder: str | os.PathLike[str]) -> list[DicomFile]:
+    """Open the files of a folder that holds one volume, a file a slice, in order of position.
+
+    Files that are no DICOM are ignored, other folders not entered. Raises InvalidImageError where it holds none, or
+    more than one volume.
+    """
+    paths = sorted(path for path in Path(folder).iterdir() if path.is_file() and path.name.upper() != "DICOMDIR")
+    files = [opened for path in paths if (opened := open_if_dicom(path))]
+    if not files:
+        raise InvalidImageError(folder, "a folder without DICOM files; give a file, or the folder of one volume")
+    volumes = group_files([read_instance(file, PROCESS_KEY) for file in files])
+    if len(volumes) > 1:
+        raise InvalidImageError(
+            folder, f"a folder of {len(volumes)} volumes or images; give the files, or the folder of one volume"
+        )
+    return [files[place] for place in volumes[0]]
 
 
 def iter_series(

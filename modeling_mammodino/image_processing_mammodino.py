@@ -11,9 +11,20 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from .dicom import DicomFile, Mammogram, iter_series, iter_slices, open_dicom, open_if_dicom
+from .dicom import (
+    DicomFile,
+    Mammogram,
+    group_files,
+    instance_of,
+    iter_series,
+    iter_slices,
+    open_dicom,
+    open_folder,
+    open_if_dicom,
+)
 from .image_io import GrayImage, ImageFile, InvalidImageError, read_image, to_gray_plane
 from .rendering import (
+    CanvasImage,
     Rendered,
     RenderPlan,
     RenderSettings,
@@ -78,7 +89,9 @@ class MammoDinoImageProcessor(PilBackend):
 
     Takes a DICOM path or data set, a PNG / JPEG / PGM / TIFF / BMP path, an array or tensor (2-D, or 3-D with one or
     three equal channels; 8-bit, 10-16-bit or float), a PIL image, or a list or 4-D batch of these. A multi-frame DICOM
-    given alone yields its slices in order. Returns `pixel_values` (B, 1, H, W) float32 and `tissue_mask` (B, h, w)
+    given alone yields its slices in order, and so does a folder of DICOM files that are the slices of one volume. In a
+    list, files of one volume are seen as the corpus sees them, under one crop and window; each stays a row in its
+    place. Returns `pixel_values` (B, 1, H, W) float32 and `tissue_mask` (B, h, w)
     float32, the breast fraction of each patch. Raises `InvalidImageError`, naming the image, for what is no mammogram.
 
     Every setting may be given for one call, too; None leaves it as it is. A setting of transformers that has no meaning
@@ -185,14 +198,14 @@ class MammoDinoImageProcessor(PilBackend):
         """Render slices of a file, all or some: image and breast mask, before canvas and standardization.
 
         One plan serves the whole volume, so that its slices stay aligned. `fit` is (height, width) in pixels. A list of
-        DICOM files is one volume, a file a slice, in order. `correct` sees each slice as it was read. `slices` names
-        those wanted, counted in order of position, in place of `slices_per_volume` evenly spaced ones.
+        DICOM files is one volume, a file a slice, in order, and so is a folder of them, in any order.
+
+        `correct` sees each slice as it was read. `slices` names those wanted, counted in order of position, in place of
+        `slices_per_volume` evenly spaced ones.
         """
         settings = replace(self.render_settings, slices_per_volume=slices_per_volume)
-        is_series = isinstance(source, (list, tuple))
-        name = _name(source[0] if is_series else source, 0)
-        opened = source if is_series else _open_if_dicom(source) or source
-        for mammogram, small, plan in _planned(opened, name, settings, hash_key, correct, slices):
+        name = _name(source[0] if isinstance(source, (list, tuple)) else source, 0)
+        for mammogram, small, plan in _planned(_opened(source), name, settings, hash_key, correct, slices):
             yield mammogram, render(mammogram.pixels, small, plan, settings, fit, upscale)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
@@ -209,17 +222,28 @@ class MammoDinoImageProcessor(PilBackend):
         items = list(_flat(images))
         if not items:
             raise InvalidImageError("images", "an empty list; give at least one image")
-        pixel_values, tissue_mask = [], []
-        for position, item in enumerate(items):
-            name, opened = _name(item, position), _open_if_dicom(item)
-            if opened and len(items) > 1 and opened.num_frames > 1:
+        names = [_name(item, position) for position, item in enumerate(items)]
+        sources = [_opened(item) for item in items]
+        for name, source in zip(names, sources, strict=True):
+            if len(items) > 1 and _num_slices(source) > 1:
                 raise InvalidImageError(name, "a volume among other images; give volumes one at a time")
-            for mammogram, small, plan in _planned(opened or item, name, settings):
+        canvases: dict[int, list[CanvasImage]] = {}  # of each item
+        is_batch = len(items) > 1
+        instances = [instance_of(each) if is_batch and isinstance(each, DicomFile) else None for each in sources]
+        for places in group_files(instances):
+            if is_series := len(places) > 1:  # files of one volume: one plan for all, and a row each
+                of_volume, source = replace(settings, slices_per_volume=0), [sources[place] for place in places]
+            else:
+                of_volume, source = settings, sources[places[0]]
+            for number, (mammogram, small, plan) in enumerate(_planned(source, names[places[0]], of_volume)):
                 rendered = render(mammogram.pixels, small, plan, settings, settings.canvas)
                 canvas = place_on_canvas(rendered.image, rendered.tissue, settings)
-                pixel_values.append(canvas.pixel_values)
-                tissue_mask.append(canvas.tissue_mask)
-        data = {"pixel_values": np.stack(pixel_values), "tissue_mask": np.stack(tissue_mask)}
+                canvases.setdefault(places[number] if is_series else places[0], []).append(canvas)
+        in_order = [canvas for place in range(len(items)) for canvas in canvases[place]]
+        data = {
+            "pixel_values": np.stack([canvas.pixel_values for canvas in in_order]),
+            "tissue_mask": np.stack([canvas.tissue_mask for canvas in in_order]),
+        }
         return BatchFeature(data, tensor_type=kwargs["return_tensors"])
 
 
@@ -303,6 +327,19 @@ def _spread(num_slices: int, count: int) -> list[int]:
 
 def _is_file(item: Any) -> bool:
     return isinstance(item, (str, os.PathLike, ImageFile))
+
+
+def _opened(source: Any) -> Any:
+    """What `_planned` takes: a DICOM is opened, a folder becomes the list of its files, a list and all else stays."""
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        files = open_folder(source)
+        return files if len(files) > 1 else files[0]
+    return source if isinstance(source, (list, tuple)) else _open_if_dicom(source) or source
+
+
+def _num_slices(source: Any) -> int:
+    """Of what `_opened` returns."""
+    return source.num_frames if isinstance(source, DicomFile) else len(source) if isinstance(source, list) else 1
 
 
 def _open_if_dicom(item: Any) -> DicomFile | None:

@@ -20,6 +20,7 @@ import yaml
 from modeling_mammodino.dicom import open_dicom
 from modeling_mammodino.dicom_header import identifier
 from modeling_mammodino.image_io import InvalidImageError
+from modeling_mammodino.tools.walk import walk
 
 logger = logging.getLogger(__name__)
 
@@ -456,7 +457,7 @@ def files_by_element(data_dir: Path, keyword: str, known: Collection[Path] = ())
 
 def dicom_files(folder: Path) -> list[Path]:
     """Return the files below a subject's folder, whatever study and series are called, in order of their paths."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".dcm" and path.is_file())
+    return sorted(path for path in map(Path, walk(folder).files) if path.suffix.lower() == ".dcm")
 
 
 def read_headers(paths: list[Path]) -> dict[Path, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from modeling_mammodino.image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES
 from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.walk import walk
 
 from . import BENCHMARKS
 from .index import Benchmark
@@ -103,10 +104,9 @@ def verify_benchmark(benchmark: str | Benchmark, data_dir: str | Path) -> Benchm
 
 
 def _image_files(data_dir: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(data_dir):
-        for name in names:
-            if Path(name).suffix.lower().strip() in (*DICOM_SUFFIXES, *IMAGE_SUFFIXES):
-                yield Path(folder, name)
+    for path in map(Path, walk(data_dir).files):
+        if path.suffix.lower().strip() in (*DICOM_SUFFIXES, *IMAGE_SUFFIXES):
+            yield path
 
 
 def _first(names: list[str]) -> str:

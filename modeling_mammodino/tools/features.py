@@ -16,7 +16,7 @@ import os
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,11 +26,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedModel
 
-from ..dicom import is_dicom
+from ..dicom import Instance, group_files, instance_of, is_dicom
 from ..image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES, InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..modeling_mammodino import pool_tokens
 from ..rendering import place_on_canvas
+from .files import readable
 from .walk import NOT_REGULAR, walk
 
 try:
@@ -45,6 +46,7 @@ Key = TypeVar("Key")
 Inputs = Mapping[str, np.ndarray]  # of a model's forward, for one image
 POOLS = ("class", "patches", "both")
 PREFETCHED_IMAGES = 8
+MANY_FILES = 2000  # headers of fewer are read sooner than workers start
 
 
 class FileEnd(NamedTuple):
@@ -160,9 +162,8 @@ def _in_order(items: Iterable[tuple[int, Item] | FileEnd]) -> Iterator[tuple[lis
 class RenderedSlice(NamedTuple):
     """One image ready for the encoder, and its place."""
 
-    volume_id: str | None  # where the file is one slice of a volume: equal for its files, meaningless elsewhere
     slice_index: int
-    num_slices: int  # of the file
+    num_slices: int  # of the volume
     pixel_values: np.ndarray  # (1, H, W) float32
     tissue_mask: np.ndarray  # (h, w) float32
 
@@ -177,15 +178,16 @@ class SliceReader:
 
     Attributes:
         slices_per_volume: evenly spaced slices of a multi-frame file; 0 takes all.
-        hash_key: of `volume_id`.
     """
 
     image_processor: MammoDinoImageProcessor
     slices_per_volume: int = 0
-    hash_key: bytes = field(default_factory=lambda: secrets.token_bytes(32))
 
-    def __call__(self, file: str | Path, slices: Sequence[int] | None = None) -> Iterator[RenderedSlice]:
-        """Yield the images of one file; `slices` names those wanted, counted in order of position.
+    def __call__(
+        self, file: str | Path | Sequence[Path], slices: Sequence[int] | None = None
+    ) -> Iterator[RenderedSlice]:
+        """Yield the images of one file; `slices` names those wanted, counted in order of position. A list of files is
+        one volume, a file a slice, in order: all of them are taken.
 
         Raises InvalidImageError or OSError, naming the file.
         """
@@ -193,19 +195,28 @@ class SliceReader:
         for mammogram, rendered in self.image_processor.render_source(
             file,
             settings.canvas,
-            hash_key=self.hash_key,
-            slices_per_volume=self.slices_per_volume,
+            slices_per_volume=self.slices_per_volume if not isinstance(file, (list, tuple)) else 0,
             slices=slices,
         ):
             placed = place_on_canvas(rendered.image, rendered.tissue, settings, rendered.placement)
-            is_one_of_many = mammogram.kind == "dbt" and mammogram.num_slices == 1
-            yield RenderedSlice(
-                mammogram.volume_id if is_one_of_many else None,
-                mammogram.slice_index,
-                mammogram.num_slices,
-                placed.pixel_values,
-                placed.tissue_mask,
-            )
+            yield RenderedSlice(mammogram.slice_index, mammogram.num_slices, placed.pixel_values, placed.tissue_mask)
+
+
+@dataclass(frozen=True)
+class InstanceReader:
+    """Files to their places among others, for `group_paths`; picklable, for `FileImages`."""
+
+    hash_key: bytes
+
+    def __call__(self, file: Path) -> Iterator[Instance | None]:
+        yield instance_of(file, self.hash_key)
+
+
+def group_paths(files: Sequence[Path], num_workers: int = 0) -> list[list[int]]:
+    """Return the places in `files` of each volume's files, in order of position: as the corpus, by their headers."""
+    reader = InstanceReader(secrets.token_bytes(32))
+    of_files = read_files(files, reader, num_workers if len(files) > MANY_FILES else 0)
+    return group_files([None if isinstance(found, str) else found[0] for found in of_files])
 
 
 def extract_features(
@@ -331,8 +342,8 @@ class FileEmbeddings(NamedTuple):
     path: str
     refused: str | None = None
     volume: str = ""  # path of the volume's first file, its own for a 2-D image or a volume in one file
-    slices: list[int | None] = []  # (S,) 0-based in order of position
-    num_slices: int = 0  # of the file, or of the pooled volume
+    slices: list[int | None] = []  # (S,) 0-based in order of position in the volume
+    num_slices: int = 0  # of the volume
     embeddings: np.ndarray = np.empty((0, 0), np.float32)  # (S, F) float32
     tissue_fraction: np.ndarray = np.empty(0, np.float32)  # (S,) float32: mean of `tissue_mask`
 
@@ -350,13 +361,15 @@ def embed_files(
     """Return the features of DICOM, PNG, JPEG, PGM and TIFF files, a `FileEmbeddings` each, in the order of `paths`.
 
     A file that cannot be used comes in its turn too, with the reason in `refused` and without rows: also where only a
-    later slice is broken, so that a file counts whole or not at all.
+    later slice is broken, so that a volume counts whole or not at all. Files that hold one slice each are one volume
+    under one crop and window, as in a corpus; all headers are read first to find them.
 
     Args:
         model: a MammoDINO encoder, or several whose features stand side by side; each file is read once for all.
         pool: "class", "patches" or "both"; see `extract_features`.
         batch_size: images that an encoder takes at a time, of whichever files.
-        slices_per_volume: evenly spaced slices of a multi-frame file; 0 takes all, None what `image_processor` says.
+        slices_per_volume: evenly spaced slices of a multi-frame file; 0 takes all, None what `image_processor` says. Of
+            files that hold one slice each all are taken.
         num_workers: processes that read and render; 0 does it in this one. They are spawned: a script that asks for
             them keeps its own work under `if __name__ == "__main__":`.
 
@@ -374,8 +387,7 @@ def embed_files(
     for each in models:
         check_fit(each, image_processor)
     files = [Path(path) for path in paths]
-    images = stream_images(files, SliceReader(image_processor, count), num_workers, num_ahead=batch_size)
-    return _embed(files, images, models, pool, batch_size)
+    return _embed(files, SliceReader(image_processor, count), models, pool, batch_size, num_workers)
 
 
 def check_fit(model: PreTrainedModel, image_processor: MammoDinoImageProcessor) -> None:
@@ -397,35 +409,51 @@ def check_fit(model: PreTrainedModel, image_processor: MammoDinoImageProcessor) 
 
 def _embed(
     files: Sequence[Path],
-    images: Iterable[tuple[int, RenderedSlice] | FileEnd],
+    reader: SliceReader,
     models: Sequence[PreTrainedModel],
     pool: str,
     batch_size: int,
+    num_workers: int,
 ) -> Iterator[FileEmbeddings]:
+    volumes = group_paths(files, num_workers)
+    sources = [[files[place] for place in places] if len(places) > 1 else files[places[0]] for places in volumes]
+    images = stream_images(sources, reader, num_workers, num_ahead=batch_size)
     # the key holds no pixels, so that they are let go
     keyed = (
         item if isinstance(item, FileEnd) else ((item[0], item[1]._replace(pixel_values=np.empty(0))), item[1].inputs)
         for item in images
     )
     features = extract_features(models, keyed, pool=pool, batch_size=batch_size)
-    by_file = (item if isinstance(item, FileEnd) else (item[0][0], (item[0][1], item[1])) for item in features)
-    first_paths: dict[str, str] = {}  # of volumes
-    for file, (rows, refused) in zip(files, _in_order(by_file), strict=True):
-        # a name that is not UTF-8 is escaped: no table holds it otherwise
-        path = str(file).encode("utf-8", "backslashreplace").decode()
+    by_volume = (item if isinstance(item, FileEnd) else (item[0][0], (item[0][1], item[1])) for item in features)
+    paths = [readable(file) for file in files]
+    ready: dict[int, FileEmbeddings] = {}  # by the file's place, until it is its turn
+    turn = 0
+    for places, (rows, refused) in zip(volumes, _in_order(by_volume), strict=True):
+        volume = paths[min(places)]
         if refused is not None:
-            yield FileEmbeddings(path, refused)
-            continue
-        slices = [each for each, _ in rows]
-        series = slices[0].volume_id
-        yield FileEmbeddings(
-            path,
-            volume=path if series is None else first_paths.setdefault(series, path),
-            slices=[each.slice_index for each in slices],
-            num_slices=slices[0].num_slices,
-            embeddings=np.stack([feature for _, feature in rows]),
-            tissue_fraction=np.array([each.tissue_mask.mean() for each in slices], np.float32),
-        )
+            for place in places:
+                is_named = refused.startswith(f"{files[place]}: ")
+                reason = refused if is_named else f"{files[place]}: a slice of the same volume as {refused}"
+                ready[place] = FileEmbeddings(paths[place], reason)
+        elif len(places) > 1:  # a file a row
+            ready |= {place: _of_file(paths[place], volume, [row]) for place, row in zip(places, rows, strict=True)}
+        else:
+            ready[places[0]] = _of_file(volume, volume, rows)
+        while turn in ready:
+            yield ready.pop(turn)
+            turn += 1
+
+
+def _of_file(path: str, volume: str, rows: Sequence[tuple[RenderedSlice, np.ndarray]]) -> FileEmbeddings:
+    slices = [each for each, _ in rows]
+    return FileEmbeddings(
+        path,
+        volume=volume,
+        slices=[each.slice_index for each in slices],
+        num_slices=slices[0].num_slices,
+        embeddings=np.stack([feature for _, feature in rows]),
+        tissue_fraction=np.array([each.tissue_mask.mean() for each in slices], np.float32),
+    )
 
 
 def pool_volumes(results: Iterable[FileEmbeddings]) -> Iterator[FileEmbeddings]:
@@ -448,8 +476,6 @@ def pool_volumes(results: Iterable[FileEmbeddings]) -> Iterator[FileEmbeddings]:
         )
         if before := sums.get(result.volume):
             total = before._replace(
-                slices=[None],
-                num_slices=before.num_slices + total.num_slices,
                 embeddings=before.embeddings + total.embeddings,
                 tissue_fraction=before.tissue_fraction + total.tissue_fraction,
             )

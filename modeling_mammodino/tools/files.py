@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 
+def readable(name: object) -> str:
+    """Return a name or path as it can be drawn and written: what is not UTF-8 is escaped, as in K\\udcf6ln."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there replaces `path` when the block ends without error.

@@ -1,15 +1,19 @@
 """The image processor: every input a user holds, the same image from each, and settings that survive a round trip."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
+import pydicom
 import pytest
 import torch
 from conftest import draw_breast, random_encoder
+from dicom_builders import CT, build, save
 from PIL import Image
 
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import find_breast
-from modeling_mammodino.rendering import RenderSettings, make_thumbnail, plan_rendering, render
+from modeling_mammodino.rendering import RenderSettings, make_thumbnail, place_on_canvas, plan_rendering, render
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,62 @@ def test_a_volume_alone_gives_its_slices(processor, phantom_archive):
     assert processor(volume, slices_per_volume=2)["pixel_values"].shape[0] == 2
     with pytest.raises(InvalidImageError, match="one at a time"):
         processor([volume, volume])
+
+
+@pytest.fixture
+def series(tmp_path) -> list[Path]:
+    """A DBT volume, a file a slice, whose outer slices show less of the breast, and the last nothing; in order."""
+    files = []
+    for number, share in enumerate((0.8, 0.9, 1.0, 0.9, 0.7, 0.0)):
+        image = (draw_breast(256, 200, seed=number) * (0.5 + share / 2)).astype(np.uint16)
+        image[round(256 * (0.5 + share / 2)) * (share > 0) :] = 20
+        image[0] = 21  # not all pixels are equal
+        files.append(image)
+    place = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImageLaterality": "L", "ViewPosition": "CC"}
+    about = {"SOPClassUID": CT, "PositionerType": "MAMMOGRAPHIC", "SeriesInstanceUID": "1.2.5", **place}
+    (tmp_path / "series").mkdir()
+    return [
+        save(
+            build(image, SOPInstanceUID=f"1.2.5.{n}", ImagePositionPatient=[0, 0, float(n)], **about),
+            tmp_path / "series",
+            f"{9 - n}.dcm",
+        )
+        for n, image in enumerate(files)
+    ]
+
+
+def test_files_of_one_volume_are_seen_as_the_corpus_sees_them(processor, series, breast):
+    """Under one crop and window, each a row in its place; a folder of them is the volume, in order of position."""
+    settings = processor.render_settings
+    together = [
+        place_on_canvas(rendered.image, rendered.tissue, settings)
+        for _, rendered in processor.render_source(series, settings.canvas)
+    ]
+    expected = np.stack([each.pixel_values for each in together])
+    mixed = [series[3], breast, series[0], series[5], series[1], series[2], series[4]]
+    found = processor(mixed, return_tensors="np")
+    assert len(found["pixel_values"]) == len(mixed)
+    np.testing.assert_array_equal(found["pixel_values"][[2, 4, 5, 0, 6, 3]], expected)
+    np.testing.assert_array_equal(found["tissue_mask"][2], together[0].tissue_mask)
+    np.testing.assert_array_equal(found["pixel_values"][1], processor(breast, return_tensors="np")["pixel_values"][0])
+    datasets = processor([pydicom.dcmread(path) for path in series], return_tensors="np", slices_per_volume=2)
+    np.testing.assert_array_equal(datasets["pixel_values"], expected)  # a list loses no row
+    folder = processor(series[0].parent, return_tensors="np")
+    np.testing.assert_array_equal(folder["pixel_values"], expected)
+    some = processor(str(series[0].parent), slices_per_volume=2, return_tensors="np")
+    np.testing.assert_array_equal(some["pixel_values"], expected[[1, 4]])
+
+
+def test_a_folder_that_is_not_one_volume_is_refused(processor, series, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidImageError, match="empty: a folder without DICOM files"):
+        processor(tmp_path / "empty")
+    save(build(SOPInstanceUID="1.9"), series[0].parent, "other.dcm")
+    with pytest.raises(InvalidImageError, match="series: a folder of 2 volumes or images; give the files"):
+        processor(series[0].parent)
+    with pytest.raises(InvalidImageError, match="a volume among other images"):
+        (series[0].parent / "other.dcm").unlink()
+        processor([series[0].parent, series[0]])
 
 
 def test_slices_of_a_volume_stay_aligned_under_one_plan():

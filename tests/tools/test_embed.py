@@ -15,6 +15,7 @@ import pydicom
 import pytest
 import torch
 from conftest import draw_breast
+from dicom_builders import CT, build, save
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import RLELossless, generate_uid
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -246,14 +247,16 @@ def split_into_files(volume: Path, folder: Path) -> list[Path]:
             delattr(image, name)
         image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(number)])
         image.PixelData = plane.tobytes()
-        image.ImagePositionPatient = [0.0, 0.0, float(number)]
+        group = source.PerFrameFunctionalGroupsSequence[number]
+        image.ImagePositionPatient = group.PlanePositionSequence[0].ImagePositionPatient
         paths.append(folder / f"{number}_{folder.name}.dcm")
         image.save_as(paths[-1])
     return paths
 
 
 def test_slices_that_are_files_of_their_own_share_a_volume(phantom_archive, model, processor, tmp_path):
-    """Two such series, their files interleaved by name, with an image between them."""
+    """Two such series, their files interleaved by name, an image between them: features are those of the volumes in one
+    file, under one crop and window."""
     for name, volume in zip(("l", "r"), sorted(phantom_archive.rglob("*_dbt.dcm"))[:2], strict=True):
         (tmp_path / name).mkdir()
         for path in split_into_files(volume, tmp_path / name):
@@ -268,8 +271,40 @@ def test_slices_that_are_files_of_their_own_share_a_volume(phantom_archive, mode
     pooled = list(pool_volumes(results))
     assert [Path(each.path).name for each in pooled] == ["0_l.dcm", "0_r.dcm", "2_between.png"]
     assert [(each.num_slices, each.slices) for each in pooled] == [(6, [None]), (6, [None]), (1, [0])]
+    for name, volume in zip(("l", "r"), sorted(phantom_archive.rglob("*_dbt.dcm"))[:2], strict=True):
+        of_volume = [each for each in results if each.path.endswith(f"_{name}.dcm")]
+        (whole,) = embed_files([volume], model, processor)
+        places = [frame_order(volume).index(frame) for frame in range(6)]
+        assert [(each.slices, each.num_slices) for each in of_volume] == [([place], 6) for place in places]
+        found = np.concatenate([each.embeddings for each in of_volume])
+        np.testing.assert_allclose(found, whole.embeddings[places], atol=1e-6)
     left = np.concatenate([each.embeddings for each in results if each.path.endswith("_l.dcm")])
     np.testing.assert_allclose(pooled[0].embeddings[0], left.mean(axis=0), atol=1e-6)
+
+
+def test_a_series_with_a_damaged_slice_is_refused_whole(volume, archive, model, processor, tmp_path):
+    paths = split_into_files(volume, tmp_path)
+    paths[3].write_bytes(paths[3].read_bytes()[:-500])
+    *refused, good = embed_files([*paths, archive / "a.jpg"], model, processor)
+    assert good.refused is None and "truncated" in refused[3].refused and refused[3].refused.startswith(str(paths[3]))
+    assert refused[0].refused == f"{paths[0]}: a slice of the same volume as {refused[3].refused}"
+
+
+def test_slices_of_ct_share_a_volume_and_copies_of_them_another(model, tmp_path):
+    processor = MammoDinoImageProcessor(size={"height": 128, "width": 96}, patch_size=16, tissue_finder="body")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for n in range(3):
+            place = {"ImagePositionPatient": [0, 0, -2.5 * n], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+            image = np.roll(draw_breast(seed=n), 100, axis=1)
+            about = {"SOPClassUID": CT, "Modality": "CT", "SeriesInstanceUID": "1.2.9", "SOPInstanceUID": f"1.2.9.{n}"}
+            save(build(image, **about, **place), tmp_path / folder, f"{n}.dcm")
+    results = list(embed_files(find_files([tmp_path])[0], model, processor))
+    assert [each.volume for each in results] == [str(tmp_path / "a" / "0.dcm")] * 3 + [
+        str(tmp_path / "b" / "0.dcm")
+    ] * 3
+    assert [each.slices for each in results] == [[2], [1], [0]] * 2  # in order of position
+    assert [each.num_slices for each in pool_volumes(results)] == [3, 3]
 
 
 def test_bad_files_are_named_and_the_rest_goes_on(archive, checkpoint, tmp_path, capsys):
