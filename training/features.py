@@ -9,8 +9,9 @@ from pathlib import Path
 import cv2
 import torch
 
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import command_line, user_model, user_path
 from modeling_mammodino.tools.embed import open_encoder
+from modeling_mammodino.tools.files import check_output
 from modeling_mammodino.tools.visualize import write_png
 from training.pretraining.feature_images import draw_features
 
@@ -20,11 +21,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "files", nargs="+", type=user_path, metavar="FILE", help="DICOM or image files, colored together"
     )
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
+    parser.add_argument(
+        "--model", type=user_model, required=True, help="checkpoint folder or Hub id, with its image processor"
+    )
     parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--slices_per_volume", type=int, default=1, help="evenly spaced slices (default 1, the middle)")
     options = parser.parse_args(arguments)
     with command_line("features"):
+        check_output(options.output, ".png")
         model, image_processor = open_encoder(options.model)
         each = [
             image_processor(file, slices_per_volume=options.slices_per_volume, return_tensors="pt")

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from modeling_mammodino import MammoDinoForImageClassification
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import command_line, user_model, user_path
 from modeling_mammodino.tools.embed import open_encoder
+from modeling_mammodino.tools.files import check_output
 from training.evaluation.detection.data import LesionImageRenderer
 from training.evaluation.finetuning.image_classifier import open_classifier
 from training.evaluation.heat_maps import HeatMap, encode, heat_maps
@@ -25,7 +26,7 @@ from training.evaluation.plots import draw_heat_maps
 
 
 def write_heat_maps(
-    file: str, model_name: str, output: Path, frame: int | None = None, head: Path | None = None
+    file: str | Path, model_name: str, output: Path, frame: int | None = None, head: Path | None = None
 ) -> list[HeatMap]:
     """Draw and return the heat maps of one slice. Raises InvalidImageError, ValueError or OSError for what cannot be
     used."""
@@ -33,7 +34,7 @@ def write_heat_maps(
     model, processor = open_encoder(model_name)
     classifier, classes = find_classifier(model_name, head)
     renderer = LesionImageRenderer(processor)
-    (image,) = renderer(file, None if frame is None else [frame], slices_per_volume=1)
+    (image,) = renderer(str(file), None if frame is None else [frame], slices_per_volume=1)
     pixel_values = torch.from_numpy(renderer.inputs(image.image, image.tissue)[None, :1])
     maps = heat_maps(encode(model, pixel_values, torch.from_numpy(image.tissue[None])), classifier, classes)
     draw_heat_maps(image, maps, f"{Path(file).name}, {Path(model_name).name}", output)
@@ -59,13 +60,16 @@ def find_classifier(model_name: str, head: Path | None) -> tuple[nn.Linear | Non
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.heat_map", description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="DICOM or image")
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
+    parser.add_argument("file", type=user_path, help="DICOM or image")
+    parser.add_argument(
+        "--model", type=user_model, required=True, help="checkpoint folder or Hub id, with its image processor"
+    )
     parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--slice", type=int, help="of a volume, a frame of the file from 0 (default: the middle one)")
     parser.add_argument("--head", type=user_path, help="model folder of a training.finetune run on the frozen MODEL")
     options = parser.parse_args(arguments)
     with command_line("heat_map"):
+        check_output(options.output, ".png")
         write_heat_maps(options.file, options.model, options.output, options.slice, options.head)
         print(options.output)
 

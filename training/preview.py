@@ -16,6 +16,8 @@ from dataset_scripts.corpus.reader import TISSUE_CELL_PX
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import patch_tissue
 from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.files import atomic_file, check_output
+from training.evaluation.plots import drawable
 from training.pretraining.recipe import Recipe, load_recipe
 from training.pretraining.views.crops import TissueTable, cut, tissue_aware_crops
 from training.pretraining.views.masks import block_mask, maskable_patches
@@ -75,7 +77,7 @@ class Sheet:
         axis.set_xlabel(f"masked patches: {share:.0%} breast", fontsize=8)
 
 
-def draw_preview(source: str, recipe: Recipe, seed: int) -> Figure:
+def draw_preview(source: str | Path, recipe: Recipe, seed: int) -> Figure:
     views = recipe.views
     processor = MammoDinoImageProcessor()
     slices = list(processor.render_source(source, (1024, 1024), upscale=False))
@@ -100,7 +102,7 @@ def draw_preview(source: str, recipe: Recipe, seed: int) -> Figure:
     for axis in axes.flat:
         axis.set_xticks([]), axis.set_yticks([])
     figure.suptitle(
-        f"{Path(source).name}: crops hold at least {views.global_min_tissue:.0%} (global) and "
+        f"{drawable(Path(source).name)}: crops hold at least {views.global_min_tissue:.0%} (global) and "
         f"{views.local_min_tissue:.0%} (local) breast. Research use only."
     )
     return figure
@@ -128,14 +130,17 @@ def draw_neighbors(axes: np.ndarray, slices: list, position: int, recipe: Recipe
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.preview", description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="DICOM, PNG, JPEG or PGM")
+    parser.add_argument("file", type=user_path, help="DICOM, PNG, JPEG or PGM, or the folder of one volume")
     parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--recipe", default="mammodino", help="whose crops and masks (default: mammodino)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     with command_line("preview"):
+        check_output(options.output, ".png")
         recipe = load_recipe([options.recipe, "--corpus", "none", "--output_dir", "none"])
-        draw_preview(options.file, recipe, options.seed).savefig(options.output, dpi=90)
+        figure = draw_preview(options.file, recipe, options.seed)
+        with atomic_file(options.output) as temporary:
+            figure.savefig(temporary, format="png", dpi=90)
         print(options.output)
 
 

@@ -19,9 +19,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import command_line, user_model, user_path
 from modeling_mammodino.tools.features import embed_files
-from modeling_mammodino.tools.files import write_text
+from modeling_mammodino.tools.files import check_output, write_text
 from training.evaluation.metrics import bootstrap_auc
 from training.evaluation.probes import FOLDS_OF_PENALTY, logistic_regression, nearest_neighbors, read_labels
 from training.evaluation.reports import format_interval, markdown_table
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     with command_line("probe"):
+        check_output(options.output)
         results = probe(options)
         write_text(options.output, json.dumps(results, indent=2) + "\n")
     print(format_results(results))
@@ -63,6 +64,7 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     """Return what the command writes: settings, and by task and head the AUCs and their differences."""
     tables = read_tables(options)
     folders = dict(item.split("=", 1) if "=" in item else (Path(item).name, item) for item in options.models)
+    folders = {name: user_model(folder) for name, folder in folders.items()}
     models = {name: MammoDinoModel.from_pretrained(folder).eval() for name, folder in folders.items()}
     torch.manual_seed(options.seed)
     models = {UNTRAINED: MammoDinoModel(next(iter(models.values())).config).eval(), **models}

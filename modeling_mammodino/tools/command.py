@@ -34,3 +34,8 @@ def user_path(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{text}: no such home directory; write the path out") from error
+
+
+def user_model(text: str) -> str:
+    """Take a checkpoint as a user wrote it: a Hub id as it is, a folder as `user_path`."""
+    return str(user_path(text)) if text.startswith("~") else text

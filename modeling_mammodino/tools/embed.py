@@ -18,10 +18,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import __version__
 from ..image_processing_mammodino import MammoDinoImageProcessor
-from .command import user_path
+from .command import user_model, user_path
 from .convert import load_encoder, own_processor, processor_settings
 from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
-from .files import atomic_file
+from .files import atomic_file, check_output, readable
 
 try:
     import pyarrow
@@ -95,9 +95,10 @@ def write_refused(path: Path, refused: Mapping[str, str]) -> None:
         return
     with (
         atomic_file(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
     ):
-        csv.writer(stream).writerows([("file", "reason"), *refused.items()])
+        rows = ((readable(file), readable(reason)) for file, reason in refused.items())
+        csv.writer(stream).writerows([("file", "reason"), *rows])
 
 
 def add_command(commands) -> None:
@@ -112,8 +113,10 @@ def add_command(commands) -> None:
     parser.add_argument(
         "paths", nargs="+", type=user_path, metavar="PATH", help="DICOM or image files, or folders of them"
     )
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id, with its image processor")
-    parser.add_argument("--output", type=user_path, required=True, help="Parquet file to write")
+    parser.add_argument(
+        "--model", type=user_model, required=True, help="checkpoint folder or Hub id, with its image processor"
+    )
+    parser.add_argument("--output", type=user_path, required=True, help="Parquet file to write, NAME.parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
     parser.add_argument("--pool", choices=POOLS, default="class", help="class token, tissue-weighted mean of patch "
                         "tokens, or both side by side (default class)")  # fmt: skip
@@ -132,10 +135,9 @@ def add_command(commands) -> None:
 def run(options: Namespace) -> None:
     require_pyarrow()
     output: Path = options.output
-    if output.is_dir() or output.exists() and not options.overwrite:
-        raise FileExistsError(
-            f"{output} exists; give another --output" + ("" if output.is_dir() else ", or --overwrite")
-        )
+    check_output(output, ".parquet", ".pq")
+    if output.exists() and not options.overwrite:
+        raise FileExistsError(f"{output} exists; give another --output, or --overwrite")
     files, ignored, unlisted = find_files(options.paths)
     if ignored:
         logger.info("ignored: %s", ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common()))

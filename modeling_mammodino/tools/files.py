@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,21 @@ from typing import Any
 def readable(name: object) -> str:
     """Return a name or path as it can be drawn and written: what is not UTF-8 is escaped, as in K\\udcf6ln."""
     return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def check_output(path: str | Path, *suffixes: str) -> None:
+    """Make the folder of a file that is to be written, before any work.
+
+    Raises ValueError where the name has another suffix than those, OSError where the file cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"--output {path}: is a folder; give a file in it")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"--output {path}: give a name that ends in {' or '.join(suffixes)}, as that is written")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 @contextmanager

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from transformers import AutoConfig
 
 from ..image_io import InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
-from ..rendering import Thumbnail, make_thumbnail
-from .command import user_path
-from .files import atomic_file
+from ..rendering import Thumbnail
+from .command import user_model, user_path
+from .files import atomic_file, check_output, readable
 
 try:
     import cv2
@@ -25,9 +26,12 @@ TILES_PER_PAGE = 200
 FONT_SCALE, CAPTION_CHARACTERS = 0.36, 32
 
 
-def inspect_file(path: str, image_processor: MammoDinoImageProcessor) -> np.ndarray:
+def inspect_file(
+    path: str | Path, image_processor: MammoDinoImageProcessor, tissue_threshold: float = 0.0
+) -> np.ndarray:
     """Draw what the encoder sees of a file, (H, 3 * W + gaps, 3) uint8 BGR: the image on its canvas, the breast's
-    outline on it, and the patches that are encoded. Of a volume, the middle slice."""
+    outline on it, and the patches that are encoded, those above the encoder's `tissue_threshold`. Of a volume, the
+    middle slice."""
     inputs = image_processor(path, slices_per_volume=1, return_tensors="np")
     (mean, std), tissue = image_processor.mean_and_std, inputs["tissue_mask"][0]  # (h, w)
     values = inputs["pixel_values"][0, 0] * std + mean  # (H, W)
@@ -36,7 +40,7 @@ def inspect_file(path: str, image_processor: MammoDinoImageProcessor) -> np.ndar
     fraction = cv2.resize(tissue, (width, height), interpolation=cv2.INTER_LINEAR)
     contours, _ = cv2.findContours((fraction >= 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     outlined = cv2.drawContours(image.copy(), contours, -1, OUTLINE, max(1, height // 300))
-    return side_by_side([image, outlined, encoded_patches(image, tissue > 0)])
+    return side_by_side([image, outlined, encoded_patches(image, tissue > tissue_threshold)])
 
 
 def encoded_patches(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -65,13 +69,14 @@ def write_png(drawing: np.ndarray, output: Path) -> None:
 
 def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
-    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the default image processor)")
+    parser.add_argument(
+        "--model", type=user_model, help="checkpoint folder or Hub id (default: the default image processor)"
+    )
 
 
 def _open_processor(options: Namespace) -> MammoDinoImageProcessor:
-    """Return the image processor that was asked for. Raises ValueError where the output is not to be a PNG."""
-    if options.output.suffix.lower() != ".png":
-        raise ValueError(f"--output {options.output}: a PNG is written; give a name that ends in .png")
+    """Return the image processor that was asked for. Raises ValueError or OSError where no PNG can be written."""
+    check_output(options.output, ".png")
     return MammoDinoImageProcessor.from_pretrained(options.model) if options.model else MammoDinoImageProcessor()
 
 
@@ -83,14 +88,16 @@ def add_inspect_command(commands) -> None:
         description="Draws what a checkpoint sees of a file, of a volume the middle slice: the image, the breast's "
         "outline, the patches that are encoded. Research use only.",
     )
-    parser.add_argument("file", help="DICOM, PNG, JPEG, PGM or TIFF")
+    parser.add_argument("file", type=user_path, help="DICOM, PNG, JPEG, PGM or TIFF, or the folder of one volume")
     _add_options(parser)
     parser.set_defaults(run=run_inspect)
 
 
 def run_inspect(options: Namespace) -> None:
     processor = _open_processor(options)
-    write_png(inspect_file(options.file, processor), options.output)
+    config = AutoConfig.from_pretrained(options.model) if options.model else None
+    threshold = getattr(config, "tissue_threshold", 0.0)
+    write_png(inspect_file(options.file, processor, threshold), options.output)
     print(options.output)
 
 
@@ -116,13 +123,18 @@ def draw_refusal(name: str, reason: str) -> np.ndarray:
     return _captioned(np.full((TILE_PX, TILE_PX, 3), 40, np.uint8), name, reason, (80, 80, 255))
 
 
-def tiles(paths: Sequence[Path], image_processor: MammoDinoImageProcessor) -> Iterator[tuple[np.ndarray, str | None]]:
-    """Yield for each file its tile, of a volume the middle slice's; and why it was refused, or None."""
-    for path in paths:
+def tiles(
+    volumes: Sequence[Sequence[Path]], image_processor: MammoDinoImageProcessor
+) -> Iterator[tuple[np.ndarray, str | None]]:
+    """Yield for each volume, given as its files in order, the tile of its middle slice; and why it was refused, or
+    None."""
+    for files in volumes:
+        path = files[len(files) // 2]
         try:
-            slices = image_processor.render_source(path, (TILE_PX, TILE_PX), slices_per_volume=1)
-            mammogram, _ = next(slices)  # rendered too, so that what the model would refuse is refused here
-            yield draw_tile(make_thumbnail(mammogram.pixels), path.name), None
+            source = files if len(files) > 1 else path
+            slices = image_processor.render_source(source, (TILE_PX, TILE_PX), slices_per_volume=1)
+            _, rendered = next(slices)  # rendered, so that what the model would refuse is refused here
+            yield draw_tile(rendered.small, path.name), None
         except InvalidImageError as refusal:
             yield draw_refusal(path.name, refusal.reason), str(refusal)
         except OSError as error:
@@ -140,6 +152,7 @@ def draw_sheet(page: Sequence[np.ndarray], columns: int) -> np.ndarray:
 def _captioned(image: np.ndarray, first: str, second: str, color: tuple[int, int, int]) -> np.ndarray:
     tile = np.zeros((TILE_PX + CAPTION_PX, TILE_PX, 3), np.uint8)
     tile[: image.shape[0], : image.shape[1]] = image
+    first, second = readable(first), readable(second)  # OpenCV crashes on what is not UTF-8
     if len(first) > CAPTION_CHARACTERS:  # file names differ at their end
         first = "..." + first[3 - CAPTION_CHARACTERS :]
     for line, text, ink in ((1, first, WHITE), (2, second[:CAPTION_CHARACTERS], color)):
@@ -153,9 +166,9 @@ def add_contact_sheet_command(commands) -> None:
     parser = commands.add_parser(
         "contact_sheet",
         help="draw the breast masks of many files on one sheet",
-        description="Draws each file, of a volume the middle slice, with the outline of its breast mask, from red "
-        "(doubtful) to green, its name and the mask's confidence. File names are on the sheet: they may name patients. "
-        "Research use only.",
+        description="Draws each file, of a volume in one file or many the middle slice, with the outline of its breast "
+        "mask, from red (doubtful) to green, its name and the mask's confidence. File names are on the sheet: they may "
+        "name patients. Research use only.",
     )
     parser.add_argument("sources", nargs="+", type=user_path, metavar="SOURCE", help="files and folders")
     _add_options(parser)
@@ -164,7 +177,7 @@ def add_contact_sheet_command(commands) -> None:
 
 
 def run_contact_sheet(options: Namespace) -> None:
-    from .features import find_files  # brings torch's data loaders, which nothing else here needs
+    from .features import find_files, group_paths  # bring torch's data loaders, which nothing else here needs
 
     processor, output = _open_processor(options), options.output
     if not 1 <= options.columns <= TILES_PER_PAGE:
@@ -172,13 +185,14 @@ def run_contact_sheet(options: Namespace) -> None:
     files = find_files(options.sources).files
     if not files:
         raise ValueError(f"{', '.join(map(str, options.sources))}: no image found; name a file, or a folder with some")
-    for number, first in enumerate(range(0, len(files), TILES_PER_PAGE)):
+    volumes = [[files[place] for place in places] for places in group_paths(files)]
+    for number, first in enumerate(range(0, len(volumes), TILES_PER_PAGE)):
         page = []
-        for tile, refused in tiles(files[first : first + TILES_PER_PAGE], processor):
+        for tile, refused in tiles(volumes[first : first + TILES_PER_PAGE], processor):
             page.append(tile)
             if refused is not None:
-                print(refused, file=sys.stderr)
-        paged = len(files) > TILES_PER_PAGE
+                print(readable(refused), file=sys.stderr)
+        paged = len(volumes) > TILES_PER_PAGE
         name = output.with_name(f"{output.stem}-{number:03d}{output.suffix}") if paged else output
         write_png(draw_sheet(page, options.columns), name)
         print(name)

@@ -10,6 +10,8 @@ from modeling_mammodino.breast_segmentation import patch_tissue
 from modeling_mammodino.tools.cli import main as mammodino
 from modeling_mammodino.tools.visualize import inspect_file
 from training.demo import report, verdict
+from training.features import main as features
+from training.heat_map import main as heat_map
 from training.pretraining.recipe import ViewsRecipe
 from training.pretraining.views.crops import TissueTable, tissue_aware_crops
 from training.preview import main as preview
@@ -42,6 +44,17 @@ def test_a_bad_file_is_named_in_one_line(tmp_path):
         with pytest.raises(SystemExit, match="text.dcm"):
             command([str(tmp_path / "text.dcm"), "--output", str(tmp_path / "out.png")])
     assert not (tmp_path / "out.png").exists()
+
+
+def test_an_output_is_checked_and_its_folder_made_before_the_work(tmp_path, monkeypatch):
+    for command in (preview, features, heat_map):
+        with pytest.raises(SystemExit, match="x.pdf: give a name that ends in .png"):
+            command(
+                ["a.dcm", "--output", str(tmp_path / "x.pdf"), *(["--model", "m"] if command is not preview else [])]
+            )
+    with pytest.raises(SystemExit, match="no such file|No such file"):
+        preview([str(tmp_path / "gone.dcm"), "--output", str(tmp_path / "new" / "a.png")])
+    assert (tmp_path / "new").is_dir() and not list((tmp_path / "new").iterdir())
 
 
 def test_crops_of_real_slices_hold_the_recipes_minimum(real_slices):

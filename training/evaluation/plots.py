@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from modeling_mammodino.tools.files import atomic_file
+from modeling_mammodino.tools.files import atomic_file, readable
 
 from .detection.boxes import BoxedImage
 from .detection.data import LesionImage, LesionImageRenderer
@@ -22,6 +22,11 @@ MIN_SPOKES = 3  # fewer do not span a plane
 TRUE_COLOR, PREDICTED_COLOR = "#4fc3f7", "#ffb000"
 NUM_WITH_LESION, NUM_WITHOUT, COLUMNS = 8, 4, 6
 MAX_BOXES = 5
+
+
+def drawable(name: str) -> str:
+    """Return a name of a file or model as Matplotlib takes it: bytes that are no text escaped, $ no formula."""
+    return readable(name).replace("$", r"\$")
 
 
 def draw_radar(scores: pd.DataFrame, ours: str, output: Path, caption: str) -> bool:
@@ -145,7 +150,7 @@ def draw_heat_maps(image: LesionImage, maps: list[HeatMap], title: str, output: 
         )
         figure.colorbar(shown, ax=axis, location="bottom", shrink=0.8)
         axis.set_title(each.name, fontsize=9)
-    figure.suptitle(f"{title}\nFor a look: not validated to show lesions. {NOTICE}", fontsize=9)
+    figure.suptitle(f"{drawable(title)}\nFor a look: not validated to show lesions. {NOTICE}", fontsize=9)
     _save(figure, output)
 
 
@@ -165,7 +170,7 @@ def _draw_boxes(axis: Axes, found: Found, file: str, renderer: LesionImageRender
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=PREDICTED_COLOR, linestyle=style))
         axis.text(x0, y0 - 1, f"{score:.2f}", color=PREDICTED_COLOR, fontsize=6, verticalalignment="bottom")
     place = f", slice {frame} of {found.num_slices}" if found.num_slices > 1 else ""
-    axis.set_title(f"{Path(found.image_id).name[-24:]}{place}", fontsize=7)
+    axis.set_title(f"{drawable(Path(found.image_id).name[-24:])}{place}", fontsize=7)
 
 
 def _spread(found: list[Found], count: int) -> list[Found]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.rendering import place_on_canvas
+from modeling_mammodino.tools.files import readable
 from modeling_mammodino.tools.visualize import draw_sheet
 
 NUM_IMAGES, PAIRS_A_ROW = 6, 3
@@ -79,5 +80,7 @@ def draw_features(
         pairs.append(np.pad(pair, ((GAP_PX, GAP_PX), (GAP_PX, GAP_PX), (0, 0))))
     sheet = draw_sheet(pairs, PAIRS_A_ROW)
     caption = np.zeros((CAPTION_PX, sheet.shape[1], 3), np.uint8)
-    cv2.putText(caption, f"{title}; {NOTICE}", (6, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255,) * 3, 1, cv2.LINE_AA)
+    cv2.putText(
+        caption, f"{readable(title)}; {NOTICE}", (6, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255,) * 3, 1, cv2.LINE_AA
+    )
     return np.vstack((sheet, caption))
