@@ -149,6 +149,7 @@ def _apply_voi(
 
     The standard leaves the choice among several, and between LUT and window, to the reader; the first is the vendor's.
     """
+    white = 0 if text(header, "PhotometricInterpretation") == "MONOCHROME1" else 1  # on display
     for scope in scopes(header, index, "FrameVOILUTSequence"):
         about, seen = _voi(scope, values, warn)
         if not about:
@@ -157,7 +158,7 @@ def _apply_voi(
             warn(about, "does not fit the pixels; full range used")
             low, high = limits
             seen = np.clip((values.astype(np.float32) - low) / max(high - low, 1), 0, 1, dtype=np.float32)
-        elif np.count_nonzero(seen == 1) > MOSTLY_WHITE_FRACTION * np.count_nonzero(seen):
+        elif np.count_nonzero(seen == white) > MOSTLY_WHITE_FRACTION * np.count_nonzero(seen != 1 - white):
             warn(about, "most of what is not black is white; is it of another bit depth?")
         return seen, (0, 1)
     return values, limits

@@ -241,31 +241,102 @@ def render(
     breast = small.breast
     y0, x0, y1, x1 = plan.box
     crop: np.ndarray = _cv2_ready(plane[y0:y1, x0:x1])
-    crop_breast: np.ndarray = breast[
-        y0 * breast.shape[0] // plane.shape[0] : -(-y1 * breast.shape[0] // plane.shape[0]),
-        x0 * breast.shape[1] // plane.shape[1] : -(-x1 * breast.shape[1] // plane.shape[1]),
-    ].astype(np.float32)
     if plan.flip:  # before resizing, so that an image and its mirror image give the same to the last bit
-        crop, crop_breast = cv2.flip(crop, 1), cv2.flip(crop_breast, 1)
+        crop, breast, left = cv2.flip(crop, 1), cv2.flip(breast.astype(np.uint8), 1), plane.shape[1] - x1
+    else:
+        left = x0
 
     scale = min(fit[0] / crop.shape[0], fit[1] / crop.shape[1])
     scale = scale if upscale else min(scale, 1.0)
     width, height = (max(1, round(side * scale)) for side in (crop.shape[1], crop.shape[0]))
     shrink = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     resized: np.ndarray = cv2.resize(crop, (width, height), interpolation=shrink).astype(np.float32)
-    tissue = cv2.resize(crop_breast, (width, height), interpolation=cv2.INTER_LINEAR) >= 0.5
+    scale_x, scale_y = width / crop.shape[1], height / crop.shape[0]
+    tissue = _resampled(breast, plane.shape, (y0, left), (scale_y, scale_x), (height, width)) >= 0.5
 
     full_scale = 2**settings.bit_depth - 1
     levels = np.clip((resized - plan.black) * (full_scale / (plan.white - plan.black)), 0, full_scale)
     image: np.ndarray = np.rint(levels).astype(np.uint8 if settings.bit_depth == 8 else np.uint16)
     if settings.do_clahe:
-        grid = (settings.clahe_grid, settings.clahe_grid)
-        image = cv2.createCLAHE(settings.clahe_clip_limit, grid).apply(image)
+        image = _equalized(image, settings.clahe_clip_limit, settings.clahe_grid)
     if settings.do_zero_background:
         image[~tissue] = 0
-    scale_x, scale_y = width / crop.shape[1], height / crop.shape[0]
     across = (-scale_x, scale_x * x1) if plan.flip else (scale_x, -scale_x * x0)
     return Rendered(image, tissue, small, Placement(*across, scale_y, -scale_y * y0))
+
+
+def _resampled(
+    breast: np.ndarray,
+    shape: tuple[int, int],
+    origin: tuple[int, int],
+    scale: tuple[float, float],
+    size: tuple[int, int],
+) -> np.ndarray:
+    """A mask of the whole plane (h, w), of any size, as the image of `size` has it: float32, 0..1.
+
+    The image's corner lies at `origin` of the plane of `shape`, all of which rarely fall on pixels of the mask. Each is
+    (y, x).
+    """
+    matrix = np.zeros((2, 3))
+    for axis in (0, 1):  # between edges of pixels; warpAffine counts from their centers
+        step = breast.shape[axis] / shape[axis]
+        matrix[1 - axis, 1 - axis] = step / scale[axis]
+        matrix[1 - axis, 2] = step * (origin[axis] + 0.5 / scale[axis]) - 0.5
+    return cv2.warpAffine(
+        breast.astype(np.float32),
+        matrix,
+        size[::-1],
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+
+
+def _equalized(image: np.ndarray, clip_limit: float, grid: int) -> np.ndarray:
+    """CLAHE of an image, uint8 or uint16, on grid x grid tiles, with 256 bins at either depth.
+
+    OpenCV gives 16 bits 65,536 bins, of which a tile fills few: what is clipped then depends on how many gray levels
+    the source had. Here the tiles' curves are those of 8 bits, and 16 bits are interpolated along them.
+    """
+    if image.dtype == np.uint8:
+        return cv2.createCLAHE(clip_limit, (grid, grid)).apply(image)
+    height, width = image.shape
+    levels = image * np.float32(255 / 65535)
+    padding = (-height % grid, -width % grid)
+    if any(padding):  # as OpenCV pads: a whole tile's row or column more where one side alone does not divide
+        padding = (grid - height % grid, grid - width % grid)
+    bins = cv2.copyMakeBorder(np.rint(levels), 0, padding[0], 0, padding[1], cv2.BORDER_REFLECT_101).astype(np.intp)
+    tile = (bins.shape[0] // grid, bins.shape[1] // grid)
+    pixels = tile[0] * tile[1]
+    tiles = bins.reshape(grid, tile[0], grid, tile[1]) + 256 * np.arange(grid * grid).reshape(grid, 1, grid, 1)
+    counts = np.bincount(tiles.ravel(), minlength=grid * grid * 256).reshape(grid, grid, 256)
+    limit = max(1, int(clip_limit * pixels / 256))
+    excess = np.maximum(counts - limit, 0).sum(axis=2, keepdims=True)
+    rest = excess % 256  # as OpenCV hands it out: one each to evenly spaced bins, from the first on
+    spacing = np.maximum(1, 256 // np.maximum(1, rest))
+    handed_out = excess // 256 + (np.arange(256) % spacing == 0) * (np.arange(256) // spacing < rest)
+    curves = np.cumsum(np.minimum(counts, limit) + handed_out, axis=2) * np.float32(1 / pixels)
+
+    (above, below, share_y), (left, right, share_x) = (
+        _between_tiles(side, length, grid) for side, length in zip((height, width), tile, strict=True)
+    )
+    rows = curves[above] * (1 - share_y)[:, None, None] + curves[below] * share_y[:, None, None]  # (H, grid, 256)
+    lower = np.minimum(levels.astype(np.intp), 254)
+    share = levels - lower
+    places = lower + np.arange(height)[:, None] * (grid * 256)
+
+    def along(tiles: np.ndarray) -> np.ndarray:
+        at = places + 256 * tiles
+        return rows.take(at) * (1 - share) + rows.take(at + 1) * share
+
+    equalized = along(left) * (1 - share_x) + along(right) * share_x
+    return np.rint(np.clip(equalized, 0, 1) * 65535).astype(np.uint16)
+
+
+def _between_tiles(side: int, tile: int, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two tiles between whose centers each pixel along a side lies, and the share (side,) of the second."""
+    place = np.arange(side, dtype=np.float32) / np.float32(tile) - np.float32(0.5)
+    first = np.floor(place).astype(np.intp)
+    return np.maximum(first, 0), np.minimum(first + 1, grid - 1), place - first
 
 
 class CanvasImage(NamedTuple):

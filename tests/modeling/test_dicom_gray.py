@@ -112,6 +112,16 @@ def test_a_window_that_turns_most_of_the_image_white_is_followed_with_a_warning(
     assert len(caplog.records) == 1 and "white" in caplog.text
 
 
+def test_white_is_counted_as_it_is_displayed(caplog):
+    """Air is the largest value of MONOCHROME1, and black on display."""
+    pixels = np.where(RAMP % 64 < 40, 4095, RAMP).astype(np.uint16)
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    read_mammogram(build(pixels, photometric="MONOCHROME1", **window))
+    assert not caplog.records
+    read_mammogram(build(4095 - pixels, photometric="MONOCHROME1", **window))
+    assert len(caplog.records) == 1 and "white" in caplog.text
+
+
 def lut(entries, first, data, vr="US"):
     table = item(LUTDescriptor=[entries, first, 16])
     if data is not None:

@@ -194,6 +194,46 @@ def test_slices_of_a_volume_stay_aligned_under_one_plan():
     np.testing.assert_array_equal(a.image[both], b.image[both])
 
 
+@pytest.mark.parametrize("size", [(224, 168), (221, 168), (100, 75)])
+@pytest.mark.parametrize("levels", [256, 4096, 65536])
+def test_both_bit_depths_give_one_image(levels, size):
+    """Equalized, too, from a source of any depth, on sides that the tiles divide or not."""
+    source = np.rint(draw_breast(600, 400) / 4095 * (levels - 1)).astype(np.uint16)
+    thumbnail = make_thumbnail(source)
+    settings = [RenderSettings(bit_depth=bits) for bits in (8, 16)]
+    plan = plan_rendering([thumbnail], settings[0])
+    eight, sixteen = (render(source, thumbnail, plan, each, size) for each in settings)
+    difference = np.abs(eight.image / 255 - sixteen.image / 65535)[eight.tissue]
+    assert difference.max() <= 0.02 and difference.mean() < 0.004  # rounding to 8 bits before and after
+    assert abs((eight.image / 255)[eight.tissue].mean() - (sixteen.image / 65535)[eight.tissue].mean()) < 0.001
+    assert len(np.unique(sixteen.image)) > 256
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("height", [3518, 2294, 1000])
+@pytest.mark.parametrize("crop", [True, False])
+def test_the_mask_lies_on_the_image_to_a_pixel(height, side, crop):
+    """No skin is lost: the mask of the image is that of the thumbnail, wherever the crop and the pixels fall."""
+    width = int(height * 0.8)
+    y, x = np.mgrid[:height, :width]
+    inside = ((y - height * 0.5) / (height * 0.37)) ** 2 + (x / (width * 0.55)) ** 2 < 1
+    plane = np.where(inside, 30000, 500).astype(np.uint16)
+    if side == "right":
+        plane = np.ascontiguousarray(plane[:, ::-1])
+    thumbnail = make_thumbnail(plane)
+    settings = RenderSettings(do_crop_to_breast=crop)
+    plan = plan_rendering([thumbnail], settings)
+    rendered = render(plane, thumbnail, plan, settings, (1024, 1024), upscale=False)
+    y0, x0, y1, x1 = plan.box
+    large = cv2.resize(thumbnail.breast.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    large = large[y0:y1, x0:x1] if side == "left" else large[y0:y1, x0:x1][:, ::-1]
+    truth = cv2.resize(large, rendered.tissue.shape[::-1], interpolation=cv2.INTER_AREA) >= 0.5
+    for axis in (0, 1):
+        found, wanted = (np.flatnonzero(mask.any(axis=axis))[[0, -1]] for mask in (rendered.tissue, truth))
+        assert np.abs(found - wanted).max() <= (0 if height > 1024 else 1)
+    assert (rendered.tissue != truth).sum() < 0.0005 * truth.sum()
+
+
 def test_the_canvas_keeps_the_aspect(processor):
     breast = draw_breast(400, 300)
     image = processor(breast)["pixel_values"][0, 0] > -1.9
