@@ -19,11 +19,12 @@ import threading
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ from .dicom_header import (
     text,
     view,
 )
-from .dicom_pixels import TO_GRAY, GraySettings, to_gray
+from .dicom_pixels import TO_GRAY, GraySettings, StoredRange, needs_range, to_gray
 from .image_io import DICOM_SUFFIXES, MAX_PIXELS, ImageFile, InvalidImageError, suffix
 
 try:
@@ -79,9 +80,11 @@ VENDORS = {
     "1.2.392.200036.9125": "Fuji",
 }
 COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
+SAMPLED_SLICES = 5  # of a volume, evenly spaced: what is decided once for all slices is decided by these
 PROCESS_KEY = secrets.token_bytes(32)  # made at import, so that forked workers share it
 START_OF_DATA_SET = re.compile(rb"[\x02\x08]\0..([A-Z]{2}|..\0\0)", re.DOTALL)  # group 2 or 8, with a VR or a length
 NOT_DICOM = ("not a readable DICOM file", "give a DICOM file, or an image by its own extension")
+NO_GRAY = ("the gray values cannot be interpreted", "check or export the file again")
 NO_HEADER = ("the header cannot be interpreted", "check or export the file again")
 
 
@@ -500,11 +503,8 @@ def frame_order(source: Any) -> tuple[int, ...]:
 
 def read_mammogram(source: Any, settings: GraySettings = TO_GRAY, **options: Any) -> Mammogram:
     """Read the one image of a single-frame file. Arguments and errors as in `iter_slices`."""
-    opened = open_dicom(source)
-    slices = iter_slices(opened, settings, **options)
-    if (frames := opened.num_frames) > 1:
-        raise opened.refuse(f"NumberOfFrames is {frames}", "read a volume with iter_slices")
-    return next(slices)
+    (mammogram,) = iter_series([source], settings, **options)
+    return mammogram
 
 
 def iter_slices(
@@ -532,16 +532,50 @@ def iter_slices(
     Raises:
         InvalidImageError: the file cannot be read as gray images.
     """
-    opened = open_dicom(source)
-    _check_header(opened, allow_for_processing)
-    frames = opened.num_complete_frames
+    opened = _checked(open_dicom(source), allow_for_processing)
+    frames = opened.num_frames
     wanted = list(range(frames)) if indices is None else [int(index) for index in indices]
     if outside := [index for index in wanted if not 0 <= index < frames]:
         raise opened.refuse(f"slice {outside[0]} of {frames} was asked for", f"use indices in 0..{frames - 1}")
     return _slices(opened, wanted, settings, hash_key or PROCESS_KEY)
 
 
-def _slices(opened: DicomFile, wanted: list[int], settings: GraySettings, key: bytes) -> Iterator[Mammogram]:
+def _checked(opened: DicomFile, allow_for_processing: bool, is_single: bool = False) -> DicomFile:
+    """Refuse all that can be refused before a pixel is decoded."""
+    _check_header(opened, allow_for_processing)
+    frames = opened.num_complete_frames
+    if is_single and frames > 1:
+        raise opened.refuse(f"NumberOfFrames is {frames}", "read a volume with iter_slices")
+    return opened
+
+
+def spread(num_slices: int, count: int) -> list[int]:
+    """`count` slices evenly spaced through a volume, half a step from either end; all where it has no more."""
+    if num_slices <= count:
+        return list(range(num_slices))
+    return ((np.arange(count) + 0.5) * num_slices / count).astype(int).tolist()
+
+
+def _sampled(opened: DicomFile, settings: GraySettings) -> tuple[StoredRange | None, dict[int, np.ndarray]]:
+    """The range of a volume by some of its slices, and these, decoded, by their place in order of position."""
+    sampled = spread(opened.num_frames, SAMPLED_SLICES)
+    frames: dict[int, np.ndarray] = {}
+    with suppress(InvalidImageError):  # raised again where that slice is asked for
+        for index, frame in zip(sampled, opened.decode([opened.order[each] for each in sampled]), strict=True):
+            frames[index] = frame
+    with opened.refusing(*NO_GRAY):
+        return StoredRange.of(list(frames.values()), opened.header, settings) if frames else None, frames
+
+
+def _slices(
+    opened: DicomFile,
+    wanted: list[int],
+    settings: GraySettings,
+    key: bytes,
+    volume: StoredRange | None = None,
+    frames_at: Mapping[int, np.ndarray] = MappingProxyType({}),
+) -> Iterator[Mammogram]:
+    """Read slices. The range of the volume that they belong to, and frames that were decoded, may be given."""
     header, frames = opened.header, opened.num_frames
     with opened.refusing(*NO_HEADER):
         order, positions = opened.order, opened.positions_mm
@@ -556,12 +590,15 @@ def _slices(opened: DicomFile, wanted: list[int], settings: GraySettings, key: b
             "study": keyed_hash(study, key) if study else None,
             "has_burned_in_annotation": has_burned_in_annotation(header),
         }
-    decoded = opened.decode([order[index] for index in wanted])
-    for index, frame in zip(wanted, decoded, strict=True):
-        place = order[index]
-        with opened.refusing("the gray values cannot be interpreted", NO_HEADER[1]):
+    if volume is None and frames > 1 and needs_range(header, frames, settings):
+        volume, frames_at = _sampled(opened, settings)
+    others = opened.decode([order[index] for index in wanted if index not in frames_at])
+    for index in wanted:
+        # a copy, because it is overwritten, and may be wanted again
+        frame, place = frames_at[index].copy() if index in frames_at else next(others), order[index]
+        with opened.refusing(*NO_GRAY):
             mammogram = Mammogram(
-                pixels=to_gray(frame, header, place, settings, opened.warn_once),
+                pixels=to_gray(frame, header, place, settings, opened.warn_once, volume),
                 laterality=laterality(header, place),
                 view=view(header, place),
                 slice_index=index,
@@ -660,9 +697,27 @@ def open_folder(folder: str | os.PathLike[str]) -> list[DicomFile]:
 
 
 def iter_series(
-    sources: Sequence[Any], settings: GraySettings = TO_GRAY, indices: Sequence[int] | None = None, **options: Any
+    sources: Sequence[Any],
+    settings: GraySettings = TO_GRAY,
+    indices: Sequence[int] | None = None,
+    *,
+    hash_key: bytes | None = None,
+    allow_for_processing: bool = False,
 ) -> Iterator[Mammogram]:
     """Read the slices of a volume of several files, given in order; options as in `iter_slices`."""
+
+    def opened(index: int) -> DicomFile:
+        return _checked(open_dicom(sources[index]), allow_for_processing, is_single=True)
+
+    frames, volume = {}, None
+    for index in spread(len(sources), SAMPLED_SLICES) if len(sources) > 1 else ():
+        with suppress(InvalidImageError):  # raised again where that slice is asked for
+            each = opened(index)
+            (frames[index],) = each.decode([0])
+            with each.refusing(*NO_GRAY):
+                ranges = StoredRange.of([frames[index]], each.header, settings)
+            volume = volume.union(ranges) if volume else ranges
     for index in range(len(sources)) if indices is None else indices:
-        mammogram = read_mammogram(sources[index], settings, **options)
+        decoded = {0: frames[index]} if index in frames else {}
+        (mammogram,) = _slices(opened(index), [0], settings, hash_key or PROCESS_KEY, volume, decoded)
         yield replace(mammogram, slice_index=index, num_slices=len(sources))

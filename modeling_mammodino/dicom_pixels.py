@@ -4,9 +4,10 @@ Order of the steps to gray (PS3.4 N.2): modality LUT -> padding set to air -> VO
 (PS3.3 C.7.5.1.1.2, C.11.1, C.11.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,24 +39,74 @@ TO_GRAY = GraySettings()
 AS_STORED = GraySettings(do_modality_lut=False, do_voi_lut=False, do_invert_monochrome1=False)
 
 
+class StoredRange(NamedTuple):
+    """The values of a volume, of which follows what is decided for all its slices alike; of an image, its own."""
+
+    raw: tuple[int, int]  # lowest and highest, as decoded
+    shown: tuple[int, int]  # the same with the sign extended, without padding
+
+    @classmethod
+    def of(cls, frames: Sequence[np.ndarray], header: Any, settings: GraySettings) -> "StoredRange":
+        """Measure frames (H, W) or (H, W, 3), stored values."""
+        planes = [_plane(frame, _ignore) for frame in frames]
+        raw = _extremes(planes)
+        signed = [_extend_sign(plane, header, raw) for plane in planes]
+        paddings = [_padding(plane, header, settings) for plane in signed]
+        shown = [plane if padding is None else plane[~padding] for plane, padding in zip(signed, paddings, strict=True)]
+        return cls(raw, _extremes(shown))
+
+    def union(self, other: "StoredRange") -> "StoredRange":
+        """Return the range of both."""
+        raw, shown = ((min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(self, other, strict=True))
+        return StoredRange(raw, shown)
+
+
+def _extremes(planes: Sequence[np.ndarray]) -> tuple[int, int]:
+    return min(int(plane.min()) for plane in planes), max(int(plane.max()) for plane in planes)
+
+
+def _ignore(about: str, message: str) -> None:
+    """Take a warning that was given elsewhere."""
+
+
+def needs_range(header: Any, frames: int, settings: GraySettings) -> bool:
+    """Whether anything in a slice's gray values follows from the range of its whole volume."""
+
+    def states(sequence: str, *keywords: str) -> bool:
+        return any(word in scope for i in range(frames) for scope in scopes(header, i, sequence) for word in keywords)
+
+    return (
+        number(header, "PixelRepresentation") == 1
+        or (settings.do_invert_monochrome1 and is_inverse(header))
+        or (settings.do_voi_lut and states("FrameVOILUTSequence", "WindowCenter", "VOILUTSequence"))
+        or (settings.do_modality_lut and states("PixelValueTransformationSequence", "ModalityLUTSequence"))
+    )
+
+
 def to_gray(
-    frame: np.ndarray, header: Any, index: int, settings: GraySettings, warn: Callable[[str, str], None]
+    frame: np.ndarray,
+    header: Any,
+    index: int,
+    settings: GraySettings,
+    warn: Callable[[str, str], None],
+    volume: StoredRange | None = None,
 ) -> np.ndarray:
     """Gray values of frame `index` of the file: (H, W) uint8, uint16 or float32; `frame` may be overwritten.
 
     frame: stored values (H, W), or RGB (H, W, 3).
     `warn(about, message)` is told of a header that does not fit its pixels.
+    volume: the range of the volume that the frame is a slice of, so that all slices are read alike; by default, its
+        own.
     """
-    frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
-    values = _extend_sign(frame if frame.ndim == 2 else _one_channel(frame, warn), header)
+    volume = volume or StoredRange.of([frame], header, settings)
+    values = _extend_sign(_plane(frame, warn), header, volume.raw)
     inverse = is_inverse(header)
-    uses_padding = settings.do_modality_lut or settings.do_voi_lut
-    padding = _padding(values, header) if uses_padding else None  # (H, W) bool
-    if padding is not None and (padding.all() or not padding.any()):
-        padding = None
-    limits = _stored_range(values if padding is None else values[~padding], header, warn)
-    if settings.do_modality_lut:
-        values, limits = _apply_modality(values, limits, header, index, warn)
+    padding = _padding(values, header, settings)  # (H, W) bool
+    limits = _stored_range(values.dtype, volume.shown, header, warn)
+    probe = _between(*volume.shown).astype(values.dtype)  # stands for all values of the volume
+    modality, limits = _modality(probe, limits, header, index, warn) if settings.do_modality_lut else (None, limits)
+    if modality:
+        values, probe = modality(values), modality(probe)
     if values.dtype not in (np.uint8, np.uint16):
         values = values.astype(np.float32, copy=False)
     if padding is not None:
@@ -64,9 +115,18 @@ def to_gray(
         air = values.max(where=inside, initial=least) if inverse else values.min(where=inside, initial=most)
         values[padding] = air  # the darkest value on display
     if settings.do_voi_lut:
-        values, limits = _apply_voi(values, limits, header, index, warn)
+        about, look = _voi(probe, limits, header, index, warn)
+        if look:
+            values, limits = look(values), (0, 1)
+            black, white = (1, 0) if inverse else (0, 1)  # on display
+            is_white = np.count_nonzero(values == white) > MOSTLY_WHITE_FRACTION * np.count_nonzero(values != black)
+            if about and is_white:
+                warn(about, "most of what is not black is white; is it of another bit depth?")
     if inverse and settings.do_invert_monochrome1:
-        np.subtract(values.dtype.type(limits[0] + limits[1]), values, out=values)
+        low, high = limits
+        if values.max() > high:  # beyond what was measured of the volume
+            values = np.minimum(values, values.dtype.type(high))
+        np.subtract(values.dtype.type(low + high), values, out=values)
     return values
 
 
@@ -74,6 +134,17 @@ def is_inverse(header: Any) -> bool:
     """Whether small values are displayed bright."""
     shape = text(header, "PresentationLUTShape")  # PS3.3 C.11.6.1.2
     return text(header, "PhotometricInterpretation") == "MONOCHROME1" or shape == "INVERSE"
+
+
+def _plane(frame: np.ndarray, warn: Callable[[str, str], None]) -> np.ndarray:
+    """One channel (H, W) of a frame, in the byte order of this machine."""
+    frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
+    return frame if frame.ndim == 2 else _one_channel(frame, warn)
+
+
+def _between(least: int, most: int) -> np.ndarray:
+    """At most 4,096 whole numbers from `least` to `most`, both included."""
+    return np.rint(np.linspace(least, most, min(most - least + 1, 4096)))
 
 
 def _one_channel(colors: np.ndarray, warn: Callable[[str, str], None]) -> np.ndarray:
@@ -85,33 +156,36 @@ def _one_channel(colors: np.ndarray, warn: Callable[[str, str], None]) -> np.nda
     return np.rint(colors @ np.array([0.299, 0.587, 0.114], np.float32)).astype(colors.dtype)
 
 
-def _extend_sign(values: np.ndarray, header: Any) -> np.ndarray:
+def _extend_sign(values: np.ndarray, header: Any, raw: tuple[int, int]) -> np.ndarray:
     """Signed values, also where the pixels leave the bits above BitsStored clear (PS3.5 8.1.1)."""
     unused = 8 * values.dtype.itemsize - int(number(header, "BitsStored") or 8 * values.dtype.itemsize)
-    if values.dtype.kind != "i" or unused <= 0 or values.min() < 0 or values.max() >> (8 * values.itemsize - unused):
+    if values.dtype.kind != "i" or unused <= 0 or raw[0] < 0 or raw[1] >> (8 * values.itemsize - unused):
         return values  # extended already, or BitsStored lies
     return values << unused >> unused
 
 
-def _stored_range(values: np.ndarray, header: Any, warn: Callable[[str, str], None]) -> tuple[float, float]:
+def _stored_range(
+    dtype: np.dtype, shown: tuple[int, int], header: Any, warn: Callable[[str, str], None]
+) -> tuple[float, float]:
     """Lowest and highest storable value by BitsStored, widened to the next power of two where pixels exceed it."""
-    bits = int(number(header, "BitsStored") or 8 * values.dtype.itemsize)
-    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if values.dtype.kind == "i" else (0, (1 << bits) - 1)
-    least, most = int(values.min()), int(values.max())
+    bits = int(number(header, "BitsStored") or 8 * dtype.itemsize)
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if dtype.kind == "i" else (0, (1 << bits) - 1)
+    least, most = shown
     if max(low - least, most - high) > OVERSHOOT_FRACTION * (high - low):
         warn("BitsStored", "pixels exceed it; taken as they are")
         most = max(most, (1 << most.bit_length()) - 1)
     return min(low, least), max(high, most)
 
 
-def _padding(values: np.ndarray, header: Any) -> np.ndarray | None:
-    """Pixels between PixelPaddingValue and PixelPaddingRangeLimit, both included."""
+def _padding(values: np.ndarray, header: Any, settings: GraySettings) -> np.ndarray | None:
+    """Pixels between PixelPaddingValue and PixelPaddingRangeLimit, both included; None where none or all are."""
     stated = (number(header, "PixelPaddingValue"), number(header, "PixelPaddingRangeLimit"))
     ends = [_of_pixels_sign(value, values.dtype) for value in stated if value is not None]
-    if stated[0] is None:
+    if stated[0] is None or not (settings.do_modality_lut or settings.do_voi_lut):
         return None
     low, high = min(ends), max(ends)
-    return values == low if low == high else (values >= low) & (values <= high)
+    padding: np.ndarray = values == low if low == high else (values >= low) & (values <= high)
+    return padding if padding.any() and not padding.all() else None
 
 
 def _of_pixels_sign(value: float, dtype: np.dtype) -> float:
@@ -122,60 +196,70 @@ def _of_pixels_sign(value: float, dtype: np.dtype) -> float:
     return value + span if dtype.kind == "u" and -span // 2 <= value < 0 else value
 
 
-def _apply_modality(
-    values: np.ndarray, limits: tuple[float, float], header: Any, index: int, warn: Callable[[str, str], None]
-) -> tuple[np.ndarray, tuple[float, float]]:
-    """Modality LUT, else rescale slope and intercept, of the frame, the volume or the file (C.11.1)."""
+def _modality(
+    probe: np.ndarray, limits: tuple[float, float], header: Any, index: int, warn: Callable[[str, str], None]
+) -> tuple[Callable[[np.ndarray], np.ndarray] | None, tuple[float, float]]:
+    """Modality LUT, else rescale slope and intercept, of the frame, the volume or the file (C.11.1), and the limits of
+    what it gives; None where it changes nothing."""
     for scope in scopes(header, index, "PixelValueTransformationSequence"):
         if tables := scope.get("ModalityLUTSequence"):
-            table, first, top = _table(tables[0], values)
-            return _look_up(values, table, first), (0, top)
+            table, first, top = _table(tables[0], probe)
+            return partial(_look_up, table=table, first=first), (0, top)
         slope, intercept = number(scope, "RescaleSlope"), number(scope, "RescaleIntercept")
         if slope is not None or intercept is not None:
             if slope == 0:
                 warn("RescaleSlope", "0 would erase the image; taken as 1")
             slope, intercept = slope or 1.0, intercept or 0.0
             if (slope, intercept) == (1, 0):
-                return values, limits
+                return None, limits
             low, high = sorted(slope * limit + intercept for limit in limits)
-            return values.astype(np.float32) * np.float32(slope) + np.float32(intercept), (low, high)
-    return values, limits
+            return partial(_rescaled, slope=slope, intercept=intercept), (low, high)
+    return None, limits
 
 
-def _apply_voi(
-    values: np.ndarray, limits: tuple[float, float], header: Any, index: int, warn: Callable[[str, str], None]
-) -> tuple[np.ndarray, tuple[float, float]]:
-    """float32 in 0..1 by the first VOI LUT, else the first window; unchanged where the header has neither (C.11.2).
+def _rescaled(values: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def _voi(
+    probe: np.ndarray, limits: tuple[float, float], header: Any, index: int, warn: Callable[[str, str], None]
+) -> tuple[str, Callable[[np.ndarray], np.ndarray] | None]:
+    """The first VOI LUT, else the first window (C.11.2), as a function to float32 in 0..1; None where there is neither.
 
     The standard leaves the choice among several, and between LUT and window, to the reader; the first is the vendor's.
+    Beside it which element it was, "" where that does not fit the pixels and the full range takes its place.
     """
-    white = 0 if text(header, "PhotometricInterpretation") == "MONOCHROME1" else 1  # on display
     for scope in scopes(header, index, "FrameVOILUTSequence"):
-        about, seen = _voi(scope, values, warn)
+        about, look = _stated_voi(scope, probe, warn)
         if not about:
             continue
-        if seen is None or (np.ptp(seen) < FLAT_FRACTION and np.ptp(values) > 0):
+        if look is None or (np.ptp(look(probe)) < FLAT_FRACTION and np.ptp(probe) > 0):
             warn(about, "does not fit the pixels; full range used")
-            low, high = limits
-            seen = np.clip((values.astype(np.float32) - low) / max(high - low, 1), 0, 1, dtype=np.float32)
-        elif np.count_nonzero(seen == white) > MOSTLY_WHITE_FRACTION * np.count_nonzero(seen != 1 - white):
-            warn(about, "most of what is not black is white; is it of another bit depth?")
-        return seen, (0, 1)
-    return values, limits
+            return "", partial(_full_range, limits=limits)
+        return about, look
+    return "", None
 
 
-def _voi(scope: Any, values: np.ndarray, warn: Callable[[str, str], None]) -> tuple[str, np.ndarray | None]:
-    """Which element of `scope` applies, "" for none, and what it makes of the values; None where it is illegal."""
+def _full_range(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    low, high = limits
+    return np.clip((values.astype(np.float32) - low) / max(high - low, 1), 0, 1, dtype=np.float32)
+
+
+def _stated_voi(
+    scope: Any, probe: np.ndarray, warn: Callable[[str, str], None]
+) -> tuple[str, Callable[[np.ndarray], np.ndarray] | None]:
+    """Which element of `scope` applies, "" for none, and what it makes of values; None where it is illegal."""
     if tables := scope.get("VOILUTSequence"):
         try:
-            table, first, top = _table(tables[0], values)
-            return "VOILUTSequence", _look_up(values, (table / top).astype(np.float32), first)
+            table, first, top = _table(tables[0], probe)
+            return "VOILUTSequence", partial(_look_up, table=(table / top).astype(np.float32), first=first)
         except MALFORMED:
             warn("VOILUTSequence", "malformed; left out")
     center, width = number(scope, "WindowCenter"), number(scope, "WindowWidth")
     if center is None or width is None:
         return "", None
-    return "WindowCenter and WindowWidth", window(values, center, width, text(scope, "VOILUTFunction"))
+    look = partial(window, center=center, width=width, function=text(scope, "VOILUTFunction"))
+    return "WindowCenter and WindowWidth", look if look(probe) is not None else None
 
 
 def window(values: np.ndarray, center: float, width: float, function: str = "LINEAR") -> np.ndarray | None:
@@ -194,7 +278,7 @@ def window(values: np.ndarray, center: float, width: float, function: str = "LIN
     return np.clip(seen, 0, 1, out=seen)
 
 
-def _table(item: Any, values: np.ndarray) -> tuple[np.ndarray, int, int]:
+def _table(item: Any, probe: np.ndarray) -> tuple[np.ndarray, int, int]:
     """Entries of a LUT item as uint16, the value that the first maps, and the highest output (C.11.1.1.1)."""
     entries, first, bits = (int(value) for value in item.LUTDescriptor)
     entries = entries % 65536 or 65536
@@ -203,7 +287,7 @@ def _table(item: Any, values: np.ndarray) -> tuple[np.ndarray, int, int]:
         order = ">" if item.original_encoding[1] is False else "<"
         data = np.frombuffer(data, np.uint8 if len(data) < 2 * entries else f"{order}u2")
     table = np.atleast_1d(np.asarray(data)).astype(np.uint16)[:entries]
-    if first > 32767 and values.min() < 0:  # written unsigned, meant signed
+    if first > 32767 and probe.min() < 0:  # written unsigned, meant signed
         first -= 65536
     return table, first, max((1 << bits) - 1, (1 << int(table.max()).bit_length()) - 1)
 

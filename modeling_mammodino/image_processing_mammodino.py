@@ -12,6 +12,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
 from .dicom import (
+    SAMPLED_SLICES,
     DicomFile,
     Mammogram,
     group_files,
@@ -21,6 +22,7 @@ from .dicom import (
     open_dicom,
     open_folder,
     open_if_dicom,
+    spread,
 )
 from .image_io import GrayImage, ImageFile, InvalidImageError, read_image, to_gray_plane
 from .rendering import (
@@ -34,9 +36,6 @@ from .rendering import (
     plan_rendering,
     render,
 )
-
-# a volume's plan is made from this many slices, evenly spaced through it
-PLAN_SLICES = 5
 
 # transformers' settings that have one value here: what is allowed beside None, and why
 FIXED_SETTINGS: dict[str, tuple[Any, str]] = {
@@ -169,7 +168,7 @@ class MammoDinoImageProcessor(PilBackend):
             return [self.fetch_images(each) for each in source]
         if opened := _open_if_dicom(source):
             settings, num_slices = self.render_settings, opened.num_frames
-            wanted = _spread(num_slices, settings.slices_per_volume or num_slices)
+            wanted = spread(num_slices, settings.slices_per_volume or num_slices)
             images = [GrayImage.of(each.pixels) for each in iter_slices(opened, settings, indices=wanted)]
             return images if num_slices > 1 else images[0]
         return GrayImage.of(read_image(source)) if _is_file(source) else source
@@ -296,14 +295,14 @@ def _planned(
             yield each, make_thumbnail(each.pixels, settings.tissue_finder)
 
     num_slices = source.num_frames if isinstance(source, DicomFile) else len(source)
-    sampled, wanted = _spread(num_slices, PLAN_SLICES), _spread(num_slices, settings.slices_per_volume or num_slices)
+    sampled, wanted = spread(num_slices, SAMPLED_SLICES), spread(num_slices, settings.slices_per_volume or num_slices)
     if chosen is not None:
         wanted = list(dict.fromkeys(chosen))  # each once: a sample is handed out once
-    samples = dict(zip(sampled, read(sampled), strict=True))  # kept until their turn: no slice is decoded twice
+    slices = read(sampled + [index for index in wanted if index not in sampled])  # none is decoded twice
+    samples = {index: next(slices) for index in sampled}  # kept until their turn
     plan = plan_rendering([small for _, small in samples.values()], settings, name)
-    others = read([index for index in wanted if index not in samples])
     for index in wanted:
-        each, small = samples.pop(index) if index in samples else next(others)
+        each, small = samples.pop(index) if index in samples else next(slices)
         yield each, small, plan
 
 
@@ -316,13 +315,6 @@ def _flat(images: Any) -> Iterator[Any]:
         yield from images
     else:
         yield images
-
-
-def _spread(num_slices: int, count: int) -> list[int]:
-    """`count` slices evenly spaced through a volume, half a step from either end; all where it has no more."""
-    if num_slices <= count:
-        return list(range(num_slices))
-    return ((np.arange(count) + 0.5) * num_slices / count).astype(int).tolist()
 
 
 def _is_file(item: Any) -> bool:

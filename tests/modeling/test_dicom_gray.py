@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pydicom
 import pytest
-from dicom_builders import MAMMOGRAPHY, RAMP, RAW, build, item, save, volume
+from dicom_builders import MAMMOGRAPHY, RAMP, RAW, TOMOSYNTHESIS, build, item, save, volume
 from pydicom import uid
 
-from modeling_mammodino.dicom import iter_slices, read_mammogram
+from modeling_mammodino.dicom import iter_series, iter_slices, read_mammogram
 from modeling_mammodino.dicom_pixels import AS_STORED, GraySettings, to_gray
 
 # VOI
@@ -152,11 +152,13 @@ def test_lut_of_all_16_bits_and_of_signed_values():
 
 def test_a_lut_nearer_to_the_frame_is_preferred_to_a_window_further_off():
     dataset = volume(levels=(0, 1), WindowCenter=1, WindowWidth=1)
-    dataset.SharedFunctionalGroupsSequence[0].FrameVOILUTSequence = [item(VOILUTSequence=[lut(200, 0, [*range(200)])])]
+    dataset.SharedFunctionalGroupsSequence[0].FrameVOILUTSequence = [
+        item(VOILUTSequence=[lut(200, 0, [*range(0, 51200, 256)])])
+    ]
     groups = dataset.PerFrameFunctionalGroupsSequence
     groups[1].FrameVOILUTSequence = [item(WindowCenter=107, WindowWidth=214, VOILUTFunction="LINEAR_EXACT")]
     seen = [float(each.pixels[0, 0]) for each in iter_slices(dataset)]
-    assert seen == pytest.approx([7 / 65535, 0.5])
+    assert seen == pytest.approx([7 * 256 / 65535, 0.5])
 
 
 def test_no_window_keeps_stored_values():
@@ -295,3 +297,57 @@ def test_inverse_presentation_turns_monochrome2_once():
     np.testing.assert_array_equal(read_mammogram(both).pixels, 4095 - RAMP)
     kept = read_mammogram(build(PresentationLUTShape="INVERSE"), GraySettings(do_invert_monochrome1=False)).pixels
     np.testing.assert_array_equal(kept, RAMP)
+
+
+# One decision a volume
+
+
+def slices_of(kind, frames, **elements):
+    """The same slices as frames of one file, or as files."""
+    if kind == "frames":
+        return list(iter_slices(build(frames, 16, SOPClassUID=TOMOSYNTHESIS, **elements)))
+    files = [build(each, 16, **elements) for each in frames]
+    return list(iter_series(files))
+
+
+def ramps(*peaks, dtype=np.uint16):
+    """Slices (64, 64) that reach different largest values; pixel 0 holds 500 in each."""
+    frames = np.stack([np.linspace(0, peak, 4096).reshape(64, 64) for peak in peaks]).astype(dtype)
+    frames[:, 0, 0] = 500
+    return frames
+
+
+@pytest.mark.parametrize("kind", ["frames", "files"])
+def test_a_window_fits_all_slices_of_a_volume_or_none(kind):
+    """A 12-bit volume, a window of 16 bits: alone, the dark slices would be shown sixteen times as bright."""
+    frames = ramps(700, 850, 1000, 1150, 1150, 1000, 850, 700)
+    wide = {"BitsStored": 12, "HighBit": 11, "WindowCenter": 32768, "WindowWidth": 65536}
+    seen = [float(each.pixels[0, 0]) for each in slices_of(kind, frames, **wide)]
+    assert len(set(seen)) == 1
+    fits = {"WindowCenter": 400, "WindowWidth": 800, "VOILUTFunction": "LINEAR_EXACT"}
+    seen = [float(each.pixels[0, 0]) for each in slices_of(kind, frames, **fits)]
+    assert seen == pytest.approx([500 / 800] * 8)
+
+
+@pytest.mark.parametrize("kind", ["frames", "files"])
+def test_all_slices_of_a_volume_are_inverted_against_one_maximum(kind):
+    frames = ramps(900, 4000, 20000)  # BitsStored says 10 bits
+    slices = slices_of(kind, frames, photometric="MONOCHROME1", BitsStored=10, HighBit=9)
+    assert [int(each.pixels[0, 0]) for each in slices] == [32767 - 500] * 3
+
+
+@pytest.mark.parametrize("kind", ["frames", "files"])
+def test_the_sign_of_a_lut_and_of_pixels_is_that_of_the_volume(kind):
+    frames = ramps(900, 1000, 800, dtype=np.int16)
+    frames[1, 0, 1] = -100
+    table = lut(0, 65536 - 2000, (np.arange(65536) % 4096 * 16).astype("<u2").tobytes(), "OW")  # first: -2000
+    slices = slices_of(kind, frames, ModalityLUTSequence=[table])
+    assert [int(each.pixels[0, 0]) for each in slices] == [2500 * 16] * 3
+
+
+def test_one_slice_is_read_as_the_whole_volume_is():
+    dataset = build(ramps(700, 850, 1000, 1150, 900, 600), 16, WindowCenter=32768, WindowWidth=65536, BitsStored=12)
+    together = list(iter_slices(dataset))
+    for index in (0, 3, 5):
+        (alone,) = iter_slices(dataset, indices=[index])
+        np.testing.assert_array_equal(alone.pixels, together[index].pixels)
