@@ -365,7 +365,7 @@ def _check_object(opened: DicomFile, allow_for_processing: bool) -> None:
     if not allow_for_processing and (intent == "FOR PROCESSING" or sop in FOR_PROCESSING):
         raise opened.refuse(
             "PresentationIntentType is FOR PROCESSING (raw detector values)",
-            "give the FOR PRESENTATION image, or pass allow_for_processing=True",
+            "give the FOR PRESENTATION image, or pass allow_for_processing=True to the reader or image processor",
         )
 
 

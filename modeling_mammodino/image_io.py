@@ -59,6 +59,31 @@ class ImageFile:
     identity: str = ""  # hashed where a file has no UID of its own; `name` if empty
 
 
+def as_image_file(source: Any, name: str) -> Any:
+    """Make an `ImageFile` of the bytes of a file, or of a file that is open; everything else is left as it is.
+
+    An open file that can seek is read from its start, and stays where it was.
+    """
+    if isinstance(source, io.TextIOBase):
+        raise InvalidImageError(name, "a file that was opened as text; open it with mode 'rb'.")
+    if isinstance(source, (bytes, bytearray)):
+        return ImageFile(io.BytesIO(source), name)
+    if not callable(getattr(source, "read", None)):
+        return source
+    try:
+        can_seek = not hasattr(source, "seekable") or source.seekable()
+        place = source.tell() if can_seek else 0
+        if can_seek:
+            source.seek(0)
+        content = source.read()
+        if can_seek:
+            source.seek(place)
+    except (OSError, ValueError) as error:
+        raise InvalidImageError(name, f"the file cannot be read ({type(error).__name__}); open it again.") from error
+    stated = getattr(source, "name", None)
+    return ImageFile(io.BytesIO(content), stated if isinstance(stated, str) else name)
+
+
 def suffix(source: Any) -> str:
     """Of a path or an `ImageFile`, in lower case."""
     return Path(source.name if isinstance(source, ImageFile) else source).suffix.lower()
@@ -116,7 +141,8 @@ def read_image(source: str | Path | ImageFile) -> np.ndarray:
         if decoded is None:
             raise InvalidImageError(name, "cannot be decoded; save it as an 8- or 16-bit gray PNG.")
         return to_gray_plane(decoded, name)
-    return to_gray_plane(image, name)
+    plane = to_gray_plane(image, name)
+    return _inverted(plane, image) if _is_white_zero(image) else plane
 
 
 def _read(source: str | Path | ImageFile) -> tuple[str, bytes]:
@@ -137,7 +163,7 @@ def to_gray_plane(image: Any, name: str = "image") -> np.ndarray:
     """
     if isinstance(image, Image.Image):
         image = _from_pil(image, name)
-    elif hasattr(image, "detach"):  # a torch tensor, without importing torch
+    elif hasattr(image, "detach") and hasattr(image, "cpu"):  # a torch tensor, without importing torch
         image = image.detach().cpu()
         try:
             image = image.numpy()
@@ -147,8 +173,8 @@ def to_gray_plane(image: Any, name: str = "image") -> np.ndarray:
     if values.dtype.kind not in "buif":
         raise InvalidImageError(
             name,
-            f"{type(image).__name__} with values of type {values.dtype}; give a path, a PIL image, or an array "
-            "or tensor of integers or floats (the bytes of a file: save them, and give the path).",
+            f"{type(image).__name__} with values of type {values.dtype}; give a path, an open file or its bytes, "
+            "a PIL image, or an array or tensor of integers or floats.",
         )
     if values.dtype.kind == "b":
         values = values.astype(np.uint8) * np.uint8(255)
@@ -172,6 +198,20 @@ def _pillow_changes_depth(image: Image.Image, data: bytes) -> bool:
         depth, color_type = data[24], data[25]  # in IHDR, which the PNG standard puts first
         return depth == 16 and color_type != 0
     return image.format == "PPM" and data[:2] in (b"P2", b"P5")
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Whether larger is darker still: Pillow inverts such TIFF files up to 8 bits only."""
+    return image.format == "TIFF" and image.tag_v2.get(262) == 0 and image.mode not in ("1", "L", "LA")
+
+
+def _inverted(plane: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Inverted within the bits of a sample; of other numbers than uint16, within their own range."""
+    bits = image.tag_v2.get(258, (16,))[0]
+    if plane.dtype == np.uint16 and bits <= 16:
+        return np.uint16(2**bits - 1) - plane
+    finite = plane[np.isfinite(plane)]
+    return (finite.min() + finite.max() - plane).astype(plane.dtype)
 
 
 def _from_pil(image: Image.Image, name: str) -> np.ndarray:

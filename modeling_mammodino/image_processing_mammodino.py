@@ -1,8 +1,10 @@
 """Image processor: any mammogram a user holds -> `pixel_values` and `tissue_mask`."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from .dicom import (
     open_if_dicom,
     spread,
 )
-from .image_io import GrayImage, ImageFile, InvalidImageError, read_image, to_gray_plane
+from .image_io import GrayImage, ImageFile, InvalidImageError, as_image_file, read_image, to_gray_plane
 from .rendering import (
     CanvasImage,
     Rendered,
@@ -36,6 +38,8 @@ from .rendering import (
     plan_rendering,
     render,
 )
+
+logger = logging.getLogger(__name__)
 
 # transformers' settings that have one value here: what is allowed beside None, and why
 FIXED_SETTINGS: dict[str, tuple[Any, str]] = {
@@ -67,6 +71,7 @@ class MammoDinoImageProcessorKwargs(ImagesKwargs, total=False):
     do_modality_lut: bool
     do_voi_lut: bool
     do_invert_monochrome1: bool
+    allow_for_processing: bool
     tissue_finder: str
     do_intensity_normalize: bool
     intensity_percentiles: tuple[float | int, float | int] | list[float | int]
@@ -86,12 +91,13 @@ class MammoDinoImageProcessor(PilBackend):
     r"""
     Prepares mammograms and DBT slices. Research use only.
 
-    Takes a DICOM path or data set, a PNG / JPEG / PGM / TIFF / BMP path, an array or tensor (2-D, or 3-D with one or
-    three equal channels; 8-bit, 10-16-bit or float), a PIL image, or a list or 4-D batch of these. A multi-frame DICOM
-    given alone yields its slices in order, and so does a folder of DICOM files that are the slices of one volume. In a
-    list, files of one volume are seen as the corpus sees them, under one crop and window; each stays a row in its
-    place. Returns `pixel_values` (B, 1, H, W) float32 and `tissue_mask` (B, h, w)
-    float32, the breast fraction of each patch. Raises `InvalidImageError`, naming the image, for what is no mammogram.
+    Takes a DICOM path or data set, a PNG / JPEG / PGM / TIFF / BMP path, an open file or the bytes of one, an array or
+    tensor (2-D, or 3-D with one or three equal channels; 8-bit, 10-16-bit or float), a PIL image, or a sequence (list,
+    column of `datasets`, ...) or 4-D batch of these. A multi-frame DICOM given alone yields its slices in order, and so
+    does a folder of DICOM files that are the slices of one volume. In a sequence, files of one volume are seen as the
+    corpus sees them, under one crop and window; each stays a row in its place. Returns `pixel_values` (B, 1, H, W)
+    float32 and `tissue_mask` (B, h, w) float32, the breast fraction of each patch. Raises `InvalidImageError`, naming
+    the image, for what is no mammogram.
 
     Every setting may be given for one call, too; None leaves it as it is. A setting of transformers that has no meaning
     here (`FIXED_SETTINGS`) is refused by name, with the reason.
@@ -123,9 +129,10 @@ class MammoDinoImageProcessor(PilBackend):
     do_modality_lut = True
     do_voi_lut = True
     do_invert_monochrome1 = True
+    allow_for_processing = RenderSettings.allow_for_processing
     tissue_finder = RenderSettings.tissue_finder
     do_intensity_normalize = RenderSettings.do_intensity_normalize
-    intensity_percentiles = RenderSettings.intensity_percentiles
+    intensity_percentiles = list(RenderSettings.intensity_percentiles)  # as JSON has it
     chest_wall_side = RenderSettings.chest_wall_side
     do_crop_to_breast = RenderSettings.do_crop_to_breast
     crop_margin_fraction = RenderSettings.crop_margin_fraction
@@ -138,11 +145,23 @@ class MammoDinoImageProcessor(PilBackend):
     def __init__(self, **kwargs: Any) -> None:
         if unknown := set(kwargs) - set(self.valid_kwargs.__annotations__) - set(DESCRIPTIONS):
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}")
-        super().__init__(**kwargs)
+        super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
         settings = {name: getattr(self, name) for name in self._valid_kwargs_names}
         chosen = {name: value for name, value in kwargs.items() if name in settings and value is not None}
         validate_typed_dict(self.valid_kwargs, chosen)  # type: ignore[type-var]
         self._validate_preprocess_kwargs(**settings)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make one of a saved file's settings, without those of a later version, and of the user's own."""
+        settings = list(cls.valid_kwargs.__annotations__)
+        for name in kwargs:
+            if name not in settings and (meant := get_close_matches(name, settings, 1, 0.8)):
+                raise TypeError(f"{cls.__name__} has no setting {name}; is {meant[0]} meant?")
+        known = {name: value for name, value in image_processor_dict.items() if name in (*settings, *DESCRIPTIONS)}
+        if others := sorted(set(image_processor_dict) - set(known)):
+            logger.warning("saved settings that this version does not know are left out: %s", ", ".join(others))
+        return super().from_dict(known, **kwargs)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         return self.preprocess(images, **kwargs)
@@ -151,6 +170,8 @@ class MammoDinoImageProcessor(PilBackend):
         for name in ("image_mean", "image_std"):
             if isinstance(kwargs.get(name), (int, float)):
                 kwargs[name] = (kwargs[name],)
+        if isinstance(kwargs.get("intensity_percentiles"), tuple):
+            kwargs["intensity_percentiles"] = list(kwargs["intensity_percentiles"])
         return super()._standardize_kwargs(**kwargs)
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
@@ -163,13 +184,14 @@ class MammoDinoImageProcessor(PilBackend):
         which then are images of their own: only the processor itself gives the slices of a volume one common crop and
         window. Images pass unchanged, as in transformers. The argument has the name that transformers gave it.
         """
-        source = image_url_or_urls
-        if isinstance(source, (list, tuple)):
+        source = _as_file(image_url_or_urls, 0)
+        if _is_sequence(source):
             return [self.fetch_images(each) for each in source]
         if opened := _open_if_dicom(source):
             settings, num_slices = self.render_settings, opened.num_frames
             wanted = spread(num_slices, settings.slices_per_volume or num_slices)
-            images = [GrayImage.of(each.pixels) for each in iter_slices(opened, settings, indices=wanted)]
+            options = {"indices": wanted, "allow_for_processing": settings.allow_for_processing}
+            images = [GrayImage.of(each.pixels) for each in iter_slices(opened, settings, **options)]
             return images if num_slices > 1 else images[0]
         return GrayImage.of(read_image(source)) if _is_file(source) else source
 
@@ -203,8 +225,10 @@ class MammoDinoImageProcessor(PilBackend):
         `slices_per_volume` evenly spaced ones.
         """
         settings = replace(self.render_settings, slices_per_volume=slices_per_volume)
-        name = _name(source[0] if isinstance(source, (list, tuple)) else source, 0)
-        for mammogram, small, plan in _planned(_opened(source), name, settings, hash_key, correct, slices):
+        is_series = _is_sequence(source)
+        files = [_as_file(each, place) for place, each in enumerate(source if is_series else [source])]
+        opened = _opened(files if is_series else files[0])
+        for mammogram, small, plan in _planned(opened, _name(files[0], 0), settings, hash_key, correct, slices):
             yield mammogram, render(mammogram.pixels, small, plan, settings, fit, upscale)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
@@ -218,7 +242,7 @@ class MammoDinoImageProcessor(PilBackend):
 
     def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         settings = _render_settings(kwargs)
-        items = list(_flat(images))
+        items = [_as_file(each, place) for place, each in enumerate(_flat(images))]
         if not items:
             raise InvalidImageError("images", "an empty list; give at least one image")
         names = [_name(item, position) for position, item in enumerate(items)]
@@ -290,7 +314,8 @@ def _planned(
         return
 
     def read(indices: list[int]) -> Iterator[tuple[Mammogram, Thumbnail]]:
-        slices = (iter_series if is_series else iter_slices)(source, settings, indices=indices, hash_key=hash_key)
+        options = {"hash_key": hash_key, "allow_for_processing": settings.allow_for_processing}
+        slices = (iter_series if is_series else iter_slices)(source, settings, indices=indices, **options)
         for each in map(correct, slices) if correct else slices:
             yield each, make_thumbnail(each.pixels, settings.tissue_finder)
 
@@ -307,14 +332,26 @@ def _planned(
 
 
 def _flat(images: Any) -> Iterator[Any]:
-    """The images of nested lists and of a 4-D batch, one by one."""
-    if isinstance(images, (list, tuple)):
+    """The images of nested sequences and of a 4-D batch, one by one."""
+    if _is_sequence(images):
         for each in images:
             yield from _flat(each)
     elif getattr(images, "ndim", 0) == 4:
         yield from images
     else:
         yield images
+
+
+def _is_sequence(images: Any) -> bool:
+    """Whether it holds images: a list, a column of `datasets` or pandas, an array of objects; not text or bytes."""
+    if isinstance(images, Sequence):
+        return not isinstance(images, (str, bytes, bytearray, memoryview))
+    return getattr(images, "ndim", 0) == 1 and getattr(getattr(images, "dtype", None), "kind", "") == "O"
+
+
+def _as_file(item: Any, position: int) -> Any:
+    """An open file or bytes as an ImageFile; all else as it is."""
+    return item if _is_file(item) else as_image_file(item, f"image {position}")
 
 
 def _is_file(item: Any) -> bool:

@@ -45,9 +45,11 @@ class RenderSettings(GraySettings):
         patch_size: side of a patch in pixels; divides the canvas.
         mean, std: standardize the pixels, scaled to 0..1; 0 and 1 leave them as they are.
         slices_per_volume: evenly spaced slices taken of a volume; 0 takes all.
+        allow_for_processing: take raw (FOR PROCESSING) DICOM images, too.
         tissue_finder: what is segmented: "breast", or "body" in axial slices of CT and MR, which are never flipped.
             What is said of the breast here and elsewhere then holds for the body.
-        do_intensity_normalize: map the percentiles below to black and white; otherwise the range of the data type.
+        do_intensity_normalize: map the percentiles below to black and white; otherwise the range of the data type,
+            or of the values where floats leave 0..1.
         intensity_percentiles: percentiles of the intensities inside the breast; what lies outside saturates.
         chest_wall_side: "left" or "right" flips so that the chest wall is there; "as_is" never flips.
         do_crop_to_breast: crop to the bounding box of the breast.
@@ -62,6 +64,7 @@ class RenderSettings(GraySettings):
     mean: float = 0.5
     std: float = 0.25
     slices_per_volume: int = 0
+    allow_for_processing: bool = False
     tissue_finder: str = "breast"
     do_intensity_normalize: bool = True
     intensity_percentiles: tuple[float, float] = (0.5, 99.9)
@@ -188,6 +191,9 @@ def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, na
             name, f"{saturated:.0%} of the breast has the largest value of 8 bits, 255; {CLIPPED_REMEDY}"
         )
     black, white = 0.0, first.source_max
+    least, most = (float(find([find(each.pixels) for each in thumbnails])) for find in (np.min, np.max))
+    if least < black or most > white:  # floats in units of their own, such as signed or rescaled DICOM
+        black, white = least, most
     if settings.do_intensity_normalize:
         black, white = (float(value) for value in np.percentile(inside, settings.intensity_percentiles))
     if white <= black:

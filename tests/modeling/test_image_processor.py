@@ -1,5 +1,7 @@
 """The image processor: every input a user holds, the same image from each, and settings that survive a round trip."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -14,6 +16,12 @@ from PIL import Image
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import find_breast
 from modeling_mammodino.rendering import RenderSettings, make_thumbnail, place_on_canvas, plan_rendering, render
+
+
+def closed_file() -> io.BytesIO:
+    stream = io.BytesIO(b"anything")
+    stream.close()
+    return stream
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +285,10 @@ def test_what_is_no_mammogram_is_refused_by_name(processor, tmp_path):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"\x89PNG", "bytes"),
+        (b"\x89PNG", "not a readable image"),
+        (io.StringIO("text"), "mode 'rb'"),
+        (closed_file(), "open it again"),
+        ((each for each in ()), "generator"),
         ({"path": "a.png"}, "dict"),
         ([], "empty list"),
         ("https://example.org/a.png", "download"),
@@ -302,3 +313,70 @@ def test_the_encoder_takes_what_the_processor_gives(processor, breast):
     kept = inputs["tissue_mask"].flatten(1) > 0
     patches = output.last_hidden_state[:, 1 + model.config.num_register_tokens :]
     assert (patches[~kept] == 0).all() and (patches[kept].abs().sum(-1) > 0).all()
+
+
+def test_open_files_and_bytes_are_read_and_stay_where_they_were(processor, breast, tmp_path):
+    Image.fromarray(breast).save(tmp_path / "a.png")
+    save(build(breast), tmp_path, "a.dcm")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "a.dcm", "a.dcm")
+    for name in ("a.png", "a.dcm"):
+        path = tmp_path / name
+        content, expected = path.read_bytes(), processor(path)["pixel_values"]
+        with open(path, "rb") as file, open(path, "rb", buffering=0) as unbuffered:
+            for source in (content, bytearray(content), io.BytesIO(content), file, unbuffered):
+                if hasattr(source, "seek"):
+                    source.seek(7)
+                np.testing.assert_array_equal(processor(source)["pixel_values"], expected)
+                ((_, rendered),) = processor.render_source(source, (224, 168))
+                assert rendered.tissue.any()
+                np.testing.assert_array_equal(processor(processor.fetch_images(source))["pixel_values"], expected)
+                if hasattr(source, "seek"):
+                    assert source.tell() == 7 and source.read(1) == content[7:8]
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive, archive.open("a.dcm") as member:
+        np.testing.assert_array_equal(processor([member, member])["pixel_values"], np.concatenate([expected] * 2))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_any_sequence_is_as_many_images(processor, breast, tmp_path, count):
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    near = [(breast // 16 + each).astype(np.uint8) for each in range(count)]  # as neighbors in a volume
+    files = [str(tmp_path / f"{each}.png") for each in range(count)]
+    for file, plane in zip(files, near, strict=True):
+        Image.fromarray(plane).save(file)
+    expected = processor(near)["pixel_values"]
+    assert len(expected) == count
+    column = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())["image"]
+    objects = np.array([*files, None], object)[:-1]
+    for images in (column, tuple(near), pandas.Series(files), objects, [near[:1], near[1:]]):
+        np.testing.assert_array_equal(processor(images)["pixel_values"], expected)
+    assert len(processor.fetch_images(column)) == count
+
+
+def test_raw_images_are_taken_where_the_refusal_says(breast):
+    dataset = build(breast, PresentationIntentType="FOR PROCESSING")
+    processor = MammoDinoImageProcessor()
+    with pytest.raises(InvalidImageError, match="allow_for_processing=True"):
+        processor(dataset)
+    expected = processor(build(breast))["pixel_values"]
+    np.testing.assert_array_equal(processor(dataset, allow_for_processing=True)["pixel_values"], expected)
+    raw = MammoDinoImageProcessor(allow_for_processing=True)
+    np.testing.assert_array_equal(raw(dataset)["pixel_values"], expected)
+    assert len(list(raw.render_source(dataset, (64, 64)))) == 1
+    np.testing.assert_array_equal(np.asarray(raw.fetch_images(dataset)), breast)
+
+
+def test_without_intensity_normalization_signed_and_rescaled_values_are_not_white(breast, tmp_path):
+    processor = MammoDinoImageProcessor(
+        do_intensity_normalize=False, do_clahe=False, do_normalize=False, do_zero_background=False
+    )
+    expected = (breast - breast.min()) / np.ptp(breast)
+    signed, rescaled = build(breast.astype(np.int16), bits=16), build(breast, RescaleSlope=1, RescaleIntercept=-1)
+    for source in (signed, rescaled, breast.astype(np.float32)):
+        ((_, rendered),) = processor.render_source(source, breast.shape)
+        inside = rendered.image[rendered.tissue] / 255
+        assert inside.mean() == pytest.approx(expected[breast > 1000].mean(), abs=0.05)
+    unit = MammoDinoImageProcessor(do_intensity_normalize=False, do_clahe=False).render_source(
+        (breast / 8190).astype(np.float32), breast.shape
+    )
+    assert next(unit)[1].image.max() == pytest.approx(255 * float(breast.max()) / 8190, abs=2)  # 0..1 is kept

@@ -1,6 +1,8 @@
 """Settings of the image processor: each is honored, survives a round trip, and ends with the call it was given for."""
 
+import copy
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ SIZE = {"height": 84, "width": 56}
 SETTINGS = sorted(MammoDinoImageProcessor.valid_kwargs.__annotations__)
 # another value of each setting; one that is forgotten here fails by its name
 CHANGED = {
+    "allow_for_processing": True,
     "bit_depth": 16,
     "chest_wall_side": "right",
     "clahe_clip_limit": 40,
@@ -87,6 +90,13 @@ def mammogram(phantom_archive) -> pydicom.Dataset:
     return dataset
 
 
+@pytest.fixture(scope="module")
+def raw(mammogram) -> pydicom.Dataset:
+    dataset = copy.deepcopy(mammogram)
+    dataset.PresentationIntentType = "FOR PROCESSING"
+    return dataset
+
+
 def process(processor: MammoDinoImageProcessor, image, **settings) -> tuple:
     try:
         inputs = processor(image, **settings)
@@ -97,10 +107,11 @@ def process(processor: MammoDinoImageProcessor, image, **settings) -> tuple:
 
 
 @pytest.mark.parametrize("name", [each for each in SETTINGS if each not in FIXED_SETTINGS])
-def test_a_setting_counts_survives_and_does_not_stick(name, tmp_path, volume, mammogram):
+def test_a_setting_counts_survives_and_does_not_stick(name, tmp_path, volume, mammogram, raw):
     change = {name: CHANGED[name]}
     image = mammogram if name in ("do_invert_monochrome1", "do_modality_lut", "do_voi_lut") else draw_breast()
     image = volume if name == "slices_per_volume" else image
+    image = raw if name == "allow_for_processing" else image
     plain, changed = MammoDinoImageProcessor(size=SIZE), MammoDinoImageProcessor(**{"size": SIZE, **change})
     before, expected = process(plain, image), process(changed, image)
     assert (before == expected) == (name == "default_to_square")  # which only says how one number becomes a size
@@ -180,3 +191,29 @@ def test_wrong_settings_are_refused_by_name_before_any_work(breast, setting, mes
     for refuse in (lambda **each: processor(breast, **each), MammoDinoImageProcessor):
         with pytest.raises((ValueError, TypeError, StrictDataclassFieldValidationError), match=message):
             refuse(**setting)
+
+
+def test_a_processor_equals_itself_after_saving(tmp_path):
+    for settings in ({}, {"intensity_percentiles": (1, 99.0)}, {"size": None}):
+        processor = MammoDinoImageProcessor(**settings)
+        processor.save_pretrained(tmp_path)
+        assert MammoDinoImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+    assert processor.size.height == 518
+
+
+def test_a_setting_of_a_later_version_is_left_out_with_a_warning(tmp_path, caplog, breast):
+    MammoDinoImageProcessor(size=SIZE, do_clahe=False).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sharpen_like_2031": 3}))
+    with caplog.at_level(logging.WARNING):
+        later = MammoDinoImageProcessor.from_pretrained(tmp_path)
+    assert "sharpen_like_2031" in caplog.text and not hasattr(later, "sharpen_like_2031")
+    assert process(later, breast) == process(MammoDinoImageProcessor(size=SIZE, do_clahe=False), breast)
+    AutoImageProcessor.from_pretrained(tmp_path)
+
+
+def test_a_setting_that_the_user_misspells_is_refused(tmp_path):
+    MammoDinoImageProcessor(size=SIZE).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="do_clae; is do_clahe meant"):
+        MammoDinoImageProcessor.from_pretrained(tmp_path, do_clae=False)
+    assert MammoDinoImageProcessor.from_pretrained(tmp_path, do_clahe=False).do_clahe is False

@@ -1,5 +1,6 @@
 """Images and arrays become one gray plane of their own depth, or are refused with the reason and the remedy."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -255,3 +256,29 @@ def test_nan_does_not_make_a_image_colored_or_constant():
 def test_floats_below_zero_are_not_taken_for_colored():
     negative = GRAY8.astype(np.float32) - 1000
     assert np.array_equal(to_gray_plane(np.stack([negative] * 3)), negative)
+
+
+def tiff(plane: np.ndarray, photometric: int) -> bytes:
+    """A TIFF written by hand, one strip; PhotometricInterpretation 0 is WhiteIsZero."""
+    height, width = plane.shape
+    bits, kind = 8 * plane.dtype.itemsize, 3 if plane.dtype.kind == "f" else 1
+    fields = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8 + 2 + 12 * 10 + 4)]
+    fields += [(277, 1), (278, height), (279, plane.nbytes), (339, kind)]
+    entries = b"".join(struct.pack("<HHLL", tag, 4 if value > 65535 else 3, 1, value) for tag, value in fields)
+    return b"II*\0" + struct.pack("<LH", 8, len(fields)) + entries + bytes(4) + plane.tobytes()
+
+
+def test_white_is_zero_is_inverted_at_every_depth(tmp_path):
+    unit = (GRAY16 / 65535).astype(np.float32)
+    for plane, negative in ((GRAY8, 255 - GRAY8), (GRAY16, 65535 - GRAY16), (unit, unit.max() + unit.min() - unit)):
+        (tmp_path / "black.tif").write_bytes(tiff(plane, 1))
+        (tmp_path / "white.tif").write_bytes(tiff(negative, 0))
+        np.testing.assert_array_equal(read_image(tmp_path / "black.tif"), plane)
+        np.testing.assert_allclose(read_image(tmp_path / "white.tif"), plane, atol=1e-6 if plane is unit else 0)
+
+
+def test_an_open_file_given_as_an_array_is_left_attached():
+    stream = io.BufferedReader(io.BytesIO(b"abc"))
+    with pytest.raises(InvalidImageError, match="open file"):
+        to_gray_plane(stream)
+    assert stream.read() == b"abc"
