@@ -1,16 +1,22 @@
 """The command `mammodino embed`: features of files in a Parquet table. Research use only."""
 
 import csv
+import hashlib
 import json
 import logging
 import os
+import shutil
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import tqdm, validate_repo_id
 from transformers import AutoModel, PreTrainedModel
@@ -21,7 +27,7 @@ from ..image_processing_mammodino import MammoDinoImageProcessor
 from .command import user_model, user_path
 from .convert import load_encoder, own_processor, processor_settings
 from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
-from .files import atomic_file, check_output, readable
+from .files import atomic_file, check_output, readable, write_json
 
 try:
     import pyarrow
@@ -33,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 ROW_GROUP_BYTES = 16 * 2**20  # of features
 MAX_DEFAULT_WORKERS = 8
+PART_SECONDS = 60  # of work at most are lost with a run
+NO_ROWS = FileEmbeddings("", embeddings=np.empty((0, 1), np.float32))
 
 
 def require_pyarrow() -> None:
@@ -86,6 +94,108 @@ def _to_arrow(results: list[FileEmbeddings]):
         "tissue_fraction": np.concatenate([each.tissue_fraction for each in results]),
     }
     return pyarrow.table(columns)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The finished files of a run, in a folder beside the table that they will become, so that a run that was stopped
+    goes on: each part, whole or not at all, holds the next files of the list."""
+
+    folder: Path
+
+    @classmethod
+    @contextmanager
+    def open(cls, output: Path, run: dict[str, str]) -> Iterator["Parts"]:
+        """Yield the parts of a table; they go when the block ends without error.
+
+        Raises ValueError where those of another `run` are there, or where another process is at work on them.
+        """
+        parts = cls(output.with_name(f"{output.name}.parts"))
+        parts.folder.mkdir(exist_ok=True)
+        try:
+            with FileLock(parts.folder / "lock").acquire(timeout=0):
+                noted = parts.folder / "run.json"
+                if parts.num_files and json.loads(noted.read_text()) != run:
+                    raise ValueError(
+                        f"{parts.folder}: holds the beginning of a run with other files or options; give the same to "
+                        "go on, or remove the folder"
+                    )
+                write_json(noted, run)
+                try:
+                    yield parts
+                except BaseException:
+                    if parts.num_files:
+                        logger.warning("what is finished stands in %s; the same command goes on", parts.folder)
+                    else:
+                        shutil.rmtree(parts.folder)
+                    raise
+        except Timeout as error:
+            raise ValueError(f"{output}: another process is writing it; wait for it, or give another") from error
+        shutil.rmtree(parts.folder)
+
+    @property
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.parquet"))
+
+    @property
+    def num_files(self) -> int:
+        return sum(int(pyarrow.parquet.read_schema(path).metadata[b"files"]) for path in self._paths)
+
+    def keep(self, results: Iterable[FileEmbeddings]) -> None:
+        """Write all results, every PART_SECONDS, and what there is where they break off."""
+        held: list[FileEmbeddings] = []
+        written = time.monotonic()
+        try:
+            for result in results:
+                held.append(result)
+                if time.monotonic() - written > PART_SECONDS:
+                    self._write(held)
+                    held, written = [], time.monotonic()
+        finally:
+            if held:
+                self._write(held)
+
+    def _write(self, results: list[FileEmbeddings]) -> None:
+        refused = {result.path: readable(result.refused) for result in results if result.refused is not None}
+        rows = [result for result in results if result.refused is None]
+        table = _to_arrow(rows or [NO_ROWS])
+        table = table.replace_schema_metadata({"files": str(len(results)), "refused": json.dumps(refused)})
+        with atomic_file(self.folder / f"{len(self._paths):06d}.parquet") as temporary:
+            pyarrow.parquet.write_table(table, temporary)
+
+    def read(self, refused: dict[str, str]) -> Iterator[FileEmbeddings]:
+        """Yield the results of all parts in order; refused files are noted in `refused`."""
+        for path in self._paths:
+            table = pyarrow.parquet.read_table(path)
+            refused |= json.loads(table.schema.metadata[b"refused"])
+            columns = {name: table[name].to_pylist() for name in ("path", "volume", "slice", "num_slices")}
+            width = table.schema.field("embedding").type.list_size
+            embeddings = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+            fractions = table["tissue_fraction"].to_numpy()
+            starts = [row for row, path in enumerate(columns["path"]) if not row or path != columns["path"][row - 1]]
+            for start, end in pairwise([*starts, len(table)]):
+                yield FileEmbeddings(
+                    columns["path"][start],
+                    volume=columns["volume"][start],
+                    slices=columns["slice"][start:end],
+                    num_slices=columns["num_slices"][start],
+                    embeddings=embeddings[start:end],
+                    tissue_fraction=fractions[start:end],
+                )
+
+
+def checksum(model: PreTrainedModel) -> str:
+    """Return what tells the weights of one model from those of another."""
+    return repr([float(parameter.detach().double().sum()) for parameter in model.parameters()])
+
+
+def stamp(files: Iterable[Path]) -> str:
+    """Return what changes with a list of files, their sizes and their times."""
+    digest = hashlib.sha256()
+    for file in files:
+        found = file.stat()
+        digest.update(f"{readable(file)}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def write_refused(path: Path, refused: Mapping[str, str]) -> None:
@@ -148,37 +258,40 @@ def run(options: Namespace) -> None:
     num_workers = options.num_workers
     if num_workers is None:  # on the CPU the encoder is the slower part, and takes all cores
         num_workers = 0 if device.type == "cpu" else min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
-    results = embed_files(
-        files,
-        model.to(device=device, dtype=getattr(torch, options.dtype)),  # type: ignore[call-arg]
-        image_processor,
-        pool=options.pool,
-        batch_size=options.batch_size,
-        slices_per_volume=options.slices_per_volume,
-        num_workers=num_workers,
-    )
+    model = model.to(device=device, dtype=getattr(torch, options.dtype))  # type: ignore[call-arg]
+    about = provenance(options, model, image_processor)
     refused = dict(unlisted)
-    results = _watch(results, len(files), refused)
-    rows = write_table(
-        pool_volumes(results) if options.pool_volumes else results, output, provenance(options, model, image_processor)
-    )
-    write_refused(refused_path := output.with_suffix(".refused.csv"), refused)
+    with Parts.open(output, {**about, "weights": checksum(model), "files": stamp(files)}) as parts:
+        results = embed_files(
+            files,
+            model,
+            image_processor,
+            pool=options.pool,
+            batch_size=options.batch_size,
+            slices_per_volume=options.slices_per_volume,
+            num_workers=num_workers,
+            skip=parts.num_files,
+        )
+        parts.keep(_watch(results, len(files), parts.num_files))
+        results = parts.read(refused)
+        rows = write_table(pool_volumes(results) if options.pool_volumes else results, output, about)
+        write_refused(refused_path := output.with_suffix(".refused.csv"), refused)
     if not rows:
         raise ValueError(f"none of {len(files)} files could be used: the reasons are in {refused_path}")
     print(f"{output}: {rows} rows of {len(files) + len(unlisted) - len(refused)} files; {len(refused)} refused"
           + (f", see {refused_path}" if refused else ""))  # fmt: skip
 
 
-def _watch(results: Iterable[FileEmbeddings], num_files: int, refused: dict[str, str]) -> Iterator[FileEmbeddings]:
-    """Yield the results, with progress on stderr; refused files are logged and noted in `refused`."""
-    images = 0
-    with tqdm(total=num_files, desc="embed", unit="file") as progress:
+def _watch(results: Iterable[FileEmbeddings], num_files: int, num_done: int) -> Iterator[FileEmbeddings]:
+    """Yield the results, with progress on stderr; refused files are logged."""
+    images = refused = 0
+    with tqdm(total=num_files, initial=num_done, desc="embed", unit="file") as progress:
         for result in results:
             if result.refused is not None:
-                logger.warning("refused: %s", result.refused)
-                refused[result.path] = result.refused
+                logger.warning("refused: %s", readable(result.refused))
+                refused += 1
             images += len(result.slices)
-            progress.set_postfix(images=images, refused=len(refused), refresh=False)
+            progress.set_postfix(images=images, refused=refused, refresh=False)
             progress.update()
             yield result
 

@@ -102,13 +102,29 @@ def stream_images(
     num_workers = min(num_workers, len(files))
     if num_workers == 0:
         return images
-    return DataLoader(
-        images,
-        batch_size=None,  # items one by one: batches are made across workers
-        collate_fn=_unchanged,  # arrays travel through pipes; tensors would need /dev/shm, which containers keep small
-        prefetch_factor=max(2, -(-num_ahead // num_workers)),
-        **worker_options(num_workers),
+    return _watched(
+        DataLoader(
+            images,
+            batch_size=None,  # items one by one: batches are made across workers
+            collate_fn=_unchanged,  # arrays travel through pipes; tensors need /dev/shm, which containers keep small
+            prefetch_factor=max(2, -(-num_ahead // num_workers)),
+            **worker_options(num_workers),
+        ),
+        num_workers,
     )
+
+
+def _watched(items: Iterable[Item], num_workers: int) -> Iterator[Item]:
+    """Yield the items; where a worker was killed, say what that mostly is. Raises RuntimeError."""
+    try:
+        yield from items
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise RuntimeError(
+            f"one of {num_workers} processes that read files was killed, mostly by a system short of memory; take "
+            "fewer num_workers, or 0"
+        ) from error
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
@@ -357,6 +373,7 @@ def embed_files(
     batch_size: int = 8,
     slices_per_volume: int | None = None,
     num_workers: int = 0,
+    skip: int = 0,
 ) -> Iterator[FileEmbeddings]:
     """Return the features of DICOM, PNG, JPEG, PGM and TIFF files, a `FileEmbeddings` each, in the order of `paths`.
 
@@ -372,12 +389,13 @@ def embed_files(
             files that hold one slice each all are taken.
         num_workers: processes that read and render; 0 does it in this one. They are spawned: a script that asks for
             them keeps its own work under `if __name__ == "__main__":`.
+        skip: files at the start of `paths` whose features are there already, and do not come again.
 
     Raises ValueError for arguments out of range, and for a model that does not fit the image processor.
     """
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r}: must be one of {', '.join(POOLS)}")
-    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("skip", skip, 0)):
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
     count = image_processor.slices_per_volume if slices_per_volume is None else slices_per_volume
@@ -387,7 +405,7 @@ def embed_files(
     for each in models:
         check_fit(each, image_processor)
     files = [Path(path) for path in paths]
-    return _embed(files, SliceReader(image_processor, count), models, pool, batch_size, num_workers)
+    return _embed(files, SliceReader(image_processor, count), models, pool, batch_size, num_workers, skip)
 
 
 def check_fit(model: PreTrainedModel, image_processor: MammoDinoImageProcessor) -> None:
@@ -414,8 +432,9 @@ def _embed(
     pool: str,
     batch_size: int,
     num_workers: int,
+    skip: int,
 ) -> Iterator[FileEmbeddings]:
-    volumes = group_paths(files, num_workers)
+    volumes = [places for places in group_paths(files, num_workers) if max(places) >= skip]
     sources = [[files[place] for place in places] if len(places) > 1 else files[places[0]] for places in volumes]
     images = stream_images(sources, reader, num_workers, num_ahead=batch_size)
     # the key holds no pixels, so that they are let go
@@ -427,7 +446,7 @@ def _embed(
     by_volume = (item if isinstance(item, FileEnd) else (item[0][0], (item[0][1], item[1])) for item in features)
     paths = [readable(file) for file in files]
     ready: dict[int, FileEmbeddings] = {}  # by the file's place, until it is its turn
-    turn = 0
+    turn = skip
     for places, (rows, refused) in zip(volumes, _in_order(by_volume), strict=True):
         volume = paths[min(places)]
         if refused is not None:
@@ -439,6 +458,7 @@ def _embed(
             ready |= {place: _of_file(paths[place], volume, [row]) for place, row in zip(places, rows, strict=True)}
         else:
             ready[places[0]] = _of_file(volume, volume, rows)
+        ready = {place: result for place, result in ready.items() if place >= turn}
         while turn in ready:
             yield ready.pop(turn)
             turn += 1

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import cv2
@@ -29,6 +30,7 @@ from modeling_mammodino import (
 )
 from modeling_mammodino.dicom import frame_order, open_dicom
 from modeling_mammodino.tools import embed as table_module
+from modeling_mammodino.tools import features as features_module
 from modeling_mammodino.tools.cli import main
 from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.features import (
@@ -317,6 +319,46 @@ def test_bad_files_are_named_and_the_rest_goes_on(archive, checkpoint, tmp_path,
     assert "3 refused" in capsys.readouterr().out
     run(archive / "study", checkpoint, output, "--overwrite", "--num_workers", "0")
     assert [path.name for path in output.parent.iterdir()] == ["features.parquet"]  # the old list goes
+
+
+@pytest.mark.parametrize("options", [(), ("--pool_volumes",)])
+def test_a_run_that_was_stopped_goes_on_and_ends_the_same(volume, archive, checkpoint, tmp_path, monkeypatch, options):
+    """It stops between the files of one volume, whose first are done."""
+    folder, output = tmp_path / "archive", tmp_path / "features.parquet"
+    shutil.copytree(archive, folder)
+    for number, path in enumerate(split_into_files(volume, folder)):
+        path.rename(folder / f"{'a' if number < 3 else 'y'}{number}.dcm")
+    options = ("--num_workers", "0", "--batch_size", "1", *options)
+    expected = run(folder, checkpoint, tmp_path / "whole.parquet", *options)
+    refused = (tmp_path / "whole.refused.csv").read_text()
+
+    encode, calls = features_module._encode_batch, []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) > 9:
+            raise RuntimeError("CUDA out of memory")
+        return encode(*arguments)
+
+    monkeypatch.setattr(features_module, "_encode_batch", stop)
+    with pytest.raises(SystemExit, match="CUDA out of memory"):
+        run(folder, checkpoint, output, *options)
+    parts = tmp_path / "features.parquet.parts"
+    assert not output.exists() and (parts / "000000.parquet").exists()
+    with pytest.raises(SystemExit, match="parts: holds the beginning of a run with other files or options"):
+        run(folder, checkpoint, output, *options, "--pool", "patches")
+    monkeypatch.setattr(features_module, "_encode_batch", encode)
+    found = run(folder, checkpoint, output, *options)
+    pd.testing.assert_frame_equal(found, expected)
+    assert (tmp_path / "features.refused.csv").read_text() == refused and not parts.exists()
+
+
+@pytest.mark.slow
+def test_a_killed_reader_is_said_with_its_likely_cause():
+    with pytest.raises(
+        RuntimeError, match="one of 1 processes that read files was killed, mostly by a system short of"
+    ):
+        list(stream_images([signal.SIGKILL], signal.raise_signal, num_workers=1))
 
 
 def test_names_that_are_not_utf8_are_kept_readable(checkpoint, tmp_path):
