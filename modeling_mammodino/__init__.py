@@ -7,6 +7,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageC
 
 # from its module: the top-level name is a dummy on transformers 5.17 without torchvision
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 from .configuration_mammodino import MammoDinoConfig
 from .image_io import InvalidImageError
@@ -20,6 +21,8 @@ AutoModel.register(MammoDinoConfig, MammoDinoModel, exist_ok=True)
 AutoBackbone.register(MammoDinoConfig, MammoDinoBackbone, exist_ok=True)
 AutoModelForImageClassification.register(MammoDinoConfig, MammoDinoForImageClassification, exist_ok=True)
 AutoImageProcessor.register(MammoDinoConfig, image_processor_classes={"pil": MammoDinoImageProcessor}, exist_ok=True)
+# a pipeline looks for a video processor, too, and asks about remote code unless it is known that there is none
+VIDEO_PROCESSOR_MAPPING.register(MammoDinoConfig, {}, exist_ok=True)
 
 # save_pretrained then copies the source beside the weights, so that the folder opens where this package is missing
 MammoDinoConfig.register_for_auto_class()

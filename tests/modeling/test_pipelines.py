@@ -172,3 +172,12 @@ def test_a_gray_image_is_the_plane(mode):
     else:
         assert np.array_equal(np.asarray(asked), GRAY[mode]) and asked is not image
     assert np.array_equal(np.asarray(image.crop((5, 0, 25, 30))), GRAY[mode][:30, 5:25])
+
+
+def test_nothing_is_asked_where_the_package_is_imported(folders, png, monkeypatch):
+    """transformers swallows what a question raises, so they are noted."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
+    for task, folder in folders.items():
+        pipe = pipeline(task, folder)
+        assert pipe(pipe.image_processor.fetch_images(png)) and not asked
