@@ -176,6 +176,7 @@ def _syntax(content: bytes, rng: np.random.Generator) -> bytes:
     """The pixels are said to be in another transfer syntax."""
     at = content.find(b"1.2.840.10008.1.2")
     ends = [b".1\0", b".2\0", b".5\0", b".4.50", b".4.51", b".4.57", b".4.70", b".4.80", b".4.90", b".4.91", b".4.201"]
+    ends += [b".4.110", b".8.1\0\0", b".1.98\0"]
     end = ends[int(rng.integers(len(ends)))]
     return content[: at + 17] + end + content[at + 17 + len(end) :] if at > 0 else content
 
