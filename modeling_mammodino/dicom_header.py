@@ -6,7 +6,7 @@ are the allow-list: nothing else of a header reaches a corpus.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -55,13 +55,15 @@ def vector(dataset: Any, keyword: str) -> np.ndarray | None:
 
 def number(dataset: Any, keyword: str) -> float | None:
     """The first value of a numeric element, also where those behind it are malformed."""
+    value: Any
     try:
         value = dataset.get(keyword)
     except _MALFORMED:
-        first, *others = identifier(dataset, keyword).split("\\")
-        value = first if others else None
+        value, *others = identifier(dataset, keyword).split("\\")
+        value = value if others else None
     try:
-        first = float(value if np.isscalar(value) else next(iter(value)))
+        is_one = isinstance(value, str) or not isinstance(value, Iterable)
+        first = float(value if is_one else next(iter(value)))
     except (*_MALFORMED, StopIteration):
         return None
     return first if math.isfinite(first) else None

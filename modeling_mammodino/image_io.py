@@ -200,12 +200,12 @@ def _pillow_changes_depth(image: Image.Image, data: bytes) -> bool:
     return image.format == "PPM" and data[:2] in (b"P2", b"P5")
 
 
-def _is_white_zero(image: Image.Image) -> bool:
+def _is_white_zero(image: Any) -> bool:
     """Whether larger is darker still: Pillow inverts such TIFF files up to 8 bits only."""
     return image.format == "TIFF" and image.tag_v2.get(262) == 0 and image.mode not in ("1", "L", "LA")
 
 
-def _inverted(plane: np.ndarray, image: Image.Image) -> np.ndarray:
+def _inverted(plane: np.ndarray, image: Any) -> np.ndarray:
     """Inverted within the bits of a sample; of other numbers than uint16, within their own range."""
     bits = image.tag_v2.get(258, (16,))[0]
     if plane.dtype == np.uint16 and bits <= 16:

@@ -190,7 +190,7 @@ class MammoDinoImageProcessor(PilBackend):
         if opened := _open_if_dicom(source):
             settings, num_slices = self.render_settings, opened.num_frames
             wanted = spread(num_slices, settings.slices_per_volume or num_slices)
-            options = {"indices": wanted, "allow_for_processing": settings.allow_for_processing}
+            options: dict[str, Any] = {"indices": wanted, "allow_for_processing": settings.allow_for_processing}
             images = [GrayImage.of(each.pixels) for each in iter_slices(opened, settings, **options)]
             return images if num_slices > 1 else images[0]
         return GrayImage.of(read_image(source)) if _is_file(source) else source
@@ -314,7 +314,7 @@ def _planned(
         return
 
     def read(indices: list[int]) -> Iterator[tuple[Mammogram, Thumbnail]]:
-        options = {"hash_key": hash_key, "allow_for_processing": settings.allow_for_processing}
+        options: dict[str, Any] = {"hash_key": hash_key, "allow_for_processing": settings.allow_for_processing}
         slices = (iter_series if is_series else iter_slices)(source, settings, indices=indices, **options)
         for each in map(correct, slices) if correct else slices:
             yield each, make_thumbnail(each.pixels, settings.tissue_finder)
