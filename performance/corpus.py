@@ -23,7 +23,8 @@ import cv2
 import numpy as np
 import pydicom
 
-from dataset_scripts.corpus.plan import HASH_KEY_VARIABLE, ArchiveFile, Job, Volume, write_lines
+from dataset_scripts.corpus.archive import ArchiveFile
+from dataset_scripts.corpus.plan import HASH_KEY_VARIABLE, Job, Volume, write_lines
 from dataset_scripts.corpus.shards import render_shard
 from dataset_scripts.phantom.dicom import BreastInfo, mammogram_dataset, save, tomosynthesis_dataset
 
@@ -120,7 +121,7 @@ def make_job(output: Path, paths: list[Path], frames: int) -> Job:
     volumes = []
     for number, path in enumerate(paths):
         file = ArchiveFile(number, str(path), str(path), path.name)
-        volumes.append(Volume(f"{number:032x}", [file], frames, None))
+        volumes.append(Volume(f"{number:032x}", [[file]], frames, None))
     write_lines(job.shard_plan(0), volumes)
     return job
 

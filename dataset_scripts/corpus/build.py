@@ -12,15 +12,20 @@ import csv
 import json
 import logging
 import os
+import re
 import secrets
+import shutil
 import subprocess
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import modeling_mammodino
@@ -30,14 +35,14 @@ from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcesso
 from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, write_json
 
+from .archive import ArchiveFile, is_address, list_archive
 from .engine import ENGINES, Stage, parse_arguments, run_stages
 from .plan import (
     HASH_KEY_VARIABLE,
-    ArchiveFile,
+    MODALITIES,
     Job,
     MakePlan,
     ReadHeaders,
-    list_archive,
     read_hash_key,
     read_lines,
     write_lines,
@@ -49,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_SHARD = 1000  # some 200 MB
 TASKS = 64
+LOCK_SECONDS = 5  # for the processes of a build that was killed just now
 SHORT_KEY_BYTES = 16
 SETTINGS = ("tissue_", "do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std")
 README = """\
@@ -66,6 +72,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=1024, help="... and this width, never enlarged (default 1024)")
     parser.add_argument(
         "--tissue_finder", default="breast", choices=tuple(TISSUE_FINDERS), help="body: axial slices of CT or MR"
+    )
+    parser.add_argument(
+        "--modalities",
+        nargs="+",
+        help="of DICOM images that enter (default: MG, which takes in mammography and tomosynthesis of any name and CR "
+        "and DX of the breast; for body CT MR); NONE: those that state none",
+    )
+    parser.add_argument(
+        "--min_mask_confidence", type=float, default=0.0, help="images with less are left out (default 0, none is)"
     )
     parser.add_argument("--bit_depth", type=int, default=8, choices=(8, 16), help="bits a pixel (default 8)")
     parser.add_argument("--collection", default="unnamed", help="name for the column `source`; it is published")
@@ -107,9 +122,10 @@ def main(arguments: list[str] | None = None) -> None:
     if manifest is None:
         print(f"sent off; {output} is complete when {output / MANIFEST} is there")
         return
+    unlisted = f" and {manifest['folders_unlisted']} folders" if manifest["folders_unlisted"] else ""
     print(
         f"{output}: {manifest['rows']} images of {manifest['volumes']} volumes from {manifest['files_read']} "
-        f"files; {manifest['files_refused']} refused, see {output}.private/refused.csv"
+        f"files; {manifest['files_refused']} files{unlisted} refused, see {output}.private/refused.csv"
     )
 
 
@@ -122,6 +138,8 @@ def build_corpus(
     hash_key_file: str | Path | None = None,
     bcs_dbt_paths: Sequence[str | Path] = (),
     metadata: Sequence[str | Path] = (),
+    modalities: Sequence[str] | None = None,
+    min_mask_confidence: float = 0.0,
     num_proc: int = 1,
     rows_per_shard: int = ROWS_PER_SHARD,
     tasks: int = TASKS,
@@ -131,9 +149,12 @@ def build_corpus(
     """Build or go on with the corpus in `output`; return its manifest, None where a cluster has yet to make it.
 
     Images are as large as `fit` = (height, width) in pixels allows, never enlarged. The key of the hashes is in
-    `hash_key_file` or $MAMMODINO_HASH_KEY. Raises ValueError where `output` holds a corpus of other settings or another
-    key, or where there is nothing to read; OSError where the archive cannot be listed or the corpus not be written.
+    `hash_key_file` or $MAMMODINO_HASH_KEY. `modalities` and `min_mask_confidence` say what enters, see `Job`. Raises
+    ValueError where `output` holds a corpus of other settings or another key, where another build is at work, or where
+    no file can be used; OSError where the archive cannot be listed or the corpus not be written.
     """
+    if not 0 <= min_mask_confidence <= 1:
+        raise ValueError(f"min_mask_confidence={min_mask_confidence}: must be from 0 to 1")
     if min(*fit, num_proc, rows_per_shard, tasks) < 1:
         raise ValueError("height, width, num_proc, rows_per_shard and tasks must be at least 1")
     _provide_hash_key(hash_key_file)
@@ -141,31 +162,67 @@ def build_corpus(
         raise ValueError(
             "--engine ray: give --hash_key_file, where all nodes can read it; they do not share a variable"
         )
-    job = _begin(
-        Job(
-            output=str(Path(output).absolute()),
-            sources=tuple(map(_absolute, sources)),
-            fit=fit,
-            image_processor=corpus_settings(image_processor),
-            collection=collection,
-            hash_key_file=str(Path(hash_key_file).absolute()) if hash_key_file else None,
-            bcs_dbt_paths=tuple(map(_absolute, bcs_dbt_paths)),
-            metadata=tuple(map(_absolute, metadata)),
-            rows_per_shard=rows_per_shard,
-            tasks=tasks,
+    if num_proc > 1 and threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "several processes are watched by signals, which only the main thread receives: build there, in a process "
+            "of its own, or with num_proc=1"
         )
+    job = Job(
+        output=str(Path(output).absolute()),
+        sources=tuple(map(_absolute, sources)),
+        fit=fit,
+        image_processor=corpus_settings(image_processor),
+        collection=collection,
+        hash_key_file=str(Path(hash_key_file).absolute()) if hash_key_file else None,
+        bcs_dbt_paths=tuple(map(_absolute, bcs_dbt_paths)),
+        metadata=tuple(map(_absolute, metadata)),
+        modalities=tuple(sorted(modalities or MODALITIES[image_processor.tissue_finder])),
+        min_mask_confidence=min_mask_confidence,
+        rows_per_shard=rows_per_shard,
+        tasks=tasks,
     )
-    headers = _bar("headers", "task", job.work / "headers", lambda: job.tasks)
-    images = _bar("images", "shard", job.work / "shards", lambda: len(list((job.work / "plan").iterdir())))
-    stages = [
-        Stage("headers", ReadHeaders(job), job.tasks, headers),
-        Stage("plan", MakePlan(job), 1),
-        Stage("shards", RenderShards(job), job.tasks, images),
-        Stage("manifest", Finish(job), 1),
-    ]
-    if not run_stages(stages, engine, num_proc, job.work / "engine", engine_arguments or {}):
-        return None
-    return json.loads((Path(job.output) / MANIFEST).read_text())
+    with _one_at_a_time(job):
+        job = _begin(job)
+        headers = _bar("headers", "task", job.work / "headers", lambda: job.tasks)
+        images = _bar("images", "shard", job.work / "shards", lambda: len(list(job.work.glob("plan/*"))))
+        stages = [
+            Stage("headers", ReadHeaders(job), job.tasks, headers),
+            Stage("plan", MakePlan(job), 1),
+            Stage("shards", RenderShards(job), job.tasks, images),
+            Stage("manifest", Finish(job), 1),
+        ]
+        if not run_stages(stages, engine, num_proc, job.work / "engine", engine_arguments or {}):
+            return None
+    manifest = json.loads((Path(job.output) / MANIFEST).read_text())
+    if not manifest["rows"]:
+        ignored = json.loads(job.plan.read_text())["ignored"]
+        others = "; ignored: " + ", ".join(f"{count} {suffix}" for suffix, count in ignored.items()) if ignored else ""
+        raise ValueError(
+            f"none of {manifest['files_found']} files could be used: {manifest['files_refused']} were refused, the "
+            f"reasons are in {job.work / 'refused.csv'}{others}"
+        )
+    return manifest
+
+
+@contextmanager
+def _one_at_a_time(job: Job) -> Iterator[None]:
+    """Hold the folder of a build. Raises ValueError where another process has it, which would delete what this one
+    writes."""
+    is_new = not job.work.exists()
+    job.work.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(job.work / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)  # released by the system when the process dies
+    except Timeout as error:
+        raise ValueError(f"{job.output}: another build is at work there; wait for it, or give another") from error
+    except NotImplementedError:
+        logger.warning("the file system has no locks: start no second build of %s while this one runs", job.output)
+    try:
+        yield
+    finally:
+        lock.release()
+        if is_new and not job.begun.exists():  # refused before it began
+            shutil.rmtree(job.work, ignore_errors=True)
 
 
 def corpus_settings(image_processor: MammoDinoImageProcessor) -> dict[str, Any]:
@@ -195,12 +252,12 @@ def _provide_hash_key(path: str | Path | None) -> None:
 def _absolute(source: str | Path) -> str:
     """Return an address that means the same in every process."""
     text = str(source)
-    return text if "://" in text or "::" in text else str(Path(text).absolute())
+    return text if is_address(text) else str(user_path(text).absolute())
 
 
 def _begin(job: Job) -> Job:
     """List the archive, or find the listing of the build that is gone on with."""
-    output, begun = Path(job.output), job.work / "job.json"
+    output, begun = Path(job.output), job.begun
     wanted = {"mammodino": modeling_mammodino.__version__, **job.settings()}
     if begun.exists():
         saved = json.loads(begun.read_text())
@@ -213,14 +270,19 @@ def _begin(job: Job) -> Job:
         return replace(job, tasks=saved["tasks"], rows_per_shard=saved["rows_per_shard"])
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: not empty, and no build of ours to go on with; choose another --output")
-    files = list_archive(job.sources)
+    listing = list_archive(job.sources)
+    files = listing.files
+    for reason, count in Counter((listing.unlisted | listing.passed_over).values()).items():
+        logger.warning("left out: %d, %s", count, reason)
     if not files:
         raise ValueError(f"{', '.join(job.sources)}: nothing to read; give folders with DICOM, PNG, JPEG or PGM files")
     output.mkdir(parents=True, exist_ok=True)
-    job.work.mkdir(mode=0o700, exist_ok=True)
     (job.work / "README.txt").write_text(README)
     job = replace(job, tasks=min(job.tasks, len(files)))
     write_lines(job.listing, files)
+    left_out = [(path, reason, True) for path, reason in sorted(listing.unlisted.items())]
+    left_out += [(path, reason, False) for path, reason in sorted(listing.passed_over.items())]
+    write_lines(job.left_out, left_out)
     counts = {"files": len(files), "tasks": job.tasks, "rows_per_shard": job.rows_per_shard}
     write_json(begun, {"settings": wanted, **counts})
     logger.info("%d files listed", len(files))
@@ -253,10 +315,12 @@ class Finish:
         plan = json.loads(job.plan.read_text())
         records = [json.loads(job.shard_record(shard).read_text()) for shard in range(plan["shards"])]
         refused = sorted(plan["refused"] + [each for record in records for each in record["refused"]])
-        self._write_refused(dict(map(tuple, refused)))
+        left_out = list(read_lines(job.left_out))
+        unlisted = [(path, reason) for path, reason, is_unlisted in left_out if is_unlisted]
+        self._write_refused(dict(map(tuple, refused)), unlisted)
         for leftover in output.glob(".*.tmp"):  # of tasks that were killed
             leftover.unlink(missing_ok=True)
-        files = json.loads((job.work / "job.json").read_text())["files"]
+        files, ignored = json.loads(job.begun.read_text())["files"], sum(plan["ignored"].values())
         shards = [{name: record[name] for name in ("name", "rows", "sha256")} for record in records if record["name"]]
         settings = {"tissue_cell_px": TISSUE_CELL_PX, **job.settings()}
         del settings["sources"], settings["bcs_dbt_paths"], settings["metadata"]  # places of this machine
@@ -266,25 +330,34 @@ class Finish:
             "mammodino": modeling_mammodino.__version__,
             **settings,
             "files_found": files,
-            "files_read": files - plan["files_ignored"] - len(refused),
+            "files_read": files - ignored - len(refused),
             "files_refused": len(refused),
-            "files_ignored": plan["files_ignored"],
+            "files_ignored": ignored,
+            "folders_unlisted": len(unlisted),
+            "passed_over": dict(Counter(reason for _, reason, is_unlisted in left_out if not is_unlisted)),
             "rows": sum(record["rows"] for record in records),
             "volumes": sum(record["volumes"] for record in records),
             "rows_by_kind": dict(sorted(_sum(record["kinds"] for record in records).items())),
             "doubtful_masks": sum(record["doubtful_masks"] for record in records),
             "burned_in_annotations": dict(_sum(record["burned_in_annotations"] for record in records)),
-            "refused_by_reason": dict(Counter(reason for _, reason in refused).most_common(20)),
+            "refused_by_reason": dict(
+                Counter(re.sub(r"file \d+", "another file", reason) for _, reason in refused).most_common(20)
+            ),
             "notes": dict(_sum(record["notes"] for record in records).most_common(20)),
             "shards": shards,
         }
         write_json(output / MANIFEST, manifest)
 
-    def _write_refused(self, reasons: dict[int, str]) -> None:
+    def _write_refused(self, reasons: dict[int, str], unlisted: list[tuple[str, str]]) -> None:
+        """Write the private list; a folder has no number, and a name that is not UTF-8 is escaped."""
         target = self.job.work / "refused.csv"
-        with atomic_file(target) as temporary, temporary.open("w", newline="", errors="surrogateescape") as stream:
+        with (
+            atomic_file(target) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+        ):
             writer = csv.writer(stream)
             writer.writerow(["number", "file", "reason"])
+            writer.writerows(("", *each) for each in unlisted)
             for file in (ArchiveFile(*line) for line in read_lines(self.job.listing)):
                 if file.number in reasons:
                     writer.writerow([file.number, file.path, reasons[file.number]])

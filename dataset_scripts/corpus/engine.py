@@ -96,14 +96,16 @@ def _watched(progress: Callable[[], None]) -> Iterator[None]:
             progress()
             children.update(multiprocess.active_children())
             died.extend(child.exitcode for child in children if child.exitcode not in (None, 0, -signal.SIGTERM))
-            if died:
+            if died and is_main:
                 os.kill(os.getpid(), signal.SIGUSR1)  # not SIGINT, which a shell's background jobs ignore
                 return
 
     def stop(*_: Any) -> None:
         raise ChildProcessError(f"a worker process died (signal {-died[0]}; 9 is often a lack of memory)")
 
-    before = signal.signal(signal.SIGUSR1, stop)
+    # elsewhere no signal arrives; there `build_corpus` starts no workers that could die
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGUSR1, stop) if is_main else None
     watcher = threading.Thread(target=watch, daemon=True)
     _helpers_are_bound.set()
     watcher.start()
@@ -112,7 +114,8 @@ def _watched(progress: Callable[[], None]) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-        signal.signal(signal.SIGUSR1, before)
+        if is_main:
+            signal.signal(signal.SIGUSR1, before)
         _helpers_are_bound.clear()
     progress()
 

@@ -1,6 +1,6 @@
 """First half of a build: the archive is listed, every header is read, and the images are shared out to shards.
 
-A second copy of a SOP instance is left out; files that are slices of one volume become one. The plan depends on nothing
+Copies of a SOP instance share a place; files that are slices of one volume become one. The plan depends on nothing
 but the archive, so that every task, and every start after a stop, makes the same rows.
 
 A build has two folders: `output`, the corpus, and `work` beside it, for its owner's eyes alone. `work` holds what names
@@ -10,60 +10,44 @@ engine's logs. A stopped build goes on from it. Elsewhere a file is known by its
 
 import json
 import os
+import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from fsspec.core import url_to_fs
-
-from modeling_mammodino.dicom import Instance, keyed_hash, order_of_files, read_instance
-from modeling_mammodino.image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES, ImageFile, InvalidImageError, suffix
+from modeling_mammodino.dicom import Instance, keyed_hash, open_dicom, order_of_files, read_instance
+from modeling_mammodino.dicom_header import kind, number, text
+from modeling_mammodino.image_io import IMAGE_SUFFIXES, InvalidImageError, suffix
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools.files import atomic_file, write_json
 
+from .archive import ArchiveFile, opened
 from .engine import die_with_parent
 
 HASH_KEY_VARIABLE = "MAMMODINO_HASH_KEY"
+MODALITIES = {"breast": ("MG",), "body": ("CT", "MR")}  # by the finder of the tissue
+NO_MODALITY = "NONE"  # stands for an element that is missing
+SELECTION = ("modalities", "min_mask_confidence")
+CUTOUTS = ("CROPPED IMAGES", "ROI MASK IMAGES")
+ODD_SHAPE = "another size than most slices of its series, as a scout has; leave it out"
 LEAST_ROWS_PER_SHARD = 16  # a small archive is shared out to all tasks, but not in crumbs
-
-
-class ArchiveFile(NamedTuple):
-    """A file of an archive; as a list, a line of the private listing."""
-
-    number: int  # its place in the listing
-    source: str  # address of the archive
-    path: str  # in the file system of that address
-    relative: str  # to the archive's root, with slashes
-
-    @property
-    def name(self) -> str:
-        """What may be logged."""
-        suffix = PurePosixPath(self.path).suffix.lower()
-        return f"file {self.number}{suffix if suffix in (*DICOM_SUFFIXES, *IMAGE_SUFFIXES) else ''}"
-
-    @contextmanager
-    def open(self) -> Iterator[ImageFile]:
-        filesystem, _ = url_to_fs(self.source)
-        with filesystem.open(self.path, "rb") as stream:
-            yield ImageFile(stream, self.name, identity=self.relative)
 
 
 class Volume(NamedTuple):
     """A line of a shard's plan: one image, or the slices of one volume."""
 
     volume_id: str
-    files: list[ArchiveFile]  # more than one where each slice is a file
+    places: list[list[ArchiveFile]]  # one, or one a slice in their order; each with its copies, the likeliest first
     num_slices: int
     slice_spacing_mm: float | None  # by the positions of such files
 
     @classmethod
     def from_json(cls, fields: list[Any]) -> "Volume":
-        volume_id, files, *others = fields
-        return cls(volume_id, [ArchiveFile(*file) for file in files], *others)
+        volume_id, places, *others = fields
+        return cls(volume_id, [[ArchiveFile(*file) for file in copies] for copies in places], *others)
 
 
 @dataclass(frozen=True)
@@ -76,6 +60,8 @@ class Job:
         hash_key_file: holds the key of the hashes; else it is in $MAMMODINO_HASH_KEY. The key itself stands nowhere.
         bcs_dbt_paths: BCS-DBT's BCS-DBT-file-paths-*.csv, which correct wrong headers.
         metadata: CSV tables of files without a header (`metadata.FileMetadata`).
+        modalities: of DICOM images that enter; see `why_foreign`.
+        min_mask_confidence: of an image, of a volume's slices in the median, below which it is left out.
         tasks: in which the work is shared out; fixed for the life of a build.
     """
 
@@ -89,10 +75,17 @@ class Job:
     rows_per_shard: int
     tasks: int
     metadata: tuple[str, ...] = ()
+    modalities: tuple[str, ...] = ("MG",)
+    min_mask_confidence: float = 0.0
 
     @property
     def work(self) -> Path:
         return Path(f"{self.output}.private")
+
+    @property
+    def begun(self) -> Path:
+        """Tells that the archive was listed, and by which settings."""
+        return self.work / "job.json"
 
     @property
     def listing(self) -> Path:
@@ -102,6 +95,11 @@ class Job:
     def plan(self) -> Path:
         """Written last: tells that the shards' own plans are there."""
         return self.work / "plan.json"
+
+    @property
+    def left_out(self) -> Path:
+        """What the listing leaves out: lines of path, reason, and whether it is a folder that cannot be listed."""
+        return self.work / "left_out.jsonl"
 
     def headers(self, task: int) -> Path:
         return self.work / "headers" / f"{task:05d}.jsonl"
@@ -121,7 +119,7 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Return what shapes the rows. One corpus has one set of these."""
-        kept = ("sources", "fit", "image_processor", "collection", "bcs_dbt_paths", "metadata")
+        kept = ("sources", "fit", "image_processor", "collection", "bcs_dbt_paths", "metadata", *SELECTION)
         settings = {name: value for name, value in asdict(self).items() if name in kept}
         settings["hash_key_check"] = keyed_hash("corpus", self.hash_key)  # tells two keys apart, reveals neither
         return json.loads(json.dumps(settings))
@@ -144,28 +142,6 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
         stream.writelines(json.dumps(value) + "\n" for value in values)
 
 
-def list_archive(sources: Sequence[str]) -> list[ArchiveFile]:
-    """List every file of the addresses, sorted; linked folders are not entered.
-
-    Credentials come from fsspec's configuration and environment. Raises OSError where something cannot be listed.
-    """
-    found: set[tuple[str, str, str]] = set()
-    for source in sources:
-        filesystem, root = url_to_fs(source)
-        if filesystem.isfile(root):
-            found.add((source, root, PurePosixPath(root).name))
-            continue
-        if not filesystem.isdir(root):
-            raise FileNotFoundError(f"{source}: no such file or folder")
-        start = len(root.rstrip("/")) + 1 if root else 0
-        for _, _, files in filesystem.walk(root, detail=True, on_error="raise"):
-            for about in files.values():
-                path = about["name"]
-                if not (about.get("islink") and Path(path).is_dir()):  # a link to a folder is listed as a file
-                    found.add((source, path, path[start:]))
-    return [ArchiveFile(number, *each) for number, each in enumerate(sorted(found))]
-
-
 @dataclass
 class ReadHeaders:
     """A task reads the headers of every n-th file: what it is, or why it is refused."""
@@ -177,31 +153,45 @@ class ReadHeaders:
         key = self.job.hash_key
         files = (ArchiveFile(*each) for each in read_lines(self.job.listing))
         mine = (file for file in files if file.number % world_size == rank)
-        write_lines(self.job.headers(rank), (read_header(file, key) for file in mine))
+        write_lines(self.job.headers(rank), (read_header(file, key, self.job.modalities) for file in mine))
 
 
-def read_header(file: ArchiveFile, key: bytes) -> dict[str, Any]:
-    """Return {"file"} of what is no image, {"file", "refused"}, or {"file", "size", "instance"}."""
+def read_header(file: ArchiveFile, key: bytes, modalities: Sequence[str]) -> dict[str, Any]:
+    """Return {"file"} of what is no image, {"file", "refused"}, or {"file", "size", "instance", "shape"}."""
     found: dict[str, Any] = {"file": file}
     try:
-        with file.open() as image:
-            size = image.stream.seek(0, 2)
-            image.stream.seek(0)
+        size = file.size()
+        with opened([file]) as (image,):
             if suffix(image) in IMAGE_SUFFIXES:
                 own = keyed_hash(image.identity, key)
-                return {**found, "size": size, "instance": Instance(own, own, 1, None, None)}
+                return {**found, "size": size, "instance": Instance(own, own, 1, None, None), "shape": None}
             if suffix(image) or image.stream.read(132)[128:] == b"DICM":  # by a suffix that is known
-                return {**found, "size": size, "instance": read_instance(image, key)}
+                dicom = open_dicom(image)
+                instance = read_instance(dicom, key)
+                if foreign := why_foreign(dicom.header, instance.num_slices, modalities):
+                    return {**found, "refused": foreign}
+                shape = [number(dicom.header, side) for side in ("Rows", "Columns")]
+                return {**found, "size": size, "instance": instance, "shape": shape}
     except InvalidImageError as refusal:
         return {**found, "refused": refusal.reason}
-    except OSError as error:
-        return {**found, "refused": unreadable(error)}
     return found
 
 
-def unreadable(error: OSError) -> str:
-    """Return the reason without the path that the message of an OSError quotes."""
-    return f"cannot be opened ({error.strerror or type(error).__name__}); check the file and its permissions"
+def why_foreign(header: Any, frames: int, modalities: Sequence[str]) -> str | None:
+    """Return why an image is none of the corpus', by SOP class, modality and what CBIS-DDSM calls its files; or None.
+
+    With MG among the modalities a SOP class of mammography or tomosynthesis is enough, and so is, of CR and DX, the
+    breast as the body part.
+    """
+    if text(header, "SeriesDescription") in CUTOUTS:
+        return "a cropped image or a mask of a region, as CBIS-DDSM's; give whole images"
+    modality = text(header, "Modality") or NO_MODALITY
+    is_of_breast = kind(header, frames) != "unknown"
+    is_of_breast |= modality in ("CR", "DX") and text(header, "BodyPartExamined") == "BREAST"
+    if modality in modalities or "MG" in modalities and is_of_breast:
+        return None
+    named = modality if re.fullmatch("[A-Z]{2,4}", modality) else "another"  # a header may hold anything
+    return f"Modality is {named}, not {' or '.join(modalities)}; leave it out, or give --modalities"
 
 
 @dataclass
@@ -211,53 +201,94 @@ class MakePlan:
     job: Job
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        found, refused, ignored = [], [], 0
+        found: list[Found] = []
+        refused: list[tuple[int, str]] = []
+        ignored: Counter[str] = Counter()
         for task in range(self.job.tasks):
             for header in read_lines(self.job.headers(task)):
                 file = ArchiveFile(*header["file"])
                 if "instance" in header:
-                    found.append((file, header["size"], Instance(*header["instance"])))
+                    found.append(Found(file, header["size"], Instance(*header["instance"]), header["shape"]))
                 elif "refused" in header:
                     refused.append((file.number, header["refused"]))
                 else:
-                    ignored += 1
-        volumes, copies = join_volumes(found)
-        refused += [(copy, f"the same SOP instance as file {first}; one is enough") for copy, first in copies]
+                    ignored[PurePosixPath(file.path).suffix.lower() or "no suffix"] += 1
+        volumes, odd = join_volumes(found, self.job.hash_key)
+        refused += [(each.file.number, ODD_SHAPE) for each in odd]
         rows = sum(volume.num_slices for volume in volumes)
         rows_per_shard = min(self.job.rows_per_shard, max(LEAST_ROWS_PER_SHARD, -(-rows // self.job.tasks)))
         shards = list(into_shards(volumes, rows_per_shard))
-        for number, shard in enumerate(shards):
-            write_lines(self.job.shard_plan(number), shard)
-        plan = {"shards": len(shards), "rows": rows, "refused": sorted(refused), "files_ignored": ignored}
+        for place, shard in enumerate(shards):
+            write_lines(self.job.shard_plan(place), shard)
+        plan = {"shards": len(shards), "rows": rows, "refused": sorted(refused), "ignored": dict(ignored.most_common())}
         write_json(self.job.plan, plan)
 
 
-def join_volumes(
-    found: list[tuple[ArchiveFile, int, Instance]],
-) -> tuple[list[Volume], list[tuple[int, int]]]:
-    """Return volumes in the order of their first files; and the copies left out, with the file that was taken."""
-    taken: dict[str, tuple[ArchiveFile, int, Instance]] = {}
-    copies: list[tuple[int, int]] = []
-    for file, size, instance in sorted(found, key=lambda each: each[0].number):
-        first = taken.setdefault(instance.sop_instance, (file, size, instance))
-        if first[0] is file:
-            continue
-        if size > first[1]:  # a copy that was cut off is smaller
-            taken[instance.sop_instance], file = (file, size, instance), first[0]
-        copies.append((file.number, taken[instance.sop_instance][0].number))
-    together: dict[str, list[tuple[ArchiveFile, Instance]]] = defaultdict(list)
-    for file, _, instance in taken.values():
-        together[instance.volume_id].append((file, instance))
-    return [_volume(volume_id, members) for volume_id, members in together.items()], copies
+class Found(NamedTuple):
+    """An image whose header was read."""
+
+    file: ArchiveFile
+    size: int  # in bytes
+    instance: Instance
+    shape: list[float] | None  # rows, columns; None without a header
 
 
-def _volume(volume_id: str, members: list[tuple[ArchiveFile, Instance]]) -> Volume:
-    ordered = [members[place] for place in order_of_files([instance for _, instance in members])]
-    positions = [instance.slice_position_mm for _, instance in ordered]
+def join_volumes(found: list[Found], key: bytes) -> tuple[list[Volume], list[Found]]:
+    """Return volumes in the order of their first files; and slices of another size than the rest of their series.
+
+    Files of one identity, a SOP instance or a path without one, share a place: which of them is whole, and whether they
+    are copies at all, shows when they are rendered.
+    """
+    places: dict[tuple[Any, ...], list[Found]] = defaultdict(list)
+    for each in sorted(found, key=lambda each: each.file.number):
+        places[_identity(each.instance)].append(each)
+    together: dict[str, list[list[Found]]] = defaultdict(list)
+    for copies in places.values():
+        copies.sort(key=lambda each: -each.size)  # a copy that was cut off is smaller
+        together[copies[0].instance.volume_id].append(copies)
+    volumes, odd = [], []
+    for volume_id, members in together.items():
+        shapes = Counter(str(copies[0].shape) for copies in members)
+        usual = shapes.most_common(1)[0][0]  # a scout is one among many
+        odd += [each for copies in members if str(copies[0].shape) != usual for each in copies]
+        stacks = _stacks([copies for copies in members if str(copies[0].shape) == usual])
+        for phase, stack in enumerate(stacks):
+            own = volume_id if phase == 0 else keyed_hash(f"{volume_id} {phase}", key)
+            volumes.append(_volume(own, stack))
+    return volumes, odd
+
+
+def _identity(instance: Instance) -> tuple[Any, ...]:
+    """Of a slice in its series, too: some anonymizers give all files one SOP instance."""
+    return instance if instance.is_slice else (instance.sop_instance,)
+
+
+def _stacks(members: list[list[Found]]) -> list[list[list[Found]]]:
+    """Split a series whose positions repeat, as phases, echoes and contrasts do, into stacks: the n-th image of each
+    position, by InstanceNumber, belongs to the n-th."""
+    instances = [copies[0].instance for copies in members]
+    positions = [None if each.slice_position_mm is None else round(each.slice_position_mm, 2) for each in instances]
+    if None in positions or not 1 < len(set(positions)) < len(positions):
+        return [members]
+    turn: Counter[Any] = Counter()
+    stack_of = {}
+    for index in sorted(range(len(members)), key=lambda index: instances[index].instance_number or 0):
+        stack_of[index] = turn[positions[index]]
+        turn[positions[index]] += 1
+    return [
+        [members[index] for index in range(len(members)) if stack_of[index] == stack]
+        for stack in range(max(turn.values()))
+    ]
+
+
+def _volume(volume_id: str, members: list[list[Found]]) -> Volume:
+    ordered = [members[place] for place in order_of_files([copies[0].instance for copies in members])]
+    positions = [copies[0].instance.slice_position_mm for copies in ordered]
     known = [position for position in positions if position is not None]
     steps = [high - low for low, high in zip(known, known[1:], strict=False)] if len(known) == len(positions) else []
-    num_slices = sum(instance.num_slices for _, instance in members)
-    return Volume(volume_id, [file for file, _ in ordered], num_slices, statistics.median(steps) if steps else None)
+    num_slices = sum(copies[0].instance.num_slices for copies in members)
+    spacing = statistics.median(steps) if steps else 0
+    return Volume(volume_id, [[each.file for each in copies] for copies in ordered], num_slices, spacing or None)
 
 
 def into_shards(volumes: Iterable[Volume], rows_per_shard: int) -> Iterator[list[Volume]]:

@@ -3,8 +3,10 @@
 import hashlib
 import logging
 import re
+import statistics
+import traceback
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,20 @@ import cv2
 from datasets.arrow_writer import ArrowWriter
 
 from modeling_mammodino.breast_segmentation import LOW_CONFIDENCE
+from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.image_io import InvalidImageError
 from modeling_mammodino.tools.files import atomic_file, write_json
 
+from .archive import ArchiveFile, opened, unreadable
 from .bcs_dbt_volumes import BcsDbtViews
 from .engine import die_with_parent
 from .metadata import FileMetadata
-from .plan import Job, Volume, read_lines, unreadable
+from .plan import Job, Volume, read_lines
 from .reader import FEATURES, make_row
 
+logger = logging.getLogger("modeling_mammodino.corpus")  # below that of the reader, whose notes are kept
+
+COPY = "a copy of file {}; one is enough"
 ROWS_A_WRITE = 16  # held in memory; a volume is held whole besides
 SHARD = "data-{:05d}.arrow"
 
@@ -57,6 +64,8 @@ class Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         self._stream.write(message + "\n")
+        if record.exc_info:
+            self._stream.writelines(traceback.format_exception(record.exc_info[1]))
         name = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
         self.counts[re.sub(r"\d[\d.]*", "#", message.removeprefix(f"{name}: "))] += 1
 
@@ -105,15 +114,10 @@ def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
     with atomic_file(path) as temporary:
         with ArrowWriter(path=str(temporary), features=FEATURES, writer_batch_size=ROWS_A_WRITE) as writer:
             for volume in map(Volume.from_json, read_lines(job.shard_plan(shard))):
-                try:
-                    rows = read.rows(volume)  # a volume enters whole or not at all
-                except (InvalidImageError, OSError) as error:
-                    reason = error.reason if isinstance(error, InvalidImageError) else unreadable(error)
-                    record.refused += [(file.number, reason) for file in volume.files]
-                    continue
-                record.count(rows)
-                for row in rows:
-                    writer.write(row)
+                for rows in read.images(volume, record.refused):
+                    record.count(rows)
+                    for row in rows:
+                        writer.write(row)
             writer.finalize()
         with temporary.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -137,11 +141,72 @@ class VolumeReader:
         self.views = BcsDbtViews.from_csv(job.bcs_dbt_paths) if job.bcs_dbt_paths else None
         self.metadata = FileMetadata(job.metadata, self.hash_key) if job.metadata else None
 
-    def rows(self, volume: Volume) -> list[dict[str, Any]]:
-        """Render a volume. Raises InvalidImageError or OSError where a file of it cannot be used."""
-        with ExitStack() as opened:
-            files = [opened.enter_context(file.open()) for file in volume.files]
-            source = files if len(files) > 1 else files[0]
+    def images(self, volume: Volume, refused: list[tuple[int, str]]) -> Iterator[list[dict[str, Any]]]:
+        """Yield the rows of a volume, and of each other image that goes by its name; add to `refused` what does not
+        enter, and why. A volume enters whole or not at all."""
+        if len(volume.places) > 1:
+            yield from self._series(volume, refused)
+            return
+        made: dict[str, int] = {}  # digest of an image: number of its file
+        copies = volume.places[0]
+        for file in copies:
+            try:
+                rows = self._rows([file], volume)
+            except InvalidImageError as refusal:
+                refused.append((file.number, refusal.reason))
+                continue
+            # of a lossless copy in another syntax, too
+            digest = hashlib.sha256(b"".join(row["image"]["bytes"] for row in rows)).hexdigest()
+            if digest in made:
+                refused.append((file.number, COPY.format(made[digest])))
+                continue
+            if made:  # an anonymizer gave one UID to many, or files of two sources have one relative path
+                own = keyed_hash(f"{volume.volume_id} {digest}", self.hash_key)
+                rows = [row | {"volume_id": own} for row in rows]
+            made[digest] = file.number
+            yield rows
+
+    def _series(self, volume: Volume, refused: list[tuple[int, str]]) -> Iterator[list[dict[str, Any]]]:
+        """Yield the rows of a file-a-slice volume; where a file is damaged, its next copy takes its place."""
+        places, unusable = [list(copies) for copies in volume.places], []
+        while True:
+            chosen = [copies[0] for copies in places]
+            try:
+                rows = self._rows(chosen, volume)
+            except InvalidImageError as refusal:
+                copies = next((copies for copies in places if copies[0].name == refusal.name), [])
+                if len(copies) > 1:
+                    unusable.append((copies.pop(0).number, refusal.reason))
+                    continue
+                refused += unusable + [(file.number, refusal.reason) for copies in places for file in copies]
+                return
+            refused += unusable
+            refused += [(file.number, COPY.format(copies[0].number)) for copies in places for file in copies[1:]]
+            yield rows
+            return
+
+    def _rows(self, files: list[ArchiveFile], volume: Volume) -> list[dict[str, Any]]:
+        """Render a volume. Raises InvalidImageError where a file of it cannot be used, whatever that file provokes."""
+        try:
+            rows = self._render(files, volume)
+        except (InvalidImageError, MemoryError):
+            raise
+        except OSError as error:
+            raise InvalidImageError(files[0].name, unreadable(error)) from error
+        except Exception as error:
+            logger.exception("%s: cannot be rendered", files[0].name)
+            reason = f"cannot be rendered ({type(error).__name__}); leave it out, and report it with the notes"
+            raise InvalidImageError(files[0].name, reason) from error
+        if statistics.median(row["mask_confidence"] for row in rows) < self.job.min_mask_confidence:
+            reason = (
+                f"mask confidence below {self.job.min_mask_confidence:g}; lower --min_mask_confidence, or leave it out"
+            )
+            raise InvalidImageError("the volume", reason)
+        return rows
+
+    def _render(self, files: list[ArchiveFile], volume: Volume) -> list[dict[str, Any]]:
+        with opened(files) as images:
+            source = images if len(images) > 1 else images[0]
             correct = self.views.correction(source) if self.views else None
             slices = self.image_processor.render_source(
                 source, self.job.fit, upscale=False, hash_key=self.hash_key, correct=correct
@@ -150,9 +215,9 @@ class VolumeReader:
         annotation = next((row["burned_in_annotation"] for row in rows if row["burned_in_annotation"]), None)
         for row in rows:
             row["volume_id"], row["burned_in_annotation"] = volume.volume_id, annotation
-            row["slice_spacing_mm"] = row["slice_spacing_mm"] or volume.slice_spacing_mm
+            row["slice_spacing_mm"] = volume.slice_spacing_mm or row["slice_spacing_mm"]
         if self.metadata:
-            known = self.metadata.of(volume.files[0].path)
+            known = self.metadata.of(files[0].path)
             if "source" in known:
                 known["source"] = f"{self.job.collection}-{known['source']}"  # a part of the collection
             rows = [row | known for row in rows]

@@ -191,7 +191,10 @@ def test_a_second_copy_enters_once(phantom_archive, tmp_path):
         (tmp_path / f"{name}.dcm").write_bytes(content)
     manifest = build([tmp_path / "a.dcm", tmp_path / "b.dcm", tmp_path / "c.dcm"], tmp_path / "out")
     assert manifest["rows"] == 1 and manifest["files_refused"] == 2
-    assert list(manifest["refused_by_reason"]) == ["the same SOP instance as file 1; one is enough"]
+    reasons = {"PixelData is truncated; fetch the file again": 1, "a copy of another file; one is enough": 1}
+    assert manifest["refused_by_reason"] == reasons
+    with (tmp_path / "out.private" / "refused.csv").open() as stream:
+        assert [row["reason"] for row in csv.DictReader(stream)][1] == "a copy of file 1; one is enough"
 
 
 def test_a_volume_of_one_file_a_slice_is_one_volume_in_order(phantom_archive, tmp_path):
