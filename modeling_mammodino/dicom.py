@@ -662,9 +662,28 @@ def group_files(instances: Sequence[Instance | None]) -> list[list[int]]:
         seen[instance.sop_instance] += 1
     volumes = []
     for places in together.values():
-        order = order_of_files([each for place in places if (each := instances[place])]) if len(places) > 1 else [0]
-        volumes.append([places[index] for index in order])
+        for stack in split_stacks([each for place in places if (each := instances[place])]) or [[0]]:
+            volumes.append([places[index] for index in stack])
     return volumes
+
+
+def split_stacks(instances: Sequence[Instance]) -> list[list[int]]:
+    """Places of the files of a series by stack, each in order of position.
+
+    A series whose positions repeat holds several stacks, such as phases, echoes or contrasts: the n-th image of a
+    position, by InstanceNumber, belongs to the n-th.
+    """
+    stacks: dict[int, list[int]] = defaultdict(list)
+    positions = [None if each.slice_position_mm is None else round(each.slice_position_mm, 2) for each in instances]
+    repeat = None not in positions and 1 < len(set(positions)) < len(positions)
+    turn: Counter[float | None] = Counter()
+    for place in sorted(range(len(instances)), key=lambda place: instances[place].instance_number or 0):
+        stacks[turn[positions[place]]].append(place)
+        turn[positions[place]] += repeat
+    return [
+        [places[index] for index in order_of_files([instances[place] for place in places])]
+        for places in map(sorted, stacks.values())
+    ]
 
 
 def instance_of(source: Any, hash_key: bytes = PROCESS_KEY) -> Instance | None:
@@ -717,7 +736,13 @@ def iter_series(
             with each.refusing(*NO_GRAY):
                 ranges = StoredRange.of([frames[index]], each.header, settings)
             volume = volume.union(ranges) if volume else ranges
+    shape: tuple[int, ...] = ()
     for index in range(len(sources)) if indices is None else indices:
         decoded = {0: frames[index]} if index in frames else {}
-        (mammogram,) = _slices(opened(index), [0], settings, hash_key or PROCESS_KEY, volume, decoded)
+        each = opened(index)
+        (mammogram,) = _slices(each, [0], settings, hash_key or PROCESS_KEY, volume, decoded)
+        shape = shape or mammogram.pixels.shape
+        if mammogram.pixels.shape != shape:
+            height, width = mammogram.pixels.shape
+            raise each.refuse(f"{height} x {width} pixels, unlike other slices of its series", "leave a scout out")
         yield replace(mammogram, slice_index=index, num_slices=len(sources))

@@ -19,7 +19,8 @@ _PROJECTION = (_SOP + "13.1.4", _SOP + "13.1.5")
 _TOMOSYNTHESIS = _SOP + "13.1.3"
 _STACK = (_SOP + "2", _SOP + "4")  # CT, MR
 _CT = (_SOP + "2", _SOP + "2.1")  # early DBT was stored as CT
-_SYNTHETIC_2D = re.compile(r"GENERATED_?2D|TOMO_?2D|SYNTHETIC|C_?VIEW|INTELLIGENT_?2D|INSIGHT_?2D|V_?PREVIEW")
+_CONTRAST = re.compile(r"SUBTRACTION|RECOMBINED|HIGH_ENERGY")  # iodine, not tissue: PS3.3 table C.8-74, and GE's word
+_SYNTHETIC_2D = re.compile(r"GENERATED_?2D|TOMO_?2D|SYNTHETIC|[CS]_?VIEW|INTELLIGENT_?2D|INSIGHT_?2D|V_?PREVIEW")
 
 # Views: meanings, SCT and SRT codes of PS3.16 CID 4014 (AT: CID 4015), in letters and digits only.
 _VIEWS = {
@@ -132,6 +133,8 @@ def kind(dataset: Any, frames: int) -> str:
     image_type = re.sub(r"[^A-Z0-9\\]", "_", text(dataset, "ImageType"))
     mammography = modality == "MG" or text(dataset, "PositionerType").startswith("MAMMO")  # no breast CT has either
     breast = sop in _MAMMOGRAPHY or sop == _TOMOSYNTHESIS or mammography
+    if sop in _MAMMOGRAPHY and _CONTRAST.search(image_type):
+        return "unknown"
     if breast and frames == 1:
         volume_rendered = sop in _MAMMOGRAPHY and "VOLUME" in image_type
         if volume_rendered or _SYNTHETIC_2D.search(image_type):

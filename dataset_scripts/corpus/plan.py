@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from modeling_mammodino.dicom import Instance, keyed_hash, open_dicom, order_of_files, read_instance
+from modeling_mammodino.dicom import Instance, keyed_hash, open_dicom, open_if_dicom, read_instance, split_stacks
 from modeling_mammodino.dicom_header import kind, number, text
 from modeling_mammodino.image_io import IMAGE_SUFFIXES, InvalidImageError, suffix
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
@@ -165,8 +165,8 @@ def read_header(file: ArchiveFile, key: bytes, modalities: Sequence[str]) -> dic
             if suffix(image) in IMAGE_SUFFIXES:
                 own = keyed_hash(image.identity, key)
                 return {**found, "size": size, "instance": Instance(own, own, 1, None, None), "shape": None}
-            if suffix(image) or image.stream.read(132)[128:] == b"DICM":  # by a suffix that is known
-                dicom = open_dicom(image)
+            dicom = open_dicom(image) if suffix(image) else open_if_dicom(image)
+            if dicom is not None:
                 instance = read_instance(dicom, key)
                 if foreign := why_foreign(dicom.header, instance.num_slices, modalities):
                     return {**found, "refused": foreign}
@@ -251,10 +251,10 @@ def join_volumes(found: list[Found], key: bytes) -> tuple[list[Volume], list[Fou
         shapes = Counter(str(copies[0].shape) for copies in members)
         usual = shapes.most_common(1)[0][0]  # a scout is one among many
         odd += [each for copies in members if str(copies[0].shape) != usual for each in copies]
-        stacks = _stacks([copies for copies in members if str(copies[0].shape) == usual])
-        for phase, stack in enumerate(stacks):
+        members = [copies for copies in members if str(copies[0].shape) == usual]
+        for phase, stack in enumerate(split_stacks([copies[0].instance for copies in members])):
             own = volume_id if phase == 0 else keyed_hash(f"{volume_id} {phase}", key)
-            volumes.append(_volume(own, stack))
+            volumes.append(_volume(own, [members[place] for place in stack]))
     return volumes, odd
 
 
@@ -263,30 +263,11 @@ def _identity(instance: Instance) -> tuple[Any, ...]:
     return instance if instance.is_slice else (instance.sop_instance,)
 
 
-def _stacks(members: list[list[Found]]) -> list[list[list[Found]]]:
-    """Split a series whose positions repeat, as phases, echoes and contrasts do, into stacks: the n-th image of each
-    position, by InstanceNumber, belongs to the n-th."""
-    instances = [copies[0].instance for copies in members]
-    positions = [None if each.slice_position_mm is None else round(each.slice_position_mm, 2) for each in instances]
-    if None in positions or not 1 < len(set(positions)) < len(positions):
-        return [members]
-    turn: Counter[Any] = Counter()
-    stack_of = {}
-    for index in sorted(range(len(members)), key=lambda index: instances[index].instance_number or 0):
-        stack_of[index] = turn[positions[index]]
-        turn[positions[index]] += 1
-    return [
-        [members[index] for index in range(len(members)) if stack_of[index] == stack]
-        for stack in range(max(turn.values()))
-    ]
-
-
-def _volume(volume_id: str, members: list[list[Found]]) -> Volume:
-    ordered = [members[place] for place in order_of_files([copies[0].instance for copies in members])]
+def _volume(volume_id: str, ordered: list[list[Found]]) -> Volume:
     positions = [copies[0].instance.slice_position_mm for copies in ordered]
     known = [position for position in positions if position is not None]
     steps = [high - low for low, high in zip(known, known[1:], strict=False)] if len(known) == len(positions) else []
-    num_slices = sum(copies[0].instance.num_slices for copies in members)
+    num_slices = sum(copies[0].instance.num_slices for copies in ordered)
     spacing = statistics.median(steps) if steps else 0
     return Volume(volume_id, [[each.file for each in copies] for copies in ordered], num_slices, spacing or None)
 

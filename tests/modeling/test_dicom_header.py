@@ -14,6 +14,7 @@ from dicom_builders import CAPTURE, CT, PROJECTION, TOMOSYNTHESIS, build, item, 
 from pydicom import uid
 
 from modeling_mammodino.dicom import frame_order, iter_slices, keyed_hash, open_dicom, read_mammogram
+from modeling_mammodino.dicom_header import kind
 from modeling_mammodino.image_io import InvalidImageError
 
 KEY = b"a key of the tests"
@@ -297,3 +298,15 @@ def test_threads_leave_pydicom_and_warnings_as_they_were(tmp_path):
     finally:
         sys.setswitchinterval(interval)
     assert [str(each.message) for each in heard] == ["of the user"]
+
+
+def test_contrast_images_are_no_mammograms_and_s_view_is_synthetic():
+    """PS3.3 table C.8-74: value 4 says what was recombined, value 5 the energy."""
+    of = {
+        ("ORIGINAL", "PRIMARY"): "ffdm",
+        ("ORIGINAL", "PRIMARY", "", "", "LOW_ENERGY"): "ffdm",
+        ("ORIGINAL", "PRIMARY", "", "", "HIGH_ENERGY"): "unknown",
+        ("DERIVED", "PRIMARY", "", "SUBTRACTION"): "unknown",
+        ("DERIVED", "PRIMARY", "", "S-VIEW"): "synthetic_2d",
+    }
+    assert {given: kind(build(ImageType=list(given)), 1) for given in of} == of
