@@ -1,0 +1,95 @@
+"""The leaderboard: probabilities of held-out folds, differences of one breast against the other, and the page."""
+
+import json
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import draw_breast, random_encoder
+
+from modeling_mammodino import MammoDinoImageProcessor
+from training.leaderboard import main, probabilities, read_tasks
+
+TASKS = {
+    "finding": {"label": "finding"},
+    "side": {"label": "finding", "difference": ["patient", "view"]},
+    "finding, site A": {"label": "finding", "where": {"site": "A"}},
+}
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    """Forty patients of two sites, both breasts in one view; every second patient has a finding on one side."""
+    rows = [
+        {"file": f"{patient}_{side}.png", "patient": f"p{patient}", "view": "CC", "site": "AB"[patient // 2 % 2],
+         "finding": int(patient % 2 and side == "LR"[patient // 4 % 2])}
+        for patient in range(40) for side in "LR"
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def features_of(table: pd.DataFrame, signal: float) -> np.ndarray:
+    """Patients differ much, findings a little: only the difference of the breasts shows them."""
+    rng = np.random.default_rng(0)
+    patients = {patient: rng.normal(size=4) * 10 for patient in table["patient"].unique()}
+    base = np.stack([patients[patient] for patient in table["patient"]])
+    return base + rng.normal(size=base.shape) * 0.1 + signal * table["finding"].to_numpy()[:, None]
+
+
+def auc(found) -> float:
+    labels, predicted, _ = found
+    positive, negative = predicted[labels == 1, 1], predicted[labels == 0, 1]
+    return float(np.mean(positive[:, None] > negative) + np.mean(positive[:, None] == negative) / 2)
+
+
+def test_the_difference_of_breasts_shows_what_single_images_hide(table):
+    found = probabilities(table, features_of(table, 1.0), TASKS)
+    assert auc(found["side"]) > 0.95 > 0.75 > auc(found["finding"])
+
+
+def test_without_signal_nothing_is_found_in_held_out_folds(table):
+    found = probabilities(table, features_of(table, 0.0), TASKS)
+    assert all(abs(auc(each) - 0.5) < 0.25 for each in found.values())
+
+
+def test_where_chooses_rows_and_unusable_files_are_left_out(table):
+    features = features_of(table, 1.0)
+    features[:2] = np.nan
+    found = probabilities(table, features, TASKS)
+    assert len(found["finding"][0]) == 78 and len(found["finding, site A"][0]) == 38
+
+
+def test_a_task_of_one_class_is_refused_by_name(table):
+    with pytest.raises(ValueError, match="task none: 1 classes"):
+        probabilities(table, features_of(table, 1.0), {"none": {"label": "view"}})
+
+
+def test_an_unknown_field_of_a_task_is_refused_by_name(tmp_path):
+    (tmp_path / "tasks.yaml").write_text("side: {label: x, wher: {}}")
+    with pytest.raises(ValueError, match="task 'side'"):
+        read_tasks(tmp_path / "tasks.yaml")
+
+
+@pytest.mark.slow
+def test_encoders_and_features_stand_in_one_page(table, tmp_path):
+    for file in table["file"]:
+        cv2.imwrite(str(tmp_path / file), draw_breast(112, 84, seed=int(file.split("_")[0])))
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"finding": TASKS["finding"]}))
+    random_encoder().save_pretrained(tmp_path / "encoder")
+    MammoDinoImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path / "encoder")
+    embedding = list(features_of(table, 9.0).astype(np.float32))
+    pd.DataFrame({"file": table["file"], "embedding": embedding}).to_parquet(tmp_path / "other.parquet")
+    common = ["--labels", tmp_path / "labels.csv", "--tasks", tmp_path / "tasks.yaml", "--num_resamples", 50]
+    models = ["--models", f"ours={tmp_path / 'encoder'}", "--features", f"other={tmp_path / 'other.parquet'}"]
+    main([str(each) for each in [*common, *models, "--output", tmp_path / "results.json"]])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert list(rows) == ["ours", "untrained ours", "other"]
+    value, low, high = rows["ours"]["finding"]["minus_untrained"]
+    assert value == pytest.approx(rows["ours"]["finding"]["auc"][0] - rows["untrained ours"]["finding"]["auc"][0])
+    assert low <= value <= high and rows["other"]["finding"]["patients"] == 40
+    main(["--results", str(tmp_path / "results.json"), "--output", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    assert "| ours |" in text and "80 images of 40 patients" in text and "Research use only" in text
