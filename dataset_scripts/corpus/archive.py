@@ -17,7 +17,7 @@ from modeling_mammodino.image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES, ImageFil
 from modeling_mammodino.tools.walk import OF_SYSTEM, Walk, is_of_system, unlisted, walk
 
 FILE_SYSTEMS = 16  # held open in a process; a zip's table of contents is read once
-PACKED = {
+PACKED: dict[type[Exception], str] = {
     NotImplementedError: "packed by a method that Python does not know, as Deflate64 of Windows; pack it again",
     RuntimeError: "behind a password; unpack it first",  # what zipfile raises
 }
@@ -83,7 +83,8 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, file: ArchiveFile, turn: list["_Stream"]):
         self.file, self.turn = file, turn
-        self.position, self.inner = 0, None
+        self.position = 0
+        self.inner: Any = None
 
     def rest(self) -> None:
         if self.inner is not None:

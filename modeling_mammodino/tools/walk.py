@@ -34,7 +34,8 @@ def walk(root: str | Path) -> Walk:
     found = Walk([], {}, {})
     top, real_top = str(root), os.path.realpath(root)
     entered = {str(parent) for parent in Path(real_top).parents}  # a link to one of these would never end
-    folders, linked = [(top, real_top)], []
+    folders: list[tuple[str, str]] = [(top, real_top)]  # each with its real path
+    linked: list[tuple[str, str]] = []
     while folders or linked:
         folder, real = folders.pop() if folders else heappop(linked)
         if real in entered:
