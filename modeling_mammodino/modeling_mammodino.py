@@ -25,7 +25,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mammodino import MammoDinoConfig
-from .tissue_tokens import TissueTokens, select_tokens
+from .tissue_tokens import MaskedTokens, TissueTokens, select_tokens
 
 
 def as_pair(value) -> tuple[int, int]:
@@ -49,6 +49,8 @@ class MammoDinoPatchEmbeddings(nn.Module):
                 f"pixel_values must have shape (B, {self.num_channels}, H, W); got {tuple(pixel_values.shape)}. "
                 "MammoDinoImageProcessor makes them from any image."
             )
+        if pixel_values.shape[0] == 0:  # which attention in transformers cannot reshape
+            raise ValueError(f"pixel_values {tuple(pixel_values.shape)} hold no image; give at least one.")
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
@@ -93,7 +95,10 @@ class MammoDinoEmbeddings(nn.Module):
         if bool_masked_pos is not None:
             mask_token = self.mask_token.to(embeddings.dtype)
             embeddings = torch.where(bool_masked_pos.flatten(1).unsqueeze(-1), mask_token, embeddings)
-        cls_tokens = self.cls_token.expand(batch_size, -1, -1)
+        cls_token = self.cls_token
+        if bool_masked_pos is None and self.training:  # DistributedDataParallel needs a gradient of every parameter
+            cls_token = cls_token + 0 * self.mask_token
+        cls_tokens = cls_token.expand(batch_size, -1, -1)
         embeddings = torch.cat((cls_tokens, embeddings), dim=1)
         embeddings = embeddings + self.interpolate_position_embeddings((height // patch_height, width // patch_width))
         registers = self.register_tokens.expand(batch_size, -1, -1)  # registers carry no position
@@ -150,6 +155,11 @@ class MammoDinoSelfAttention(nn.Module):
         )
         projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))
         heads = [states.view(batch_size, length, -1, self.head_size).transpose(1, 2) for states in projections]
+        if implementation == "flex_attention" and attention_mask is not None:  # transformers reads it out of bounds
+            raise ValueError(
+                "flex_attention takes no mask, as tissue_mask needs with stochastic depth and in exported graphs; use "
+                "attn_implementation='sdpa', or drop_path_rate=0."
+            )
         if lengths is None:
             context, weights = attention(*heads, attention_mask=attention_mask)
         else:
@@ -227,8 +237,14 @@ class MammoDinoLayer(GradientCheckpointingLayer):
         self.layer_scale2 = MammoDinoLayerScale(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        kept: TissueTokens | None = None,
+        **kwargs,
     ) -> torch.Tensor:
+        """hidden_states (B, T, D); with `kept`, the dense (B, S, D), of which the kept tokens alone are computed."""
+
         def attend(states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
             mask = attention_mask if attention_mask is None else attention_mask[rows]
             return self.attention(self.norm1(states), mask, **kwargs)
@@ -236,8 +252,9 @@ class MammoDinoLayer(GradientCheckpointingLayer):
         def mix(states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
             return self.mlp(self.norm2(states))
 
-        hidden_states = self.add_residual(hidden_states, attend, self.layer_scale1)
-        return self.add_residual(hidden_states, mix, self.layer_scale2)
+        states = hidden_states if kept is None else kept.gather(hidden_states)
+        states = self.add_residual(states, attend, self.layer_scale1)
+        return restore(self.add_residual(states, mix, self.layer_scale2), kept)
 
     def add_residual(self, states: torch.Tensor, branch: Callable, scale: MammoDinoLayerScale) -> torch.Tensor:
         if not self.training or self.drop_path_rate == 0:
@@ -258,17 +275,24 @@ class MammoDinoPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MammoDinoEmbeddings", "MammoDinoLayer"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MammoDinoLayer, "attentions": MammoDinoSelfAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize as DINOv2 does (facebookresearch/dinov2, dinov2/models/vision_transformer.py)."""
+        """Initialize as DINOv2 does (facebookresearch/dinov2, dinov2/models/vision_transformer.py), which leaves the
+        patch convolution as PyTorch makes it."""
         super()._init_weights(module)
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, MammoDinoEmbeddings):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.cls_token, std=1e-6)
@@ -331,7 +355,7 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=sequence,
             pooler_output=sequence[:, 0],
-            hidden_states=restore_all(encoded.hidden_states, kept),
+            hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
 
@@ -342,18 +366,24 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
         tissue_mask: torch.Tensor | None,
         **kwargs,
     ) -> tuple[BaseModelOutput, TissueTokens | None]:
-        """Run the blocks: their outputs, of the kept tokens alone where a selection is returned beside."""
+        """Run the blocks: their outputs, to be restored where a selection is returned beside. Hidden states, where they
+        are asked for, are dense, and what the next block sees, so that gradients reach them."""
         embeddings = self.embeddings(pixel_values, bool_masked_pos)  # (B, S, D)
         if tissue_mask is None:
             return self.encoder(embeddings, **kwargs), None
         config, num_prefix_tokens = self.config, 1 + self.config.num_register_tokens
         num_patches = embeddings.shape[1] - num_prefix_tokens
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError(
+                "attention_mask cannot be combined with tissue_mask, which says what is attended to; set tissue_mask "
+                "to 0 where a patch is to be left out."
+            )
         num_images = embeddings.shape[0]  # not len(), which would fix the batch of an exported graph
         if tissue_mask.shape[0] != num_images:
             raise ValueError(f"tissue_mask is for {tissue_mask.shape[0]} images, pixel_values for {num_images}.")
-        if tissue_mask[0].numel() != num_patches:
+        if tissue_mask.flatten(1).shape[1] != num_patches:
             raise ValueError(
-                f"tissue_mask has {tissue_mask[0].numel()} patches an image, pixel_values have {num_patches}; "
+                f"tissue_mask has {tissue_mask.flatten(1).shape[1]} patches an image, pixel_values have {num_patches}; "
                 f"use one image processor with patch_size={config.patch_size}."
             )
         draws_images = self.training and config.drop_path_rate > 0  # stochastic depth
@@ -364,17 +394,17 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
         kept = select_tokens(tissue_mask, config.tissue_threshold, num_prefix_tokens, pack)
         if kept is None:
             return self.encoder(embeddings, **kwargs), None
-        return self.encoder(kept.gather(embeddings), **kept.attention_arguments(embeddings.dtype), **kwargs), kept
+        arguments = {**kept.attention_arguments(embeddings.dtype), **kwargs}
+        shows_states = kwargs.get("output_hidden_states")  # or which of them, by number
+        if (config.output_hidden_states if shows_states is None else shows_states) is not False:
+            dense = MaskedTokens(kept.keep)
+            return self.encoder(dense.scatter(embeddings), kept=kept, **arguments), dense
+        return self.encoder(kept.gather(embeddings), **arguments), kept
 
 
 def restore(tokens: torch.Tensor, kept: TissueTokens | None) -> torch.Tensor:
     """Put kept tokens back into the dense shape (B, S, D), where some were dropped."""
     return tokens if kept is None else kept.scatter(tokens)
-
-
-def restore_all(recorded: tuple | None, kept: TissueTokens | None) -> tuple | None:
-    """Restore recorded hidden states, of which a user may have asked for a few: the others are None."""
-    return recorded and tuple(states if states is None else restore(states, kept) for states in recorded)
 
 
 def pool_tokens(
@@ -428,13 +458,15 @@ class MammoDinoBackbone(BackboneMixin, MammoDinoModel):
             feature_maps.append(states.contiguous())
         return BackboneOutput(
             feature_maps=tuple(feature_maps),  # type: ignore[arg-type]
-            hidden_states=restore_all(encoded.hidden_states, kept),
+            hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
 
 
 class MammoDinoForImageClassification(MammoDinoPreTrainedModel):
     """The encoder under one linear layer on the class token and the tissue-weighted mean of the patch tokens."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides it by its accumulation steps
 
     def __init__(self, config: MammoDinoConfig):
         super().__init__(config)

@@ -54,8 +54,8 @@ class PaddedTokens(NamedTuple):
 
 
 class MaskedTokens(NamedTuple):
-    """Every token is encoded and background keys are ignored: the same result at dense cost, for exported graphs,
-    whose shapes must not depend on data.
+    """Every token is encoded and background keys are ignored: the same result at dense cost, for exported and traced
+    graphs and tensors without values, whose shapes must not depend on data.
 
     keep (B, S) bool.
     """
@@ -84,7 +84,7 @@ def select_tokens(
     """
     patches = tissue_mask.flatten(1) > threshold  # (B, N)
     keep = nn.functional.pad(patches, (num_prefix_tokens, 0), value=True)  # (B, S)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or keep.is_meta:
         return MaskedTokens(keep)
     lengths: list[int] = keep.sum(dim=1).tolist()
     if min(lengths) == keep.shape[1]:

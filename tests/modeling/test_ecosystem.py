@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 from conftest import TINY_ENCODER, random_encoder
-from transformers import DetrConfig, DetrForObjectDetection, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoModel
 
@@ -103,6 +111,45 @@ def test_lora_trains_adapters_alone(tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(untouched, tmp_path).eval()
     torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("problem_type", [None, "multi_label_classification", "regression"])
+def test_trainer_accumulates_to_the_gradient_of_the_whole_batch(tmp_path, problem_type):
+    """Four batches of 2 are one of 8: the loss does not take `num_items_in_batch`, so Trainer has to divide."""
+    batch, norms = bright_or_dark(), []
+    targets = batch["labels"]
+    if problem_type:
+        targets = torch.nn.functional.one_hot(targets, 2).float() if "multi" in problem_type else targets.float()
+    data = [
+        {"pixel_values": image, "labels": target} for image, target in zip(batch["pixel_values"], targets, strict=True)
+    ]
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *rest, model, **more):
+            gradients = [each.grad.flatten() for each in model.parameters()]
+            norms.append(torch.cat(gradients).norm())
+
+    for size, parts in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        labels = 1 if problem_type == "regression" else 2
+        config = MammoDinoConfig(**TINY_ENCODER, num_labels=labels, problem_type=problem_type)
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_steps=1,
+            max_grad_norm=0.0, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(MammoDinoForImageClassification(config), arguments, train_dataset=data, callbacks=[Look()]).train()
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_parameter_has_a_gradient_in_fine_tuning(inputs, recompute):
+    """DistributedDataParallel stops at the second step otherwise; nothing is masked, so the mask token's is zero."""
+    model = MammoDinoForImageClassification(MammoDinoConfig(**TINY_ENCODER, num_labels=2)).train()
+    if recompute:
+        model.gradient_checkpointing_enable()
+    model(**inputs, labels=torch.zeros(len(inputs["pixel_values"]), dtype=torch.long)).loss.backward()
+    assert [name for name, each in model.named_parameters() if each.grad is None] == []
+    assert not model.dinov2_with_registers.embeddings.mask_token.grad.any()
 
 
 def test_gradient_checkpointing_recomputes_to_the_same_gradients(inputs):

@@ -76,7 +76,8 @@ def test_wrong_shapes_are_refused_with_the_remedy():
 
 
 def test_a_fresh_encoder_starts_as_dinov2s_does():
-    """facebookresearch/dinov2, vision_transformer.py: truncated normals of 0.02, tokens near zero, LayerScale 1e-5."""
+    """facebookresearch/dinov2, vision_transformer.py: truncated normals of 0.02, tokens near zero, LayerScale 1e-5; the
+    patch convolution as PyTorch makes it, uniform up to the inverse root of what it sees."""
     torch.manual_seed(0)
     model = MammoDinoModel(MammoDinoConfig(hidden_size=192, num_hidden_layers=2, num_attention_heads=3))
     for name, parameter in model.named_parameters():
@@ -85,11 +86,13 @@ def test_a_fresh_encoder_starts_as_dinov2s_does():
             assert (value == 1e-5).all(), name
         elif "norm" in name:
             assert (value == (1 if name.endswith("weight") else 0)).all(), name
+        elif "projection" in name:
+            assert value.abs().max() <= 1 / 14 and spread == pytest.approx(1 / 14 / 3**0.5, rel=0.1), name
         elif name.endswith(("bias", "mask_token")):
             assert not value.any(), name
         elif name.endswith(("cls_token", "register_tokens")):
             assert spread == pytest.approx(1e-6, rel=0.2), name
-        else:  # linear layers, patch embedding, position embeddings
+        else:  # linear layers, position embeddings
             assert spread == pytest.approx(0.02, rel=0.03), name
 
 

@@ -65,7 +65,7 @@ def test_a_mask_of_ones_changes_nothing(unequal):
 
 def test_dropped_patches_are_never_encoded(unequal):
     model, shapes, (pixels, tissue) = random_encoder(), [], unequal
-    model.encoder.layer[0].register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
+    model.encoder.layer[0].mlp.register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
     output = model(pixels, tissue_mask=tissue, output_hidden_states=True)
     assert shapes == [(1, 4 * NUM_PREFIX_TOKENS + int((tissue > 0).sum()), 48)]  # packed: no padding either
     assert output.last_hidden_state.shape == (4, NUM_PREFIX_TOKENS + 64, 48)
@@ -75,6 +75,62 @@ def test_dropped_patches_are_never_encoded(unequal):
         assert states.shape == (4, NUM_PREFIX_TOKENS + 64, 48)
         assert (states[:, NUM_PREFIX_TOKENS:][dropped] == 0).all()
         assert (states[:, NUM_PREFIX_TOKENS:][~dropped] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hidden_states_are_what_the_next_block_sees(unequal, attention):
+    """So that gradients reach them, as Grad-CAM needs; and asking for them changes nothing."""
+    model, (pixels, tissue) = random_encoder(), unequal
+    model.set_attn_implementation(attention)
+    output = model(pixels, tissue_mask=tissue, output_hidden_states=True)
+    torch.testing.assert_close(output.last_hidden_state, model(pixels, tissue_mask=tissue).last_hidden_state)
+    for states in output.hidden_states:
+        states.retain_grad()
+    output.pooler_output.sum().backward()
+    for states in output.hidden_states[:-1]:
+        assert states.grad[:, NUM_PREFIX_TOKENS:][tissue.flatten(1) > 0].abs().sum() > 0
+
+
+def test_an_attention_mask_beside_a_tissue_mask_is_refused_by_name(unequal):
+    pixels, tissue = unequal
+    with pytest.raises(ValueError, match="attention_mask cannot be combined with tissue_mask"):
+        random_encoder()(pixels, tissue_mask=tissue, attention_mask=torch.ones(4, NUM_PREFIX_TOKENS + 64))
+
+
+def test_a_traced_graph_takes_another_mask(unequal):
+    model, (pixels, tissue) = random_encoder().requires_grad_(False), unequal
+    traced = torch.jit.trace(
+        lambda *inputs: model(inputs[0], tissue_mask=inputs[1]).last_hidden_state, (pixels, tissue)
+    )
+    other = tissue.flip(1)
+    expected = model(pixels, tissue_mask=other).last_hidden_state
+    torch.testing.assert_close(traced(pixels, other), expected, rtol=0, atol=1e-5)
+
+
+def test_tensors_without_values_keep_their_shapes():
+    pixels, tissue = torch.randn(2, 1, 112, 112, device="meta"), torch.zeros(2, 8, 8, device="meta")
+    output = random_encoder().to("meta")(pixels, tissue_mask=tissue).last_hidden_state
+    assert output.shape == (2, NUM_PREFIX_TOKENS + 64, 48)
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="hold no image"):
+        random_encoder()(torch.randn(0, 1, 112, 112), tissue_mask=torch.zeros(0, 8, 8))
+
+
+@pytest.mark.slow
+def test_flex_attention_agrees_dense_and_packed_and_refuses_what_is_padded(unequal):
+    pixels, tissue = unequal
+    model = random_encoder(num_hidden_layers=1, drop_path_rate=0.1)
+    for mask in (None, tissue):
+        outputs = []
+        for attention in ("sdpa", "flex_attention"):
+            model.set_attn_implementation(attention)
+            with torch.no_grad():
+                outputs.append(model(pixels, tissue_mask=mask).last_hidden_state)
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="flex_attention takes no mask"):
+        model.train()(pixels, tissue_mask=tissue)
 
 
 def test_every_form_gives_the_same_gradients(unequal):
