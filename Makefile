@@ -4,7 +4,7 @@ VENV ?= .venv
 TESTS ?= tests
 BIN := $(VENV)/bin
 
-.PHONY: demo benchmark-demo release test test-fast test-oldest lint format clean
+.PHONY: demo benchmark-demo release test test-fast test-oldest test-transformers lint format clean
 
 # torch first and from the constraints, so that nothing pulls another build in
 $(VENV)/ready: setup.cfg constraints.txt
@@ -44,6 +44,20 @@ $(VENV)-oldest/ready: setup.cfg constraints.txt
 
 test-oldest: $(VENV)-oldest/ready
 	$(VENV)-oldest/bin/python -m pytest $(TESTS)
+
+# transformers' own common tests, from the source distribution of the installed version, on our classes
+SUITE := $(VENV)/transformers_suite
+$(SUITE)/ready: $(VENV)/ready
+	mkdir -p $(SUITE)/source
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $(SUITE) \
+		transformers==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')
+	tar xf $(SUITE)/transformers-*.tar.gz --directory $(SUITE)/source --strip-components 1
+	touch $@
+
+test-transformers: $(SUITE)/ready
+	cp -r tests/transformers_suite/stand_ins/. $(SUITE)/source
+	TRANSFORMERS_SOURCE=$(abspath $(SUITE))/source RUN_SLOW=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -W ignore tests/transformers_suite
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

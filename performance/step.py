@@ -116,7 +116,7 @@ def measure(model: str, way: str, batch_size: int, steps: int) -> dict:
         train(recipe, load=one_batch)
         memory = peak_memory()
         config = MammoDinoConfig.from_pretrained(Path(folder, "run", "encoder"))
-    flops = step_flops(batch, config, recipe.model, recipe.views.tissue_tokens)
+    flops = step_flops(batch, config, recipe)
     dtype = torch.bfloat16 if recipe.run.bf16 else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peak = matmul_peak(torch.device(device), dtype)

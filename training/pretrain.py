@@ -5,13 +5,13 @@ again with the same output_dir, a run goes on from its last good checkpoint.
 """
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 
@@ -67,44 +67,47 @@ def compute_losses(
         return losses, shown
     with torch.no_grad():
         targets = targets_of(teacher(batch, is_student=False).crops, temperature)
-    seen = both.crops
+    seen, loss, tau = both.crops, recipe.loss, recipe.loss.student_temperature
     num_pairs = NUM_GLOBAL_CROPS * (recipe.views.num_local_crops + NUM_GLOBAL_CROPS - 1)
-    tau, tissue = recipe.loss.student_temperature, batch["slice_tissue"][batch["slice_tissue"] > 0]
-    losses |= {
-        "dino_global": dino_loss(seen.global_cls, targets.global_cls, tau, ignore_diagonal=True) / num_pairs,
-        "dino_local": dino_loss(seen.local_cls, targets.global_cls, tau) / num_pairs,
-        "ibot": ibot_loss(seen.masked_patches, targets.masked_patches, batch["masks"].flatten(1), tau),
-        "koleo": sum(koleo_loss(features, batch["volume"]) for features in seen.features),
-        "adjacent_slice": adjacent_slice_loss(seen.slice_cls, targets.slice_cls, None, tau),
-        "adjacent_patch": adjacent_slice_loss(seen.slice_patches, targets.slice_patches, tissue, tau),
-        "gram": seen.features.new_zeros(()),
-    }
-    if gram_teacher is not None:
-        losses["gram"] = gram_loss(seen.patches, gram_teacher(batch), gram_teacher.counted_patches(batch))
-    return losses, shown | {"targets": targets.global_cls, "features": seen.features[0].detach()}
+    if loss.dino_weight:
+        dino_global = dino_loss(seen.global_cls, targets.global_cls, tau, ignore_diagonal=True)
+        losses["dino_global"] = dino_global / num_pairs
+        losses["dino_local"] = dino_loss(seen.local_cls, targets.global_cls, tau) / num_pairs
+        shown["targets"] = targets.global_cls
+    if loss.ibot_weight:
+        losses["ibot"] = ibot_loss(seen.masked_patches, targets.masked_patches, batch["masks"].flatten(1), tau)
+    if loss.koleo_weight:
+        losses["koleo"] = sum(koleo_loss(features, batch["breast"]) for features in seen.features)
+    if loss.adjacent_slice_weight:
+        losses["adjacent_slice"] = adjacent_slice_loss(seen.slice_cls, targets.slice_cls, None, tau)
+    if loss.adjacent_patch_weight:
+        tissue = batch["slice_tissue"][batch["slice_tissue"] > 0]
+        losses["adjacent_patch"] = adjacent_slice_loss(seen.slice_patches, targets.slice_patches, tissue, tau)
+    if loss.gram_weight:
+        losses["gram"] = seen.patches[:0].sum()  # 0 until it begins
+        if gram_teacher is not None:
+            losses["gram"] = gram_loss(seen.patches, gram_teacher(batch), gram_teacher.counted_patches(batch))
+    return losses, shown | {"features": seen.features[0].detach()}
 
 
 def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
-    """Return the loss that is minimized; a loss that the recipe does not use is no part of it."""
+    """Return the loss that is minimized; a loss of weight 0 is not among `losses`, for nothing of it is computed."""
     loss, fraction = recipe.loss, recipe.loss.view_regularizer_fraction
-    terms = []
-    if recipe.uses_crops:
-        terms += [
-            loss.dino_weight * (losses["dino_global"] + losses["dino_local"]),
-            loss.ibot_weight * losses["ibot"],
-            loss.koleo_weight * losses["koleo"],
-            loss.adjacent_slice_weight * losses["adjacent_slice"],
-            loss.adjacent_patch_weight * losses["adjacent_patch"],
-            loss.gram_weight * losses["gram"],
-        ]
-    if "dense_statistics" in losses:
-        terms.append(loss.dense_statistics_weight * losses["dense_statistics"])
-        terms.append(loss.dense_components_weight * losses["dense_components"])
+    weights = {
+        "dino_global": loss.dino_weight,
+        "dino_local": loss.dino_weight,
+        "ibot": loss.ibot_weight,
+        "koleo": loss.koleo_weight,
+        "adjacent_slice": loss.adjacent_slice_weight,
+        "adjacent_patch": loss.adjacent_patch_weight,
+        "gram": loss.gram_weight,
+        "dense_statistics": loss.dense_statistics_weight,
+        "dense_components": loss.dense_components_weight,
+    }
     for kind in VIEW_KINDS:
-        if weight := view_weight(loss, kind):
-            views = (1 - fraction) * losses[f"{kind}_agreement"] + fraction * losses[f"{kind}_spread"]
-            terms.append(weight * views)
-    return sum(terms[1:], start=terms[0])
+        weights[f"{kind}_agreement"] = view_weight(loss, kind) * (1 - fraction)
+        weights[f"{kind}_spread"] = view_weight(loss, kind) * fraction
+    return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 
 
 def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) -> Path:
@@ -153,7 +156,7 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     if dense_targets:
         modules["dense_targets"] = dense_targets
         teacher.load_state_dict(student.state_dict())
-    step = resume(recipe, modules, optimizer)
+    step = resume(recipe, modules, optimizer, global_batch)
     if run.gradient_checkpointing:
         student.backbone.gradient_checkpointing_enable()
     if run.torch_compile:
@@ -182,7 +185,8 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
                 watch.note(total, step * run.gradient_accumulation_steps + forward)
                 accelerator.backward(total)
         for part in student.children():  # backbone and heads apart
-            accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm or math.inf)
+            watch.note_gradient(norm, step)
         optimizer.step()
         optimizer.zero_grad()
         update_teacher(teacher, student, now["teacher_momentum"])
@@ -194,8 +198,8 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
             monitor.log(step, values | now, **shown)
         if step % run.save_steps == 0 or step == run.max_steps:
             watch.check()
-            is_main = accelerator.is_main_process
-            checkpoints.save_checkpoint(Path(run.output_dir), step, modules, optimizer, recipe, is_main)
+            where, is_main = Path(run.output_dir), accelerator.is_main_process
+            checkpoints.save_checkpoint(where, step, modules, optimizer, recipe, global_batch, is_main)
             accelerator.wait_for_everyone()
     monitor.close()
     encoder = Path(run.output_dir) / "encoder"
@@ -205,7 +209,9 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     return encoder
 
 
-def resume(recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
+def resume(
+    recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, global_batch: int
+) -> int:
     """Load a checkpoint where there is one, else a former run's if the recipe names one; return the number of finished
     steps."""
     path = checkpoints.find_checkpoint(recipe)
@@ -213,7 +219,7 @@ def resume(recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch
         if recipe.model.init_from_checkpoint:
             load_former_run(recipe, modules)
         return 0
-    checkpoints.check_same_recipe(recipe, yaml.safe_load((path / checkpoints.RECIPE_FILE).read_text()), path)
+    checkpoints.check_same_run(recipe, global_batch, path)
     step = checkpoints.load_checkpoint(path, modules, optimizer)
     logger.info("going on from %s", path)
     return step

@@ -65,7 +65,7 @@ def read_reference_checkpoint(path: str | Path, interpolation: dict) -> MammoDin
 def load_tensors(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # on bytes that are no pickle, torch's reader fails in any way
         raise ValueError(

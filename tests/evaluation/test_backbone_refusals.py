@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Config
 
+from training.evaluation.backbones import registry
 from training.evaluation.backbones.registry import BACKBONES, load_backbone
 
 from .reference_backbones import NATIVE, OWN_FILES, Touch
@@ -168,3 +169,17 @@ def test_a_configuration_of_omegaconf_is_skipped(folders, tmp_path):
     found = load_backbone("mammo_clip_efficientnet", str(folder))
     expected = load_backbone("mammo_clip_efficientnet", str(folders["mammo_clip_efficientnet"]))
     assert found.settings() == expected.settings()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
+              RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
+)  # fmt: skip
+def test_what_runs_out_of_memory_is_not_called_a_damaged_checkpoint(monkeypatch, error):
+    def run_out(*rest):
+        raise error
+
+    monkeypatch.setattr(registry, "_untrained", run_out)
+    with pytest.raises(type(error)) as found:
+        load_backbone("untrained")
+    assert found.value is error

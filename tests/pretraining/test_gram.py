@@ -47,7 +47,7 @@ def test_the_gram_teacher_is_taken_when_the_recipe_says(run):
     lines = log(run)
     assert [line["loss_gram"] > 0 for line in lines] == [False] * 2 + [True] * (MAX_STEPS - 2)
     weighted = lines[5]["loss"] - 2.0 * lines[5]["loss_gram"]
-    others = lines[5] | {"loss_koleo": 0.1 * lines[5]["loss_koleo"], "loss_gram": 0, "loss_adjacent_patch": 0}
+    others = lines[5] | {"loss_koleo": 0.1 * lines[5]["loss_koleo"], "loss_gram": 0}
     assert weighted == pytest.approx(sum(value for key, value in others.items() if key.startswith("loss_")), rel=1e-5)
 
 

@@ -9,6 +9,7 @@ import torch
 from pretrain_runs import SEPARATE, recipe, tiny, tiny_batch, train, weights
 from safetensors.torch import load_file
 
+from training.pretrain import compute_losses, weighted_sum
 from training.pretraining.losses.targets import TeacherTargets, sinkhorn_knopp
 from training.pretraining.networks import Network, ProjectionHead, make_teacher
 from training.pretraining.optimization import param_groups
@@ -48,7 +49,7 @@ def test_a_head_starts_from_small_normal_weights():
 
 @pytest.mark.parametrize("arguments", [[], SEPARATE])
 def test_each_token_goes_through_its_head(batch, arguments):
-    network = Network(tiny(*arguments)).eval()
+    network = Network(tiny(*arguments, "--adjacent_patch_weight", "0.5")).eval()
     patch_head = network.ibot_head if arguments else network.head
     with torch.no_grad():
         seen = network(batch, is_student=True).crops
@@ -71,7 +72,7 @@ def test_each_token_goes_through_its_head(batch, arguments):
 
 
 def test_separate_heads_have_sizes_groups_and_centers_of_their_own(batch):
-    chosen = tiny(*SEPARATE, "--teacher_targets", "centering")
+    chosen = tiny(*SEPARATE, "--teacher_targets", "centering", "--adjacent_patch_weight", "0.5")
     student = Network(chosen)
     assert [each.out_features for each in student.ibot_head.mlp if hasattr(each, "out_features")] == [20, 20, 12]
     frozen = [group["params"] for group in param_groups(student, 2, chosen.optimizer)
@@ -86,12 +87,39 @@ def test_separate_heads_have_sizes_groups_and_centers_of_their_own(batch):
     teacher, targets_of = make_teacher(student), TeacherTargets(chosen)
     logits = teacher(batch, is_student=False).crops
     targets_of(logits, 0.07)
-    cls = torch.cat((logits.global_cls.flatten(0, 1), logits.slice_cls))
-    patches = torch.cat((logits.masked_patches, logits.slice_patches))
-    torch.testing.assert_close(targets_of.cls_center.center[0], 0.1 * cls.mean(0))
-    torch.testing.assert_close(targets_of.patch_center.center[0], 0.1 * patches.mean(0))
     balanced = TeacherTargets(tiny(*SEPARATE))(logits, 0.07)
-    torch.testing.assert_close(balanced.masked_patches, sinkhorn_knopp(patches, 0.07)[: len(logits.masked_patches)])
+    for name in ("global_cls", "masked_patches", "slice_cls", "slice_patches"):
+        rows = getattr(logits, name).flatten(0, -2)
+        torch.testing.assert_close(targets_of.centers[name].center[0], 0.1 * rows.mean(0))
+        torch.testing.assert_close(getattr(balanced, name).flatten(0, -2), sinkhorn_knopp(rows, 0.07))
+
+
+@pytest.mark.parametrize("targets", ["sinkhorn_knopp", "centering"])
+@pytest.mark.parametrize(
+    ("off", "names"),
+    [
+        (["adjacent_slice_weight"], {"adjacent_slice"}),
+        (["adjacent_patch_weight"], {"adjacent_patch"}),
+        (["dino_weight", "koleo_weight"], {"dino_global", "dino_local", "koleo"}),
+        (["ibot_weight", "adjacent_patch_weight"], {"ibot", "adjacent_patch"}),
+    ],
+)
+def test_a_loss_of_weight_0_is_not_computed_and_changes_no_other(batch, off, names, targets):
+    arguments = [*SEPARATE, "--teacher_targets", targets, "--adjacent_patch_weight", "0.5"]
+    found, state = [], {}
+    for more in ([], [part for name in off for part in (f"--{name}", "0")]):
+        chosen = tiny(*arguments, *more)
+        torch.manual_seed(0)
+        student = Network(chosen).eval()
+        student.load_state_dict(state, strict=False)
+        state = student.state_dict()
+        losses, _ = compute_losses(batch, student, make_teacher(student), TeacherTargets(chosen), 0.07, chosen)
+        weighted_sum(losses, chosen).backward()
+        unused = [name for name, each in student.named_parameters() if each.grad is None]
+        assert unused == [], "DistributedDataParallel needs a gradient of each"
+        found.append({name: value.item() for name, value in losses.items()})
+    assert found[0].keys() - found[1].keys() == names
+    assert found[1] == pytest.approx({name: found[0][name] for name in found[1]}, rel=1e-6)
 
 
 @pytest.mark.parametrize("targets", ["sinkhorn_knopp", "centering"])
@@ -104,7 +132,7 @@ def test_a_run_with_separate_heads_resumes_exactly(phantom_corpus, tmp_path, tar
     assert "teacher.ibot_head.last_layer.parametrizations.weight.original1" in whole
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
     centers = [load_file(tmp_path / name / "checkpoint-4" / "targets.safetensors") for name in ("whole", "resumed")]
-    assert len(centers[0]) == (2 if targets == "centering" else 0)
+    assert len(centers[0]) == (4 if targets == "centering" else 0)
     assert all(torch.equal(centers[0][key], centers[1][key]) for key in centers[0])
 
 

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
+from training.pretraining.losses.coding_rate import coding_rate_loss
+from training.pretraining.losses.dense_regression import dense_regression_loss
 from training.pretraining.losses.dino import dino_loss
 from training.pretraining.losses.gram import gram_loss
 from training.pretraining.losses.ibot import ibot_loss
 from training.pretraining.losses.koleo import koleo_loss
+from training.pretraining.losses.sigreg import sigreg_loss
 from training.pretraining.losses.targets import Centering, sinkhorn_knopp
+from training.pretraining.losses.view_agreement import view_agreement_loss
+from training.pretraining.losses.visreg import visreg_loss
 
 
 def cross_entropy(student, teacher, temperature=0.1):
@@ -37,6 +42,31 @@ def test_dino_is_the_double_loop(num_student, ignore_diagonal):
         if not (ignore_diagonal and s == t)
     )
     assert dino_loss(student, teacher, ignore_diagonal=ignore_diagonal).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_losses_are_float32_under_autocast():
+    """Else a loss of 11.28 is told from its neighbors in steps of 0.06, and so is what it teaches."""
+    student, teacher = random_inputs(2, 3, 7)
+    losses = {
+        "dino": lambda: dino_loss(student, teacher),
+        "ibot": lambda: ibot_loss(student[0], teacher[0], torch.ones(3, 1, dtype=torch.bool)),
+        "adjacent": lambda: adjacent_slice_loss(student[0], teacher[0]),
+        "koleo": lambda: koleo_loss(student[0]),
+        "gram": lambda: gram_loss(student, teacher),
+        "dense": lambda: dense_regression_loss(student, teacher, torch.ones(2, 3)),
+        "sigreg": lambda: sigreg_loss(student[0]),
+        "visreg": lambda: visreg_loss(student[0]),
+        "coding rate": lambda: coding_rate_loss(student[0]),
+        "agreement": lambda: view_agreement_loss(student[0], torch.tensor([0, 0, 1])),
+        "targets": lambda: sinkhorn_knopp(student[0], 0.1),
+    }
+    for name, loss in losses.items():
+        torch.manual_seed(0)
+        expected = loss()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss()
+        assert found.dtype == torch.float32 and torch.equal(found, expected), name
 
 
 def test_ibot_is_the_mean_over_crops_of_the_mean_over_masked_patches():

@@ -256,6 +256,20 @@ def test_features_of_files_are_drawn_by_command(encoder, phantom_archive, tmp_pa
 
 
 @pytest.mark.slow
+def test_two_processes_share_the_files_of_the_knn(phantom_corpus, labels, tmp_path):
+    """So that none waits in a collective, until it is given up, while another encodes them all."""
+    scores = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        arguments = ["demo", "--corpus", str(phantom_corpus), "--output_dir", str(output), *TINY, "--max_steps", "2"]
+        arguments += ["--per_device_train_batch_size", str(8 // processes), "--drop_path_rate", "0"]
+        arguments += ["--knn_labels", str(labels), "--knn_task", "kind", "--knn_steps", "2"]
+        launch(processes, *arguments)
+        scores.append([line["knn_auc"] for line in log(output) if "knn_auc" in line])
+    assert len(scores[0]) == 2 and scores[0] == pytest.approx(scores[1], abs=0.02)
+
+
+@pytest.mark.slow
 def test_the_log_of_two_processes_is_their_mean(phantom_corpus, tmp_path):
     """The same samples alone and shared by two: the same crops, so the same breast in them, and the same first loss."""
     lines = {}

@@ -11,12 +11,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import draw_breast
 from pretrain_runs import ROOT, TINY, launch, log, main, recipe, train, weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from training import pretrain
 from training.pretraining import checkpoints
 from training.pretraining.checkpoints import list_checkpoints
 from training.pretraining.recipe import RECIPES, load_recipe
@@ -44,7 +46,7 @@ def test_the_losses_fall_in_twenty_steps(run):
 def test_the_first_loss_is_the_closed_form_of_copied_heads(phantom_corpus, tmp_path):
     """At the start logits are cosines of variance 1/d, and the teacher's soft targets are almost uniform: each
     cross-entropy is ln K + 1 / (2 d tau_s^2) - 1 / (d tau_s tau_t), the last term only where the heads are copies."""
-    arguments = ["--max_steps", "1", "--head_bottleneck_size", "256", "--num_prototypes", "512"]
+    arguments = ["--max_steps", "1", "--warmup_steps", "1", "--head_bottleneck_size", "256", "--num_prototypes", "512"]
     train(
         recipe(
             phantom_corpus, tmp_path, *arguments, "--teacher_temperature_start", "1", "--freeze_last_layer_steps", "0"
@@ -125,8 +127,6 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stands(run, phantom_corpus,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(phantom_corpus, tmp_path, monkeypatch):
-    import training.pretrain as pretrain
-
     real, calls = pretrain.weighted_sum, []
 
     def break_at_step_12(losses, recipe):
@@ -137,6 +137,79 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(phantom_c
     with pytest.raises(RuntimeError, match=r"step 12: the loss is not finite; samples 88 to 95, corpus rows \[\d+"):
         train(recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10"))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10"]
+
+
+ACCUMULATED = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(phantom_corpus, tmp_path, monkeypatch):
+    real, calls = Accelerator.backward, []
+
+    def break_at_step_6(accelerator, loss, **options):
+        real(accelerator, loss, **options)
+        calls.append(1)
+        if len(calls) == 12:
+            next(iter(students[0].backbone.parameters())).grad.view(-1)[0] = float("inf")
+
+    students, make_teacher = [], pretrain.make_teacher
+    monkeypatch.setattr(pretrain, "make_teacher", lambda student: students.append(student) or make_teacher(student))
+    monkeypatch.setattr(Accelerator, "backward", break_at_step_6)
+    arguments = ["--max_steps", "8", "--save_steps", "4", "--logging_steps", "8", *ACCUMULATED]
+    with pytest.raises(RuntimeError, match=r"step 6: the gradient is not finite; samples 40 to 47, corpus rows \[\d+"):
+        train(recipe(phantom_corpus, tmp_path, *arguments))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_chosen(run, phantom_corpus, tmp_path, caplog):
+    for step in (10, 20):
+        shutil.copytree(run / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    file = tmp_path / "checkpoint-20" / "teacher.safetensors"
+    tensors = load_file(file)
+    tensors["backbone.layernorm.weight"][0] = float("nan")
+    save_file(tensors, file)
+    arguments = ["--max_steps", "20", "--save_steps", "10"]
+    named = recipe(phantom_corpus, tmp_path, *arguments, "--resume_from_checkpoint", str(tmp_path / "checkpoint-20"))
+    with pytest.raises(ValueError, match="teacher.safetensors backbone.layernorm.weight is not finite"):
+        train(named)
+    train(recipe(phantom_corpus, tmp_path, *arguments))
+    assert "checkpoint-20 is passed over: teacher.safetensors backbone.layernorm.weight is not finite" in caplog.text
+    whole, resumed = weights(run / "checkpoint-20"), weights(tmp_path / "checkpoint-20")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    modules = {"student": torch.nn.Linear(1, 1), "targets": torch.nn.Linear(1, 1)}
+    torch.nn.init.constant_(modules["targets"].bias, float("nan"))
+    optimizer = torch.optim.AdamW(modules["student"].parameters())
+    with pytest.raises(RuntimeError, match="step 30: targets bias is not finite, so no checkpoint is written"):
+        checkpoints.save_checkpoint(tmp_path, 30, modules, optimizer, named, 8, is_main=True)
+    assert not (tmp_path / "checkpoint-30").exists()
+
+
+def test_a_run_goes_on_with_as_many_images_a_step(run, phantom_corpus, tmp_path):
+    """Batch and accumulation may change together, as for another number of processes; their product may not."""
+    shutil.copytree(run / "checkpoint-10", tmp_path / "checkpoint-10")
+    arguments = ["--max_steps", "20", "--save_steps", "10"]
+    with pytest.raises(ValueError, match="checkpoint-10: was made with 8 images a step, not 2; give per_device"):
+        train(recipe(phantom_corpus, tmp_path, *arguments, "--per_device_train_batch_size", "2"))
+    train(recipe(phantom_corpus, tmp_path, *arguments, *ACCUMULATED))
+    assert [line["step"] for line in log(tmp_path)] == list(range(11, 21))
+
+
+def test_a_resumed_run_logs_no_step_twice(run, phantom_corpus, tmp_path):
+    """A run that died at step 13 of 20, in the middle of a line, with its last checkpoint at 10."""
+    shutil.copytree(run / "checkpoint-10", tmp_path / "checkpoint-10")
+    (tmp_path / "logs").mkdir()
+    lines = [json.dumps({"step": step, "loss": 0.0}) for step in range(1, 14)] + ['{"step": 1']
+    (tmp_path / "logs" / "log.jsonl").write_text("\n".join(lines))
+    train(recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10"))
+    assert [line["step"] for line in log(tmp_path)] == list(range(1, 21))
+    assert [line["loss"] for line in log(tmp_path)][10:] == [line["loss"] for line in log(run)][10:]
+
+
+def test_max_grad_norm_0_clips_nothing(phantom_corpus, tmp_path):
+    """As in `TrainingArguments`: a norm that no gradient reaches gives the same weights."""
+    for name, norm in (("off", "0"), ("never", "1e9")):
+        train(recipe(phantom_corpus, tmp_path / name, "--max_steps", "2", "--max_grad_norm", norm))
+    off, never = (weights(tmp_path / name / "checkpoint-2") for name in ("off", "never"))
+    assert all(torch.equal(off[key], never[key]) for key in never)
 
 
 def test_processes_share_out_the_same_samples():

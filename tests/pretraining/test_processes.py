@@ -10,6 +10,7 @@ import torch.multiprocessing as multiprocessing
 from pretrain_runs import TINY, launch, log
 
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
+from training.pretraining.losses.dense_regression import dense_regression_loss
 from training.pretraining.losses.koleo import koleo_loss
 from training.pretraining.losses.targets import Centering, sinkhorn_knopp
 
@@ -42,6 +43,12 @@ def targets(rows: slice) -> dict[str, torch.Tensor]:
     return {"sinkhorn": sinkhorn_knopp(LOGITS[rows], 0.1), "first": first, "second": second, "center": centering.center}
 
 
+def dense_loss(rows: slice) -> dict[str, torch.Tensor]:
+    predicted = LOGITS[rows].unsqueeze(1).clone().requires_grad_()  # (B, 1, S)
+    loss = dense_regression_loss(predicted, LATER_LOGITS[rows].unsqueeze(1), WEIGHTS[rows].unsqueeze(1))
+    return {"loss": loss.detach(), "gradient": gradient(loss, predicted)}
+
+
 def slice_loss(rows: slice) -> dict[str, torch.Tensor]:
     logits = LOGITS[rows].clone().requires_grad_()
     loss = adjacent_slice_loss(logits, PROBABILITIES[rows], WEIGHTS[rows])
@@ -57,6 +64,7 @@ def spread(rows: slice, groups: bool) -> dict[str, torch.Tensor]:
 def results(rows_of: dict[str, slice]) -> dict[str, dict[str, torch.Tensor]]:
     found = {f"targets, {name}": targets(rows) for name, rows in rows_of.items()}
     found |= {f"slices, {name}": slice_loss(rows) for name, rows in rows_of.items()}
+    found |= {f"dense, {name}": dense_loss(rows) for name, rows in rows_of.items()}
     return found | {f"koleo, {groups}": spread(rows_of["equal"], groups) for groups in (False, True)}
 
 
@@ -95,7 +103,9 @@ def test_targets_do_not_depend_on_how_samples_are_spread(shared, alone, split):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", [*(f"slices, {split}" for split in SPLITS), "koleo, False", "koleo, True"])
+@pytest.mark.parametrize(
+    "key", [*(f"{loss}, {split}" for loss in ("slices", "dense") for split in SPLITS), "koleo, False", "koleo, True"]
+)
 def test_losses_and_gradients_average_to_those_of_the_whole_batch(shared, alone, key):
     """The mean over processes, as DistributedDataParallel averages gradients, is what one process finds."""
     mean = torch.stack([each[key]["loss"] for each in shared]).mean()

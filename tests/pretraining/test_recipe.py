@@ -9,7 +9,7 @@ import yaml
 from transformers import TrainingArguments
 
 from training.pretraining.networks import Network, make_teacher, update_teacher
-from training.pretraining.optimization import linear_warmup_cosine, make_schedules, multipliers, param_groups
+from training.pretraining.optimization import make_schedules, multipliers, param_groups
 from training.pretraining.recipe import RECIPES, SECTIONS, OptimizerRecipe, load_recipe
 
 WHERE = ["--corpus", "c", "--output_dir", "o"]
@@ -105,8 +105,27 @@ def test_schedules_have_the_reference_values():
     assert temperature[0] == 0.04 and temperature[37_499] == temperature[-1] == 0.07
 
 
-def test_a_warm_up_longer_than_the_run_only_warms_up():
-    assert linear_warmup_cosine(0, 1, 0.1, 10, 4).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+def test_a_run_shortened_on_the_command_line_has_its_phases_shortened():
+    recipe = load_recipe(["mammodino", *WHERE, "--max_steps", "2000"])
+    schedules = make_schedules(recipe, 128)
+    assert schedules["learning_rate"].argmax() in (199, 200) and schedules["learning_rate"][-1] < 1e-5
+    assert (schedules["last_layer_learning_rate"] == 0).sum() == 20
+    assert schedules["teacher_temperature"][598] < 0.07 == schedules["teacher_temperature"][599]
+
+
+@pytest.mark.parametrize(
+    ("field", "steps", "message"),
+    [
+        ("warmup_steps", "21", "is longer than max_steps=20"),
+        ("teacher_temperature_warmup_steps", "21", "is longer than max_steps=20"),
+        ("freeze_last_layer_steps", "20", "is not over within max_steps=20"),
+        ("freeze_backbone_steps", "20", "is not over within max_steps=20"),
+        ("warmup_steps", "1.5", "whole steps, or a fraction"),
+    ],
+)
+def test_a_phase_longer_than_the_run_is_refused(field, steps, message):
+    with pytest.raises(ValueError, match=f"{field}={float(steps)}: .*{message}"):
+        load_recipe(["demo", *WHERE, "--max_steps", "20", f"--{field}", steps])
 
 
 TINY = ["--hidden_size", "32", "--num_hidden_layers", "3", "--num_attention_heads", "4", "--num_prototypes", "16"]

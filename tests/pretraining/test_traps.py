@@ -266,7 +266,8 @@ def test_koleo_never_sees_two_views_of_one_image(run):
     assert len(seen.koleo) == 2 * STEPS and all(len(features) == BATCH for features in seen.koleo)
     first, second, volume = *seen.koleo[:2], seen.batches[0]["volume"]
     assert not torch.equal(first, second) and len(volume.unique()) == BATCH
-    apart = koleo_loss(first) + koleo_loss(second)
+    breasts = seen.batches[0]["breast"]
+    apart = koleo_loss(first, breasts) + koleo_loss(second, breasts)
     assert log(output)[0]["loss_koleo"] == pytest.approx(apart.item(), rel=1e-4)
     assert 2 * koleo_loss(torch.cat((first, second))) > apart + 0.1
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from training.pretraining.views.patients import STEPS_PER_BLOCK, PatientOrder
+from training.pretraining.views.patients import STEPS_PER_BLOCK, PatientOrder, number_breasts
 
 
 def archive(num_a=30, num_b=10):
@@ -92,3 +92,12 @@ def test_the_order_is_a_function_of_seed_and_index():
 def test_an_odd_number_of_views_is_refused():
     with pytest.raises(ValueError, match="views_per_patient=3"):
         order(views_per_patient=3)
+
+
+def test_all_images_of_a_breast_have_its_number():
+    """Its 2D views and its stacks; of an unknown patient or side each volume is a breast of its own."""
+    patients = ["a", "a", "a", "a", None, None, "b", "a"]
+    sides = ["left", "left", "right", None, "left", "left", "left", "left"]
+    sources = ["x"] * 7 + ["y"]
+    numbers = number_breasts(patients, sides, sources)
+    assert numbers[0] == numbers[1] and len(set(numbers)) == 7

@@ -99,8 +99,12 @@ def canvas_losses(
         inside = nn.functional.avg_pool2d(batch["canvas_tissue"].float().unsqueeze(1), targets_of.patch_size)
         tissue = inside.flatten(1)[keep].view(shape)
         predicted = seen.content.split((targets_of.num_statistics, targets_of.num_components), dim=-1)
-        losses["dense_statistics"] = dense_regression_loss(predicted[0], statistics[keep].view(*shape, -1), tissue)
-        losses["dense_components"] = dense_regression_loss(predicted[1], components[keep].view(*shape, -1), tissue)
+        for name, weight, prediction, target in (
+            ("dense_statistics", recipe.loss.dense_statistics_weight, predicted[0], statistics),
+            ("dense_components", recipe.loss.dense_components_weight, predicted[1], components),
+        ):
+            if weight:
+                losses[name] = dense_regression_loss(prediction, target[keep].view(*shape, -1), tissue)
     for kind, embeddings in seen.embeddings.items():
         groups = batch["breast" if kind == "breast" else "patient"]
         if kind == "contralateral":

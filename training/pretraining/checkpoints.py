@@ -5,6 +5,7 @@ A run's output_dir holds `checkpoint-N/` (a file a module, the optimizer, and th
 """
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from modeling_mammodino.tools.files import atomic_folder
@@ -30,18 +33,27 @@ from training.pretraining.views.sample import PretrainingViews
 
 from .recipe import MAY_CHANGE_ON_RESUME, Recipe, RunRecipe
 
+logger = logging.getLogger(__name__)
+
 STATE_FILE, RECIPE_FILE, CONFIG_FILE = "trainer_state.json", "recipe.yaml", "config.json"
 LOG_FILE, WARNINGS_FILE = "logs/log.jsonl", "logs/warnings.jsonl"  # in a run's output_dir
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, however it is spread
 
 
 def save_checkpoint(
-    directory: Path, step: int, modules: dict[str, nn.Module], optimizer: Optimizer, recipe: Recipe, is_main: bool
+    directory: Path,
+    step: int,
+    modules: dict[str, nn.Module],
+    optimizer: Optimizer,
+    recipe: Recipe,
+    global_batch_size: int,
+    is_main: bool,
 ) -> Path:
     """Write `directory/checkpoint-{step}` atomically: one safetensors file a module, the optimizer, the recipe, the
-    step, and the encoder's configuration, by which another run can go on from it.
+    step, the images of a step, and the encoder's configuration, by which another run can go on from it.
 
-    Every process calls it, for sharded tensors are gathered, and the main one writes. Raises OSError where it cannot.
+    Every process calls it, for sharded tensors are gathered, and the main one writes. Raises OSError where it cannot,
+    and RuntimeError, before it writes, where a tensor is not finite.
     """
     final = directory / f"checkpoint-{step}"
     student: Any = modules["student"]
@@ -51,13 +63,20 @@ def save_checkpoint(
     files["optimizer"] = _flatten(get_optimizer_state_dict(student, optimizer, options=WHOLE))
     if not is_main:
         return final
+    for name, tensors in files.items():
+        if wrong := not_finite(tensors):
+            raise RuntimeError(
+                f"step {step}: {name} {wrong} is not finite, so no checkpoint is written; the last one in {directory} "
+                "stands. Lower learning_rate or max_grad_norm"
+            )
     try:
         with atomic_folder(final, replace=True) as folder:
             for name, tensors in files.items():
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
             recipe.save(folder / RECIPE_FILE)
             student.backbone.config.to_json_file(folder / CONFIG_FILE)
-            (folder / STATE_FILE).write_text(json.dumps({"global_step": step}) + "\n")
+            state = {"global_step": step, "global_batch_size": global_batch_size}
+            (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"{final}: cannot be written ({error}); what was saved before stands. Make room, and give the same command"
@@ -97,19 +116,47 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def find_checkpoint(recipe: Recipe) -> Path | None:
-    """Return the checkpoint to go on from: the one that the recipe names, else the last whole one in output_dir."""
+    """Return the checkpoint to go on from: the one that the recipe names, else the last in output_dir that is whole and
+    finite."""
     if recipe.run.resume_from_checkpoint:
         path = Path(recipe.run.resume_from_checkpoint)
         if not (path / STATE_FILE).is_file():
             raise ValueError(f"resume_from_checkpoint={path}: holds no {STATE_FILE}; give a checkpoint-N folder")
+        if wrong := _not_finite_file(path):
+            raise ValueError(f"resume_from_checkpoint={path}: {wrong} is not finite; give an earlier checkpoint")
         return path
-    checkpoints = list_checkpoints(Path(recipe.run.output_dir))
-    return checkpoints[-1] if checkpoints else None
+    for path in reversed(list_checkpoints(Path(recipe.run.output_dir))):
+        if not (wrong := _not_finite_file(path)):
+            return path
+        logger.warning("%s is passed over: %s is not finite", path, wrong)
+    return None
 
 
-def check_same_recipe(recipe: Recipe, saved: dict[str, Any], path: Path) -> None:
+def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Return the name of the first tensor with a value that is not finite."""
+    return next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+
+
+def _not_finite_file(checkpoint: Path) -> str | None:
+    """Return the same of a checkpoint's files; None also where one cannot be read, which loading it says."""
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            if wrong := not_finite(load_file(file)):
+                return f"{file.name} {wrong}"
+        except (OSError, SafetensorError):
+            return None
+    return None
+
+
+def check_same_run(recipe: Recipe, global_batch_size: int, path: Path) -> None:
     """Raise ValueError where a resumed run would not be the run that was started, naming the fields that differ."""
-    wanted = recipe.flat()
+    wanted, saved = recipe.flat(), yaml.safe_load((path / RECIPE_FILE).read_text())
+    images = json.loads((path / STATE_FILE).read_text()).get("global_batch_size", global_batch_size)
+    if images != global_batch_size:
+        raise ValueError(
+            f"{path}: was made with {images} images a step, not {global_batch_size}; give per_device_train_batch_size "
+            f"and gradient_accumulation_steps whose product with the number of processes is {images}"
+        )
     changed = [
         f"{name} ({saved[name]!r} -> {wanted[name]!r})"
         for name in wanted
@@ -137,28 +184,42 @@ def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Te
 
 
 class FiniteWatch:
-    """The first loss that is not finite, found without waiting for the device in every step: noted on the device, and
-    asked for where the run waits anyway, at log lines and checkpoints. What the loss was made of is then known by
-    number alone, for a sample is a function of its index."""
+    """The first loss or gradient that is not finite, found without waiting for the device in every step: noted on the
+    device, and asked for where the run waits anyway, at log lines and checkpoints. What the loss was made of is then
+    known by number alone, for a sample is a function of its index."""
 
     def __init__(self, views: PretrainingViews, run: RunRecipe, accelerator: Accelerator):
         self.views, self.run, self.accelerator = views, run, accelerator
-        self.first = torch.full((), math.inf, dtype=torch.float64, device=accelerator.device)  # forward, by number
+        # numbers of the first forward with such a loss, and of the last forward of the first step with such a gradient
+        self.first = torch.full((2,), math.inf, dtype=torch.float64, device=accelerator.device)
 
     def note(self, loss: torch.Tensor, forward: int) -> None:
-        self.first = torch.where(torch.isfinite(loss.detach()), self.first, self.first.clamp(max=forward))
+        self._note(0, loss, forward)
+
+    def note_gradient(self, norm: torch.Tensor, step: int) -> None:
+        """norm: of the gradients of a part of the student, of the step of this number (0-based)."""
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._note(1, whole, (step + 1) * self.run.gradient_accumulation_steps - 1)
+
+    def _note(self, place: int, value: torch.Tensor, forward: int) -> None:
+        first = self.first[place]
+        self.first[place] = torch.where(torch.isfinite(value.detach()), first, first.clamp(max=forward))
 
     def check(self) -> None:
         """Raise RuntimeError with the step and the samples at fault. Every process calls it."""
-        firsts = self.accelerator.gather(self.first.reshape(1)).tolist()
-        forward = min(firsts)
+        losses, gradients = self.accelerator.gather(self.first[None]).T.tolist()
+        forward, what = min((min(losses), "loss"), (min(gradients), "gradient"))
         if math.isinf(forward):
             return
-        batch, process = self.run.per_device_train_batch_size, firsts.index(forward)
-        start = (int(forward) * len(firsts) + process) * batch
-        rows = [self.views.row_of(index) for index in range(start, start + batch)]
+        step, batch = int(forward) // self.run.gradient_accumulation_steps, self.run.per_device_train_batch_size
+        if what == "loss":
+            start, count = (int(forward) * len(losses) + losses.index(forward)) * batch, batch
+        else:  # which all samples of the step share
+            count = batch * len(losses) * self.run.gradient_accumulation_steps
+            start = step * count
+        rows = [self.views.row_of(index) for index in range(start, start + count)]
         raise RuntimeError(
-            f"step {int(forward) // self.run.gradient_accumulation_steps + 1}: the loss is not finite; samples {start} "
-            f"to {start + batch - 1}, corpus rows {rows}. The last good checkpoint in {self.run.output_dir} stands; "
-            "lower learning_rate or max_grad_norm, or look at these rows"
+            f"step {step + 1}: the {what} is not finite; samples {start} to {start + count - 1}, corpus rows {rows}. "
+            f"The last good checkpoint in {self.run.output_dir} stands; lower learning_rate or max_grad_norm, or look "
+            "at these rows"
         )

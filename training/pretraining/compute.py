@@ -13,9 +13,10 @@ import torch
 from modeling_mammodino import MammoDinoConfig
 from modeling_mammodino.modeling_mammodino import as_pair
 
-from .recipe import ModelRecipe
+from .recipe import ModelRecipe, Recipe
 from .views.sample import Batch
 
+MATMUL_SECONDS = 0.15
 STUDENT = 3  # a backward costs two forwards: the gradients of inputs and of weights
 
 
@@ -34,33 +35,45 @@ def patch_embedding_flops(config: MammoDinoConfig, num_patches: int) -> float:
     return 2.0 * num_patches * config.num_channels * patch_height * patch_width * config.hidden_size
 
 
-def head_flops(recipe: ModelRecipe, num_tokens: int) -> float:
-    """Count the forward of the projection head for so many tokens."""
-    hidden, bottleneck = recipe.head_hidden_size, recipe.head_bottleneck_size
-    return 2.0 * num_tokens * (
-        hidden * (recipe.hidden_size + hidden + bottleneck) + bottleneck * recipe.num_prototypes
-    )  # fmt: skip
+def head_flops(model: ModelRecipe, num_cls_tokens: int, num_patches: int) -> float:
+    """Count the forward of the projection heads for so many tokens of either kind."""
+    cls_flops, patch_flops = (
+        2.0 * (hidden * (model.hidden_size + hidden + bottleneck) + bottleneck * prototypes)
+        for hidden, bottleneck, prototypes in (
+            (model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes),
+            (
+                model.ibot_head_hidden_size or model.head_hidden_size,
+                model.ibot_head_bottleneck_size or model.head_bottleneck_size,
+                model.ibot_num_prototypes or model.num_prototypes,
+            ),
+        )
+    )
+    return num_cls_tokens * cls_flops + num_patches * patch_flops
 
 
-def step_flops(batch: Batch, config: MammoDinoConfig, recipe: ModelRecipe, tissue_tokens: bool = False) -> float:
-    """Count student's forward and backward and teacher's forward on this batch, with its masks, pairs and background.
+def step_flops(batch: Batch, config: MammoDinoConfig, recipe: Recipe) -> float:
+    """Count student's forward and backward and teacher's forward on this batch, with its masks, pairs and background,
+    for the losses that the recipe uses.
 
     By the batch itself, so that what depends on chance (masked patches, slice pairs, background patches that are
-    dropped, stochastic depth) is counted as it was. tissue_tokens: whether both drop background patches.
+    dropped, stochastic depth) is counted as it was.
     """
+    loss, model, tissue_tokens = recipe.loss, recipe.model, recipe.views.tissue_tokens
     canvas = 0.0
     if "canvas_tokens" in batch:
         canvas = encode_flops(batch["canvas_tokens"], config, True, is_student=True)
     if "global_tissue" not in batch:
         return canvas
-    seen_by_both = (batch["global_tissue"], batch["slice_tissue"])
-    teacher = sum(encode_flops(tissue, config, tissue_tokens, is_student=False) for tissue in seen_by_both)
-    seen_by_student = (*seen_by_both, batch["local_tissue"])
+    whole, pairs, local = batch["global_tissue"], batch["slice_tissue"], batch["local_tissue"]
+    seen_by_teacher = (whole, pairs) if loss.dino_weight or loss.ibot_weight else (pairs,)
+    seen_by_student = (whole, pairs, local) if loss.dino_weight else (whole, pairs)
+    teacher = sum(encode_flops(tissue, config, tissue_tokens, is_student=False) for tissue in seen_by_teacher)
     student = sum(encode_flops(tissue, config, tissue_tokens, is_student=True) for tissue in seen_by_student)
-    tokens = len(batch["global_tissue"]) + len(batch["slice_tissue"])  # class tokens of both
-    tokens += int(batch["masks"].sum()) + int((batch["slice_tissue"] > 0).sum())  # patches of both
-    student += STUDENT * head_flops(recipe, tokens + len(batch["local_tissue"]))
-    return canvas + student + teacher + head_flops(recipe, tokens)
+    cls_tokens = len(whole) * (loss.dino_weight > 0) + len(pairs) * (loss.adjacent_slice_weight > 0)  # of both
+    patches = int(batch["masks"].sum()) * (loss.ibot_weight > 0)
+    patches += int((pairs > 0).sum()) * (loss.adjacent_patch_weight > 0)
+    student += STUDENT * head_flops(model, cls_tokens + len(local) * (loss.dino_weight > 0), patches)
+    return canvas + student + teacher + head_flops(model, cls_tokens, patches)
 
 
 def encode_flops(tissue: torch.Tensor, config: MammoDinoConfig, tissue_tokens: bool, is_student: bool) -> float:
@@ -80,20 +93,25 @@ def encode_flops(tissue: torch.Tensor, config: MammoDinoConfig, tissue_tokens: b
 def matmul_peak(device: torch.device | str, dtype: torch.dtype, side: int | None = None) -> float:
     """Measure FLOP/s, the best of a few square matmuls on this process's device: not what its data sheet says.
 
-    side: rows and columns (default 8192, on a CPU 2048). Takes well under a second.
+    side: most rows and columns (default 8192, on a CPU 2048). Takes well under a second: sizes double until the next
+    would take longer than MATMUL_SECONDS, as in half precision on a CPU without units for it.
     """
     device = torch.device(device)
-    side = side or (2048 if device.type == "cpu" else 8192)
+    largest = side or (2048 if device.type == "cpu" else 8192)
     generator = torch.Generator(device).manual_seed(0)  # torch's own stays as the run seeded it
-    left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
-    seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < 0.4 and len(seconds) < 50:
-        synchronize(device)
-        started = time.perf_counter()
-        torch.matmul(left, right)
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / min(seconds)
+    peak, side, fastest = 0.0, min(128, largest), 0.0
+    while side <= largest and 8 * fastest < MATMUL_SECONDS:
+        left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
+        seconds: list[float] = []
+        while len(seconds) < 3 or sum(seconds) < MATMUL_SECONDS / 2 and len(seconds) < 50:
+            synchronize(device)
+            started = time.perf_counter()
+            torch.matmul(left, right)
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        fastest = min(seconds)
+        peak, side = max(peak, 2 * side**3 / fastest), 2 * side
+    return peak
 
 
 def synchronize(device: torch.device) -> None:

@@ -3,8 +3,8 @@
 A self-distilled network can fail at two ends. At the entropy wall the teacher's targets are uniform and say nothing; in
 collapse every image gets the same target. `target_information` is 0 at both ends.
 
-All processes measure, the main one writes LOG_FILE and WARNINGS_FILE (`read_warnings`), and alone evaluates the
-teacher. Trackers (TensorBoard, trackio, Weights & Biases) are Accelerate's.
+All processes measure and share the images of the k-NN; the main one writes LOG_FILE and WARNINGS_FILE
+(`read_warnings`), and draws. Trackers (TensorBoard, trackio, Weights & Biases) are Accelerate's.
 """
 
 import importlib.util
@@ -22,12 +22,14 @@ import cv2
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from tqdm import tqdm
 
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.features import RenderedSlice, SliceReader, extract_features, read_files
+from modeling_mammodino.tools.files import write_text
 from modeling_mammodino.tools.visualize import write_png
 from training.evaluation.metrics import auc
 from training.evaluation.probes import nearest_neighbors, read_labels
@@ -151,6 +153,22 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
         stream.write(json.dumps(record) + "\n")
 
 
+def forget_after(file: Path, step: int) -> None:
+    """Take lines of later steps out of a file of JSON lines: a run that goes on from `step` writes them again. A line
+    that a crash cut goes too."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            is_past = json.loads(line)["step"] <= step
+        except ValueError:
+            is_past = False
+        if step and is_past:
+            kept.append(line + "\n")
+    write_text(file, "".join(kept))
+
+
 def read_warnings(output_dir: Path) -> list[dict[str, Any]]:
     """Return what a run warned of, `{"step": int, "warning": str}` each, oldest first; empty where it never did."""
     file = output_dir / WARNINGS_FILE
@@ -197,10 +215,13 @@ class KnnProbe:
     its middle slice.
 
     labels: CSV with the columns `file` (relative to it), `patient` and the task; rows without a label are left out.
-    Raises ValueError for what cannot be used, a file included: a curve of other files is another curve.
+    Each of several processes reads and encodes its share, so that none waits for another. Raises ValueError for what
+    cannot be used, a file included: a curve of other files is another curve.
     """
 
-    def __init__(self, labels: Path, task: str, image_processor: MammoDinoImageProcessor):
+    def __init__(
+        self, labels: Path, task: str, image_processor: MammoDinoImageProcessor, process: int = 0, processes: int = 1
+    ):
         if not labels.is_file():
             raise ValueError(f"knn_labels={labels}: no such file; give a CSV with the columns file, patient, {task}")
         table = read_labels(labels, [task])
@@ -218,8 +239,9 @@ class KnnProbe:
             )
         folds = StratifiedGroupKFold(min(MAX_FOLDS, *num_patients), shuffle=True, random_state=0)
         self.folds = list(folds.split(self.y, self.y, self.patients))
-        self.paths, self.reader = paths, SliceReader(image_processor, slices_per_volume=1)
-        fits = 4 * len(paths) * image_processor.size["height"] * image_processor.size["width"] <= MAX_CACHE_BYTES
+        self.paths, self.reader = paths[process::processes], SliceReader(image_processor, slices_per_volume=1)
+        self.places = range(process, len(paths), processes)  # of the own paths among all
+        fits = 4 * len(self.paths) * image_processor.size["height"] * image_processor.size["width"] <= MAX_CACHE_BYTES
         self.images = list(self._images()) if fits else None
         if not fits:  # all are read once, so that a bad file is refused now
             for _ in self._images():
@@ -227,10 +249,12 @@ class KnnProbe:
 
     def auc(self, encoder: MammoDinoModel) -> float:
         """Return the AUC over all files, each predicted from other patients' files; of several classes the macro
-        mean."""
+        mean. Every process calls it."""
         images = self._images() if self.images is None else self.images
         keyed = ((None, image.inputs) for image in images)
-        rows: list[Any] = [row for _, row in extract_features(encoder, keyed, pool="both", batch_size=KNN_BATCH_SIZE)]
+        own = [row for _, row in extract_features(encoder, keyed, pool="both", batch_size=KNN_BATCH_SIZE)]
+        placed = dict(gather_object(list(zip(self.places, own, strict=True))))
+        rows = [placed[place] for place in range(len(self.y))]
         classifier = nearest_neighbors(min(len(learn) for learn, _ in self.folds))
         probabilities = cross_val_predict(classifier, np.stack(rows), self.y, cv=self.folds, method="predict_proba")
         return auc(self.y, probabilities)
@@ -263,9 +287,12 @@ class Monitor:
         self.is_main = accelerator.is_main_process
         self.watch = CollapseWatch(round(PATIENCE_FRACTION * run.max_steps))
         self.knn = self.images = None
+        if run.knn_steps:
+            own = (accelerator.process_index, accelerator.num_processes)
+            self.knn = KnnProbe(Path(run.knn_labels), run.knn_task, image_processor(corpus, recipe), *own)
         if self.is_main:
-            if run.knn_steps:
-                self.knn = KnnProbe(Path(run.knn_labels), run.knn_task, image_processor(corpus, recipe))
+            for file in (LOG_FILE, WARNINGS_FILE):
+                forget_after(Path(run.output_dir) / file, first_step)
             if run.visualization_steps and run.fsdp:
                 self.warn(
                     first_step, "visualization_steps: no images with fsdp, where no process holds the whole teacher"
@@ -276,7 +303,7 @@ class Monitor:
         dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
         peak = torch.tensor([matmul_peak(accelerator.device, dtype) / 1e12], device=accelerator.device)
         self.peak_teraflops = float(accelerator.gather(peak).sum())  # of all devices
-        if self.is_main and first_step == 0 and (first_look := self.look(0)):
+        if first_step == 0 and (first_look := self.look(0)) and self.is_main:
             self.write(0, first_look)
         self.progress = tqdm(
             total=run.max_steps, initial=first_step, unit="step", disable=not self.is_main, desc="pretrain"
@@ -307,7 +334,7 @@ class Monitor:
 
     def gather(self, losses: dict[str, torch.Tensor], total: torch.Tensor, batch: Batch) -> dict[str, float]:
         """Return what the processes saw at this step, averaged over them; all of them call this."""
-        flops = step_flops(batch, self.encoder.config, self.recipe.model, self.recipe.views.tissue_tokens)
+        flops = step_flops(batch, self.encoder.config, self.recipe)
         own = {f"loss_{name}": float(value.detach()) for name, value in losses.items()}
         own |= {"loss": float(total.detach()), **tissue_shares(batch), "forward_teraflops": flops / 1e12}
         own["data_wait_seconds"] = self.data_seconds
@@ -334,10 +361,11 @@ class Monitor:
             "seconds_left": (now - self.started) / (step - self.first_step) * (self.run.max_steps - step),
             "peak_memory_gib": peak_memory_gib(accelerator.device),
         }
+        found = self.look(step)
         if self.is_main:
             for message in self.watch.check(step, values):
                 self.warn(step, message)
-            self.write(step, values | self.look(step))
+            self.write(step, values | found)
             shown = {key: f"{values[key]:.3g}" for key in ("loss", "images_per_second", "mfu")}
             self.progress.set_postfix(shown)
         self.data_seconds, self.steps_since_log = 0.0, 0
@@ -345,8 +373,8 @@ class Monitor:
         self.started, self.last_log = self.started + looked, now + looked
 
     def look(self, step: int) -> dict[str, float]:
-        """Evaluate and draw the teacher where that is due, on the main process, without the others."""
-        found = {}
+        """Evaluate the teacher, all processes together, and draw it on the main one, where that is due."""
+        found: dict[str, float] = {}
         if self.knn and self.is_due(step, self.run.knn_steps):
             with torch.compiler.set_stance("force_eager"):  # whole images are no shapes to compile for
                 found["knn_auc"] = self.knn.auc(self.encoder)

@@ -66,16 +66,17 @@ class ProjectionHead(nn.Module):
 
 
 class Outputs(NamedTuple):
-    """Prototype logits of one network for one batch. Letters: see training.pretraining.losses; P slice pairs, N
-    patches. Patches have as many prototypes K as class tokens, unless they have a head of their own."""
+    """Prototype logits of one network for one batch, None of those whose loss has weight 0. Letters: see
+    training.pretraining.losses; P slice pairs, N patches. Patches have as many prototypes K as class tokens, unless
+    they have a head of their own."""
 
-    global_cls: torch.Tensor  # (G, B, K)
-    local_cls: torch.Tensor  # (L, B, K), student only
-    masked_patches: torch.Tensor  # (M, K)
-    slice_cls: torch.Tensor  # (P, K): student's slice, teacher's neighbor
-    slice_patches: torch.Tensor  # (T, K), the T tissue patches of the pairs
-    features: torch.Tensor  # (G, B, D), class tokens before the head
-    patches: torch.Tensor  # (G*B, N, D), patch tokens of the global crops; (0, N, D) without Gram anchoring
+    global_cls: torch.Tensor | None  # (G, B, K)
+    local_cls: torch.Tensor | None  # (L, B, K), student only
+    masked_patches: torch.Tensor | None  # (M, K)
+    slice_cls: torch.Tensor | None  # (P, K): student's slice, teacher's neighbor
+    slice_patches: torch.Tensor | None  # (T, K), the T tissue patches of the pairs
+    features: torch.Tensor | None  # (G, B, D), class tokens before the head; always the student's
+    patches: torch.Tensor | None  # (G*B, N, D), patch tokens of the global crops, for Gram anchoring
 
 
 class Seen(NamedTuple):
@@ -87,25 +88,27 @@ class Seen(NamedTuple):
 
 class Network(nn.Module):
     """Encoder and projection heads: one head for class tokens and patches (DINOv2's short recipe), or an `ibot_head`
-    for patches beside it (its long recipe). Heads start from random weights; image_processor: what standardizes the
-    views, for weights that were made with another."""
+    for patches beside it (its long recipe); none that no loss uses. Heads start from random weights; image_processor:
+    what standardizes the views, for weights that were made with another."""
 
     def __init__(self, recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None):
         super().__init__()
         model = recipe.model
         self.is_sharded = recipe.run.fsdp
-        self.tissue_tokens, self.shows_patches = recipe.views.tissue_tokens, recipe.loss.gram_weight > 0
+        self.tissue_tokens, self.loss = recipe.views.tissue_tokens, recipe.loss
         self.backbone = start_backbone(recipe, image_processor)
         self.canvas_heads = None
         if recipe.uses_canvas:
             mean_and_std = image_processor.mean_and_std if image_processor else (0.5, 0.25)
             self.canvas_heads = CanvasHeads(recipe, *mean_and_std)
         self.head = self.ibot_head = None
-        if recipe.uses_crops:
+        has_patches = self.loss.ibot_weight or self.loss.adjacent_patch_weight
+        has_shared_patches = has_patches and not model.separate_ibot_head
+        if self.loss.dino_weight or self.loss.adjacent_slice_weight or has_shared_patches:
             self.head = ProjectionHead(
                 model.hidden_size, model.head_hidden_size, model.head_bottleneck_size, model.num_prototypes
             )
-        if recipe.uses_crops and model.separate_ibot_head:
+        if has_patches and model.separate_ibot_head:
             self.ibot_head = ProjectionHead(
                 model.hidden_size,
                 model.ibot_head_hidden_size or model.head_hidden_size,
@@ -121,43 +124,69 @@ class Network(nn.Module):
         )
 
     def encode_crops(self, batch: Batch, is_student: bool) -> Outputs:
-        """Encode a batch: for the student masked global crops, local crops and the slices, for the teacher unmasked
-        global crops and the neighbors. Heads see class tokens and the patches that a loss needs, never all patches."""
-        masks = batch["masks"].flatten(1)  # (G*B, N)
-        global_cls, global_patches = self.encode(
-            batch["global_crops"], batch["global_tissue"], masks if is_student else None
-        )
-        local_cls = global_cls[:0]
-        if is_student and len(batch["local_crops"]):
-            local_cls, _ = self.encode(batch["local_crops"], batch["local_tissue"])
-        slice_cls, slice_patches = global_cls[:0], global_patches[:0, 0]
-        num_pairs, slice_tissue = len(batch["slice_pairs"]), batch["slice_tissue"]
-        if num_pairs or self.is_sharded:
-            pixels = batch["slice_pairs"][:, 0 if is_student else 1]  # (P, 1, S, S)
-            if not num_pairs:  # shards are gathered by all processes together, so all must encode: here a blank
-                pixels = pixels.new_zeros(1, *pixels.shape[1:])
-                slice_tissue = slice_tissue.new_zeros(1, *slice_tissue.shape[1:])
-            slice_cls, patches = self.encode(pixels, slice_tissue)
-            slice_cls, slice_patches = slice_cls[:num_pairs], patches[slice_tissue.flatten(1) > 0]
-
-        logits = self.project([global_cls, local_cls, slice_cls], [global_patches[masks], slice_patches])
-        batch_size = len(global_cls) // NUM_GLOBAL_CROPS
+        """Encode what the losses need: for the student masked global crops, local crops and the slices, for the teacher
+        unmasked global crops and the neighbors. Heads see class tokens and the patches of a loss, never all patches."""
+        loss, masks = self.loss, batch["masks"].flatten(1)  # (G*B, N)
+        tokens: dict[str, torch.Tensor] = {}  # what heads see, by its name in Outputs
+        global_cls = global_patches = None
+        if is_student or loss.dino_weight or loss.ibot_weight:
+            global_cls, global_patches = self.encode(
+                batch["global_crops"], batch["global_tissue"], masks if is_student else None
+            )
+            if loss.dino_weight:
+                tokens["global_cls"] = global_cls
+            if loss.ibot_weight:
+                tokens["masked_patches"] = global_patches[masks]
+        if is_student and loss.dino_weight:
+            local_crops, local_tissue = batch["local_crops"], batch["local_tissue"]
+            tokens["local_cls"] = self.encode(local_crops, local_tissue)[0] if len(local_crops) else global_cls[:0]
+        if loss.adjacent_slice_weight or loss.adjacent_patch_weight:
+            slice_cls, slice_patches = self.encode_slices(batch, is_student, global_cls, global_patches)
+            if loss.adjacent_slice_weight:
+                tokens["slice_cls"] = slice_cls
+            if loss.adjacent_patch_weight:
+                tokens["slice_patches"] = slice_patches
+        logits = self.project(tokens)
+        batch_size = len(batch["global_crops"]) // NUM_GLOBAL_CROPS
         return Outputs(
-            global_cls=logits[0].unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
-            local_cls=logits[1].unflatten(0, (len(local_cls) // batch_size, batch_size)),
-            slice_cls=logits[2],
-            masked_patches=logits[3],
-            slice_patches=logits[4],
-            features=global_cls.unflatten(0, (NUM_GLOBAL_CROPS, batch_size)),
-            patches=global_patches if self.shows_patches else global_patches[:0],
+            global_cls=by_crop(logits.get("global_cls"), batch_size),
+            local_cls=by_crop(logits.get("local_cls"), batch_size),
+            masked_patches=logits.get("masked_patches"),
+            slice_cls=logits.get("slice_cls"),
+            slice_patches=logits.get("slice_patches"),
+            features=by_crop(global_cls, batch_size),
+            patches=global_patches if loss.gram_weight else None,
         )
 
-    def project(self, cls_tokens: list[torch.Tensor], patches: list[torch.Tensor]) -> list[torch.Tensor]:
+    def encode_slices(
+        self, batch: Batch, is_student: bool, global_cls: torch.Tensor | None, global_patches: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return class tokens (P, D) of the student's slices or the teacher's neighbors, and their tissue patches
+        (T, D); without a pair, none of the global crops'."""
+        num_pairs, tissue = len(batch["slice_pairs"]), batch["slice_tissue"]
+        if not (num_pairs or self.is_sharded or global_cls is None):
+            return global_cls[:0], global_patches[:0, 0]
+        pixels = batch["slice_pairs"][:, 0 if is_student else 1]  # (P, 1, S, S)
+        if not num_pairs:  # shards are gathered by all processes together, so all must encode: here a blank
+            pixels, tissue = (each.new_zeros(1, *each.shape[1:]) for each in (pixels, tissue))
+        cls, patches = self.encode(pixels, tissue)
+        return cls[:num_pairs], patches[tissue.flatten(1) > 0]
+
+    def project(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the logits of each tensor of tokens (n, D), in one call of a head: its prototypes are normalized
         once."""
-        if self.ibot_head is None:
-            return project_together(self.head, cls_tokens + patches)
-        return project_together(self.head, cls_tokens) + project_together(self.ibot_head, patches)
+        patch_head = self.ibot_head or self.head
+        logits: dict[str, torch.Tensor] = {}
+        for head in (self.head, self.ibot_head):
+            seen = {
+                name: each
+                for name, each in tokens.items()
+                if (patch_head if name.endswith("patches") else self.head) is head
+            }
+            if head is not None and seen:
+                parts = head(torch.cat(list(seen.values()))).split([len(each) for each in seen.values()])
+                logits |= zip(seen, parts, strict=True)
+        return logits
 
     def encode(
         self, pixels: torch.Tensor, tissue: torch.Tensor, masks: torch.Tensor | None = None
@@ -176,8 +205,8 @@ def encode(
     return sequence[:, 0], sequence[:, 1 + backbone.config.num_register_tokens :]
 
 
-def project_together(head: nn.Module, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
-    return list(head(torch.cat(tokens)).split([len(each) for each in tokens]))
+def by_crop(rows: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:  # (C * B, ...) -> (C, B, ...)
+    return None if rows is None else rows.unflatten(0, (len(rows) // batch_size, batch_size))
 
 
 def num_patch_prototypes(model: ModelRecipe) -> int:

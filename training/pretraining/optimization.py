@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .recipe import OptimizerRecipe, Recipe
+from .recipe import OptimizerRecipe, Recipe, whole_steps
 
 
 def multipliers(name: str, num_layers: int, recipe: OptimizerRecipe) -> dict:
@@ -52,7 +52,6 @@ def linear_warmup_cosine(start: float, peak: float, end: float, warmup_steps: in
     """Return (total_steps,) float64: linear from `start` to `peak` over the warm-up, inclusive, then a cosine that
     would reach `end` one step after the last: v(i) = end + (peak - end) / 2 * (1 + cos(pi * i / n))
     (dinov2/utils/utils.py, CosineScheduler)."""
-    warmup_steps = min(warmup_steps, total_steps)
     steps = np.arange(total_steps - warmup_steps)
     cosine = end + 0.5 * (peak - end) * (1 + np.cos(np.pi * steps / max(len(steps), 1)))
     return np.concatenate((np.linspace(start, peak, warmup_steps), cosine))
@@ -68,11 +67,12 @@ def make_schedules(recipe: Recipe, global_batch_size: int) -> dict[str, np.ndarr
     optimizer, loss, steps = recipe.optimizer, recipe.loss, recipe.run.max_steps
     reference = optimizer.learning_rate_reference_batch
     peak = optimizer.learning_rate * ((global_batch_size / reference) ** 0.5 if reference else 1.0)
-    learning_rate = linear_warmup_cosine(0.0, peak, optimizer.min_learning_rate, optimizer.warmup_steps, steps)
+    warmup = whole_steps(optimizer.warmup_steps, steps)
+    learning_rate = linear_warmup_cosine(0.0, peak, optimizer.min_learning_rate, warmup, steps)
     backbone, last_layer = learning_rate.copy(), learning_rate.copy()
-    backbone[: optimizer.freeze_backbone_steps] = 0.0
-    last_layer[: optimizer.freeze_last_layer_steps] = 0.0
-    temperature_warmup = min(loss.teacher_temperature_warmup_steps, steps)
+    backbone[: whole_steps(optimizer.freeze_backbone_steps, steps)] = 0.0
+    last_layer[: whole_steps(optimizer.freeze_last_layer_steps, steps)] = 0.0
+    temperature_warmup = whole_steps(loss.teacher_temperature_warmup_steps, steps)
     temperature = np.full(steps, loss.teacher_temperature)
     temperature[:temperature_warmup] = np.linspace(
         loss.teacher_temperature_start, loss.teacher_temperature, temperature_warmup

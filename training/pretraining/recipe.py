@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from training.settings import check_values, setting
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+IN_STEPS = "in steps, or below 1 as a fraction of max_steps"
 SAMPLES_PER_BLOCK = 4096  # in which each kind of image has its exact share
 
 
@@ -140,7 +141,7 @@ class LossRecipe:
     student_temperature: float = setting(0.1, "Temperature of the student.", low=1e-3)
     teacher_temperature: float = setting(0.07, "Temperature of the teacher after warm-up.", low=1e-3)
     teacher_temperature_start: float = setting(0.04, "Temperature of the teacher at step 0.", low=1e-3)
-    teacher_temperature_warmup_steps: int = setting(37500, "Steps of its linear warm-up.", low=0)
+    teacher_temperature_warmup_steps: float = setting(0.3, f"Its linear warm-up, {IN_STEPS}.", low=0)
     teacher_targets: str = setting(
         "sinkhorn_knopp", "How the teacher is kept from collapse.", choices=("sinkhorn_knopp", "centering")
     )
@@ -153,16 +154,20 @@ class OptimizerRecipe:
         1024, "The peak is scaled by sqrt(batch / this); 0 takes learning_rate as it is.", low=0
     )
     min_learning_rate: float = setting(1e-6, "Learning rate at the end of the cosine.", low=0)
-    warmup_steps: int = setting(12500, "Linear warm-up of the learning rate.", low=0)
+    warmup_steps: float = setting(0.1, f"Linear warm-up of the learning rate, {IN_STEPS}.", low=0)
     weight_decay: float = setting(0.04, "Weight decay at step 0.", low=0)
     weight_decay_end: float = setting(0.4, "Weight decay at the end of its cosine.", low=0)
     adam_beta1: float = setting(0.9, "AdamW beta1.", low=0, high=1)
     adam_beta2: float = setting(0.999, "AdamW beta2.", low=0, high=1)
-    max_grad_norm: float = setting(3.0, "Clipping, separately for backbone and each head.", low=0)
+    max_grad_norm: float = setting(3.0, "Clipping, separately for backbone and each head; 0: off.", low=0)
     layerwise_decay: float = setting(0.9, "Learning-rate factor from a block to the one below.", low=0, high=1)
     patch_embed_lr_multiplier: float = setting(0.2, "Learning-rate factor of the patch embedding.", low=0)
-    freeze_backbone_steps: int = setting(0, "First steps in which only the head learns (with init_from).", low=0)
-    freeze_last_layer_steps: int = setting(1250, "Steps in which the prototypes do not move.", low=0)
+    freeze_backbone_steps: float = setting(
+        0, f"First steps in which only the head learns (with init_from), {IN_STEPS}.", low=0
+    )
+    freeze_last_layer_steps: float = setting(
+        0.01, f"First steps in which the prototypes do not move, {IN_STEPS}.", low=0
+    )
     teacher_momentum: float = setting(0.992, "EMA momentum at step 0.", low=0, high=1)
     teacher_momentum_end: float = setting(1.0, "EMA momentum at the end of its cosine.", low=0, high=1)
 
@@ -236,8 +241,14 @@ class Recipe:
         path.write_text(yaml.safe_dump(self.flat(), sort_keys=False))
 
 
+def whole_steps(steps: float, max_steps: int) -> int:
+    """Return a number of steps that may be given as a fraction of the run (as `TrainingArguments.warmup_steps`)."""
+    return round(steps * max_steps) if steps < 1 else int(steps)
+
+
 SECTIONS: tuple[Any, ...] = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerRecipe, RunRecipe)
-# what may change between the parts of one run: it alters where and how fast, never what is computed
+# what may change between the parts of one run: it alters where and how fast, never what is computed; of batch and
+# accumulation a checkpoint holds the product over all processes, which may not
 MAY_CHANGE_ON_RESUME = {
     "corpus", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
     "save_steps", "save_total_limit", "logging_steps", "report_to", "visualization_steps", "knn_steps", "knn_labels",
@@ -320,6 +331,18 @@ def _check_together(recipe: Recipe) -> None:
     for name in (*crop_sizes, "image_height", "image_width"):
         is_cut = recipe.flat()[name] % model.patch_size
         check(name, is_cut, f"must be a multiple of patch_size={model.patch_size}")
+    for name in (
+        "warmup_steps",
+        "teacher_temperature_warmup_steps",
+        "freeze_backbone_steps",
+        "freeze_last_layer_steps",
+    ):
+        steps = recipe.flat()[name]
+        check(name, steps >= 1 and steps != int(steps), "must be whole steps, or a fraction of max_steps below 1")
+        is_warmup = "warmup" in name  # a run may end with its warm-up, but what is frozen has to thaw
+        is_long = steps > run.max_steps if is_warmup else steps >= max(run.max_steps, 1)
+        remedy = f"{'is longer than' if is_warmup else 'is not over within'} max_steps={run.max_steps}"
+        check(name, steps and is_long, f"{remedy}; give fewer steps, or a fraction of max_steps such as 0.1")
     gram = loss.gram_weight
     check("gram_crop_size", views.gram_crop_size and not gram, "needs a gram_weight above 0")
     is_smaller = 0 < views.gram_crop_size < views.global_crop_size

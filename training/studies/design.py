@@ -99,5 +99,5 @@ def mean_step_flops(recipe: Recipe) -> float:
     config, costs = random_backbone(recipe).config, []
     for forward in range(run.max_steps * run.gradient_accumulation_steps)[:COUNTED_STEPS]:
         batch = collate([views[forward * batch_size + index] for index in range(batch_size)])
-        costs.append(step_flops(batch, config, recipe.model, recipe.views.tissue_tokens))
+        costs.append(step_flops(batch, config, recipe))
     return float(np.mean(costs))

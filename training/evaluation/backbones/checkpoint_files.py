@@ -88,6 +88,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # on a damaged file torch's reader fails in any way
         reason = first_line(error).partition(". ")[0]
         raise ValueError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -210,7 +211,8 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
         crop_to_breast: whether RGB baselines see the breast or the whole image; MammoDINO's image processor says so
             itself.
 
-    Raises ValueError, one line, for a missing, damaged or foreign checkpoint; no code of a checkpoint is run.
+    Raises ValueError, one line, for a missing, damaged or foreign checkpoint; no code of a checkpoint is run. What runs
+    out of memory is raised as it is.
     """
     if kind not in BACKBONES:
         raise ValueError(f"backbone {kind}: must be one of {', '.join(BACKBONES)}")
@@ -242,6 +244,8 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
             f"backbone {kind}{place}: its weights are damaged ({first_line(error)}); fetch it again"
         ) from error
     except Exception as error:  # on a damaged file the readers of config, weights and pickles fail in any way
+        if isinstance(error, MemoryError) or should_reduce_batch_size(error):  # out of memory, here or on a GPU
+            raise
         raise ValueError(f"backbone {kind}{place}: {first_line(error)}") from error
     return Backbone(kind, source or "a ViT-S/14", model, images).eval()
 

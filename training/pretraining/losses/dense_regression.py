@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .distributed import num_processes, sum_over_processes
+
 SCALES_PX = (1.0, 2.0, 4.0, 8.0, 16.0)  # standard deviations; one of two patches is added where it is larger
 WINDOWS_PATCHES = (1, 3, 5)  # sides of the windows of a statistic
 ORIENTATION_SCALES = (0, 1, 2)  # of SCALES_PX
@@ -23,11 +25,12 @@ def dense_regression_loss(predicted: torch.Tensor, targets: torch.Tensor, weight
     """Weighted mean over tokens of the smooth L1 loss (Girshick 2015), mean over a token's targets.
 
     predicted and targets (B, K, S); weights (B, K), such as the breast fraction of each patch. Returns a scalar
-    float32; every process holds as many tokens, and each weighs by its own sum.
+    float32. The weights are summed over all processes: the mean over processes is the loss of the whole batch.
     """
     with torch.autocast(predicted.device.type, enabled=False):
         error = functional.smooth_l1_loss(predicted.float(), targets.float(), reduction="none").mean(dim=-1)  # (B, K)
-        return (error * weights).sum() / weights.sum().clamp_min(1e-6)
+        total_weight = sum_over_processes(weights.float().sum()).clamp_min(1e-6)
+        return (error * weights).sum() * num_processes() / total_weight
 
 
 def scales_px(patch_size: int) -> tuple[float, ...]:

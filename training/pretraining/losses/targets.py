@@ -59,33 +59,34 @@ def sinkhorn_knopp(logits: torch.Tensor, temperature: float, num_iterations: int
 
 
 class Targets(NamedTuple):
-    """Probabilities over prototypes, each of the shape of its logits in `Outputs`."""
+    """Probabilities over prototypes, each of the shape of its logits in `Outputs`; None where it has none."""
 
-    global_cls: torch.Tensor  # (G, B, K)
-    masked_patches: torch.Tensor  # (M, K)
-    slice_cls: torch.Tensor  # (P, K)
-    slice_patches: torch.Tensor  # (T, K)
+    global_cls: torch.Tensor | None  # (G, B, K)
+    masked_patches: torch.Tensor | None  # (M, K)
+    slice_cls: torch.Tensor | None  # (P, K)
+    slice_patches: torch.Tensor | None  # (T, K)
 
 
 class TeacherTargets(nn.Module):
-    """Class tokens are balanced together, patches together; each kind has a center of its own."""
+    """The targets of each loss are balanced by themselves, as DINOv2's are, or have a center of their own: what one
+    loss learns from does not depend on which others a recipe uses."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
-        self.use_centering = recipe.loss.teacher_targets == "centering"
-        if self.use_centering:
-            self.cls_center = Centering(recipe.model.num_prototypes)
-            self.patch_center = Centering(num_patch_prototypes(recipe.model))
+        self.centers = nn.ModuleDict()
+        if recipe.loss.teacher_targets == "centering":
+            for name in Targets._fields:
+                is_patches = name.endswith("patches")
+                width = num_patch_prototypes(recipe.model) if is_patches else recipe.model.num_prototypes
+                self.centers[name] = Centering(width)
 
     @torch.no_grad()
     def forward(self, teacher: Outputs, temperature: float) -> Targets:
-        cls = torch.cat((teacher.global_cls.flatten(0, 1), teacher.slice_cls))
-        patches = torch.cat((teacher.masked_patches, teacher.slice_patches))
-        if self.use_centering:
-            cls, patches = self.cls_center(cls, temperature), self.patch_center(patches, temperature)
-        else:
-            cls, patches = sinkhorn_knopp(cls, temperature), sinkhorn_knopp(patches, temperature)
-        num_global, num_masked = teacher.global_cls.shape[:2].numel(), len(teacher.masked_patches)
-        return Targets(
-            cls[:num_global].view_as(teacher.global_cls), patches[:num_masked], cls[num_global:], patches[num_masked:]
-        )
+        return Targets(*(self.balance(name, getattr(teacher, name), temperature) for name in Targets._fields))
+
+    def balance(self, name: str, logits: torch.Tensor | None, temperature: float) -> torch.Tensor | None:
+        if logits is None:
+            return None
+        rows = logits.flatten(0, -2)
+        balanced = self.centers[name](rows, temperature) if self.centers else sinkhorn_knopp(rows, temperature)
+        return balanced.view_as(logits)

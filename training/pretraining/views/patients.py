@@ -19,6 +19,18 @@ class Place(NamedTuple):
     repeat: int  # how often this patient's volume came earlier in the group: another slice, another transform
 
 
+def number_breasts(
+    patients: Sequence[str | None], lateralities: Sequence[str | None], sources: Sequence[str | None]
+) -> list[int]:
+    """Return a number for the breast of each volume: equal for all images of one breast of one patient of a source; of
+    an unknown patient or side each volume is a breast of its own."""
+    numbers: dict[tuple, int] = {}
+    return [
+        numbers.setdefault((source, patient, side) if patient and side else (volume,), len(numbers))
+        for volume, (patient, side, source) in enumerate(zip(patients, lateralities, sources, strict=True))
+    ]
+
+
 class PatientOrder:
     """The volume of each sample where patients are grouped, a pure function of (seed, index).
 

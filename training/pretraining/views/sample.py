@@ -19,7 +19,7 @@ from .canvas import WITHOUT_AUGMENTATION, canvas_view
 from .crops import Crops, TissueTable, cut, downsample_2x, tissue_aware_crops
 from .masks import block_mask, maskable_patches, stratified_mask_ratios
 from .order import StepSampler, VolumeOrder, neighbor_reach, sample_neighbor
-from .patients import PatientOrder
+from .patients import PatientOrder, number_breasts
 
 Batch = dict[str, torch.Tensor]  # what `collate` returns
 
@@ -111,7 +111,9 @@ class PretrainingViews(Dataset):
         self.seed, self.global_batch_size = seed, global_batch_size
         processor = corpus.image_processor
         self.mean, self.std = map(np.float32, processor.mean_and_std)
-        self.patients = self.order = None
+        self.breasts = number_breasts(*map(corpus.volume_column, ("patient", "laterality", "source")))
+        self.patients: PatientOrder | None = None
+        self.order: VolumeOrder  # of volumes, where patients are not grouped
         if recipe.views_per_patient:
             columns = (corpus.volume_column(name) for name in ("patient", "laterality", "view", "source"))
             slots = global_batch_size // recipe.views_per_patient
@@ -137,9 +139,9 @@ class PretrainingViews(Dataset):
         rng, volume, rows, position = self.place(index)
         pixels, tissue = self.corpus.image(rows[position])
         sample: dict[str, Any] = {"index": index, "row": rows[position], "volume": volume}
+        sample["breast"] = self.breasts[volume]
         if self.patients:
-            place = self.patients[index]
-            sample |= {"patient": place.patient, "breast": place.breast}
+            sample["patient"] = self.patients[index].patient
         if self.with_crops:
             image = Image(pixels, downsample_2x(pixels), TissueTable(tissue, pixels.shape))
             sample |= self.draw(rng, image, index) | {"slice_pair": self.slice_pair(rng, rows, position, image)}
