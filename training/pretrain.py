@@ -77,7 +77,7 @@ def compute_losses(
     if loss.ibot_weight:
         losses["ibot"] = ibot_loss(seen.masked_patches, targets.masked_patches, batch["masks"].flatten(1), tau)
     if loss.koleo_weight:
-        losses["koleo"] = sum(koleo_loss(features, batch["breast"]) for features in seen.features)
+        losses["koleo"] = torch.stack([koleo_loss(each, batch["breast"]) for each in seen.features]).sum()
     if loss.adjacent_slice_weight:
         losses["adjacent_slice"] = adjacent_slice_loss(seen.slice_cls, targets.slice_cls, None, tau)
     if loss.adjacent_patch_weight:

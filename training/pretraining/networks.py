@@ -128,9 +128,9 @@ class Network(nn.Module):
         unmasked global crops and the neighbors. Heads see class tokens and the patches of a loss, never all patches."""
         loss, masks = self.loss, batch["masks"].flatten(1)  # (G*B, N)
         tokens: dict[str, torch.Tensor] = {}  # what heads see, by its name in Outputs
-        global_cls = global_patches = None
+        whole = None  # class tokens (G*B, D) and patches (G*B, N, D) of the global crops
         if is_student or loss.dino_weight or loss.ibot_weight:
-            global_cls, global_patches = self.encode(
+            whole = global_cls, global_patches = self.encode(
                 batch["global_crops"], batch["global_tissue"], masks if is_student else None
             )
             if loss.dino_weight:
@@ -139,9 +139,11 @@ class Network(nn.Module):
                 tokens["masked_patches"] = global_patches[masks]
         if is_student and loss.dino_weight:
             local_crops, local_tissue = batch["local_crops"], batch["local_tissue"]
-            tokens["local_cls"] = self.encode(local_crops, local_tissue)[0] if len(local_crops) else global_cls[:0]
+            tokens["local_cls"] = (
+                self.encode(local_crops, local_tissue)[0] if len(local_crops) else tokens["global_cls"][:0]
+            )
         if loss.adjacent_slice_weight or loss.adjacent_patch_weight:
-            slice_cls, slice_patches = self.encode_slices(batch, is_student, global_cls, global_patches)
+            slice_cls, slice_patches = self.encode_slices(batch, is_student, whole)
             if loss.adjacent_slice_weight:
                 tokens["slice_cls"] = slice_cls
             if loss.adjacent_patch_weight:
@@ -154,18 +156,18 @@ class Network(nn.Module):
             masked_patches=logits.get("masked_patches"),
             slice_cls=logits.get("slice_cls"),
             slice_patches=logits.get("slice_patches"),
-            features=by_crop(global_cls, batch_size),
-            patches=global_patches if loss.gram_weight else None,
+            features=by_crop(whole[0] if whole else None, batch_size),
+            patches=whole[1] if whole and loss.gram_weight else None,
         )
 
     def encode_slices(
-        self, batch: Batch, is_student: bool, global_cls: torch.Tensor | None, global_patches: torch.Tensor | None
+        self, batch: Batch, is_student: bool, whole: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return class tokens (P, D) of the student's slices or the teacher's neighbors, and their tissue patches
-        (T, D); without a pair, none of the global crops'."""
+        (T, D); without a pair, none of `whole`, the global crops'."""
         num_pairs, tissue = len(batch["slice_pairs"]), batch["slice_tissue"]
-        if not (num_pairs or self.is_sharded or global_cls is None):
-            return global_cls[:0], global_patches[:0, 0]
+        if whole and not (num_pairs or self.is_sharded):
+            return whole[0][:0], whole[1][:0, 0]
         pixels = batch["slice_pairs"][:, 0 if is_student else 1]  # (P, 1, S, S)
         if not num_pairs:  # shards are gathered by all processes together, so all must encode: here a blank
             pixels, tissue = (each.new_zeros(1, *each.shape[1:]) for each in (pixels, tissue))

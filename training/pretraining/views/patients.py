@@ -82,17 +82,17 @@ class PatientOrder:
         patient = self.patient_of(slot)
         rng = generator(self.seed, PATIENT_STREAM, slot)
         sides = [self.patients[patient][each] for each in rng.permutation(len(self.patients[patient]))[:2]]
-        drawn = []  # every view of the slot, to know what this one repeats
+        drawn: list[tuple[int, int]] = []  # every view of the slot, to know what this one repeats
         for number in range(self.views_per_patient):
             side = number * 2 // self.views_per_patient % len(sides)
-            done = sum(1 for each, _ in drawn if each == side)
+            done = len([each for each, _ in drawn if each == side])
             if done % len(sides[side]) == 0:
                 order = rng.permutation(len(sides[side]))
             drawn.append((side, sides[side][order[done % len(order)]]))
         drawn.sort(key=lambda each: (each[0], self.views[each[1]]))  # the same view of both breasts at the same place
         side, volume = drawn[view]
         breast = next(number for number, volumes in enumerate(self.patients[patient]) if volumes is sides[side])
-        repeat = sum(1 for _, each in drawn[:view] if each == volume)
+        repeat = len([each for _, each in drawn[:view] if each == volume])
         return Place(volume, patient, int(self.first_breast[patient]) + breast, repeat)
 
     def patient_of(self, slot: int) -> int:

@@ -187,6 +187,7 @@ class PretrainingViews(Dataset):
     def plain_canvases(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images (n, H, W) float32 in 0..1 on the canvas, without augmentation, and their tissue (n, H, W) bool,
         of at most `count` volumes drawn by the seed."""
+        assert self.canvas is not None, "made without a canvas"
         rng, recipe = generator(self.seed, CANVAS_STREAM, 0), replace(self.recipe, **WITHOUT_AUGMENTATION)
         found = []
         for volume in rng.permutation(self.corpus.num_volumes)[:count]:
