@@ -50,6 +50,13 @@ class DenseTargets(nn.Module):
     `fit` takes means, deviations and principal components from images; they are buffers, saved in checkpoints.
     """
 
+    statistics_mean: torch.Tensor
+    statistics_scale: torch.Tensor
+    window_mean: torch.Tensor
+    components: torch.Tensor
+    blur_y: torch.Tensor
+    blur_x: torch.Tensor
+
     def __init__(self, canvas: tuple[int, int], patch_size: int, num_components: int = 64):
         super().__init__()
         self.canvas, self.patch_size = canvas, patch_size
@@ -118,7 +125,8 @@ class DenseTargets(nn.Module):
         statistics = torch.cat([self.statistics(images[each], tissue[each])[keep[each]] for each in chunks])
         self.statistics_mean.copy_(statistics.mean(dim=0))
         self.statistics_scale.copy_(statistics.std(dim=0).clamp_min(1e-4))
-        count, total, products = 0, 0, 0
+        count, total = 0, torch.zeros_like(self.window_mean, dtype=torch.float64)
+        products = torch.zeros_like(total.outer(total))
         for each in chunks:  # moments in float64: windows are many
             windows = self._windows(images[each])[keep[each]].double()
             count, total, products = count + len(windows), total + windows.sum(dim=0), products + windows.T @ windows
