@@ -175,3 +175,8 @@ def test_the_teacher_starts_as_a_copy_and_follows_by_momentum():
 def test_recipes_mark_what_the_paper_does_not_publish():
     text = (RECIPES / "paper.yaml").read_text()
     assert "OUR CHOICE" in text and set(yaml.safe_load(text)) > {"global_min_tissue", "adjacent_slice_weight"}
+
+
+def test_no_register_tokens_are_refused_where_they_would_be_sharded():
+    with pytest.raises(ValueError, match="num_register_tokens=0: cannot be sharded"):
+        load_recipe(["demo", *WHERE, "--fsdp", "true", "--num_register_tokens", "0"])

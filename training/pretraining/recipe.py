@@ -370,6 +370,8 @@ def _check_together(recipe: Recipe) -> None:
     check("kind_weights", group and views.kind_weights, "cannot be combined with views_per_patient; leave one out")
     is_torn = group and run.per_device_train_batch_size % group
     check("per_device_train_batch_size", is_torn, f"must be a multiple of views_per_patient={group}")
+    is_bare = run.fsdp and model.num_register_tokens == 0  # a parameter without elements
+    check("num_register_tokens", is_bare, "cannot be sharded; give 1 or more, or --fsdp false")
     check("fsdp", recipe.uses_canvas and run.fsdp, "the canvas objective is not sharded; give --fsdp false")
     if not (run.corpus and run.output_dir):
         raise ValueError("corpus and output_dir must be given: --corpus DIR --output_dir RUN")
