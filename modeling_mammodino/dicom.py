@@ -616,6 +616,7 @@ class Instance(NamedTuple):
     num_slices: int  # in the file
     slice_position_mm: float | None
     instance_number: float | None
+    shape: str = ""  # rows x columns
 
     @property
     def is_slice(self) -> bool:
@@ -635,6 +636,7 @@ def read_instance(source: Any, hash_key: bytes, allow_for_processing: bool = Fal
             num_slices=frames,
             slice_position_mm=None if positions is None else float(positions[0]),
             instance_number=number(opened.header, "InstanceNumber"),
+            shape=f"{number(opened.header, 'Rows')} x {number(opened.header, 'Columns')}",
         )
 
 
@@ -650,7 +652,8 @@ def order_of_files(instances: Sequence[Instance]) -> list[int]:
 def group_files(instances: Sequence[Instance | None]) -> list[list[int]]:
     """Places of the files of each volume, in order of position; volumes in order of their first files.
 
-    A file without an instance is one of its own. Copies of a slice belong to copies of the volume.
+    A file without an instance is one of its own. Copies of a slice belong to copies of the volume, files of another
+    size, such as a scout, to another.
     """
     together: dict[Any, list[int]] = defaultdict(list)
     seen: Counter[str] = Counter()
@@ -658,7 +661,7 @@ def group_files(instances: Sequence[Instance | None]) -> list[list[int]]:
         if instance is None:
             together[place].append(place)
             continue
-        together[instance.volume_id, seen[instance.sop_instance]].append(place)
+        together[instance.volume_id, instance.shape, seen[instance.sop_instance]].append(place)
         seen[instance.sop_instance] += 1
     volumes = []
     for places in together.values():

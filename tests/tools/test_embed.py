@@ -16,7 +16,7 @@ import pydicom
 import pytest
 import torch
 from conftest import draw_breast
-from dicom_builders import CT, build, save
+from dicom_builders import CT, RAMP, build, save
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import RLELossless, generate_uid
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -40,6 +40,7 @@ from modeling_mammodino.tools.features import (
     embed_files,
     extract_features,
     find_files,
+    group_paths,
     pool_volumes,
     read_files,
     share,
@@ -307,6 +308,28 @@ def test_slices_of_ct_share_a_volume_and_copies_of_them_another(model, tmp_path)
     ] * 3
     assert [each.slices for each in results] == [[2], [1], [0]] * 2  # in order of position
     assert [each.num_slices for each in pool_volumes(results)] == [3, 3]
+
+
+def test_a_scout_and_a_second_phase_are_volumes_of_their_own(tmp_path):
+    about = {
+        "SOPClassUID": CT,
+        "Modality": "CT",
+        "SeriesInstanceUID": "1.2.9",
+        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+    }
+    paths = [
+        save(build(SOPInstanceUID=f"1.2.{n}", InstanceNumber=n, ImagePositionPatient=[0, 0, 2.0 * (n % 3)], **about),
+             tmp_path, f"{n}.dcm")
+        for n in range(6)
+    ]  # fmt: skip
+    scout = build(RAMP[:40], SOPInstanceUID="1.3", InstanceNumber=9, ImagePositionPatient=[0, 0, 0.0], **about)
+    paths.append(save(scout, tmp_path, "scout.dcm"))
+    assert group_paths(paths) == [[0, 1, 2], [3, 4, 5], [6]]
+    for path in paths[:6]:  # a position that all share tells nothing
+        dataset = pydicom.dcmread(path)
+        dataset.ImagePositionPatient = [0, 0, 0]
+        dataset.save_as(path)
+    assert group_paths(paths) == [[0, 1, 2, 3, 4, 5], [6]]
 
 
 def test_bad_files_are_named_and_the_rest_goes_on(archive, checkpoint, tmp_path, capsys):
