@@ -23,6 +23,14 @@ MAX_HOLE_FRACTION = 0.05  # of the mask; a larger hole is air behind the rim of 
 SKIN_FRACTION = 0.06  # threshold, of the way from air to the typical tissue
 NOISE_SIGMAS = 4.0  # threshold, in standard deviations of the air
 MAX_NOISE = 0.125  # of the step to tissue: the threshold comes no higher than half of the step
+MIN_BOX = 0.6  # share of its rectangle that a redaction box fills; air in a corner beside a breast at most half
+BOX_LEVELS = (0.01, 0.03, 0.06, 0.1)  # of the image's range
+BOX_JUMP = 0.06  # to what is around it, where a dip in tissue is still dark
+MAX_STRIP_FRACTION = 0.06  # depth of a film's white border that is no straight line, of the side that it eats into
+MIN_STRIP_FRACTION = 0.15  # its length, of the side along which it runs
+MAX_ARMED = 0.85  # share of its hull that a mask fills, above which it has no arms to be cut off
+DARK = 0.2  # step to tissue, of the image's range: below it what is faint is lifted, and taken ...
+MIN_GAIN = 1.25  # ... where the mask grows by this much: nearly black films beside a white label
 SLOPE = 0.02  # of the step to tissue: air that spreads wider may slope, as film does, and is flattened first
 MAX_ROUGHNESS = 0.03  # of the step to tissue, see _roughness; above it the darkest mode is tissue, not air
 MIN_JUMP = 0.03  # of the image's range: what ends a scanner border
@@ -33,6 +41,8 @@ MIN_CIRCLE = 0.98  # the same of a circle, as far as it lies in the image; those
 MIN_STRAIGHT_FRACTION = 0.35  # of the longer side: an edge along rows or columns that no breast has
 MIN_LABEL_FRACTION, MAX_LABEL_FRACTION = 0.001, 0.15  # of the image
 MAX_LOOKS = 3  # black margin, film base and paddle can lie one inside the other
+MAX_EXTREME = 0.05  # of the range of a negative: where its air lies, if it is one
+MIN_BRIGHT_AIR = 0.1  # of a negative's image, and of its sides
 MIN_BODY_FRACTION = 0.02  # of the image; anything smaller is noise
 TABLE_FRACTION = 0.012  # radius of the opening, of the longer side: the table, its rails and tubes go
 
@@ -82,6 +92,22 @@ def find_breast(image: np.ndarray) -> TissueMask:
     elif mask.shape != (H, W):
         mask = cv2.resize(mask.astype(np.uint8) * 255, (W, H), interpolation=cv2.INTER_LINEAR) > 127
     return TissueMask(mask, checks[weakest], outside_fraction, weakest if checks[weakest] < 1 else "")
+
+
+def air_is_bright(image: np.ndarray) -> bool:
+    """Whether a gray image (H, W) shows the breast dark on bright air, as MONOCHROME1 does that was exported as stored.
+
+    So it is where the negative has a breast of some confidence, on air that is its extreme mode and lies along the
+    sides. Ask only of an image that shows no breast as it is: films have bright borders, too.
+    """
+    values = unit_thumbnail(np.negative(image, dtype=np.float32))
+    look = None if values is None else _segment(values)
+    if look is None or not look.mask.any() or np.isnan(look.air) or look.air > MAX_EXTREME:
+        return False
+    air = look.smooth <= look.threshold
+    sides = np.concatenate([air[0], air[-1], air[:, 0], air[:, -1]])
+    enough = air.mean() >= MIN_BRIGHT_AIR and sides.mean() >= MIN_BRIGHT_AIR
+    return bool(enough and min(quality_checks(look).values()) >= LOW_CONFIDENCE)
 
 
 def find_body(image: np.ndarray) -> TissueMask:
@@ -198,12 +224,31 @@ class Look(NamedTuple):
     air: float  # level; NaN where there is none, and all of the field is breast
     threshold: float
     tissue: float  # median level of what is above the air
+    values: np.ndarray  # (h, w) float32, before smoothing
 
 
 def _segment(values: np.ndarray) -> Look:
     """Find the breast in a thumbnail (h, w) float32 with values in 0..1."""
     field = ~_borders(values)
     field &= ~_labels(values, field)
+    boxes = _boxes(values, field)
+    look = _look_deeper(values, field & ~boxes)
+    if np.isnan(look.air) and boxes.any():  # dark tissue in a crop, as it seems
+        look = _look_deeper(values, field)
+    else:
+        field &= ~boxes
+    if look.mask.any() and not look.tissue - look.air > DARK:
+        bright = max(float(np.percentile(values[field], 99.5)), 1 / FINE_BINS)
+        lifted = _look_deeper(np.sqrt(np.minimum(values / bright, 1)), field)
+        if np.isnan(look.air) or lifted.mask.sum() > MIN_GAIN * look.mask.sum():
+            look = lifted
+    if look.mask.any() and _solidity(look.mask) < MAX_ARMED and (strips := _strips(look)).any():
+        look = _look(look.values, look.field & ~strips)
+    return look
+
+
+def _look_deeper(values: np.ndarray, field: np.ndarray) -> Look:
+    """Look again inside what is found as long as it is a film or a plate."""
     look = _look(values, field)
     for _ in range(MAX_LOOKS - 1):
         if np.isnan(look.air) or not _is_plate(look.mask):
@@ -218,8 +263,8 @@ def _segment(values: np.ndarray) -> Look:
 def _look(values: np.ndarray, field: np.ndarray) -> Look:
     """One threshold and the largest component above it, inside the field."""
     if not field.any():
-        return Look(field, values, field, np.nan, np.nan, np.nan)
-    for blur_px in (3, 11):  # noise averages out under a wider blur, tissue does not
+        return Look(field, values, field, np.nan, np.nan, np.nan, values)
+    for blur_px in (3, 11, 25):  # noise averages out under a wider blur, tissue does not
         smooth = cv2.GaussianBlur(values, (blur_px, blur_px), 0)
         for is_flat in (False, True):
             air, noise, tissue = _levels(smooth, field)
@@ -228,10 +273,12 @@ def _look(values: np.ndarray, field: np.ndarray) -> Look:
             if step <= 0 or _roughness(smooth, field & (smooth <= threshold)) > MAX_ROUGHNESS * step:
                 break
             if noise <= (MAX_NOISE if is_flat else SLOPE) * step:
-                return Look(_largest_component(field & (smooth > threshold)), smooth, field, air, threshold, tissue)
+                return Look(
+                    _largest_component(field & (smooth > threshold)), smooth, field, air, threshold, tissue, values
+                )
             smooth = _flattened(smooth, field & (smooth <= air + noise))
     mask = np.zeros_like(field) if _is_white_noise(values) else field
-    return Look(mask, smooth, field, np.nan, np.nan, np.nan)
+    return Look(mask, smooth, field, np.nan, np.nan, np.nan, values)
 
 
 def _levels(values: np.ndarray, field: np.ndarray) -> tuple[float, float, float]:
@@ -286,8 +333,9 @@ def _flattened(values: np.ndarray, air: np.ndarray) -> np.ndarray:
     for _ in range(3):
         if near.sum() < 20:
             return values
-        chosen = terms[near]  # (n, 6)
-        weights = np.linalg.solve(chosen.T @ chosen + 1e-6 * np.eye(6, dtype=np.float32), chosen.T @ samples[near])
+        chosen = terms[near].astype(np.float64)  # (n, 6); where the air lies along a line, float32 is singular
+        weights = np.linalg.solve(chosen.T @ chosen + 1e-6 * np.eye(6), chosen.T @ samples[near])
+        weights = weights.astype(np.float32)
         residual = samples - terms @ weights
         near = np.abs(residual) <= 3 * max(float(residual[near].std()), 1 / FINE_BINS)
     a, b, c, d, e, f = weights
@@ -343,21 +391,62 @@ def _border_px(values: np.ndarray) -> np.ndarray | None:
     return np.where(on_line, depth, line) + 1
 
 
+def _strips(look: Look) -> np.ndarray:
+    """Thin bright strips (h, w) bool along a side with air behind them: white borders of a film that are no straight
+    lines, and join the breast to the rest of the frame."""
+    values = look.values
+    strips = np.zeros(values.shape, bool)
+    smooth = cv2.GaussianBlur(values, (5, 5), 0)
+    step = look.tissue - look.air
+    is_air, bright = smooth < look.air + 0.25 * step, look.air + 0.5 * step
+    for view, air, marked in (
+        (values, is_air, strips),
+        (values[::-1], is_air[::-1], strips[::-1]),
+        (values.T, is_air.T, strips.T),
+        (values.T[::-1], is_air.T[::-1], strips.T[::-1]),
+    ):
+        limit = round(MAX_STRIP_FRACTION * len(view))
+        head = air[: limit + 1]
+        depth = np.where(head.any(axis=0), head.argmax(axis=0), limit + 1)  # where the air begins
+        is_strip = (view[:3].max(axis=0) > bright) & (depth <= limit)
+        if is_strip.mean() >= MIN_STRIP_FRACTION:
+            marked |= is_strip & (np.arange(len(view))[:, None] < depth + 2)
+    return strips
+
+
 def _labels(values: np.ndarray, field: np.ndarray) -> np.ndarray:
     """Labels and stickers (h, w) bool: what is bright, fills its rectangle and stands apart from what is around it."""
-    labels = np.zeros(values.shape, np.uint8)
+    labels = np.zeros(values.shape, bool)
     for level in (0.6, 0.8, 0.95):
-        bright = (field & (values > level)).astype(np.uint8)
-        opened = cv2.morphologyEx(bright, cv2.MORPH_OPEN, _disc(values.shape))
-        for contour in cv2.findContours(opened, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]:
-            area = cv2.contourArea(contour) / values.size
-            if not MIN_LABEL_FRACTION <= area <= MAX_LABEL_FRACTION or _rectangle_fill(contour) < MIN_RECTANGLE:
-                continue
-            label = cv2.drawContours(np.zeros_like(labels), [contour], -1, 1, cv2.FILLED)
-            near, wide = (cv2.dilate(label, np.ones((side, side), np.uint8)) for side in (5, 19))
-            if bright[wide > near].mean() < 0.25:
-                labels[label > 0] = 1
-    return cv2.dilate(labels, np.ones((5, 5), np.uint8)) > 0
+        bright = field & (values > level)
+        labels |= _plates(bright, bright, MIN_RECTANGLE, _disc(values.shape))
+    return labels
+
+
+def _boxes(values: np.ndarray, field: np.ndarray) -> np.ndarray:
+    """Redaction boxes (h, w) bool: the same, darker than all around it by a jump."""
+    boxes = np.zeros(values.shape, bool)
+    smooth = cv2.GaussianBlur(values, (5, 5), 0)
+    for level in BOX_LEVELS:
+        dark = field & (smooth < level)
+        if dark.any():
+            boxes |= _plates(dark, field & (smooth < level + BOX_JUMP), MIN_BOX, np.ones((3, 3), np.uint8))
+    return boxes
+
+
+def _plates(alike: np.ndarray, near_alike: np.ndarray, least_fill: float, opening: np.ndarray) -> np.ndarray:
+    """Parts (h, w) bool of what is alike that fill their rectangle, with little around them that is nearly so."""
+    plates = np.zeros(alike.shape, np.uint8)
+    opened = cv2.morphologyEx(alike.astype(np.uint8), cv2.MORPH_OPEN, opening)
+    for contour in cv2.findContours(opened, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]:
+        area = cv2.contourArea(contour) / alike.size
+        if not MIN_LABEL_FRACTION <= area <= MAX_LABEL_FRACTION or _rectangle_fill(contour) < least_fill:
+            continue
+        plate = cv2.drawContours(np.zeros_like(plates), [contour], -1, 1, cv2.FILLED)
+        near, wide = (cv2.dilate(plate, np.ones((side, side), np.uint8)) for side in (5, 19))
+        if near_alike[wide > near].mean() < 0.25:
+            plates[plate > 0] = 1
+    return cv2.dilate(plates, np.ones((5, 5), np.uint8)) > 0
 
 
 def _rectangle_fill(contour: np.ndarray) -> float:
@@ -383,6 +472,17 @@ def _is_plate(mask: np.ndarray) -> bool:
         if longest >= MIN_STRAIGHT_FRACTION * max(mask.shape):
             return True
     return _circle_fill(contour, mask) >= MIN_CIRCLE
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """The longest outline around a mask that is not empty."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return max(contours, key=cv2.contourArea)
+
+
+def _solidity(mask: np.ndarray) -> float:
+    """Share of its convex hull that a mask fills."""
+    return np.count_nonzero(mask) / max(1.0, cv2.contourArea(cv2.convexHull(_outline(mask))))
 
 
 def _circle_fill(contour: np.ndarray, mask: np.ndarray) -> float:
@@ -449,14 +549,13 @@ def quality_checks(look: Look) -> dict[str, float]:
     edge = (cv2.mean(smooth, inside)[0] - cv2.mean(smooth, outside)[0]) / step if outside.any() else 0.0
     firm = float((smooth[look.mask] > 2 * look.threshold - look.air).mean())  # stays at twice the threshold
     beside = cv2.countNonZero((look.field & (smooth > look.threshold) & ~look.mask).astype(np.uint8))
-    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    contour, area = max(contours, key=cv2.contourArea), cv2.countNonZero(mask)
+    contour, area = _outline(look.mask), cv2.countNonZero(mask)
     top, bottom, left, right = (float(side.mean()) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     fill = max(_rectangle_fill(contour), _circle_fill(contour, look.mask) - (MIN_CIRCLE - MIN_RECTANGLE))
     return {
         "faint outline": _ramp(edge, 0.0, 0.2),
         "much of it hardly brighter than air": _ramp(firm, 0.3, 0.8),
-        "ragged or with arms": _ramp(area / max(1.0, cv2.contourArea(cv2.convexHull(contour))), 0.65, 0.87),
+        "ragged or with arms": _ramp(_solidity(look.mask), 0.65, 0.87),
         "a rectangle or a circle, as a film or a collimated field is": _ramp(fill, 0.92, 0.88),
         "along two opposite sides": _ramp(max(min(top, bottom), min(left, right)), 0.9, 0.5),
         "small": _ramp(area / mask.size, 0.01, 0.05),

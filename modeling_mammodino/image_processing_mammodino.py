@@ -33,6 +33,8 @@ from .rendering import (
     RenderPlan,
     RenderSettings,
     Thumbnail,
+    inverted,
+    is_inverted,
     make_thumbnail,
     place_on_canvas,
     plan_rendering,
@@ -73,6 +75,7 @@ class MammoDinoImageProcessorKwargs(ImagesKwargs, total=False):
     do_invert_monochrome1: bool
     allow_for_processing: bool
     tissue_finder: str
+    polarity: str
     do_intensity_normalize: bool
     intensity_percentiles: tuple[float | int, float | int] | list[float | int]
     chest_wall_side: str
@@ -131,6 +134,7 @@ class MammoDinoImageProcessor(PilBackend):
     do_invert_monochrome1 = True
     allow_for_processing = RenderSettings.allow_for_processing
     tissue_finder = RenderSettings.tissue_finder
+    polarity = RenderSettings.polarity
     do_intensity_normalize = RenderSettings.do_intensity_normalize
     intensity_percentiles = list(RenderSettings.intensity_percentiles)  # as JSON has it
     chest_wall_side = RenderSettings.chest_wall_side
@@ -304,30 +308,37 @@ def _planned(
     source: an opened DICOM, a list of DICOM files, an image file, or an image (H, W).
     """
     is_series, is_file = isinstance(source, (list, tuple)), _is_file(source)
-    if not is_series and not isinstance(source, DicomFile):
-        if chosen is not None and any(chosen):
-            raise InvalidImageError(name, f"slice {max(chosen)} of an image was asked for; it has slice 0 alone")
-        plane = read_image(source) if is_file else to_gray_plane(source, name)
-        small = make_thumbnail(plane, settings.tissue_finder)
-        image = Mammogram.from_image(source if is_file else name, plane, hash_key)
-        yield image, small, plan_rendering([small], settings, name)
-        return
+    is_image = not is_series and not isinstance(source, DicomFile)
+    if is_image and chosen is not None and any(chosen):
+        raise InvalidImageError(name, f"slice {max(chosen)} of an image was asked for; it has slice 0 alone")
 
     def read(indices: list[int]) -> Iterator[tuple[Mammogram, Thumbnail]]:
-        options: dict[str, Any] = {"hash_key": hash_key, "allow_for_processing": settings.allow_for_processing}
-        slices = (iter_series if is_series else iter_slices)(source, settings, indices=indices, **options)
-        for each in map(correct, slices) if correct else slices:
+        if is_image:
+            plane = read_image(source) if is_file else to_gray_plane(source, name)
+            slices = iter([Mammogram.from_image(source if is_file else name, plane, hash_key)])
+        else:
+            options: dict[str, Any] = {"hash_key": hash_key, "allow_for_processing": settings.allow_for_processing}
+            slices = (iter_series if is_series else iter_slices)(source, settings, indices=indices, **options)
+        for each in map(correct, slices) if correct and not is_image else slices:
             yield each, make_thumbnail(each.pixels, settings.tissue_finder)
 
-    num_slices = source.num_frames if isinstance(source, DicomFile) else len(source)
+    def upright(each: Mammogram, small: Thumbnail) -> tuple[Mammogram, Thumbnail]:
+        if not is_negative:
+            return each, small
+        each = replace(each, pixels=inverted(each.pixels))
+        return each, make_thumbnail(each.pixels, settings.tissue_finder)
+
+    num_slices = 1 if is_image else source.num_frames if isinstance(source, DicomFile) else len(source)
     sampled, wanted = spread(num_slices, SAMPLED_SLICES), spread(num_slices, settings.slices_per_volume or num_slices)
     if chosen is not None:
         wanted = list(dict.fromkeys(chosen))  # each once: a sample is handed out once
     slices = read(sampled + [index for index in wanted if index not in sampled])  # none is decoded twice
     samples = {index: next(slices) for index in sampled}  # kept until their turn
+    is_negative = is_inverted([small for _, small in samples.values()], settings, name)
+    samples = {index: upright(*sample) for index, sample in samples.items()}
     plan = plan_rendering([small for _, small in samples.values()], settings, name)
     for index in wanted:
-        each, small = samples.pop(index) if index in samples else next(slices)
+        each, small = samples.pop(index) if index in samples else upright(*next(slices))
         yield each, small, plan
 
 

@@ -16,6 +16,7 @@ from .breast_segmentation import (
     LOW_CONFIDENCE,
     THUMBNAIL_PX,
     TISSUE_FINDERS,
+    air_is_bright,
     breast_box,
     chest_wall_side,
     patch_tissue,
@@ -48,6 +49,8 @@ class RenderSettings(GraySettings):
         allow_for_processing: take raw (FOR PROCESSING) DICOM images, too.
         tissue_finder: what is segmented: "breast", or "body" in axial slices of CT and MR, which are never flipped.
             What is said of the breast here and elsewhere then holds for the body.
+        polarity: "auto" inverts an image, and warns, in which air is bright and the breast dark, as in MONOCHROME1 that
+            was exported as stored or is not declared; "normal" never does, "inverted" always, once the file is read.
         do_intensity_normalize: map the percentiles below to black and white; otherwise the range of the data type,
             or of the values where floats leave 0..1.
         intensity_percentiles: percentiles of the intensities inside the breast; what lies outside saturates.
@@ -66,6 +69,7 @@ class RenderSettings(GraySettings):
     slices_per_volume: int = 0
     allow_for_processing: bool = False
     tissue_finder: str = "breast"
+    polarity: str = "auto"
     do_intensity_normalize: bool = True
     intensity_percentiles: tuple[float, float] = (0.5, 99.9)
     chest_wall_side: str = "left"
@@ -85,6 +89,8 @@ class RenderSettings(GraySettings):
             raise ValueError(f"chest_wall_side={self.chest_wall_side!r}: must be 'left', 'right' or 'as_is'")
         if self.tissue_finder not in TISSUE_FINDERS:
             raise ValueError(f"tissue_finder={self.tissue_finder!r}: must be one of {', '.join(TISSUE_FINDERS)}")
+        if self.polarity not in ("auto", "normal", "inverted"):
+            raise ValueError(f"polarity={self.polarity!r}: must be 'auto', 'normal' or 'inverted'")
         if self.bit_depth not in (8, 16):
             raise ValueError(f"bit_depth={self.bit_depth}: must be 8 or 16")
         if not 0 <= self.crop_margin_fraction <= 1:
@@ -171,6 +177,26 @@ def make_thumbnail(plane: np.ndarray, tissue_finder: str = RenderSettings.tissue
     pixels = pixels.astype(np.float32)
     source_max = float(np.iinfo(plane.dtype).max) if plane.dtype.kind in "iu" else 1.0
     return Thumbnail(pixels, plane.shape, source_max, *TISSUE_FINDERS[tissue_finder](pixels))
+
+
+def is_inverted(thumbnails: Sequence[Thumbnail], settings: RenderSettings, name: str = "image") -> bool:
+    """Whether an image, or a volume by a few of its slices, is to be inverted; logs a warning where that was found."""
+    if settings.polarity != "auto" or settings.tissue_finder != "breast":
+        return settings.polarity == "inverted"
+    doubtful = [each for each in thumbnails if each.confidence < LOW_CONFIDENCE]
+    if 2 * len(doubtful) <= len(thumbnails) or not all(air_is_bright(each.pixels) for each in doubtful):
+        return False
+    logger.warning(
+        "%s: air is bright and the breast dark, as in MONOCHROME1 that was exported as it is stored; inverted "
+        "(polarity='normal' leaves it as it is)",
+        name,
+    )
+    return True
+
+
+def inverted(plane: np.ndarray) -> np.ndarray:
+    """Return a plane with bright and dark exchanged, within the range of its data type; a float in 0..1."""
+    return np.subtract(np.iinfo(plane.dtype).max if plane.dtype.kind in "iu" else 1, plane, dtype=plane.dtype)
 
 
 def plan_rendering(thumbnails: Sequence[Thumbnail], settings: RenderSettings, name: str = "image") -> RenderPlan:
@@ -399,6 +425,8 @@ __all__ = [
     "RenderSettings",
     "Rendered",
     "Thumbnail",
+    "inverted",
+    "is_inverted",
     "make_thumbnail",
     "place_on_canvas",
     "plan_rendering",

@@ -10,12 +10,19 @@ import pydicom
 import pytest
 import torch
 from conftest import draw_breast, random_encoder
-from dicom_builders import CT, build, save
+from dicom_builders import CT, TOMOSYNTHESIS, build, save
 from PIL import Image
 
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import find_breast
-from modeling_mammodino.rendering import RenderSettings, make_thumbnail, place_on_canvas, plan_rendering, render
+from modeling_mammodino.rendering import (
+    RenderSettings,
+    inverted,
+    make_thumbnail,
+    place_on_canvas,
+    plan_rendering,
+    render,
+)
 
 
 def closed_file() -> io.BytesIO:
@@ -200,6 +207,44 @@ def test_slices_of_a_volume_stay_aligned_under_one_plan():
     both = cv2.erode(b.tissue.astype(np.uint8), np.ones((11, 11))) > 0
     assert both.sum() > 5000
     np.testing.assert_array_equal(a.image[both], b.image[both])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_an_image_with_bright_air_is_inverted_with_one_warning(processor, breast, caplog, dtype):
+    """MONOCHROME1 that was exported as it is stored."""
+    right = (breast >> 4).astype(np.uint8) if dtype == "uint8" else breast if dtype == "uint16" else breast / 4095
+    right = right.astype(dtype)
+    negative = inverted(right)
+    expected = processor(right)
+    assert not caplog.records
+    found = processor(negative)
+    np.testing.assert_allclose(found["pixel_values"], expected["pixel_values"], atol=0.05)
+    np.testing.assert_array_equal(found["tissue_mask"], expected["tissue_mask"])
+    assert len(caplog.records) == 1 and "image 0: air is bright" in caplog.text
+    caplog.clear()
+    told = processor(negative, polarity="inverted")
+    np.testing.assert_array_equal(told["pixel_values"], found["pixel_values"])
+    assert not caplog.records
+
+
+def test_a_header_that_is_wrong_about_its_polarity_is_seen_for_a_whole_volume(processor, caplog):
+    frames = np.stack([4095 - draw_breast(256, 200, seed) for seed in range(7)])
+    frames[3] = 4095 - np.roll(draw_breast(256, 200, 3), 5, axis=0)
+    wrong, right = (build(each, SOPClassUID=TOMOSYNTHESIS) for each in (frames, 4095 - frames))
+    found = processor(wrong)["pixel_values"]
+    assert caplog.text.count("air is bright") == 1
+    assert np.abs(found - processor(right)["pixel_values"]).mean() < 0.005
+    declared = build(frames, photometric="MONOCHROME1", SOPClassUID=TOMOSYNTHESIS)
+    caplog.clear()
+    assert np.abs(found - processor(declared)["pixel_values"]).mean() < 0.005
+    assert "air is bright" not in caplog.text
+
+
+def test_polarity_is_saved_and_checked(tmp_path, breast):
+    MammoDinoImageProcessor(polarity="normal").save_pretrained(tmp_path)
+    assert MammoDinoImageProcessor.from_pretrained(tmp_path).render_settings.polarity == "normal"
+    with pytest.raises(ValueError, match="polarity='up'"):
+        MammoDinoImageProcessor(polarity="up")
 
 
 @pytest.mark.parametrize("size", [(224, 168), (221, 168), (100, 75)])

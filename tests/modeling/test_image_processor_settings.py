@@ -42,6 +42,7 @@ CHANGED = {
     "return_tensors": "pt",
     "size": {"height": 56, "width": 112},
     "slices_per_volume": 2,
+    "polarity": "inverted",
     "tissue_finder": "body",
 }
 REFUSED = {
