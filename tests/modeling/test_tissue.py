@@ -233,7 +233,35 @@ def implant(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.where(filled, 245, 0.5 * image), truth
 
 
+def redacted(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Black boxes: over a label, at the side and across the skin; the film's base is gray."""
+    skin = int(np.flatnonzero(truth[H // 2])[-1])
+    image, truth = image + 40, truth.copy()
+    for box in (
+        np.s_[60:110, 330:400],
+        np.s_[300:420, 410:450],
+        np.s_[H // 2 - 20 : H // 2 + 20, skin - 30 : skin + 40],
+    ):
+        image[box], truth[box] = 0, False
+    return image, truth
+
+
+def wavy_border(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    border = Y > H * (0.975 + 0.02 * np.sin(X / 40))
+    return np.where(border | (X < 6), 250, image), truth
+
+
+def nearly_black(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    image = 0.1 * image
+    image[40:90, 330:420] = 250  # a label, and letters that are none
+    image[60:70, 250:310:6] = 250
+    return image, truth
+
+
 COMPOSED = {
+    "film with redaction boxes": lambda: redacted(*film()),
+    "film with a wavy white border": lambda: wavy_border(*film()),
+    "nearly black film": lambda: nearly_black(*simulated()),
     "sloping film": lambda: film(),
     "film with black margins": lambda: black_margins(*film()),
     "film with a slanted white border": lambda: slanted_border(*film(), 255),
