@@ -41,7 +41,7 @@ MIN_CIRCLE = 0.98  # the same of a circle, as far as it lies in the image; those
 MIN_STRAIGHT_FRACTION = 0.35  # of the longer side: an edge along rows or columns that no breast has
 MIN_LABEL_FRACTION, MAX_LABEL_FRACTION = 0.001, 0.15  # of the image
 MAX_LOOKS = 3  # black margin, film base and paddle can lie one inside the other
-MAX_EXTREME = 0.05  # of the range of a negative: where its air lies, if it is one
+FLAT = 0.02  # of the range of a negative: where its air lies, if it is one
 MIN_BRIGHT_AIR = 0.1  # of a negative's image, and of its sides
 MIN_BODY_FRACTION = 0.02  # of the image; anything smaller is noise
 TABLE_FRACTION = 0.012  # radius of the opening, of the longer side: the table, its rails and tubes go
@@ -97,17 +97,19 @@ def find_breast(image: np.ndarray) -> TissueMask:
 def air_is_bright(image: np.ndarray) -> bool:
     """Whether a gray image (H, W) shows the breast dark on bright air, as MONOCHROME1 does that was exported as stored.
 
-    So it is where the negative has a breast of some confidence, on air that is its extreme mode and lies along the
-    sides. Ask only of an image that shows no breast as it is: films have bright borders, too.
+    So it is where the negative has a breast of some confidence, on air that is flat, its extreme mode, and lies along
+    the sides. Ask only of an image that shows no breast as it is: films have bright borders, too.
     """
     values = unit_thumbnail(np.negative(image, dtype=np.float32))
-    look = None if values is None else _segment(values)
-    if look is None or not look.mask.any() or np.isnan(look.air) or look.air > MAX_EXTREME:
+    if values is None or (values < FLAT).mean() < MIN_BRIGHT_AIR:  # a film's borders and muscle are not flat
+        return False
+    look = _segment(values)
+    if not look.mask.any() or np.isnan(look.air) or look.air > FLAT:
         return False
     air = look.smooth <= look.threshold
     sides = np.concatenate([air[0], air[-1], air[:, 0], air[:, -1]])
-    enough = air.mean() >= MIN_BRIGHT_AIR and sides.mean() >= MIN_BRIGHT_AIR
-    return bool(enough and min(quality_checks(look).values()) >= LOW_CONFIDENCE)
+    is_flat = (look.values[air] < FLAT).mean() >= 0.5 and sides.mean() >= MIN_BRIGHT_AIR
+    return bool(is_flat and min(quality_checks(look).values()) >= LOW_CONFIDENCE)
 
 
 def find_body(image: np.ndarray) -> TissueMask:
