@@ -57,7 +57,7 @@ $(SUITE)/ready: $(VENV)/ready
 test-transformers: $(SUITE)/ready
 	cp -r tests/transformers_suite/stand_ins/. $(SUITE)/source
 	TRANSFORMERS_SOURCE=$(abspath $(SUITE))/source RUN_SLOW=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -W ignore tests/transformers_suite
+		$(BIN)/python -m pytest -o addopts="-q -rf" -W ignore tests/transformers_suite
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

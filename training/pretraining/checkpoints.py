@@ -208,7 +208,7 @@ class FiniteWatch:
     def check(self) -> None:
         """Raise RuntimeError with the step and the samples at fault. Every process calls it."""
         losses, gradients = self.accelerator.gather(self.first[None]).T.tolist()
-        forward, what = min((min(losses), "loss"), (min(gradients), "gradient"))
+        forward, what = min((min(losses), "loss"), (min(gradients), "gradient"), key=lambda each: each[0])
         if math.isinf(forward):
             return
         step, batch = int(forward) // self.run.gradient_accumulation_steps, self.run.per_device_train_batch_size
