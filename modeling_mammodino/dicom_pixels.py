@@ -259,7 +259,8 @@ def _stated_voi(
     if center is None or width is None:
         return "", None
     look = partial(window, center=center, width=width, function=text(scope, "VOILUTFunction"))
-    return "WindowCenter and WindowWidth", look if look(probe) is not None else None
+    is_legal = look(probe) is not None  # one width, one answer for all values
+    return "WindowCenter and WindowWidth", look if is_legal else None  # type: ignore[return-value]
 
 
 def window(values: np.ndarray, center: float, width: float, function: str = "LINEAR") -> np.ndarray | None:
