@@ -15,7 +15,7 @@ from training.pretrain import compute_losses
 from training.pretraining.losses.targets import TeacherTargets
 from training.pretraining.networks import Network, make_teacher
 from training.pretraining.optimization import make_schedules
-from training.pretraining.recipe import Recipe, load_recipe
+from training.pretraining.recipe import Recipe, load_recipe, whole_steps
 from training.pretraining.views.sample import PretrainingViews, collate
 
 FORMER_STEPS = 20
@@ -118,7 +118,10 @@ def test_gram_anchoring_begins_with_the_former_teacher(former, phantom_corpus, t
 def test_the_shipped_recipe_holds_everything_constant_after_its_warm_up():
     chosen = load_recipe(["high_resolution", "--corpus", "c", "--output_dir", "o"])
     schedules = make_schedules(chosen, 128)
-    after = {name: np.unique(values[chosen.optimizer.warmup_steps :]) for name, values in schedules.items()}
+    after = {
+        name: np.unique(values[whole_steps(chosen.optimizer.warmup_steps, chosen.run.max_steps) :])
+        for name, values in schedules.items()
+    }
     assert {name: each.tolist() for name, each in after.items()} == {
         "learning_rate": [1.25e-5], "backbone_learning_rate": [1.25e-5], "last_layer_learning_rate": [1.25e-5],
         "weight_decay": [0.04], "teacher_momentum": [0.999], "teacher_temperature": [0.07],
