@@ -22,7 +22,7 @@ AutoBackbone.register(MammoDinoConfig, MammoDinoBackbone, exist_ok=True)
 AutoModelForImageClassification.register(MammoDinoConfig, MammoDinoForImageClassification, exist_ok=True)
 AutoImageProcessor.register(MammoDinoConfig, image_processor_classes={"pil": MammoDinoImageProcessor}, exist_ok=True)
 # a pipeline looks for a video processor, too, and asks about remote code unless it is known that there is none
-VIDEO_PROCESSOR_MAPPING.register(MammoDinoConfig, {}, exist_ok=True)
+VIDEO_PROCESSOR_MAPPING.register(MammoDinoConfig, {}, exist_ok=True)  # type: ignore[arg-type]
 
 # save_pretrained then copies the source beside the weights, so that the folder opens where this package is missing
 MammoDinoConfig.register_for_auto_class()

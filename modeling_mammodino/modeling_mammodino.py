@@ -95,7 +95,7 @@ class MammoDinoEmbeddings(nn.Module):
         if bool_masked_pos is not None:
             mask_token = self.mask_token.to(embeddings.dtype)
             embeddings = torch.where(bool_masked_pos.flatten(1).unsqueeze(-1), mask_token, embeddings)
-        cls_token = self.cls_token
+        cls_token: torch.Tensor = self.cls_token
         if bool_masked_pos is None and self.training:  # DistributedDataParallel needs a gradient of every parameter
             cls_token = cls_token + 0 * self.mask_token
         cls_tokens = cls_token.expand(batch_size, -1, -1)

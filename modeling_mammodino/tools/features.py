@@ -437,11 +437,12 @@ def _embed(
     volumes = [places for places in group_paths(files, num_workers) if max(places) >= skip]
     sources = [[files[place] for place in places] if len(places) > 1 else files[places[0]] for places in volumes]
     images = stream_images(sources, reader, num_workers, num_ahead=batch_size)
+
     # the key holds no pixels, so that they are let go
-    keyed = (
-        item if isinstance(item, FileEnd) else ((item[0], item[1]._replace(pixel_values=np.empty(0))), item[1].inputs)
-        for item in images
-    )
+    def without_pixels(place: int, image: RenderedSlice) -> tuple[tuple[int, RenderedSlice], Any]:
+        return (place, image._replace(pixel_values=np.empty(0))), image.inputs
+
+    keyed = (item if isinstance(item, FileEnd) else without_pixels(*item) for item in images)
     features = extract_features(models, keyed, pool=pool, batch_size=batch_size)
     by_volume = (item if isinstance(item, FileEnd) else (item[0][0], (item[0][1], item[1])) for item in features)
     paths = [readable(file) for file in files]

@@ -377,5 +377,5 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError("corpus and output_dir must be given: --corpus DIR --output_dir RUN")
     is_split = run.knn_steps and run.fsdp
     check("knn_steps", is_split, "no k-NN with fsdp, where no process holds the whole teacher; give 0")
-    is_bare = run.knn_steps and not (run.knn_labels and run.knn_task)
-    check("knn_steps", is_bare, "needs knn_labels, a CSV, and knn_task, a column of it; give both, or 0")
+    lacks_labels = run.knn_steps and not (run.knn_labels and run.knn_task)
+    check("knn_steps", lacks_labels, "needs knn_labels, a CSV, and knn_task, a column of it; give both, or 0")

@@ -50,7 +50,7 @@ class PatientOrder:
         patients: Sequence[str | None],
         lateralities: Sequence[str | None],
         views: Sequence[str | None],
-        sources: Sequence[str],
+        sources: Sequence[str | None],
         views_per_patient: int,
         patients_per_step: int,
         single_source: bool = True,
@@ -58,14 +58,14 @@ class PatientOrder:
         if views_per_patient % 2:
             raise ValueError(f"views_per_patient={views_per_patient}: must be even, half of them of each breast")
         self.seed, self.views_per_patient, self.patients_per_step = seed, views_per_patient, patients_per_step
-        breasts: dict[tuple[str, str], dict[str, list[int]]] = {}
+        breasts: dict[tuple[str | None, str], dict[str, list[int]]] = {}
         for volume, (patient, side, source) in enumerate(zip(patients, lateralities, sources, strict=True)):
             of_patient = breasts.setdefault((source, patient or f"unknown {volume}"), {})
             of_patient.setdefault(side or f"unknown {volume}", []).append(volume)
         self.views = [view or "" for view in views]
         self.patients = [list(sides.values()) for sides in breasts.values()]
         self.first_breast = np.r_[0, np.cumsum([len(sides) for sides in self.patients])]
-        of_source: dict[str, list[int]] = {}
+        of_source: dict[str | None, list[int]] = {}
         for number, (source, _) in enumerate(breasts):
             of_source.setdefault(source if single_source else "", []).append(number)
         self.groups = [np.array(numbers) for numbers in of_source.values()]

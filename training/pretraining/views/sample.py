@@ -115,9 +115,10 @@ class PretrainingViews(Dataset):
         self.patients: PatientOrder | None = None
         self.order: VolumeOrder  # of volumes, where patients are not grouped
         if recipe.views_per_patient:
-            columns = (corpus.volume_column(name) for name in ("patient", "laterality", "view", "source"))
-            slots = global_batch_size // recipe.views_per_patient
-            self.patients = PatientOrder(seed, *columns, recipe.views_per_patient, slots, recipe.single_source_batches)
+            patients, sides, views, sources = map(corpus.volume_column, ("patient", "laterality", "view", "source"))
+            group = recipe.views_per_patient
+            slots, single = global_batch_size // group, recipe.single_source_batches
+            self.patients = PatientOrder(seed, patients, sides, views, sources, group, slots, single)
         else:
             self.order = VolumeOrder(seed, corpus.kinds, parse_kind_weights(recipe.kind_weights))
         self._mask_ratios: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the last step asked for
