@@ -27,11 +27,11 @@ release: $(VENV)/ready
 	$(BIN)/python -m training.release runs/release --model_cards model_cards
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 $(TESTS)
 
 # without what starts processes or takes over five seconds: under three minutes on two cores
 test-fast: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow" $(TESTS)
 
 # the oldest transformers that setup.cfg allows, and a hub client of its time
 OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
@@ -43,7 +43,7 @@ $(VENV)-oldest/ready: setup.cfg constraints.txt
 	touch $@
 
 test-oldest: $(VENV)-oldest/ready
-	$(VENV)-oldest/bin/python -m pytest $(TESTS)
+	$(VENV)-oldest/bin/python -m pytest --numprocesses 2 $(TESTS)
 
 # transformers' own common tests, from the source distribution of the installed version, on our classes
 SUITE := $(VENV)/transformers_suite
