@@ -33,10 +33,11 @@ def inputs(num_images: int = 2) -> torch.Tensor:
 def test_the_encoder_leaves_background_out(spatial_prior):
     backbone: DetectionBackbone = small_detector(spatial_prior=spatial_prior).model.backbone.model.eval()
     pixels, seen = inputs(), []
-    backbone.encoder.encoder.layer[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
+    attention = backbone.encoder.encoder.layer[0].attention
+    attention.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
     feature_map = backbone(pixels).feature_maps[0]
     assert feature_map.shape == (2, 32, *GRID)
-    assert seen == [(1, 2 * (1 + 3 + 8 * 3), 48)]  # both images in one row: 3 of 6 columns of patches
+    assert seen == [(2, 1 + 3 + 8 * 3, 48)]  # of each image 3 of 6 columns of patches
     expected = backbone.encoder(pixels[:, :1], tissue_mask=pixels[:, 1, ::14, ::14]).feature_maps[0]
     noise = pixels.clone()
     noise[:, 0, :, 42:] += 1

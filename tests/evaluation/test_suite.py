@@ -125,7 +125,7 @@ def test_runs_of_other_settings_are_not_taken_for_these(finished, values, tmp_pa
         ({"datasets": []}, "datasets: must be a list"),
         ({"backbones": [{"kind": "dinov2"}]}, "has no name"),
         ({"backbones": [{"name": "a", "kind": "vgg"}]}, "kind 'vgg' must be one of mammodino"),
-        ({"backbones": [{"name": "a", "kind": "dinov2"}, {"name": "a", "kind": "resnet50"}]}, "stands there twice"),
+        ({"backbones": [{"name": "a", "kind": "dinov2"}, {"name": "a", "kind": "resnet50"}]}, "is there twice"),
         ({"seeds": [0, -1]}, "seeds"),
         ({"seed": [0]}, "unknown field 'seed'"),
         ({"ours": "theirs"}, "ours='theirs': must be one of ours, DINOv2"),

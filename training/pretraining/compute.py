@@ -66,9 +66,13 @@ def step_flops(batch: Batch, config: MammoDinoConfig, recipe: Recipe) -> float:
         return canvas
     whole, pairs, local = batch["global_tissue"], batch["slice_tissue"], batch["local_tissue"]
     seen_by_teacher = (whole, pairs) if loss.dino_weight or loss.ibot_weight else (pairs,)
-    seen_by_student = (whole, pairs, local) if loss.dino_weight else (whole, pairs)
+    seen_by_student = (pairs, local) if loss.dino_weight else (pairs,)
+    learns_from_whole = any((loss.dino_weight, loss.ibot_weight, loss.koleo_weight, loss.gram_weight))
     teacher = sum(encode_flops(tissue, config, tissue_tokens, is_student=False) for tissue in seen_by_teacher)
     student = sum(encode_flops(tissue, config, tissue_tokens, is_student=True) for tissue in seen_by_student)
+    student += encode_flops(
+        whole, config, tissue_tokens, is_student=learns_from_whole
+    )  # the monitor sees it in any case
     cls_tokens = len(whole) * (loss.dino_weight > 0) + len(pairs) * (loss.adjacent_slice_weight > 0)  # of both
     patches = int(batch["masks"].sum()) * (loss.ibot_weight > 0)
     patches += int((pairs > 0).sum()) * (loss.adjacent_patch_weight > 0)
