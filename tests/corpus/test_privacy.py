@@ -170,7 +170,8 @@ def test_identifiers_were_planted_and_images_were_read(archive, canaries, built)
     manifest = json.loads((built / "manifest.json").read_text())
     volumes = NUM_PATIENTS + 2  # two of the odd files are one more volume each
     assert manifest["rows_by_kind"] == {"dbt": volumes * NUM_SLICES + len(SLICES), "ffdm": NUM_PATIENTS, "unknown": 4}
-    assert manifest["files_refused"] == 9 and manifest["files_ignored"] == 1
+    assert manifest["files_refused"] == 8 and manifest["files_ignored"] == 1
+    assert sum(manifest["passed_over"].values()) == 1  # the link to nothing
 
 
 def test_no_identifier_is_in_the_corpus_or_in_what_was_said(canaries, built, user):
