@@ -126,10 +126,19 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     set_seed(run.seed)
-    student = Network(recipe, corpus.image_processor)
-    teacher, targets_of = make_teacher(student), TeacherTargets(recipe)
-    for module in (student, teacher, targets_of):
-        module.to(accelerator.device)
+    views = PretrainingViews(
+        corpus,
+        recipe.views,
+        recipe.model.patch_size,
+        run.seed,
+        global_batch,
+        slice_pairs=recipe.uses_slice_pairs,
+        crops=recipe.uses_crops,
+        canvas=(recipe.model.image_height, recipe.model.image_width) if recipe.uses_canvas else None,
+    )
+    student = Network(recipe, corpus.image_processor).to(accelerator.device)
+    dense_targets = prepare_canvas(student.backbone, views, recipe, accelerator.device) if recipe.uses_canvas else None
+    teacher, targets_of = make_teacher(student), TeacherTargets(recipe).to(accelerator.device)
     if run.fsdp:
         shard([student, teacher], accelerator.device)
     optimizer = torch.optim.AdamW(
@@ -141,21 +150,8 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     gram_teacher = GramTeacher(teacher, recipe).to(accelerator.device) if recipe.loss.gram_weight > 0 else None
     if gram_teacher:
         modules["gram_teacher"] = gram_teacher
-    crops, canvas = recipe.uses_crops, (recipe.model.image_height, recipe.model.image_width)
-    views = PretrainingViews(
-        corpus,
-        recipe.views,
-        recipe.model.patch_size,
-        run.seed,
-        global_batch,
-        slice_pairs=recipe.uses_slice_pairs,
-        crops=crops,
-        canvas=canvas if recipe.uses_canvas else None,
-    )
-    dense_targets = prepare_canvas(student.backbone, views, recipe, accelerator.device) if recipe.uses_canvas else None
     if dense_targets:
         modules["dense_targets"] = dense_targets
-        teacher.load_state_dict(student.state_dict())
     step = resume(recipe, modules, optimizer, global_batch)
     if run.gradient_checkpointing:
         student.backbone.gradient_checkpointing_enable()

@@ -41,7 +41,7 @@ def refusals(output: Path) -> dict[str, str]:
         return {row["file"].rpartition("/")[2]: row["reason"] for row in csv.DictReader(stream)}
 
 
-def picture(path: Path, seed: int = 0) -> Path:
+def write_image(path: Path, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(".png", draw_breast(seed=seed))[1].tobytes())
     return path
@@ -73,8 +73,8 @@ def write_slices(folder: Path, count: int, pixels=body, **of_each) -> list[Path]
 
 def test_files_of_one_relative_path_in_two_sources_are_two_images(tmp_path):
     for number, site in enumerate(("benign", "malignant")):
-        picture(tmp_path / site / "0000.png", seed=number)
-        picture(tmp_path / site / "same.png", seed=9)
+        write_image(tmp_path / site / "0000.png", seed=number)
+        write_image(tmp_path / site / "same.png", seed=9)
     manifest = make([tmp_path / "benign", tmp_path / "malignant"], tmp_path / "out")
     assert manifest["rows"] == manifest["volumes"] == 3
     assert manifest["refused_by_reason"] == {"a copy of another file; one is enough": 1}
@@ -125,7 +125,7 @@ def test_a_scout_of_another_size_is_refused_and_its_series_enters(tmp_path):
 
 
 def test_no_error_of_one_file_stops_a_build(tmp_path, monkeypatch):
-    picture(tmp_path / "in" / "a.png", 1), picture(tmp_path / "in" / "b.png", 2)
+    write_image(tmp_path / "in" / "a.png", 1), write_image(tmp_path / "in" / "b.png", 2)
     make_row, calls = corpus_shards.make_row, []
 
     def fail_once(*given):
@@ -204,7 +204,7 @@ def test_other_modalities_do_not_enter(tmp_path):
 
 
 def test_images_with_a_doubtful_mask_are_left_out_on_request(tmp_path):
-    picture(tmp_path / "in" / "breast.png")
+    write_image(tmp_path / "in" / "breast.png")
     report = np.repeat(np.linspace(0, 240, 300).astype(np.uint8)[:, None], 200, axis=1)
     cv2.imwrite(str(tmp_path / "in" / "report.png"), report)
     assert make([tmp_path / "in"], tmp_path / "all")["rows"] == 2
@@ -294,7 +294,7 @@ def test_an_archive_without_a_usable_image_says_so_and_why(tmp_path, suffix):
 
 
 def test_a_folder_that_cannot_be_listed_is_refused_by_name_and_the_rest_is_built(tmp_path, monkeypatch, capsys):
-    picture(tmp_path / "in" / "a" / "1.png"), picture(tmp_path / "in" / "locked" / "2.png")
+    write_image(tmp_path / "in" / "a" / "1.png"), write_image(tmp_path / "in" / "locked" / "2.png")
     scandir = os.scandir
 
     def refuse(folder):
@@ -324,7 +324,7 @@ def test_a_folder_of_a_store_that_cannot_be_listed_is_named(tmp_path, monkeypatc
 
 
 def test_pipes_are_passed_over_and_linked_folders_entered(tmp_path):
-    picture(tmp_path / "in" / "own.png", 1), picture(tmp_path / "elsewhere" / "p.png", 2)
+    write_image(tmp_path / "in" / "own.png", 1), write_image(tmp_path / "elsewhere" / "p.png", 2)
     os.mkfifo(tmp_path / "in" / "pipe.dcm")
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
     manifest = make([tmp_path / "in"], tmp_path / "out")
@@ -334,7 +334,7 @@ def test_pipes_are_passed_over_and_linked_folders_entered(tmp_path):
 def test_names_of_any_kind(tmp_path):
     """A folder with `::` is no address; a name that is not UTF-8 does not spoil the list of refusals."""
     folder = tmp_path / "x::y"
-    picture(folder / "a::b.png", 1)
+    write_image(folder / "a::b.png", 1)
     (folder / os.fsdecode(b"bad\xff.dcm")).write_bytes(b"nothing")
     assert make([folder], tmp_path / "out")["rows"] == 1
     assert list(refusals(tmp_path / "out")) == [r"bad\udcff.dcm"]
@@ -343,13 +343,13 @@ def test_names_of_any_kind(tmp_path):
 def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    picture(tmp_path / "home" / "in" / "a.png")
+    write_image(tmp_path / "home" / "in" / "a.png")
     main(["~/in", "--output=~/out", "--num_proc", "1"])
     assert Corpus(tmp_path / "home" / "out").num_volumes == 1 and not (tmp_path / "~").exists()
 
 
 def test_of_two_builds_on_one_output_the_second_is_refused(tmp_path, monkeypatch):
-    picture(tmp_path / "in" / "a.png")
+    write_image(tmp_path / "in" / "a.png")
     monkeypatch.setattr("dataset_scripts.corpus.build.LOCK_SECONDS", 0)
     render, raised = corpus_shards.render_shard, []
 
@@ -364,7 +364,7 @@ def test_of_two_builds_on_one_output_the_second_is_refused(tmp_path, monkeypatch
 
 
 def test_a_build_outside_the_main_thread(tmp_path):
-    picture(tmp_path / "in" / "a.png")
+    write_image(tmp_path / "in" / "a.png")
     results = []
 
     def work():

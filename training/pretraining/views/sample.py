@@ -142,7 +142,7 @@ class PretrainingViews(Dataset):
         sample: dict[str, Any] = {"index": index, "row": rows[position], "volume": volume}
         sample["breast"] = self.breasts[volume]
         if self.patients:
-            sample["patient"] = self.patients[index].patient
+            sample["patient"] = self.patients.patient_of(index // self.recipe.views_per_patient)
         if self.with_crops:
             image = Image(pixels, downsample_2x(pixels), TissueTable(tissue, pixels.shape))
             sample |= self.draw(rng, image, index) | {"slice_pair": self.slice_pair(rng, rows, position, image)}
