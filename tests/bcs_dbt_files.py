@@ -3,8 +3,8 @@
 import csv
 
 import numpy as np
-from conftest import REAL_DATA
 from dicom_builders import BREAST, SLICES, phantom
+from made_inputs import REAL_DATA
 
 from dataset_scripts.corpus.bcs_dbt_volumes import COLUMNS
 from modeling_mammodino.dicom_pixels import GraySettings

@@ -1,7 +1,7 @@
 """Fixtures of the labeled data sets' tests."""
 
 import pytest
-from conftest import REAL_DATA
+from made_inputs import REAL_DATA
 
 
 @pytest.fixture

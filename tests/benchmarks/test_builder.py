@@ -12,8 +12,8 @@ import pandas as pd
 import pydicom
 import pytest
 from bcs_dbt_files import CLASSIC, DESCRIPTIVE, RIGHT, half_turn, write_list, write_volume
-from conftest import draw_breast
 from dicom_builders import RAMP, build, save, volume
+from made_inputs import draw_breast
 from PIL import Image
 
 import dataset_scripts.benchmarks  # noqa: F401 (makes the names known to load_dataset)

@@ -14,9 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_breast
 from dicom_builders import CAPTURE, CT, SOP, build, save
 from fsspec.implementations.zip import ZipFileSystem
+from made_inputs import draw_breast
 from pydicom import uid
 
 from dataset_scripts.corpus import archive as corpus_archive

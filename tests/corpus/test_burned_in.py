@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import REAL_DATA, draw_breast
+from made_inputs import REAL_DATA, draw_breast
 
 from dataset_scripts.corpus.burned_in import longest_row, looks_annotated  # noqa: E402
 from modeling_mammodino.breast_segmentation import find_breast  # noqa: E402

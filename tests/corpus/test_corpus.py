@@ -15,8 +15,8 @@ import kill_corpus
 import numpy as np
 import pydicom
 import pytest
-from conftest import HASH_KEY, draw_breast
 from datasets.arrow_writer import ArrowWriter
+from made_inputs import HASH_KEY, draw_breast
 
 from dataset_scripts.corpus import engine as corpus_engine
 from dataset_scripts.corpus import shards as corpus_shards

@@ -2,7 +2,7 @@
 
 import cv2
 import pytest
-from conftest import draw_breast
+from made_inputs import draw_breast
 
 from dataset_scripts.corpus.build import build_corpus
 from dataset_scripts.corpus.metadata import FileMetadata

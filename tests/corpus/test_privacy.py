@@ -18,9 +18,9 @@ import numpy as np
 import pydicom
 import pytest
 from canaries import Canaries, contents, plant
-from conftest import HASH_KEY, draw_breast
 from dicom_builders import BREAST, CT, SLICES
 from hub_server import HubServer
+from made_inputs import HASH_KEY, draw_breast
 from PIL import Image, PngImagePlugin
 from pretrain_runs import TINY
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from conftest import draw_breast
+from made_inputs import draw_breast
 
 from training.evaluation.run_settings import FinetuneSettings
 

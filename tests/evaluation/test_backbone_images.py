@@ -6,8 +6,8 @@ import pickle
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_breast
 from dicom_builders import build, save
+from made_inputs import draw_breast
 from PIL import Image
 
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor

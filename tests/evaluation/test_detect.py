@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
-from conftest import TINY_ENCODER, draw_breast, random_encoder
+from made_inputs import TINY_ENCODER, draw_breast, random_encoder
 
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews, View
 from modeling_mammodino import MammoDinoImageProcessor

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import draw_breast
+from made_inputs import draw_breast
 
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from training.evaluation.detection.boxes import load_boxes

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_encoder
+from made_inputs import random_encoder
 
 from modeling_mammodino import MammoDinoImageProcessor
 from training.evaluation.detection.detector import DetectionBackbone, build_detector, cell_loss, detect, load_detector

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_ENCODER, draw_breast, random_encoder
+from made_inputs import TINY_ENCODER, draw_breast, random_encoder
 from sklearn.decomposition import PCA
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import draw_breast, random_encoder
+from made_inputs import draw_breast, random_encoder
 
 from modeling_mammodino import MammoDinoImageProcessor
 from training.leaderboard import main, probabilities, read_tasks

@@ -7,8 +7,8 @@ import zlib
 import numpy as np
 import pydicom
 import pytest
-from conftest import draw_breast
 from dicom_builders import RAMP, RAW, build, refused, save, volume
+from made_inputs import draw_breast
 from pydicom import uid
 from pydicom.encaps import encapsulate
 from pydicom.filebase import DicomBytesIO

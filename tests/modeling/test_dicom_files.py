@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
-from conftest import REAL_DATA
 from dicom_builders import CAPTURE, MAMMOGRAPHY, PROCESSING, RAMP, RAW, build, refused, save, volume
+from made_inputs import REAL_DATA
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames

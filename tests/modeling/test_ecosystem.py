@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY_ENCODER, random_encoder
+from made_inputs import TINY_ENCODER, random_encoder
 from transformers import (
     DetrConfig,
     DetrForObjectDetection,

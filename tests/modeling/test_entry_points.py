@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_ENCODER, draw_breast, random_encoder
+from made_inputs import TINY_ENCODER, draw_breast, random_encoder
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor
 

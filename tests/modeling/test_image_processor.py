@@ -9,8 +9,8 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import draw_breast, random_encoder
 from dicom_builders import CT, TOMOSYNTHESIS, build, save
+from made_inputs import draw_breast, random_encoder
 from PIL import Image
 
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor

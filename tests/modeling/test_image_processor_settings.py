@@ -9,8 +9,8 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from conftest import draw_breast
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from made_inputs import draw_breast
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor

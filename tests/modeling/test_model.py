@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_ENCODER, random_encoder
+from made_inputs import TINY_ENCODER, random_encoder
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, Dinov2WithRegistersConfig
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersBackbone,

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_DATA, TINY_ENCODER, draw_breast, random_encoder
+from made_inputs import REAL_DATA, TINY_ENCODER, draw_breast, random_encoder
 from PIL import Image
 from transformers import pipeline
 

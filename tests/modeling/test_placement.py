@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_breast
+from made_inputs import draw_breast
 
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.rendering import Placement, place_on_canvas

@@ -5,7 +5,7 @@ import logging
 
 import numpy as np
 import pytest
-from conftest import REAL_DATA
+from made_inputs import REAL_DATA
 
 from modeling_mammodino.breast_segmentation import (
     LOW_CONFIDENCE,

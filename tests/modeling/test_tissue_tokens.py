@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_ENCODER, draw_breast, random_encoder
+from made_inputs import TINY_ENCODER, draw_breast, random_encoder
 
 from modeling_mammodino import (
     MammoDinoBackbone,

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import draw_breast
+from made_inputs import draw_breast
 
 from training.pretraining.losses.dense_regression import DenseTargets, dense_regression_loss
 

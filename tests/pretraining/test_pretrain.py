@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import draw_breast
+from made_inputs import draw_breast
 from pretrain_runs import ROOT, TINY, launch, log, main, recipe, train, weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_breast
+from made_inputs import draw_breast
 
 from training.pretraining.views.canvas import WITHOUT_AUGMENTATION, affine, canvas_view, token_subset
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import draw_breast, random_encoder
+from made_inputs import draw_breast, random_encoder
 
 from modeling_mammodino import MammoDinoImageProcessor
 from training.pretraining.recipe import load_recipe

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import random_encoder
+from made_inputs import random_encoder
 
 from dataset_scripts.phantom.archive import PhantomParameters, acquire_dbt, simulate_breast, write_archive
 from modeling_mammodino import MammoDinoImageProcessor

@@ -6,8 +6,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_breast, random_encoder
 from dicom_builders import CT, build, save
+from made_inputs import draw_breast, random_encoder
 
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.rendering import make_thumbnail

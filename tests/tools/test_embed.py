@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pydicom
 import pytest
 import torch
-from conftest import draw_breast
 from dicom_builders import CT, RAMP, build, save
+from made_inputs import draw_breast
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import RLELossless, generate_uid
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel

@@ -10,8 +10,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import draw_breast
 from hub_server import TOKEN, HubServer
+from made_inputs import draw_breast
 from model_folder import CARD, TINY
 from PIL import Image
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import cv2
 import pytest
-from conftest import draw_breast
+from made_inputs import draw_breast
 
 from modeling_mammodino.tools.command import user_path
 from modeling_mammodino.tools.features import find_files
