@@ -22,7 +22,7 @@ beside this one:
 
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -102,6 +102,15 @@ class BreastLabels:
     box: tuple[int, int, int, int] | None = None  # x0, y0, x1, y1 in pixels, half-open
     lesion_slice: int | None = None  # slice of the lesion's center
     lesion_slices: tuple[int, int] | None = None  # first and last + 1
+
+
+def place_of(lesion: np.ndarray) -> dict[str, Any]:
+    """Return what BreastLabels say of the place of a lesion: of its weights (D, H, W), 0 where it is not."""
+    touched, weights = lesion != 0, np.abs(lesion).sum(axis=(1, 2))
+    spans = [np.flatnonzero(touched.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    slices, (y0, y1), (x0, x1) = ((int(span[0]), int(span[-1]) + 1) for span in spans)
+    center = int(np.average(np.arange(len(weights)), weights=weights).round())
+    return {"box": (x0, y0, x1, y1), "lesion_slice": center, "lesion_slices": slices}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """An archive of simulated breasts: DICOM files and labels.csv.
 
     python -m dataset_scripts.phantom --output DIR --num_patients 8 --seed 0 --num_proc 2
+    python -m dataset_scripts.phantom --output DIR --voxels BREAST.mhd --pixel_spacing_mm 0.2 --slice_spacing_mm 1
 
 A breast is a volume of X-ray attenuation (`anatomy`, `lesions`), imaged as a mammogram and as limited-angle
 tomosynthesis on the geometry of a vendor's system (`acquisition`), and written as `dicom`. It is a pure function of
@@ -16,7 +17,7 @@ import csv
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -43,6 +44,7 @@ from .anatomy import (
     draw_patient,
     exposure_generator,
     glandular_fraction,
+    place_of,
     random_generator,
 )
 from .dicom import (
@@ -55,6 +57,7 @@ from .dicom import (
     tomosynthesis_dataset,
 )
 from .lesions import add_lesion, draw_lesion
+from .voxels import voxel_breast
 
 VIEWS_PER_PATIENT = (1, 2, 4)
 LABEL_COLUMNS = (
@@ -62,7 +65,7 @@ LABEL_COLUMNS = (
     *("density", "lesion", "lesion_type", "cancer", "x0", "y0", "x1", "y1", "lesion_slice"),
     *("lesion_first_slice", "lesion_last_slice", "glandular_fraction", "vendor"),  # last: the last with lesion in it
 )
-Exposure = tuple[int, str | None, str | None]  # patient, laterality, view
+Exposure = tuple[int, str | None, str | None] | Path  # patient, laterality, view; or a file of voxels
 
 
 def simulate_breast(
@@ -88,27 +91,16 @@ def simulate_breast(
     if (laterality, view) not in VIEWS:
         raise ValueError(f"laterality={laterality!r}, view={view!r}: must be L or R, and CC or MLO")
     anatomy = draw_anatomy(exposure_generator(seed, index, laterality, view, ANATOMY), patient, view, p)
-    volume, labels = anatomy.volume, BreastLabels(patient.density, glandular_fraction(anatomy))
-    found = draw_lesion(random_generator(seed, index, LESION), p.lesion_probability)
+    volume, body, labels = anatomy.volume, anatomy.body, BreastLabels(patient.density, glandular_fraction(anatomy))
+    found, before = draw_lesion(random_generator(seed, index, LESION), p.lesion_probability), volume
     if found and lesion and laterality == patient.laterality:
         shape = exposure_generator(seed, index, laterality, view, LESION_SHAPE)
         volume = add_lesion(shape, found, anatomy, view, p)
-        difference = np.abs(volume - anatomy.volume)
-        spans = [np.flatnonzero(difference.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-        (d0, d1), (y0, y1), (x0, x1) = ((int(span[0]), int(span[-1]) + 1) for span in spans)
-        x0, x1 = (p.width_px - x1, p.width_px - x0) if laterality == "R" else (x0, x1)
-        labels = BreastLabels(
-            labels.density,
-            labels.glandular_fraction,
-            lesion=1,
-            lesion_type=found.lesion_type,
-            cancer=int(found.malignant),
-            box=(x0, y0, x1, y1),
-            lesion_slice=int(np.average(np.arange(p.num_slices), weights=difference.sum(axis=(1, 2))).round()),
-            lesion_slices=(d0, d1),
-        )
-    side = np.s_[:, :, :: -1 if laterality == "R" else 1]
-    volume, body = (np.ascontiguousarray(array[side]) for array in (volume, anatomy.body))
+    if laterality == "R":
+        volume, body, before = (np.ascontiguousarray(each[..., ::-1]) for each in (volume, body, before))
+    if found and lesion and laterality == patient.laterality:
+        kind, cancer = found.lesion_type, int(found.malignant)
+        labels = replace(labels, lesion=1, lesion_type=kind, cancer=cancer, **place_of(volume - before))
     return Breast(volume, body, labels, laterality, view, p, seed, index, vendor)
 
 
@@ -121,6 +113,7 @@ def write_archive(
     first_patient: int = 0,
     transfer_syntax: str = DEFAULT_SYNTAX,
     views_per_patient: int = 1,
+    voxels: Sequence[Path] = (),
 ) -> Path:
     """Write DIR/PHANTOM-000012/{L,R}_{CC,MLO}_{dbt,2d}.dcm, then DIR/labels.csv; return that.
 
@@ -128,11 +121,14 @@ def write_archive(
 
     Args:
         views_per_patient: 1, a view of one breast; 2, both views of it; 4, both of both breasts.
+        voxels: MetaImage files of tissue codes, imaged in place of simulated patients; see `voxel_breast`.
 
     Raises:
-        ValueError: of views_per_patient or transfer_syntax; ImportError where the encoder is not installed.
+        ValueError: of views_per_patient, transfer_syntax or a file of voxels.
+        ImportError: where the encoder is not installed.
     """
-    exposures = list(_exposures(range(first_patient, first_patient + num_patients), views_per_patient))
+    patients = range(first_patient, first_patient + num_patients)
+    exposures: list[Exposure] = list(voxels) or list(_exposures(patients, views_per_patient))
     check_encoder(transfer_syntax)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -167,10 +163,13 @@ def _write_exposure(
     exposure: Exposure, seed: int, parameters: PhantomParameters, output: Path, transfer_syntax: str
 ) -> list[tuple]:
     """Write the volume and the mammogram of one view of a breast; return their rows of labels."""
-    patient, laterality, view = exposure
-    breast = simulate_breast(parameters, seed, patient, laterality=laterality, view=view)
-    spacing_mm = parameters.pixel_spacing_mm, parameters.slice_spacing_mm
-    info = BreastInfo(f"PHANTOM-{patient:06d}", breast.laterality, breast.view, *spacing_mm, seed, breast.vendor)
+    if isinstance(exposure, Path):
+        breast, patient = voxel_breast(exposure, parameters, seed), exposure.stem
+    else:
+        number, laterality, view = exposure
+        breast, patient = simulate_breast(parameters, seed, number, laterality=laterality, view=view), f"{number:06d}"
+    spacing_mm = breast.parameters.pixel_spacing_mm, breast.parameters.slice_spacing_mm
+    info = BreastInfo(f"PHANTOM-{patient}", breast.laterality, breast.view, *spacing_mm, seed, breast.vendor)
     truth = breast.labels
     first, end = truth.lesion_slices or (None, None)
     lesion = (truth.lesion, truth.lesion_type, truth.cancer, *(truth.box or (None,) * 4), truth.lesion_slice)
@@ -211,6 +210,14 @@ def main(arguments: list[str] | None = None) -> None:
         choices=VIEWS_PER_PATIENT,
         default=1,
         help="1: a view of one breast; 2: both views of it; 4: both of both breasts (default 1)",
+    )
+    parser.add_argument(
+        "--voxels",
+        nargs="+",
+        type=user_path,
+        default=(),
+        metavar="MHD",
+        help="image these voxel breasts, such as VICTRE's, in place of simulated patients, at the spacings given here",
     )
     parser.add_argument(
         "--transfer_syntax",
