@@ -22,7 +22,7 @@ from dataset_scripts.benchmarks.task import TaskTable, load_task
 from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.embed import find_device
 from modeling_mammodino.tools.files import write_json
-from training.evaluation.backbones.registry import Backbone, load_backbone
+from training.evaluation.backbones.registry import BACKBONES, Backbone, load_backbone
 from training.evaluation.finetuning.aggregation import is_ordered, predict_levels, score_levels
 from training.evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
 from training.evaluation.finetuning.heads import LinearHead, balanced_weights, fit_linear_probe
@@ -60,6 +60,7 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
     about_backbone = {
         "kind": backbone.kind,
         "source": backbone.source,
+        "license": BACKBONES[backbone.kind].license,
         "width": backbone.width,
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "weights": backbone.settings()["weights"],  # their hash, before any training

@@ -34,14 +34,16 @@ RENAMES = (
 BESIDE_THE_BACKBONE = re.compile(r"^(student\.|(teacher\.)?(dino|ibot)_head\.|(dino_loss|ibot_patch_loss)\.)")
 
 
-def read_reference_checkpoint(path: str | Path, interpolation: dict) -> MammoDinoModel:
+def read_reference_checkpoint(path: str | Path, interpolation: dict, tensors: dict | None = None) -> MammoDinoModel:
     """Return the encoder of a `.pth`, float32, with as many channels and registers as the file has.
 
-    interpolation: `interpolate_antialias` and `interpolate_offset` of the plain and of the register variants, by
-    "plain" and "registers". Raises ValueError, naming the keys, where the file is not a DINOv2 encoder as a whole;
-    a pickle that holds more than tensors is refused before any of it runs.
+    tensors: what the file holds, where it was read before. interpolation: `interpolate_antialias` and
+    `interpolate_offset` of the plain and of the register variants, by "plain" and "registers".
+
+    Raises ValueError, naming the keys, where the file is not a DINOv2 encoder as a whole; a pickle that holds more than
+    tensors is refused before any of it runs.
     """
-    state = rename(teacher_backbone(load_tensors(path), path), path)
+    state = rename(teacher_backbone(load_tensors(path) if tensors is None else tensors, path), path)
     config = derive_config(state, path)
     variant = interpolation["registers" if config.num_register_tokens else "plain"]
     for name, value in variant.items():

@@ -11,7 +11,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def timm_vit(state: Tensors, pixels: torch.Tensor, prefix: str = "visual.trunk.") -> torch.Tensor:
-    """timm's plain ViT: tokens (B, 1 + N, D) behind the last LayerNorm, eps 1e-6 throughout, exact GELU."""
+    """timm's plain ViT, or DINOv2's with its layer scale: tokens (B, 1 + N, D) behind the last LayerNorm, eps 1e-6
+    throughout, exact GELU."""
     w = {name.removeprefix(prefix): value.float() for name, value in state.items() if name.startswith(prefix)}
     patch = w["patch_embed.proj.weight"].shape[-1]
     x = functional.conv2d(pixels, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=patch)
@@ -22,10 +23,11 @@ def timm_vit(state: Tensors, pixels: torch.Tensor, prefix: str = "visual.trunk."
         b = f"blocks.{number}."
         y = functional.layer_norm(x, (width,), w[b + "norm1.weight"], w[b + "norm1.bias"], 1e-6)
         qkv = functional.linear(y, w[b + "attn.qkv.weight"], w[b + "attn.qkv.bias"])
-        x = x + functional.linear(attend(qkv), w[b + "attn.proj.weight"], w[b + "attn.proj.bias"])
+        y = functional.linear(attend(qkv), w[b + "attn.proj.weight"], w[b + "attn.proj.bias"])
+        x = x + y * w.get(b + "ls1.gamma", 1)
         y = functional.layer_norm(x, (width,), w[b + "norm2.weight"], w[b + "norm2.bias"], 1e-6)
         y = functional.gelu(functional.linear(y, w[b + "mlp.fc1.weight"], w[b + "mlp.fc1.bias"]))
-        x = x + functional.linear(y, w[b + "mlp.fc2.weight"], w[b + "mlp.fc2.bias"])
+        x = x + functional.linear(y, w[b + "mlp.fc2.weight"], w[b + "mlp.fc2.bias"]) * w.get(b + "ls2.gamma", 1)
     return functional.layer_norm(x, (width,), w["norm.weight"], w["norm.bias"], 1e-6)
 
 
@@ -93,13 +95,15 @@ def efficientnet(state: Tensors, pixels: torch.Tensor, image_size: int, strides:
     return functional.silu(norm(functional.conv2d(x, w["_conv_head.weight"]), "_bn1"))
 
 
-NATIVE = ("resnet50", "convnextv2", "dinov2", "rad_dino")
+NATIVE = ("resnet50", "convnextv2", "dinov2", "dinov3", "medsiglip", "rad_dino")
 OWN_FILES = {
     "biomedclip": "open_clip_pytorch_model.bin",
     "mammo_clip_vit": "clip_vit.pt",
     "mammo_clip_efficientnet": "model-best.tar",
+    "mammo_fm": "model-best.tar",
+    "dbt_dino": "dbt_dino.pth",
 }
-SIDES = {"dinov2": 70, "rad_dino": 70, "mammo_clip_efficientnet": 72}
+SIDES = {"dinov2": 70, "rad_dino": 70, "dbt_dino": 70, "mammo_clip_efficientnet": 72, "mammo_fm": 72}
 
 
 def inputs(kind: str, batch: int = 2) -> dict[str, torch.Tensor]:

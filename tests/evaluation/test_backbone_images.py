@@ -21,10 +21,14 @@ PUBLISHED = {
     "resnet50": (*IMAGENET, 64, (224, 224)),
     "convnextv2": (*IMAGENET, 64, (224, 224)),
     "dinov2": (*IMAGENET, 70, (224, 224)),
+    "dinov3": (*IMAGENET, 64, (224, 224)),
+    "medsiglip": ([0.5] * 3, [0.5] * 3, 64, (448, 448)),
+    "dbt_dino": ([0.0] * 3, [1.0] * 3, 70, (518, 518)),
     "rad_dino": ([0.5307] * 3, [0.2583] * 3, 70, (518, 518)),
     "biomedclip": (*CLIP, 64, (224, 224)),
     "mammo_clip_vit": (*CLIP, 64, (224, 224)),
     "mammo_clip_efficientnet": ([0.3089279] * 3, [0.25053555408335154] * 3, 72, (1520, 912)),
+    "mammo_fm": ([0.3089279] * 3, [0.25053555408335154] * 3, 72, (1520, 912)),
 }
 
 
@@ -61,7 +65,7 @@ def test_a_image_of_the_final_size_is_only_standardized(backbones, kind):
 def test_without_a_processor_the_published_one_is_taken_and_said(tmp_path, caplog, kind):
     caplog.set_level("INFO")
     family = BACKBONES[kind]
-    images = rgb_images(str(tmp_path), family.published, True, kind == "mammo_clip_efficientnet")
+    images = rgb_images(str(tmp_path), family.published, True, family.as_mammo_clip)
     assert caplog.text.count("no preprocessor_config.json") == 1
     size = PUBLISHED[kind][3]
     image = np.random.default_rng(0).integers(0, 256, size, np.uint8)
@@ -79,7 +83,7 @@ def test_nothing_is_cut_off_where_the_processor_would_crop(backbones, kind):
     margin = side // 4
     black, gray, white = (standardized(np.full((1, 1), value, np.uint8), kind)[:, 0, 0] for value in (0, 100, 255))
     middle = found[:, side // 2, side // 2]
-    if kind == "mammo_clip_efficientnet":  # stretched to the size, and 100..255 to 0..1
+    if BACKBONES[kind].as_mammo_clip:  # stretched to the size, and 100..255 to 0..1
         np.testing.assert_allclose(middle, black, atol=1e-5)
         np.testing.assert_allclose(found[:, side // 2, 0], black, atol=1e-5)
         np.testing.assert_allclose(found[:, 0, 0], white, atol=1e-5)
@@ -237,4 +241,4 @@ def test_mammodino_sees_what_its_image_processor_gives(folders, backbones, phant
 def test_real_slices_are_seen_whole_by_all(backbones, real_slices):
     for kind, backbone in backbones.items():
         found = of_file(backbone, real_slices[0])
-        assert found.shape[0] == 1 and np.isfinite(found).all() and found.std() > 0.3, kind
+        assert found.shape[0] == 1 and np.isfinite(found).all() and found.std() > 0.1, kind

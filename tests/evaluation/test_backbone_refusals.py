@@ -31,19 +31,22 @@ def refusal(kind: str, source: str | Path | None) -> str:
 def test_what_is_no_kind_or_has_no_published_weights_is_said():
     with pytest.raises(ValueError, match="backbone vgg: must be one of mammodino, resnet50, "):
         load_backbone("vgg")
-    for kind in ("mammodino", "mammo_clip_vit"):
+    for kind in ("mammodino", "mammo_clip_vit", "dbt_dino"):
         assert "give a source" in refusal(kind, None)
+    assert "https://zenodo.org/records/17981813" in refusal("dbt_dino", None)
+    assert all(family.license for family in BACKBONES.values())
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_a_checkpoint_of_the_wrong_family_is_one_line(folders, kind):
-    alike = ({"mammodino", "untrained"}, {"dinov2", "rad_dino"})
+    alike = ({"mammodino", "untrained"}, {"dinov2", "rad_dino"}, {"mammo_clip_efficientnet", "mammo_fm"})
     for other, folder in folders.items():
         if other == kind or any({kind, other} <= each for each in alike):
             continue
         message = refusal(kind, folder)
         if other in NATIVE and kind not in OWN_FILES:
-            assert "model_type=" in message and f"open it as {'dinov2' if 'dino' in other else other}" in message
+            assert "model_type=" in message
+            assert f"open it as {'dinov2' if other == 'rad_dino' else other}" in message
         if other in OWN_FILES and kind in OWN_FILES:
             refusal(kind, folder / OWN_FILES[other])
         if other in OWN_FILES and kind not in OWN_FILES:
@@ -71,8 +74,10 @@ def test_a_missing_or_damaged_checkpoint_is_one_line(folders, tmp_path, kind):
 def test_keys_that_do_not_fit_are_named(folders, tmp_path, kind):
     folder = shutil.copytree(folders[kind], tmp_path / kind)
     checkpoint = torch.load(folder / OWN_FILES[kind])
-    state = checkpoint.get("model", checkpoint)
-    prefix = "image_encoder." if "model" in checkpoint else "visual.trunk." if kind == "biomedclip" else "visual."
+    wrapper = next((name for name in ("model", "teacher") if name in checkpoint), None)
+    state = checkpoint[wrapper] if wrapper else checkpoint
+    prefixes = ("image_encoder.", "backbone.", "visual.trunk.", "visual.")
+    prefix = next(each for each in prefixes if any(name.startswith(each) for name in state))
     last = [name for name in state if name.startswith(prefix)][-1]
     for change, word in (("missing", "missing"), ("adapter", "unexpected"), ("shape", "of another shape")):
         spoiled = dict(state)
@@ -84,7 +89,7 @@ def test_keys_that_do_not_fit_are_named(folders, tmp_path, kind):
             name = [each for each in spoiled if each.endswith("bias") and spoiled[each].ndim == 1][-1]
             name = name if name.startswith(prefix) else prefix + "norm.bias"
             spoiled[name] = torch.zeros(5)
-        torch.save({"model": spoiled} if "model" in checkpoint else spoiled, folder / OWN_FILES[kind])
+        torch.save({wrapper: spoiled} if wrapper else spoiled, folder / OWN_FILES[kind])
         message = refusal(kind, folder)
         assert word in message and OWN_FILES[kind] in message, message
 

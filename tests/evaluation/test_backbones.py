@@ -20,6 +20,8 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     EfficientNetModel,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTModel,
 )
@@ -75,6 +77,13 @@ def test_biomedclip_equals_timms_forward(folders):
     given = inputs("biomedclip")
     found = features(load_backbone("biomedclip", str(folders["biomedclip"])), given)
     torch.testing.assert_close(found, pooled(timm_vit(state, given["pixel_values"])), rtol=0, atol=2e-5)
+
+
+def test_dbt_dino_equals_dinov2s_forward_of_the_teacher(folders):
+    state = torch.load(folders["dbt_dino"] / OWN_FILES["dbt_dino"])["teacher"]
+    given = inputs("dbt_dino")
+    found = features(load_backbone("dbt_dino", str(folders["dbt_dino"])), given)
+    torch.testing.assert_close(found, pooled(timm_vit(state, given["pixel_values"], "backbone.")), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -151,7 +160,11 @@ def test_mammo_clips_batch_statistics_move_at_its_own_pace(folders):
 def test_a_native_checkpoint_is_loaded_whole_and_pooled_as_published(folders, kind):
     backbone, given = load_backbone(kind, str(folders[kind])), inputs(kind)
     outputs = AutoModel.from_pretrained(folders[kind]).eval()(**given)
-    expected = pooled(outputs.last_hidden_state) if "dino" in kind else outputs.pooler_output.flatten(1)
+    expected = outputs.pooler_output.flatten(1)
+    if kind == "medsiglip":  # its attention pooling stands for a class token
+        expected = torch.cat((expected, outputs.last_hidden_state.mean(1)), dim=1)
+    elif "dino" in kind:
+        expected = pooled(outputs.last_hidden_state, num_prefix=5 if kind == "dinov3" else 1)
     torch.testing.assert_close(features(backbone, given), expected)
     backbone.model.save_pretrained(folders[kind] / "again")
     before, after = (load_file(path / "model.safetensors") for path in (folders[kind], folders[kind] / "again"))
@@ -187,6 +200,10 @@ def test_towers_that_were_saved_by_transformers_are_opened(tmp_path):
     torch.testing.assert_close(found, pooled(vit(**given).last_hidden_state))
     found = features(load_backbone("mammo_clip_vit", str(tmp_path / "clip")), given)
     torch.testing.assert_close(found[:, :64], clip.vision_model(**given).pooler_output)
+    whole = SiglipModel(SiglipConfig(vision_config={**small, "image_size": 64, "patch_size": 16}, text_config=text))
+    whole.eval().save_pretrained(tmp_path / "siglip")  # as medsiglip is published
+    found = features(load_backbone("medsiglip", str(tmp_path / "siglip")), given)
+    torch.testing.assert_close(found[:, :64], whole.vision_model(**given).pooler_output)
 
 
 def test_mammodino_gives_what_its_own_classifier_takes(folders):
@@ -235,8 +252,8 @@ def test_a_head_and_the_whole_learn(folders, kind, whole):
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0], losses
     if whole:
-        still = [name for name, each in backbone.named_parameters() if each.grad is None or not each.grad.any()]
-        assert all(name.endswith("mask_token") for name in still), still  # of pretraining
+        still = {name for name, each in backbone.named_parameters() if each.grad is None or not each.grad.any()}
+        assert all(name.endswith(("mask_token", "register_tokens")) for name in still), still  # of pretraining; none
     else:
         assert all(each.grad is None for each in backbone.parameters())
 

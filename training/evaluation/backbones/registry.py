@@ -5,7 +5,8 @@ both behind its last LayerNorm (MammoDINO's mean is weighted by tissue, which it
 convolutional network gives the mean over its last map, as published. What CLIP models project into the space of texts
 is left out. The rule is our choice: the paper says only that every backbone gets the same light head.
 
-Weights come by Hub id, folder or file; a Hub id may name one file, OWNER/NAME/PATH. Research use only.
+Weights come by Hub id, folder or file; a Hub id may name one file, OWNER/NAME/PATH. What is said here of a layout was
+read in the code or the card that was published with it; no published weights were at hand. Research use only.
 """
 
 import hashlib
@@ -25,8 +26,10 @@ from transformers import (
     ConvNextV2Model,
     Dinov2Model,
     Dinov2WithRegistersModel,
+    DINOv3ViTModel,
     PreTrainedModel,
     ResNetModel,
+    SiglipVisionModel,
     ViTModel,
 )
 from transformers.configuration_utils import PreTrainedConfig
@@ -34,10 +37,11 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel, pool_tokens
-from modeling_mammodino.tools.convert import own_processor, processor_settings
+from modeling_mammodino.tools.convert import INTERPOLATION, own_processor, processor_settings
+from modeling_mammodino.tools.dinov2_checkpoints import read_reference_checkpoint
 from modeling_mammodino.tools.embed import open_encoder
 
-from .checkpoint_files import check_report, find_file, first_line, quiet_transformers
+from .checkpoint_files import check_report, find_file, first_line, quiet_transformers, read_tensors
 from .convert_mammo_clip_efficientnet import PREPROCESSING as MAMMO_CLIP
 from .convert_mammo_clip_efficientnet import convert_mammo_clip
 from .convert_open_clip import convert_biomedclip, convert_clip_vit
@@ -69,6 +73,12 @@ def pool_clip(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor 
     return pool_tokens(tower.post_layernorm(states), 0)
 
 
+def pool_siglip(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return what its attention pooling gives, which stands for a class token, beside the mean."""
+    outputs = model(pixel_values, interpolate_pos_encoding=True)
+    return torch.cat((outputs.pooler_output, outputs.last_hidden_state.mean(1)), dim=1)
+
+
 def pool_pooled(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
     return model(pixel_values).pooler_output.flatten(1)
 
@@ -77,15 +87,19 @@ def pool_map(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor |
     return model(pixel_values).last_hidden_state.mean((2, 3))
 
 
-def published(mean: Sequence[float], std: Sequence[float], side: int = 224) -> dict[str, Any]:
-    """Return the image processor of a family, for folders without one: bicubic (3) to its final size."""
+def published(mean: Sequence[float], std: Sequence[float], side: int = 224, resample: int = 3) -> dict[str, Any]:
+    """Return the image processor of a family, for folders without one: its final size, by Pillow's number of the
+    interpolation."""
     size = {"height": side, "width": side}
-    return {"size": size, "image_mean": list(mean), "image_std": list(std), "resample": 3}
+    return {"size": size, "image_mean": list(mean), "image_std": list(std), "resample": resample}
 
 
 IMAGENET = published(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CLIP = published(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 CHEST = published([0.5307] * 3, [0.2583] * 3, side=518)  # of microsoft/rad-dino
+SIGLIP = published([0.5] * 3, [0.5] * 3, side=448)  # of google/medsiglip-448
+# of its repository's extract_embeddings.py: values after the window, 0 to 1, as they are, by area (4: Pillow's box)
+DBT = published([0.0] * 3, [1.0] * 3, side=518, resample=4)
 ATTENTION = ("query", "value", "q_proj", "v_proj")  # one pair or the other, by version of transformers
 
 
@@ -93,15 +107,19 @@ class Family(NamedTuple):
     """How one kind of backbone is opened and used.
 
     Attributes:
+        license: of the weights, as far as it is known.
         pool: features (B, F) of model, pixel_values and tissue_mask.
         width: F, from the model's configuration.
         adapted: what the layers are called that low-rank adapters go to, of which a model has some.
-        hub_id: the source where none is given.
+        hub_id: the source where none is given.  get: how to come by the weights, where they are not on the Hub or
+            not for everybody.
         models: class by `model_type` of config.json.
         published: settings of the image processor, for a folder without one.
         convert: reads the family's own file; `files`: its names in a folder or repository, `suffix`: its ending.
+        as_mammo_clip: whether images are stretched to size and range, as Mammo-CLIP's.
     """
 
+    license: str
     pool: Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor]
     width: Callable[[Any], int]
     adapted: tuple[str, ...]
@@ -111,6 +129,8 @@ class Family(NamedTuple):
     convert: Callable[[Path], tuple[PreTrainedModel, dict[str, Any]]] | None = None
     files: tuple[str, ...] = ()
     suffix: str = ""
+    get: str = ""
+    as_mammo_clip: bool = False
 
 
 def _two_tokens(config: Any) -> int:
@@ -121,34 +141,61 @@ def _last_map(config: Any) -> int:
     return config.hidden_sizes[-1]
 
 
+def convert_dbt_dino(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the teacher's ViT of a file of DINOv2's training, float32 and in eval mode, and its image processor."""
+    return read_reference_checkpoint(path, INTERPOLATION["reference"], read_tensors(path)), DBT
+
+
 OPEN_CLIP = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
+OWN = "that of the checkpoint"
+GATED = "accept its terms on the Hub first, then log in (hf auth login)"
 BACKBONES: dict[str, Family] = {
-    "mammodino": Family(pool_mammodino, _two_tokens, ATTENTION, models={"mammodino": MammoDinoModel}),
+    "mammodino": Family(OWN, pool_mammodino, _two_tokens, ATTENTION, models={"mammodino": MammoDinoModel}),
     "resnet50": Family(
-        pool_pooled, _last_map, ("convolution",), "microsoft/resnet-50", {"resnet": ResNetModel}, IMAGENET
+        "Apache-2.0", pool_pooled, _last_map, ("convolution",), "microsoft/resnet-50", {"resnet": ResNetModel}, IMAGENET
     ),
     "convnextv2": Family(
-        pool_pooled, _last_map, ("pwconv1", "pwconv2"), "facebook/convnextv2-base-22k-224",
-        {"convnextv2": ConvNextV2Model}, IMAGENET,
+        "CC BY-NC 4.0 by its repository", pool_pooled, _last_map, ("pwconv1", "pwconv2"),
+        "facebook/convnextv2-base-22k-224", {"convnextv2": ConvNextV2Model}, IMAGENET,
     ),
     "dinov2": Family(
-        pool_dinov2, _two_tokens, ATTENTION, "facebook/dinov2-base",
+        "Apache-2.0", pool_dinov2, _two_tokens, ATTENTION, "facebook/dinov2-base",
         {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}, IMAGENET,
     ),
-    "rad_dino": Family(pool_dinov2, _two_tokens, ATTENTION, "microsoft/rad-dino", {"dinov2": Dinov2Model}, CHEST),
+    "dinov3": Family(  # Simeoni et al., arXiv 2508.10104
+        "DINOv3 License", pool_dinov2, _two_tokens, ATTENTION, "facebook/dinov3-vitb16-pretrain-lvd1689m",
+        {"dinov3_vit": DINOv3ViTModel}, published(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resample=2), get=GATED,
+    ),
+    "rad_dino": Family(
+        "MSRLA, for research", pool_dinov2, _two_tokens, ATTENTION, "microsoft/rad-dino", {"dinov2": Dinov2Model}, CHEST
+    ),
+    "dbt_dino": Family(  # Dorfner et al., arXiv 2512.13608
+        "MIT", pool_dinov2, _two_tokens, ATTENTION, published=DBT, convert=convert_dbt_dino, files=("dbt_dino.pth",),
+        suffix=".pth", get="fetch dbt_dino.pth from https://zenodo.org/records/17981813",
+    ),
     "biomedclip": Family(
-        pool_vit, _two_tokens, ATTENTION, "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        "MIT", pool_vit, _two_tokens, ATTENTION, "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
         {"vit": ViTModel}, CLIP, convert_biomedclip, OPEN_CLIP,
     ),
+    "medsiglip": Family(
+        "Health AI Developer Foundations terms", pool_siglip, _two_tokens, ATTENTION, "google/medsiglip-448",
+        {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}, SIGLIP, get=GATED,
+    ),
     "mammo_clip_vit": Family(
-        pool_clip, _two_tokens, ATTENTION, None, {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel}, CLIP,
-        convert_clip_vit, OPEN_CLIP, ".pt",
+        OWN, pool_clip, _two_tokens, ATTENTION, None, {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel},
+        CLIP, convert_clip_vit, OPEN_CLIP, ".pt",
     ),
     "mammo_clip_efficientnet": Family(
-        pool_map, lambda config: config.hidden_dim, ("expand_conv", "project_conv"), "shawn24/Mammo-CLIP", {},
-        MAMMO_CLIP, convert_mammo_clip, ("Pre-trained-checkpoints/b5-model-best-epoch-7.tar",), ".tar",
+        "none stated; CC BY-NC-SA 4.0 of its code", pool_map, lambda config: config.hidden_dim,
+        ("expand_conv", "project_conv"), "shawn24/Mammo-CLIP", {}, MAMMO_CLIP, convert_mammo_clip,
+        ("Pre-trained-checkpoints/b5-model-best-epoch-7.tar",), ".tar", as_mammo_clip=True,
     ),
-    "untrained": Family(pool_mammodino, _two_tokens, ATTENTION, models={"mammodino": MammoDinoModel}),
+    "mammo_fm": Family(  # Ghosh et al., arXiv 2512.00198: Mammo-CLIP's B5 and preprocessing; learned from EMBED, too
+        "CC BY 4.0 by its README; read the terms beside the weights", pool_map, lambda config: config.hidden_dim,
+        ("expand_conv", "project_conv"), "batmanLab/Mammo-FM", {}, MAMMO_CLIP, convert_mammo_clip,
+        ("Mammo-FM_BatmanlabTrained_CLIP.tar",), ".tar", as_mammo_clip=True,
+    ),
+    "untrained": Family(OWN, pool_mammodino, _two_tokens, ATTENTION, models={"mammodino": MammoDinoModel}),
 }  # fmt: skip
 
 
@@ -219,7 +266,8 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
     source = source or BACKBONES[kind].hub_id
     if source is None and kind != "untrained":
         raise ValueError(
-            f"backbone {kind}: no published weights are known; give a source: a folder, a file or a Hub id"
+            f"backbone {kind}: {BACKBONES[kind].get or 'no published weights are known'}; give a source: a folder, a "
+            "file or a Hub id"
         )
     place = "" if source is None else f", source {source}"
     try:
@@ -246,7 +294,8 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
     except Exception as error:  # on a damaged file the readers of config, weights and pickles fail in any way
         if isinstance(error, MemoryError) or should_reduce_batch_size(error):  # out of memory, here or on a GPU
             raise
-        raise ValueError(f"backbone {kind}{place}: {first_line(error)}") from error
+        gated = f"; {BACKBONES[kind].get}" if BACKBONES[kind].get and isinstance(error, OSError) else ""
+        raise ValueError(f"backbone {kind}{place}: {first_line(error)}{gated}") from error
     return Backbone(kind, source or "a ViT-S/14", model, images).eval()
 
 
@@ -298,7 +347,7 @@ def _baseline(kind: str, source: str, crop_to_breast: bool) -> tuple[PreTrainedM
         raise ValueError(f"has no {' or '.join(family.files)}, nor one *{family.suffix}; give the path of the file")
     if (channels := model.config.num_channels) != 3:
         raise ValueError(f"takes {channels} channels; a baseline takes RGB: give the weights as they were published")
-    return model, rgb_images(source, published, crop_to_breast, as_mammo_clip=kind == "mammo_clip_efficientnet")
+    return model, rgb_images(source, published, crop_to_breast, family.as_mammo_clip)
 
 
 def _check_family(kind: str, source: str) -> str:

@@ -14,15 +14,19 @@ from transformers import (
     ConvNextV2Model,
     Dinov2Config,
     Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 
 from .convert_mammo_clip_efficientnet import PREPROCESSING, VARIANTS, efficientnet_config, round_filters
-from .registry import CHEST, IMAGENET
+from .registry import BACKBONES, CHEST, DBT, IMAGENET, SIGLIP
 
 WIDTH, BLOCKS, SIDE_PX, PATCH_PX = 64, 2, 64, 16  # of the ViTs; one attention head of 64
 State = dict[str, torch.Tensor]
@@ -80,6 +84,21 @@ NATIVE: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
             "do_center_crop": True, "crop_size": {"height": 70, "width": 70},
         },
     ),
+    "dinov3": (
+        DINOv3ViTModel,
+        DINOv3ViTConfig(**_vit(image_size=SIDE_PX, patch_size=PATCH_PX, intermediate_size=128, num_register_tokens=4)),
+        {
+            **BACKBONES["dinov3"].published, "image_processor_type": "DINOv3ViTImageProcessorFast",
+            "size": {"height": SIDE_PX, "width": SIDE_PX}, "do_center_crop": None, "crop_size": None,
+        },
+    ),
+    "medsiglip": (
+        SiglipVisionModel,
+        SiglipVisionConfig(**_vit(image_size=SIDE_PX, patch_size=PATCH_PX, intermediate_size=128)),
+        {
+            **SIGLIP, "image_processor_type": "SiglipImageProcessor", "size": {"height": SIDE_PX, "width": SIDE_PX},
+        },
+    ),
     "rad_dino": (
         Dinov2Model,
         Dinov2Config(**_vit(image_size=70, patch_size=14)),
@@ -97,21 +116,41 @@ def _write_native(kind: str, path: Path) -> None:
     (path / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
 
 
+def _timm_vit(prefix: str, patch_px: int, patches: int) -> State:
+    """A ViT in the names of timm, which are DINOv2's as well."""
+    state = {
+        f"{prefix}cls_token": _normal(1, 1, WIDTH),
+        f"{prefix}pos_embed": _normal(1, 1 + patches, WIDTH),
+        **_layer(f"{prefix}patch_embed.proj", WIDTH, 3, patch_px, patch_px),
+        **_norm(f"{prefix}norm", WIDTH),
+    }
+    for block in (f"{prefix}blocks.{number}." for number in range(BLOCKS)):
+        state |= _norm(block + "norm1", WIDTH) | _norm(block + "norm2", WIDTH)
+        state |= _layer(block + "attn.qkv", 3 * WIDTH, WIDTH) | _layer(block + "attn.proj", WIDTH, WIDTH)
+        state |= _layer(block + "mlp.fc1", 4 * WIDTH, WIDTH) | _layer(block + "mlp.fc2", WIDTH, 4 * WIDTH)
+    return state
+
+
+def _write_dbt_dino(path: Path) -> None:
+    """The teacher of DINOv2's training: its ViT, 70 px in patches of 14, and a word of its head."""
+    scales = {f"backbone.blocks.{n}.ls{k}.gamma": 1 + _normal(WIDTH) for n in range(BLOCKS) for k in (1, 2)}
+    teacher = {
+        "backbone.mask_token": _normal(1, WIDTH), **_timm_vit("backbone.", 14, 25), **scales,
+        "dino_head.last_layer.weight_g": _normal(32, 1),
+    }  # fmt: skip
+    torch.save({"teacher": teacher}, path / "dbt_dino.pth")
+    processor = {**DBT, "image_processor_type": "BitImageProcessor", "size": {"height": 70, "width": 70}}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+
+
 def _write_biomedclip(path: Path) -> None:
     """open_clip's file with timm's ViT as its image tower, and a word of the text tower."""
     state = {
-        "visual.trunk.cls_token": _normal(1, 1, WIDTH),
-        "visual.trunk.pos_embed": _normal(1, 1 + (SIDE_PX // PATCH_PX) ** 2, WIDTH),
-        **_layer("visual.trunk.patch_embed.proj", WIDTH, 3, PATCH_PX, PATCH_PX),
-        **_norm("visual.trunk.norm", WIDTH),
+        **_timm_vit("visual.trunk.", PATCH_PX, (SIDE_PX // PATCH_PX) ** 2),
         "visual.head.proj.weight": _normal(32, WIDTH),
         "text.proj.0.weight": _normal(32, 32),
         "logit_scale": torch.tensor(4.6),
     }
-    for block in (f"visual.trunk.blocks.{number}." for number in range(BLOCKS)):
-        state |= _norm(block + "norm1", WIDTH) | _norm(block + "norm2", WIDTH)
-        state |= _layer(block + "attn.qkv", 3 * WIDTH, WIDTH) | _layer(block + "attn.proj", WIDTH, WIDTH)
-        state |= _layer(block + "mlp.fc1", 4 * WIDTH, WIDTH) | _layer(block + "mlp.fc2", WIDTH, 4 * WIDTH)
     torch.save(state, path / "open_clip_pytorch_model.bin")
     vision = {"timm_model_name": "vit_base_patch16_224", "timm_pool": "", "timm_proj": "linear", "image_size": SIDE_PX}
     preprocessing = {
@@ -184,6 +223,8 @@ OWN_FILES = {
     "biomedclip": _write_biomedclip,
     "mammo_clip_vit": _write_clip_vit,
     "mammo_clip_efficientnet": _write_efficientnet,
+    "mammo_fm": _write_efficientnet,
+    "dbt_dino": _write_dbt_dino,
 }
 
 
