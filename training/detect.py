@@ -1,5 +1,6 @@
 """Train a lesion detector on an encoder and evaluate it on held-out patients. Research use only.
 
+    python -m training.detect --labels LABELS.csv --encoder MODEL --output_dir DIR [--name value ...]
     python -m training.detect --dataset NAME --data_dir DIR --encoder MODEL --output_dir DIR [--name value ...]
 
 In output_dir: the detector in model/, predictions.parquet and lesions.parquet in pixels of the images, detections.png

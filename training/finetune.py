@@ -1,7 +1,8 @@
-"""Fine-tune a backbone for one task of one data set and evaluate it on held-out patients. Research use only.
+"""Fine-tune a backbone for a task of a label table or data set, evaluate it on held-out patients. Research use only.
 
-    python -m training.finetune --dataset NAME --data_dir DIR --task TASK --backbone KIND --source MODEL
-        --mode frozen|full|lora --output_dir DIR [--name value ...]
+    python -m training.finetune --labels LABELS.csv --task COLUMN --source MODEL --mode frozen|full|lora
+        --output_dir RUN
+    python -m training.finetune --dataset NAME --data_dir DIR --task TASK --backbone KIND --output_dir RUN
 
 frozen: a linear probe on cached features; full: all weights learn; lora: low-rank adapters; both start from the probe.
 In output_dir: predictions.parquet, the model, and at last result.json, with scores of images, breasts and patients and
@@ -23,7 +24,7 @@ from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.embed import find_device
 from modeling_mammodino.tools.files import write_json
 from training.evaluation.backbones.registry import BACKBONES, Backbone, load_backbone
-from training.evaluation.finetuning.aggregation import is_ordered, predict_levels, score_levels
+from training.evaluation.finetuning.aggregation import predict_levels, score_levels
 from training.evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
 from training.evaluation.finetuning.heads import LinearHead, balanced_weights, fit_linear_probe
 from training.evaluation.finetuning.image_classifier import ImageClassifier, add_adapters, save_classifier
@@ -72,7 +73,7 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
     if settings.mode != "frozen":
         head, learned["training"] = train(backbone, head, features, task, settings, output / CHECKPOINTS)
         features = encode(backbone, task, output / TUNED_FEATURES, settings)
-    ordered, balanced = is_ordered(settings.task), settings.class_imbalance != "none"
+    ordered, balanced = task.definition.is_ordered, settings.class_imbalance != "none"
     predictions = predict_levels(features, head, len(task.classes), ordered, balanced, settings.seed)
 
     write_parquet(output / PREDICTIONS_FILE, predictions)
@@ -106,12 +107,13 @@ def open_task(settings: FinetuneSettings) -> TaskTable:
         settings.data_dir,
         settings.task,
         settings.definition or None,
+        classes=[each.strip() for each in settings.classes.split(",")] if settings.classes else (),
         seed=settings.seed,
         validation_fraction=settings.validation_fraction,
         test_fraction=settings.test_fraction,
         allow_missing=settings.allow_missing,
     )
-    has = metric_names(len(task.classes), is_ordered(settings.task))
+    has = metric_names(len(task.classes), task.definition.is_ordered)
     if settings.metric_for_best_model not in has:
         raise ValueError(
             f"metric_for_best_model={settings.metric_for_best_model}: {settings.task} with {len(task.classes)} classes "
@@ -170,7 +172,7 @@ def train(
     balanced = balanced_weights(parts["train"].labels, len(task.classes))
     in_loss = balanced if settings.class_imbalance == "class_weights" else np.ones(len(task.classes))
     in_drawing = balanced[parts["train"].labels] if settings.class_imbalance == "sampler" else None
-    scores = MammographyScores(len(task.classes), is_ordered(settings.task))
+    scores = MammographyScores(len(task.classes), task.definition.is_ordered)
     encoder: Any = add_adapters(backbone, settings) if settings.mode == "lora" else backbone
     classifier = ImageClassifier(encoder, head.layer(), in_loss)
     learned = train_classifier(classifier, parts["train"], parts["validation"], in_drawing, scores, settings, folder)

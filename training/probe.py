@@ -2,8 +2,8 @@
 
     python -m training.probe --models NAME=FOLDER... --labels LABELS.csv --tasks density lesion --output PROBE.json
 
-LABELS.csv has the columns `file` (relative to it), `patient` and one per task; empty cells are left out. Without
---test_labels its patients are split. An untrained encoder of the first model's architecture is always evaluated beside.
+LABELS.csv is a label table (docs/evaluation.md); empty cells are left out. Without --test_labels patients are held out:
+those of its `split`, or else a part. An untrained encoder of the first model's architecture is always evaluated beside.
 """
 
 import argparse
@@ -18,12 +18,14 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
+from dataset_scripts.benchmarks.labels import ABOUT, class_names, read_labels
+from dataset_scripts.benchmarks.task import find_files
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import command_line, user_model, user_path
 from modeling_mammodino.tools.features import embed_files
 from modeling_mammodino.tools.files import check_output, write_text
 from training.evaluation.metrics import bootstrap_auc
-from training.evaluation.probes import FOLDS_OF_PENALTY, logistic_regression, nearest_neighbors, read_labels
+from training.evaluation.probes import FOLDS_OF_PENALTY, logistic_regression, nearest_neighbors
 from training.evaluation.reports import format_interval, markdown_table
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=user_path, required=True, help="JSON file of the results")
     parser.add_argument("--slices_per_volume", type=int, default=4, help="slices averaged of a volume (default 4)")
     parser.add_argument("--test_fraction", type=float, default=0.4, help="patients held out without --test_labels")
+    parser.add_argument("--allow_missing", action="store_true", help="leave images out whose file is not there")
     parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap resamples (default 1000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -93,7 +96,7 @@ def read_tables(options: argparse.Namespace) -> list[tuple[Path, pd.DataFrame]]:
     Raises ValueError naming the table, before any image is read.
     """
     paths = [path for path in (options.labels, options.test_labels) if path]
-    tables = [read_labels(path, options.tasks) for path in paths]
+    tables = [read_usable_labels(path, options.tasks, options.allow_missing) for path in paths]
     if options.test_labels:
         learn, test = tables
         if shared := set(learn["patient"]) & set(test["patient"]):
@@ -109,6 +112,17 @@ def read_tables(options: argparse.Namespace) -> list[tuple[Path, pd.DataFrame]]:
     for task in options.tasks:
         check_task(learn, test, task)
     return list(zip(paths, tables, strict=True))
+
+
+def read_usable_labels(path: Path, tasks: list[str], allow_missing: bool) -> pd.DataFrame:
+    """Return the rows whose files are there, cells of `tasks` as names of classes. Raises as `read_labels`, and
+    ValueError where a file is missing, unless `allow_missing`."""
+    table = read_labels(path, tasks)
+    table = table.assign(**{task: class_names(table[task]) for task in tasks})
+    files = table["file"].map(lambda file: str(path.parent / file))
+    return table[find_files(table.assign(image_id=table["file"], file=files), path, allow_missing)].reset_index(
+        drop=True
+    )
 
 
 def read_features(
@@ -145,10 +159,17 @@ def split_patients(features: Features, task: str, test_fraction: float, seed: in
 
 
 def split_rows(table: pd.DataFrame, task: str, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows to learn from and those held out; rows without a label are shared out as a class of their own.
+    """Return the rows to learn from and those held out: test of `split`, against its train and validation, where the
+    table has any; else a fraction, and rows without a label are shared out as a class of their own.
 
-    Raises ValueError where there are too few patients, or no class that has as many images as there are parts.
+    Raises ValueError where a patient is in both, where there are too few patients, or no class that has as many images
+    as there are parts.
     """
+    if "split" in table and (held_out := table["split"] == "test").any():
+        learn = table["split"].isin(["train", "validation"])
+        if shared := set(table["patient"][learn]) & set(table["patient"][held_out]):
+            raise ValueError(f"split: {len(shared)} patients are in train and in test, {min(shared)} first; {ABOUT}")
+        return np.flatnonzero(learn), np.flatnonzero(held_out)
     num_folds = max(2, round(1 / test_fraction))
     classes = table[task].astype(str).where(table[task].notna(), "")
     if (num_patients := table["patient"].nunique()) < num_folds:

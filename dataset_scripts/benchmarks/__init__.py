@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import modeling_mammodino
 
-from . import bcs_dbt, cbis_ddsm, cdd_cesm, cmmd, custom_csv, phantom, rsna, vindr_mammo
+from . import bcs_dbt, cbis_ddsm, cdd_cesm, cmmd, labels, phantom, rsna, vindr_mammo
 from .index import Benchmark
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """Return the data set of a name; `table` is a custom CSV data set. Raises ValueError listing the names."""
-    known = BENCHMARKS | {custom_csv.BENCHMARK.name: custom_csv.BENCHMARK}
+    """Return the data set of a name; `table` is a label table. Raises ValueError listing the names."""
+    known = BENCHMARKS | {labels.TABLE: labels.BENCHMARK}
     if name not in known:
         raise ValueError(f"data set {name!r}: must be one of {', '.join(known)}")
     return known[name]
@@ -45,4 +45,4 @@ def register(names: Iterable[str]) -> bool:
     return True
 
 
-register([*BENCHMARKS, custom_csv.BENCHMARK.name])
+register([*BENCHMARKS, labels.TABLE])

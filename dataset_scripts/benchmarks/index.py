@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Formatter
 from types import MappingProxyType
@@ -110,13 +110,14 @@ class Definition:
     """What a task means on a data set: a class for each image, or none where the case is unclear.
 
     Attributes:
-        task: one of TASKS.
+        task: one of TASKS; of a label table a column.
         name: chosen by --definition.
         meaning: what counts as positive, and which cases are left out.
         column: of the index. An image with `lesion_types` has the one class of all its types, or none.
         values: class of each value of the column; others are left out. Of two classes the second is positive.
         otherwise: class of the images whose value is missing, in place of leaving them out.
         needs: another column; images where it is missing are left out.
+        ordered: whether a later class is worse, so that a breast has that of its worst view; known of TASKS.
     """
 
     task: str
@@ -126,6 +127,19 @@ class Definition:
     values: Mapping[Any, str]
     otherwise: str | None = None
     needs: str | None = None
+    ordered: bool | None = None
+
+    @property
+    def is_ordered(self) -> bool:
+        return self.task != "lesion_type" if self.ordered is None else self.ordered
+
+    def in_order(self, classes: Sequence[str]) -> "Definition":
+        """Return the definition with these of its classes in this order, the worst last; images of others are left
+        out. Raises ValueError for a name that it does not have, or fewer than two."""
+        if len(set(classes)) < 2 or set(classes) - set(self.classes):
+            raise ValueError(f"classes={','.join(classes)}: must be two or more of {', '.join(self.classes)}")
+        values = {value: name for each in classes for value, name in self.values.items() if name == each}
+        return replace(self, values=values, ordered=True)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -220,6 +234,7 @@ class Benchmark:
         read_boxes: (index as located, folder) -> index with `boxes`, where they are in the pixels of masks.
         read_views: folder -> what sets right the volumes in whose true orientation the boxes are.
         no_sharing: why an export is refused; empty where the license allows sharing.
+        refused: of a label table, why a column is no task.
     """
 
     name: str
@@ -236,6 +251,7 @@ class Benchmark:
     read_boxes: Callable[[pd.DataFrame, Path], pd.DataFrame] | None = None
     read_views: Callable[[Path], Any] | None = None
     no_sharing: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_yaml(cls, module: str, **functions: Any) -> "Benchmark":
@@ -267,7 +283,8 @@ class Benchmark:
         of_task = {each.name: each for each in self.definitions if each.task == task}
         if not of_task:
             has = ", ".join(dict.fromkeys(each.task for each in self.definitions))
-            raise ValueError(f"task {task!r}: {self.name} has no labels for it; it has {has}")
+            why = self.refused.get(task, f"{self.name} has no labels for it")
+            raise ValueError(f"task {task!r}: {why}; it has {has}")
         if name is None:
             return next(iter(of_task.values()))
         if name not in of_task:

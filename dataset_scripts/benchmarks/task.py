@@ -10,6 +10,7 @@ task.table[task.table["split"] == "train"][["file", "label"]]
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ import datasets
 import pandas as pd
 
 from . import get_benchmark
-from .custom_csv import BENCHMARK as CUSTOM_CSV
-from .custom_csv import table_benchmark
 from .index import SCHEMA, SPLITS, Benchmark, Box, Definition
+from .labels import TABLE, table_benchmark
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ def load_task(
     task: str,
     definition: str | None = None,
     *,
+    classes: Sequence[str] = (),
     seed: int = 0,
     validation_fraction: float = 0.15,
     test_fraction: float = 0.2,
@@ -135,9 +136,10 @@ def load_task(
     patients and their labels.
 
     Args:
-        name: one of `BENCHMARKS`, or "table" for a custom CSV data set (`custom_csv`).
+        name: one of `BENCHMARKS`, or "table" for a label table (`labels`).
         data_dir: its folder as downloaded, or the table.
-        task: one of TASKS. definition: what its classes mean; the data set's default where None.
+        task: one of TASKS, or a column. definition: what its classes mean; the data set's default where None.
+        classes: those that count, in order, the worst last; all of the definition where empty.
         allow_missing: leave images out whose file is not there, after the split, so that it stays the same.
         with_boxes: read boxes, too, where they are in the pixels of masks (CBIS-DDSM).
 
@@ -147,6 +149,7 @@ def load_task(
     data_dir = Path(data_dir).absolute()
     benchmark = open_benchmark(name, data_dir)
     chosen = benchmark.definition(task, definition)
+    chosen = chosen.in_order(classes) if classes else chosen
     index = located(benchmark, data_dir)
     label = class_numbers(chosen, index)
     has_split = index["split"].notna() | index["split"].isna().all()
@@ -166,7 +169,7 @@ def load_task(
     )
     is_there = find_files(table, data_dir, allow_missing)
     left_out[MISSING] = int((~is_there).sum())
-    table = table[is_there].sort_values("image_id").reset_index(drop=True)
+    table = table.loc[is_there, [*SCHEMA, "file", "label"]].sort_values("image_id").reset_index(drop=True)
     if with_boxes and benchmark.read_boxes is not None:
         table = benchmark.read_boxes(table, data_dir)
     counts = _counts(table, chosen.classes) | {"left_out": {why: n for why, n in left_out.items() if n}}
@@ -195,8 +198,8 @@ def load_benchmark(
 
 
 def open_benchmark(name: str, data_dir: Path) -> Benchmark:
-    """Return the data set of a name; for a custom CSV data set, with the definitions that its columns allow."""
-    return table_benchmark(data_dir) if name == CUSTOM_CSV.name else get_benchmark(name)
+    """Return the data set of a name; of a label table with the tasks that its columns are."""
+    return table_benchmark(data_dir) if name == TABLE else get_benchmark(name)
 
 
 def located(benchmark: Benchmark, data_dir: Path, with_boxes: bool = False) -> pd.DataFrame:

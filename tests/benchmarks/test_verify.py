@@ -90,7 +90,7 @@ def test_files_come_from_locate_and_belong_to_one_image(folder):
     ]
 
 
-def test_a_custom_csv_data_set_is_found_as_a_task_finds_it(tmp_path):
+def test_a_label_table_is_found_as_a_task_finds_it(tmp_path):
     """Relative to the table, whether it is given or its folder; absolute; through a linked folder."""
     data_dir, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     for folder in (data_dir, elsewhere):
@@ -100,7 +100,8 @@ def test_a_custom_csv_data_set_is_found_as_a_task_finds_it(tmp_path):
     (data_dir / "linked").symlink_to(elsewhere)
     table = data_dir / "index.csv"
     for prefix, place in (("", data_dir), ("", table), (f"{elsewhere}/", table), ("linked/", data_dir)):
-        table.write_text("patient_id,path,cancer\n" + "".join(f"p{name},{prefix}{name},1\n" for name in NAMES))
+        rows = [f"p{name},{prefix}{name},{number % 2}\n" for number, name in enumerate(NAMES)]
+        table.write_text("patient_id,path,cancer\n" + "".join(rows))
         report = verify_benchmark("table", place)
         assert report.faults == [] and report.images == 3
     assert report.extra == NAMES  # those beside the table

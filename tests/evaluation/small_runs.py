@@ -33,7 +33,7 @@ def draw_table(folder: Path, num_patients: int = NUM_PATIENTS) -> Path:
                     "view": view,
                     "cancer": cancer,
                     "density": "ABCD"[number % 4],
-                    "lesion_types": ("mass", "calcification", "")[number % 3],
+                    "lesion_type": ("mass", "calcification", "")[number % 3],
                 }
             )
     pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)

@@ -215,8 +215,8 @@ def spoil_images_of_cancer(folder: Path) -> None:
     "spoil,changes,message",
     [
         (lambda folder: (folder / "p03_CC.png").unlink(), {}, r"1 of 48 image files are missing, first .*p03_CC\.png"),
-        (lambda folder: edit(folder, lambda t: t.assign(cancer=3)), {}, r"cancer is 3, not one of 0, 1"),
-        (lambda folder: edit(folder, lambda t: t.rename(columns={"path": "file"})), {}, "no column path; it has"),
+        (lambda folder: edit(folder, lambda t: t.assign(cancer=3)), {}, "its column has one class only, 3; a task has"),
+        (lambda folder: edit(folder, lambda t: t.rename(columns={"path": "scan"})), {}, "no column file; it has"),
         (lambda folder: edit(folder, lambda t: t.rename(columns={"cancer": "malignant"})), {}, "no labels for it"),
         (lambda folder: edit(folder, one_class_rare), {}, "no image of class 'cancer' in"),
         (spoil_images_of_cancer, {}, r"every image of class 'cancer' was refused; 16 images in all, the first"),
@@ -251,13 +251,13 @@ def test_what_is_wrong_is_said_in_one_line(spoil, changes, message, folders, tmp
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"task": "age"}, "task='age': must be cancer, lesion"),
+        ({"labels": "l.csv"}, "labels=l.csv: give either labels, or dataset and data_dir"),
         ({"mode": "half"}, "mode='half': must be frozen, full, lora"),
         ({"seed": -1}, "seed=-1: must be 0 or more"),
         ({"learning_rate": "fast"}, "learning_rate='fast': must be of type float"),
         ({"test_fraction": 1.5}, "test_fraction=1.5: must be 0.01 to 0.9"),
         ({"backbone": "vgg"}, "backbone='vgg': must be mammodino"),
-        ({"data_dir": ""}, "data_dir: must be given, as --data_dir"),
+        ({"data_dir": ""}, "data_dir: must be given, as --data_dir ..., or --labels TABLE.csv"),
         ({"source": ""}, "source: backbone mammodino has no published weights"),
     ],
 )

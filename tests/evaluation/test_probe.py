@@ -8,7 +8,7 @@ import pytest
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from training.evaluation.metrics import auc, bootstrap_auc, bootstrap_weights
-from training.probe import Features, evaluate, format_results, main, split_patients
+from training.probe import Features, evaluate, format_results, main, split_patients, split_rows
 
 
 def test_auc_counts_ordered_pairs():
@@ -83,6 +83,14 @@ def test_rows_without_a_label_are_left_out(tmp_path):
     assert result["learning_images"] + result["test_images"] == 96 and result["classes"] == ["0.0", "1.0"]
 
 
+def test_the_split_of_a_table_is_kept_and_must_part_patients():
+    table = pd.DataFrame({"patient": list("aabbcc"), "cancer": [0, 1] * 3, "split": ["train"] * 3 + ["test"] * 3})
+    with pytest.raises(ValueError, match="split: 1 patients are in train and in test, b first; see"):
+        split_rows(table, "cancer", 0.4, 0)
+    learn, test = split_rows(table.assign(split=["train"] * 2 + ["validation", None] + ["test"] * 2), "cancer", 0.4, 0)
+    assert learn.tolist() == [0, 1, 2] and test.tolist() == [4, 5]
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -114,6 +122,8 @@ def test_bad_tables_are_refused_by_name(model_folder, phantom_archive, tmp_path)
         main([*common, "--tasks", "age"])
     with pytest.raises(SystemExit, match="patients are in both tables"):
         main([*common, "--tasks", "lesion", "--test_labels", str(phantom_archive / "labels.csv")])
+    for number in range(20):
+        (tmp_path / f"{number}.png").touch()  # no images: nothing is read
     header = "file,patient,cancer\n"
     rows = [f"{n}.png,p{n},{n % 2}" for n in range(20)]
     for changed, words in (
@@ -121,13 +131,14 @@ def test_bad_tables_are_refused_by_name(model_folder, phantom_archive, tmp_path)
         (",p3,1", "labels.csv, row 4: file is ''"),
     ):
         (tmp_path / "labels.csv").write_text(header + "\n".join([*rows[:3], changed, *rows[4:]]))
-        with pytest.raises(SystemExit, match=words):  # before any image: none is there
+        with pytest.raises(SystemExit, match=words):
             main([*common[:3], str(tmp_path / "labels.csv"), *common[4:], "--tasks", "cancer"])
     for table, words in (
         ([f"{n}.png,p,{n % 2}" for n in range(20)], "labels.csv: 1 patients; a held-out part needs 2"),
         ([f"{n}.png,p{n},{40 + 1.37 * n}" for n in range(20)], "task cancer: no value occurs 2 times"),
         ([f"{n}.png,p{n},1" for n in range(20)], r"task cancer: learning patients have \['1'\]"),
         ([f"{n}.png,p{n},{n % 2}" for n in range(4)], "task cancer: 2 learning patients; logistic regression needs 4"),
+        ([f"{n}x.png,p{n},{n % 2}" for n in range(20)], "20 of 20 image files are missing, first .*0x.png; complete"),
     ):
         (tmp_path / "labels.csv").write_text(header + "\n".join(table))
         with pytest.raises(SystemExit, match=words):

@@ -63,7 +63,7 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
             rows = pd.read_parquet(job.predictions_file)
             predictions[job.task][job.backbone.name][job.seed] = rows[rows["level"] == suite.level]
     scored = {
-        task: score_task(by_backbone, HEADLINE_METRICS[task.task], suite.num_resamples)
+        task: score_task(by_backbone, HEADLINE_METRICS.get(task.task, "auc"), suite.num_resamples)
         for task, by_backbone in predictions.items()
     }
     suite.output_dir.mkdir(parents=True, exist_ok=True)

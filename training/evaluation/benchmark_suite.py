@@ -20,7 +20,6 @@ from typing import Any
 
 import yaml
 
-from dataset_scripts.benchmarks.index import TASKS
 from dataset_scripts.benchmarks.task import open_benchmark
 from modeling_mammodino.tools.command import user_path
 
@@ -31,7 +30,18 @@ from .runs import PREDICTIONS_FILE, RESULT_FILE
 # what the tables show of a task. The paper gives AUC for cancer and lesion and F1 for BI-RADS; for density it names
 # no metric, and lesion type has no published figure: macro AUC is our choice there
 HEADLINE_METRICS = {"cancer": "auc", "lesion": "auc", "birads": "macro_f1", "density": "auc", "lesion_type": "auc"}
-SET_BY_SUITE = ("dataset", "data_dir", "task", "definition", "backbone", "source", "seed", "output_dir", "cache_dir")
+SET_BY_SUITE = (
+    "labels",
+    "dataset",
+    "data_dir",
+    "task",
+    "definition",
+    "backbone",
+    "source",
+    "seed",
+    "output_dir",
+    "cache_dir",
+)
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ def _tasks(values: Any) -> Iterator[SuiteTask]:
     for each in _list(values, "tasks"):
         chosen = {"task": each} if isinstance(each, str) else each
         if not isinstance(chosen, dict) or not {"task"} <= set(chosen) <= {"task", "definition"}:
-            raise ValueError(f"datasets: task {each!r} must be one of {', '.join(TASKS)}, or a task and its definition")
+            raise ValueError(f"datasets: task {each!r} must be a name, or a task and its definition")
         definition = benchmark.definition(chosen["task"], chosen.get("definition"))
         yield SuiteTask(benchmark.name, str(values["data_dir"]), definition.task, definition.name)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from transformers import HfArgumentParser
 
-from dataset_scripts.benchmarks.index import TASKS
+from dataset_scripts.benchmarks.labels import TABLE
 from training.settings import check_values, setting
 
 from .backbones.registry import BACKBONES
@@ -28,10 +28,13 @@ class RunSettings:
     PROGRAM: ClassVar[str]
     REQUIRED: ClassVar[tuple[str, ...]]
     ALWAYS_SHOWN: ClassVar[tuple[str, ...]] = ("seed",)  # in the command line, also at their defaults
-    PLACE_AND_SPEED: ClassVar[tuple[str, ...]] = ("data_dir", "output_dir", "cache_dir", "dataloader_num_workers")
+    PLACE_AND_SPEED: ClassVar[tuple[str, ...]] = (
+        "labels", "data_dir", "output_dir", "cache_dir", "dataloader_num_workers"
+    )  # fmt: skip
 
+    labels: str = setting("", "Own images: a label table, as docs/evaluation.md describes it. Or:")
     dataset: str = setting("", "A benchmark of dataset_scripts.benchmarks, such as vindr_mammo or phantom.")
-    data_dir: str = setting("", "Its folder as downloaded; of a custom CSV data set the CSV.")
+    data_dir: str = setting("", "Its folder as downloaded.")
     output_dir: str = setting("", "Where result.json, predictions.parquet and the model go.")
     seed: int = setting(0, "Seed of splits, initial weights, order, augmentation and bootstrap.", low=0)
     validation_fraction: float = setting(0.15, "Training patients held out, where there is no such split.", 0.01, 0.5)
@@ -53,9 +56,14 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_values(self)
-        for name in self.REQUIRED:
+        if self.labels:  # short for the data set `table`
+            if self.dataset not in ("", TABLE) or self.data_dir not in ("", self.labels):
+                raise ValueError(f"labels={self.labels}: give either labels, or dataset and data_dir")
+            self.dataset, self.data_dir = TABLE, self.labels
+        for name in ("dataset", "data_dir", *self.REQUIRED):
             if not getattr(self, name):
-                raise ValueError(f"{name}: must be given, as --{name} ...")
+                other = ", or --labels TABLE.csv" if name in ("dataset", "data_dir") else ""
+                raise ValueError(f"{name}: must be given, as --{name} ...{other}")
 
     def what_is_computed(self) -> dict[str, Any]:
         """Return the fields that a result depends on; the others say where and how fast."""
@@ -64,13 +72,14 @@ class RunSettings:
     def command(self) -> str:
         """Return the command line that repeats the run."""
         chosen = [f.name for f in fields(self) if getattr(self, f.name) != f.default or f.name in self.ALWAYS_SHOWN]
+        chosen = [name for name in chosen if not (self.labels and name in ("dataset", "data_dir"))]
         arguments = [f"--{name} {shlex.quote(str(getattr(self, name)))}" for name in chosen]
         return " ".join([f"python -m training.{self.PROGRAM}", *arguments])
 
     @classmethod
     def parse(cls, arguments: list[str]) -> Self:
         """Read `--name value ...`. Raises ValueError naming the field and what it may be."""
-        required = " ".join(f"--{name} {name.upper()}" for name in cls.REQUIRED)
+        required = " ".join(f"--{name} {name.upper()}" for name in ("labels", *cls.REQUIRED))
         usage = f"python -m training.{cls.PROGRAM} {required} [--name value ...]"
         parser = HfArgumentParser(cls, prog=cls.PROGRAM, usage=usage)  # type: ignore[arg-type]
         return parser.parse_args_into_dataclasses(args=arguments)[0]
@@ -81,11 +90,14 @@ class FinetuneSettings(RunSettings):
     """The settings of `python -m training.finetune`."""
 
     PROGRAM: ClassVar[str] = "finetune"
-    REQUIRED: ClassVar[tuple[str, ...]] = ("dataset", "data_dir", "task", "output_dir")
+    REQUIRED: ClassVar[tuple[str, ...]] = ("task", "output_dir")
     ALWAYS_SHOWN: ClassVar[tuple[str, ...]] = ("backbone", "mode", "seed")
 
-    task: str = setting("", "What is predicted.", choices=TASKS)
+    task: str = setting("", "What is predicted: a column of the label table, or cancer, lesion, birads, ...")
     definition: str = setting("", "What counts as positive, where the data set defines it in several ways.")
+    classes: str = setting(
+        "", "Names of the classes with commas between, the worst last; images of others are left out."
+    )
     backbone: str = setting("mammodino", "Kind of encoder.", choices=tuple(BACKBONES))
     source: str = setting("", "Its folder, file or Hub id; empty: the kind's published weights.")
     mode: str = setting(
@@ -115,7 +127,7 @@ class DetectionSettings(RunSettings):
     """The settings of `python -m training.detect`."""
 
     PROGRAM: ClassVar[str] = "detect"
-    REQUIRED: ClassVar[tuple[str, ...]] = ("dataset", "data_dir", "encoder", "output_dir")
+    REQUIRED: ClassVar[tuple[str, ...]] = ("encoder", "output_dir")
 
     encoder: str = setting("", "MammoDINO encoder under the detector, with its image processor: a folder or Hub id.")
     init: str = setting(

@@ -26,13 +26,14 @@ from accelerate.utils import gather_object
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from tqdm import tqdm
 
+from dataset_scripts.benchmarks.labels import class_names, read_labels
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.features import RenderedSlice, SliceReader, extract_features, read_files
 from modeling_mammodino.tools.files import write_text
 from modeling_mammodino.tools.visualize import write_png
 from training.evaluation.metrics import auc
-from training.evaluation.probes import nearest_neighbors, read_labels
+from training.evaluation.probes import nearest_neighbors
 
 from .checkpoints import LOG_FILE, WARNINGS_FILE
 from .compute import matmul_peak, step_flops
@@ -214,7 +215,7 @@ class KnnProbe:
     """k-NN on the labeled files of one task: whether features become useful, long before the losses say so. A volume is
     its middle slice.
 
-    labels: CSV with the columns `file` (relative to it), `patient` and the task; rows without a label are left out.
+    labels: a label table (docs/evaluation.md); rows without a label are left out.
     Each of several processes reads and encodes its share, so that none waits for another. Raises ValueError for what
     cannot be used, a file included: a curve of other files is another curve.
     """
@@ -222,15 +223,16 @@ class KnnProbe:
     def __init__(
         self, labels: Path, task: str, image_processor: MammoDinoImageProcessor, process: int = 0, processes: int = 1
     ):
-        if not labels.is_file():
-            raise ValueError(f"knn_labels={labels}: no such file; give a CSV with the columns file, patient, {task}")
-        table = read_labels(labels, [task])
+        try:
+            table = read_labels(labels, [task])
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"knn_labels={error}") from error
         table = table[table[task].notna()]
         paths = [labels.parent / file for file in table["file"]]
         if missing := [path for path in paths if not path.is_file()]:
             raise ValueError(f"knn_labels={labels}: {len(missing)} of its files do not exist, {missing[0]} first")
         self.labels, self.patients = labels, table["patient"].to_numpy()
-        classes, self.y = np.unique(table[task].astype(str), return_inverse=True)
+        classes, self.y = np.unique(class_names(table[task]).to_numpy(str), return_inverse=True)
         num_patients = [len(set(self.patients[self.y == number])) for number in range(len(classes))]
         if len(classes) < 2 or min(num_patients) < 2:
             raise ValueError(

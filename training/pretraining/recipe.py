@@ -197,7 +197,7 @@ class RunRecipe:
     )
     visualization_steps: int = setting(1250, "Steps between images of the teacher's features; 0: none.", low=0)
     knn_steps: int = setting(0, "Steps between k-NN scores of the teacher on knn_labels; 0: none.", low=0)
-    knn_labels: str = setting("", "CSV with the columns file (relative to it), patient and knn_task.")
+    knn_labels: str = setting("", "Label table (docs/evaluation.md) with the column knn_task.")
     knn_task: str = setting("", "Column of knn_labels that is predicted.")
     resume_from_checkpoint: str = setting("", "A checkpoint folder; empty: the last good one in output_dir.")
 

@@ -15,6 +15,7 @@ import pandas as pd
 from dataset_scripts.benchmarks import bcs_dbt as bcs_dbt_index
 from dataset_scripts.benchmarks import get_benchmark
 from dataset_scripts.benchmarks.index import SPLITS, Benchmark
+from dataset_scripts.benchmarks.labels import ABOUT, TABLE
 from dataset_scripts.benchmarks.task import MISSING, complete_splits, find_files, located
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews
 
@@ -81,7 +82,8 @@ def load_boxes(
         reason = reason.mask((reason == "") & where.fillna(False).astype(bool), why)
     table = index[reason == ""]
     if table["boxes"].map(lambda each: each is None or not len(each)).all():
-        raise ValueError(f"{benchmark.name}: no image has a box; detection needs data_dir's files that note boxes")
+        needs = f"box columns; {ABOUT}" if name == TABLE else "data_dir's files that note boxes"
+        raise ValueError(f"{benchmark.name}: no image has a box; detection needs {needs}")
     has_lesion = table["boxes"].map(lambda each: each is not None and len(each) > 0).astype(int)
     table = table.assign(
         split=complete_splits(

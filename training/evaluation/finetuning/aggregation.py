@@ -1,6 +1,6 @@
 """From slices to images, breasts and patients: labels, probabilities and scores of each level.
 
-A volume is one image: the mean over its slices. Where classes are ordered (all tasks but the type of a lesion), a group
+A volume is one image: the mean over its slices. Where classes are ordered (`Definition.is_ordered`), a group
 has the highest class of its images: a breast with one positive view is positive. Of unordered classes it has the
 commonest, the first of equals. Our choice; the paper does not say.
 """
@@ -15,12 +15,7 @@ from .feature_cache import SliceFeatures
 from .heads import Bags, LinearHead, attention_probabilities, balanced_weights, fit_attention
 
 IDENTIFIERS = ["image_id", "breast_id", "patient_id"]
-UNORDERED_TASKS = ("lesion_type",)
 GROUPS = {"breast": "breast_id", "patient": "patient_id"}  # level: column of the index
-
-
-def is_ordered(task: str) -> bool:
-    return task not in UNORDERED_TASKS
 
 
 def mean_probabilities(probabilities: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
