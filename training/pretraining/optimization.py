@@ -67,6 +67,8 @@ def make_schedules(recipe: Recipe, global_batch_size: int) -> dict[str, np.ndarr
     optimizer, loss, steps = recipe.optimizer, recipe.loss, recipe.run.max_steps
     reference = optimizer.learning_rate_reference_batch
     peak = optimizer.learning_rate * ((global_batch_size / reference) ** 0.5 if reference else 1.0)
+    if optimizer.learning_rate_reference_width:
+        peak *= optimizer.learning_rate_reference_width / recipe.model.hidden_size
     warmup = whole_steps(optimizer.warmup_steps, steps)
     learning_rate = linear_warmup_cosine(0.0, peak, optimizer.min_learning_rate, warmup, steps)
     backbone, last_layer = learning_rate.copy(), learning_rate.copy()

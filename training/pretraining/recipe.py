@@ -4,6 +4,7 @@ Where a value is unpublished for MammoDINO the default is DINOv2's; what differs
 names of `transformers.TrainingArguments` where it has one.
 """
 
+import argparse
 import difflib
 import math
 from collections.abc import Sequence
@@ -19,6 +20,15 @@ from training.settings import check_values, setting
 RECIPES = Path(__file__).parents[1] / "recipes"
 IN_STEPS = "in steps, or below 1 as a fraction of max_steps"
 SAMPLES_PER_BLOCK = 4096  # in which each kind of image has its exact share
+# fields of each model_size; the last three are the field's ViT-Ti, ViT-S and ViT-B
+SIZED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "per_device_train_batch_size")
+MODEL_SIZES = {
+    "nano": (128, 4, 2, 64),
+    "micro": (192, 6, 3, 96),
+    "tiny": (192, 12, 3, 128),
+    "small": (384, 12, 6, 256),
+    "base": (768, 12, 12, 256),
+}
 
 
 @dataclass
@@ -29,6 +39,12 @@ class ModelRecipe:
     init_from_checkpoint: str = setting(
         "",
         "A former run's checkpoint-N folder: its networks and heads go on, optimizer and schedules start afresh.",
+    )
+    model_size: str = setting(
+        "",
+        f"Sets {', '.join(SIZED)}, each of which can still be given; the learning rate follows batch and width by its "
+        "two reference fields. Empty: they stand for themselves.",
+        choices=("", *MODEL_SIZES),
     )
     hidden_size: int = setting(768, "Width D of the encoder.", low=1)
     num_hidden_layers: int = setting(12, "Transformer blocks.", low=1)
@@ -153,6 +169,9 @@ class OptimizerRecipe:
     learning_rate_reference_batch: int = setting(
         1024, "The peak is scaled by sqrt(batch / this); 0 takes learning_rate as it is.", low=0
     )
+    learning_rate_reference_width: int = setting(
+        0, "The peak is scaled by this / hidden_size (muP, arXiv 2203.03466, for all layers alike); 0: not.", low=0
+    )
     min_learning_rate: float = setting(1e-6, "Learning rate at the end of the cosine.", low=0)
     warmup_steps: float = setting(0.1, f"Linear warm-up of the learning rate, {IN_STEPS}.", low=0)
     weight_decay: float = setting(0.04, "Weight decay at step 0.", low=0)
@@ -265,13 +284,22 @@ def load_recipe(arguments: list[str]) -> Recipe:
     parser.add_argument("recipe", help="a YAML file, or the name of one in training/recipes")
     known = [each.name for section in SECTIONS for each in fields(section)]
     if arguments and not arguments[0].startswith("-"):
-        parser.set_defaults(**_read_yaml(arguments[0], known))
+        values = _read_yaml(arguments[0], known)
+        parser.set_defaults(**(_of_size(values.get("model_size", "")) | values))
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--model_size", default="")
+    parser.set_defaults(**_of_size(given.parse_known_args(arguments)[0].model_size))  # outdoes the file
     *sections, _ = parser.parse_args_into_dataclasses(args=arguments)
     recipe = Recipe(*sections)
     for section in sections:
         check_values(section)
     _check_together(recipe)
     return recipe
+
+
+def _of_size(size: str) -> dict[str, int]:
+    """Return the fields that a model size sets; none for a name that is none, which is refused later."""
+    return dict(zip(SIZED, MODEL_SIZES.get(size, ()), strict=False))
 
 
 def _read_yaml(name: str, known: list[str]) -> dict[str, Any]:
