@@ -162,6 +162,7 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
 
     schedules = make_schedules(recipe, global_batch)
     monitor = Monitor(recipe, accelerator, corpus, teacher, step, global_batch)
+    monitor.preflight(views)
     watch = FiniteWatch(views, run, accelerator)
     batches = monitor.wait((load or load_batches)(views, recipe, step, accelerator))
     wrapped.train()

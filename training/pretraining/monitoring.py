@@ -40,8 +40,9 @@ from .compute import matmul_peak, step_flops
 from .export import image_processor, published_recipe
 from .feature_images import corpus_images, draw_features
 from .networks import Network
+from .preflight import FIRST_STEPS, describe, learned_nothing, shared_information
 from .recipe import Recipe
-from .views.sample import Batch
+from .views.sample import Batch, PretrainingViews
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +314,15 @@ class Monitor:
         self.data_seconds, self.steps_since_log = 0.0, 0
         self.started = self.last_log = time.monotonic()
 
+    def preflight(self, views: PretrainingViews) -> None:
+        """Say, before the first step of a run, what the views share that its losses compare."""
+        if self.run.preflight and self.is_main and self.first_step == 0:
+            values, warnings = describe(shared_information(views, self.recipe), self.recipe)
+            if values:
+                self.write(0, values)
+            for message in warnings:
+                self.warn(0, message)
+
     def wait(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
         """Yield from the iterator, with the time spent waiting for it counted."""
         while True:
@@ -368,6 +378,10 @@ class Monitor:
             for message in self.watch.check(step, values):
                 self.warn(step, message)
             self.write(step, values | found)
+            if self.run.preflight and step - self.run.logging_steps < FIRST_STEPS <= step:
+                log = (Path(self.run.output_dir) / LOG_FILE).read_text()
+                if message := learned_nothing([json.loads(line) for line in log.splitlines()]):
+                    self.warn(step, message)
             shown = {key: f"{values[key]:.3g}" for key in ("loss", "images_per_second", "mfu")}
             self.progress.set_postfix(shown)
         self.data_seconds, self.steps_since_log = 0.0, 0

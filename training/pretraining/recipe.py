@@ -218,6 +218,9 @@ class RunRecipe:
     knn_steps: int = setting(0, "Steps between k-NN scores of the teacher on knn_labels; 0: none.", low=0)
     knn_labels: str = setting("", "Label table (docs/evaluation.md) with the column knn_task.")
     knn_task: str = setting("", "Column of knn_labels that is predicted.")
+    preflight: bool = setting(
+        True, "Before the first step, estimate what views share, and warn of a run that cannot learn."
+    )
     resume_from_checkpoint: str = setting("", "A checkpoint folder; empty: the last good one in output_dir.")
 
 
@@ -271,7 +274,7 @@ SECTIONS: tuple[Any, ...] = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerReci
 MAY_CHANGE_ON_RESUME = {
     "corpus", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
     "save_steps", "save_total_limit", "logging_steps", "report_to", "visualization_steps", "knn_steps", "knn_labels",
-    "knn_task", "resume_from_checkpoint", "torch_compile", "gradient_checkpointing", "fsdp",
+    "knn_task", "preflight", "resume_from_checkpoint", "torch_compile", "gradient_checkpointing", "fsdp",
 }  # fmt: skip
 
 
