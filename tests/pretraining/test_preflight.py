@@ -1,7 +1,5 @@
 """The pre-flight check against closed forms, on images that share nothing, and in a run, which it leaves as it is."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -125,10 +123,7 @@ def test_losses_that_stay_are_warned_of_and_those_that_fall_are_not():
 
 
 def test_a_run_that_does_not_learn_says_so(phantom_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "FIRST_STEPS", 8)
-    monkeypatch.setattr("training.pretraining.monitoring.FIRST_STEPS", 8)
-    for rate in ("0", "1e-2"):
-        numbers = ["--learning_rate", rate, "--min_learning_rate", "0", "--learning_rate_reference_batch", "0"]
-        train(tiny_recipe(phantom_corpus, tmp_path / rate, "--max_steps", "9", *numbers))
-        told = json.dumps(read_warnings(tmp_path / rate))
-        assert ("nothing is learned" in told) == (rate == "0")
+    monkeypatch.setattr("training.pretraining.monitoring.FIRST_STEPS", 6)
+    rates = ["--learning_rate", "0", "--min_learning_rate", "0"]
+    train(tiny_recipe(phantom_corpus, tmp_path, "--max_steps", "6", *rates))
+    assert any("nothing is learned" in each["warning"] for each in read_warnings(tmp_path))

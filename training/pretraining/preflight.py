@@ -112,7 +112,7 @@ def statistics_of(views: Sequence[Seen]) -> np.ndarray:
 
 def view_statistics(images: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Return (n, 12) float64 of images (n, H, W) of any range where `seen` (n, H, W) bool: mean, log deviation,
-    skewness and log kurtosis of brightness; log root mean square of five bands; direction (2) and coherence of gradients."""
+    skewness and log kurtosis of brightness; log mean square of five bands; direction (2) and coherence of gradients."""
     shrink = max(images.shape[1:]) / SIDE_PX
     images, weights = images.float(), seen.float()
     if shrink > 1:
