@@ -21,10 +21,10 @@ demo: $(VENV)/ready
 benchmark-demo: $(VENV)/ready
 	$(BIN)/python -m training.demo --benchmark --output runs/benchmark_demo
 
-# the published checkpoints, remade, as files of a release in dist/: the study's models of one seed
+# the shipped encoder of a run on your data (RUN=FOLDER): model_cards/mammodino-small again, and in dist/ an archive with
+# full precision and heads
 release: $(VENV)/ready
-	$(BIN)/python -m training.study --size evening --only MammoDINO "plain DINOv2" --seeds 0 --num_proc 2 --output runs/release
-	$(BIN)/python -m training.release runs/release --model_cards model_cards
+	$(BIN)/python -m training.release $(RUN) model_cards/mammodino-small --archive dist/mammodino-small.tar.gz
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses 2 $(TESTS)

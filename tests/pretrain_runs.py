@@ -10,7 +10,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dataset_scripts.corpus.reader import Corpus
+from modeling_mammodino import MammoDinoConfig, MammoDinoModel
 from training import pretrain
+from training.pretraining.export import export_encoder
 from training.pretraining.recipe import Recipe, load_recipe
 from training.pretraining.views.sample import PretrainingViews, collate
 
@@ -41,6 +43,19 @@ def tiny_batch(corpus: Path, *arguments: str) -> dict[str, torch.Tensor]:
     """The first eight samples of a corpus."""
     views = PretrainingViews(Corpus(corpus), tiny(*arguments).views, 16, seed=0, global_batch_size=8)
     return collate([views[index] for index in range(8)])
+
+
+def exported_run(output: Path, corpus: Path) -> Path:
+    """A run's folder as after five logged steps, with the encoder that it exports."""
+    (output / "logs").mkdir(parents=True)
+    signs = ("target_entropy", "prototype_entropy", "feature_rank", "tissue_in_crops", "tissue_in_masks")
+    lines = [{"step": step, "loss_dino_global": 5 / step, **dict.fromkeys(signs, 0.5)} for step in range(1, 6)]
+    (output / "logs" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    size = ["--image_height", "64", "--image_width", "48", "--max_steps", "5"]
+    made = load_recipe(["demo", "--corpus", str(corpus), "--output_dir", str(output), *size])
+    config = MammoDinoConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16)
+    export_encoder(MammoDinoModel(config), Corpus(corpus), made, 5, output / "encoder")
+    return output
 
 
 def train(chosen: Recipe) -> Path:

@@ -22,7 +22,6 @@ from training.pretraining.export import PHANTOM
 
 from .probe import UNTRAINED
 
-RESULTS_SECTION = re.compile(r"(?<=^## Results\n).*?(?=^## )", re.DOTALL | re.MULTILINE)
 UNDEFINED = "undefined"
 HEADS = {"knn": "k-NN", "logistic": "logistic regression"}
 
@@ -39,6 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(options.folder / "README.md")
 
 
+def section(name: str) -> re.Pattern[str]:
+    """Return a pattern that finds what stands under a heading of a card, up to the next one or the end."""
+    return re.compile(rf"(?<=^## {name}\n).*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+
+
 def add_results(folder: Path, results_file: Path, dataset: str, model: str | None = None) -> None:
     """Write the results of one probe into the card of `folder`, in place of earlier ones, atomically.
 
@@ -47,18 +51,18 @@ def add_results(folder: Path, results_file: Path, dataset: str, model: str | Non
     """
     card_file = folder / "README.md"
     card = ModelCard(card_file.read_text())
-    if not RESULTS_SECTION.search(card.text):
+    if not section("Results").search(card.text):
         raise ValueError(f"{card_file}: has no section `## Results`; export the encoder again")
     try:
         results = json.loads(results_file.read_text())
         model = model or name_of(folder, results)
         if model not in results["models"]:
             raise ValueError(f"has no model {model!r}, but {', '.join(results['models'])}; give --model")
-        section, evaluations = results_section(results, model, dataset), evaluation_results(results, model, dataset)
+        text, evaluations = results_section(results, model, dataset), evaluation_results(results, model, dataset)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no field {error}; is it a file of training.probe?" if isinstance(error, KeyError) else error
         raise ValueError(f"{results_file}: {reason}") from error
-    card.text = RESULTS_SECTION.sub(lambda _: f"\n{section}\n\n", card.text)
+    card.text = section("Results").sub(lambda _: f"\n{text}\n\n", card.text)
     data: Any = card.data
     data.model_name, data.eval_results = "MammoDINO encoder", evaluations or None
     if not evaluations:

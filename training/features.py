@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from modeling_mammodino.tools.command import command_line, user_model, user_path
+from modeling_mammodino.tools.command import add_model_option, command_line, user_path
 from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.files import check_output
 from modeling_mammodino.tools.visualize import write_png
@@ -21,9 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "files", nargs="+", type=user_path, metavar="FILE", help="DICOM or image files, colored together"
     )
-    parser.add_argument(
-        "--model", type=user_model, required=True, help="checkpoint folder or Hub id, with its image processor"
-    )
+    add_model_option(parser)
     parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--slices_per_volume", type=int, default=1, help="evenly spaced slices (default 1, the middle)")
     options = parser.parse_args(arguments)

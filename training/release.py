@@ -1,71 +1,187 @@
-"""Package the study's models as files of a release: `python -m training.release STUDY --output DIR`.
+"""Publish a run's encoder: as a folder of the checkout, half as large, and as an archive of everything.
 
-Of each published configuration the encoder of one seed, a complete Hub folder: its results go into its card, and the
-folder into one archive. `make release` runs the study for it first. Research use only.
+    python -m training.release RUN model_cards/NAME --results RESULTS.json --row NAME --beside untrained
+    python -m training.release RUN model_cards/NAME --archive dist/NAME.tar.gz
+
+RUN is the output_dir of training.pretrain. The folder is a complete one for the Hub: weights as float16, which open as
+float32; of the package's code, links. Its card is the run's, with the results of training.leaderboard. What the card
+that is there says of data, limits and license is written by hand, and stays. The archive holds the same card, the
+encoder in full precision, and what the last checkpoint has beside it: student, heads, targets. Research use only.
 """
 
 import argparse
 import gzip
 import hashlib
+import json
+import os
+import re
 import shutil
 import tarfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from dataset_scripts.phantom.acquisition import acquire_2d
+from dataset_scripts.phantom.anatomy import PhantomParameters
+from dataset_scripts.phantom.archive import simulate_breast
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import command_line, user_path
-from modeling_mammodino.tools.files import atomic_file
-from training.studies.design import FULL, PLAIN, SIZES, configurations
+from modeling_mammodino.tools.files import atomic_file, atomic_folder, write_json
+from modeling_mammodino.tools.publish import CARD, CONFIG, PROCESSOR, RECIPE, check_folder, model_code
+from training.evaluation.reports import format_interval, markdown_table
+from training.pretraining.checkpoints import list_checkpoints
+from training.pretraining.export import FIGURE, ROOT
 
-from .commands import run
-from .demo import TASKS
-from .study import Run, Study
+from .card import section
 
-CHECKPOINTS = {"mammodino-phantom-small": FULL, "dinov2-phantom-small": PLAIN}
+WEIGHTS = "model.safetensors"
+BY_HAND = ("Data", "Limits", "License")
+TRIED_BREASTS = 8
+OF_ONE_RUN = ("optimizer.safetensors", "trainer_state.json", "recipe.yaml")  # of a checkpoint; the last names folders
+RESULTS = """\
+AUC of frozen features on real images of patients that it has not learned from, with 95 % intervals over patients (of
+several classes the mean of one against the rest). `docs/leaderboard.md` of the checkout says how they are read, and has
+more encoders."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.release", description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=user_path, help="output of training.study")
-    parser.add_argument("--size", choices=SIZES, default="evening", help="of the study (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the study's seeds (default 0)")
-    parser.add_argument("--output", type=user_path, default=Path("dist"), help="folder of the archives (default dist)")
-    parser.add_argument("--model_cards", type=user_path, help="folder in which to put a copy of each card")
+    parser.add_argument("run", type=user_path, help="output_dir of training.pretrain")
+    parser.add_argument("folder", type=user_path, help="folder to make anew; what its card says by hand stays")
+    parser.add_argument("--results", nargs="+", type=user_path, default=[], help="JSON files of training.leaderboard")
+    parser.add_argument("--row", help="the encoder's name in the results (default: the card's results stay)")
+    parser.add_argument("--beside", nargs="+", default=[], help="other rows to show, such as untrained")
+    parser.add_argument("--archive", type=user_path, help="NAME.tar.gz to write")
     options = parser.parse_args(arguments)
     with command_line("release"):
-        study = Study(options.study, SIZES[options.size], options.size, None)
-        runs = {each.name: Run(study, each, options.seed) for each in configurations()}
-        folders = {name: runs[configuration].encoder for name, configuration in CHECKPOINTS.items()}
-        if missing := [runs[CHECKPOINTS[name]].name for name, folder in folders.items() if not folder.is_dir()]:
-            raise ValueError(f"{study.output} lacks {'; '.join(missing)}; run training.study with that --output")
-        results = study.output / "release_probe.json"
-        run(
-            "training.probe", "--models", *(f"{name}={folder}" for name, folder in folders.items()),
-            "--labels", study.labels("train"), "--test_labels", study.labels("test"), "--tasks", *TASKS,
-            "--slices_per_volume", study.size.slices_per_volume, "--output", results,
-        )  # fmt: skip
-        for name, folder in folders.items():
-            run("training.card", folder, "--results", results, "--dataset", "phantom", "--model", name)
-            archive = pack(folder, name, options.output)
-            content = archive.read_bytes()
-            print(f"{hashlib.sha256(content).hexdigest()}  {archive}  {len(content) / 2**20:.1f} MiB")
-            if options.model_cards:
-                shutil.copyfile(folder / "README.md", options.model_cards / f"{name}.md")
+        if not (options.run / "encoder" / WEIGHTS).is_file():
+            raise ValueError(f"{options.run}: holds no encoder/{WEIGHTS}; give a finished run of training.pretrain")
+        rows, names = read_rows(options.results), [options.row, *options.beside] if options.row else []
+        if missing := [name for name in names if name not in rows]:
+            raise ValueError(f"--results: no row {missing[0]!r}, but {', '.join(map(repr, rows)) or 'none'}")
+        ship(options.run / "encoder", options.folder.resolve(), {name: rows[name] for name in names})
+        print(f"{options.folder}: {(options.folder / WEIGHTS).stat().st_size / 1e6:.1f} MB of weights")
+        if options.archive:
+            files = members(options.run) | {CARD: options.folder / CARD}
+            content = pack(files, options.archive).read_bytes()
+            print(f"{hashlib.sha256(content).hexdigest()}  {options.archive}  {len(content) / 2**20:.1f} MiB")
 
 
-def pack(folder: Path, name: str, output: Path) -> Path:
-    """Write OUTPUT/NAME.tar.gz of a Hub folder, without times and owners: the same folder gives the same bytes."""
-    path = output / f"{name}.tar.gz"
+def read_rows(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Return {row: {task: {auc, images, patients}}} of all files."""
+    return {name: row for file in files for name, row in json.loads(file.read_text())["rows"].items()}
+
+
+def ship(encoder: Path, folder: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Make `folder` of an exported encoder, atomically; `rows` are its results and those beside it.
+
+    Raises ValueError, before the folder is touched, where a weight is not finite as float16, where the results that
+    would stay are of other weights, or where the folder could not be published.
+    """
+    weights = {name: tensor.half() for name, tensor in load_file(encoder / WEIGHTS).items()}
+    if large := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{encoder}: {large[0]} is not finite as float16; it cannot be shipped in half precision")
+    config = json.loads((encoder / CONFIG).read_text()) | {"dtype": "float32"}  # as which the weights open
+    before = ModelCard.load(folder / CARD) if (folder / CARD).is_file() else None
+    with atomic_folder(folder, replace=True) as temporary:
+        save_file(weights, temporary / WEIGHTS, {"format": "pt"})
+        write_json(temporary / CONFIG, config)
+        for name in (PROCESSOR, RECIPE, FIGURE):
+            shutil.copyfile(encoder / name, temporary / name)
+        for name, content in model_code(config).items():
+            if folder.is_relative_to(ROOT):  # a checkout has its code once; `mammodino push` sends what links lead to
+                (temporary / name).symlink_to(os.path.relpath(ROOT / "modeling_mammodino" / name, folder))
+            else:
+                (temporary / name).write_bytes(content)
+        card = ModelCard.load(encoder / CARD)
+        if before:
+            keep(BY_HAND, card, before, folder / CARD)
+        if rows:
+            text = f"{results_section(rows)}\n\n{rounding(encoder, temporary)}"
+            card.text = section("Results").sub(lambda _: f"\n{text}\n\n", card.text)
+        elif before and (folder / WEIGHTS).is_file():
+            if (folder / WEIGHTS).read_bytes() != (temporary / WEIGHTS).read_bytes():
+                raise ValueError(f"{folder}: its results are of other weights; give --results and --row")
+            keep(("Results",), card, before, folder / CARD)
+        card.save(temporary / CARD)
+        if complaints := check_folder(temporary):
+            listed = "\n".join(f"  {complaint}" for complaint in complaints)
+            raise ValueError(f"{folder}: stays as it was, for this could not be published.\n{listed}")
+
+
+def keep(names: Iterable[str], card: ModelCard, before: ModelCard, file: Path) -> None:
+    """Take over sections and license of an earlier card. Raises ValueError where one is missing, or where its data are
+    others than the run's, by the number of images."""
+    count = re.search(r"\| pretraining data \| (\d+) images", card.text)
+    for name in names:
+        if not (found := section(name).search(before.text)):
+            raise ValueError(f"{file}: has no section `## {name}`; write it, and it stays from one release to the next")
+        if name == "Data" and count and not {count[1], f"{int(count[1]):,}"} & set(re.findall(r"[\d,]*\d", found[0])):
+            raise ValueError(
+                f"{file}: its data are not the {count[1]} images of this run; correct the section `## Data`"
+            )
+        card.text = section(name).sub(lambda _, kept=found[0]: kept, card.text)
+    for name, value in before.data.to_dict().items():
+        if name.startswith("license"):
+            setattr(card.data, name, value)
+
+
+def results_section(rows: dict[str, dict[str, Any]]) -> str:
+    """Return a table of AUCs, a row a task and a column an encoder, first the one that is published."""
+    lines, (own, *others) = [], rows
+    for task, of_task in rows[own].items():
+        cells = [format_interval(row[task]["auc"]) if task in row else "-" for row in rows.values()]
+        lines.append([task, f"{of_task['images']} images, {of_task['patients']} patients", *cells])
+    table = markdown_table(["task", "evaluated on", "this encoder", *others], lines)
+    return "\n".join([RESULTS, "", *table])
+
+
+def rounding(encoder: Path, shipped: Path) -> str:
+    """Say how far class tokens move by half precision on disk, on simulated mammograms."""
+    processor, p = MammoDinoImageProcessor.from_pretrained(encoder), PhantomParameters()
+    images = [acquire_2d(simulate_breast(p, seed=0, index=index)) for index in range(TRIED_BREASTS)]
+    inputs = processor(images, return_tensors="pt")
+    with torch.inference_mode():
+        tokens, moved = (
+            MammoDinoModel.from_pretrained(folder).eval()(**inputs).pooler_output for folder in (encoder, shipped)
+        )
+    share = float((tokens - moved).abs().max() / tokens.std(dim=0).mean())
+    return (
+        "In `model_cards/` of the checkout the weights are float16, and open as float32. By that no component of the\n"
+        f"class token moves by more than {100 * share:.1g} % of what it varies by, on {TRIED_BREASTS} phantom images."
+    )
+
+
+def members(run: Path) -> dict[str, Path]:
+    """Return what an archive of a run holds: its encoder, and of its last checkpoint what another run goes on from."""
+    encoder = run / "encoder"
+    files = {path.name: path for path in encoder.iterdir() if path.is_file()}
+    for path in sorted(list_checkpoints(run)[-1].iterdir()) if list_checkpoints(run) else []:
+        if path.name not in OF_ONE_RUN:
+            files[f"{path.parent.name}/{path.name}"] = path
+    return files
+
+
+def pack(files: Mapping[str, Path], archive: Path) -> Path:
+    """Write NAME.tar.gz of files by their names in it, in a folder NAME, without times and owners: the same files give
+    the same bytes."""
+    folder = archive.name.removesuffix(".tar.gz")
     with (
-        atomic_file(path) as temporary,
+        atomic_file(archive) as temporary,
         temporary.open("wb") as file,
         gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as stream,
-        tarfile.open(fileobj=stream, mode="w") as archive,
+        tarfile.open(fileobj=stream, mode="w") as written,
     ):
-        for member in sorted(each for each in folder.rglob("*") if each.is_file()):
-            about = tarfile.TarInfo(f"{name}/{member.relative_to(folder).as_posix()}")
-            about.size = member.stat().st_size
-            with member.open("rb") as content:
-                archive.addfile(about, content)
-    return path
+        for name, path in sorted(files.items()):
+            about = tarfile.TarInfo(f"{folder}/{name}")
+            about.size = path.stat().st_size
+            with path.open("rb") as content:
+                written.addfile(about, content)
+    return archive
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""What all commands share: logging to the terminal, errors of the user's input as one line without a traceback, and
-the type of every option that is a path."""
+"""What all commands share: logging to the terminal, errors of the user's input as one line without a traceback, the
+type of every option that is a path, and the option --model."""
 
 import logging
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SHIPPED = Path(__file__).parents[2] / "model_cards" / "mammodino-small"  # in a checkout
 
 
 @contextmanager
@@ -39,3 +42,21 @@ def user_path(text: str | Path) -> Path:
 def user_model(text: str) -> str:
     """Take a checkpoint as a user wrote it: a Hub id as it is, a folder as `user_path`."""
     return str(user_path(text)) if text.startswith("~") else text
+
+
+def shipped_model() -> str | None:
+    """Return the folder of the encoder that a checkout carries; None in an installed wheel, which has none."""
+    return str(SHIPPED) if (SHIPPED / "model.safetensors").is_file() else None
+
+
+def add_model_option(parser: ArgumentParser, otherwise: str | None = None) -> None:
+    """Add --model, whose default is the checkout's own encoder. otherwise: what is taken where there is none; without
+    it the option is required there."""
+    parser.add_argument(
+        "--model",
+        type=user_model,
+        default=shipped_model(),
+        required=shipped_model() is None and otherwise is None,
+        help="checkpoint folder or Hub id, with its image processor (default: in a checkout its "
+        f"{SHIPPED.parent.name}/{SHIPPED.name}{f', else {otherwise}' if otherwise else ''})",
+    )

@@ -24,7 +24,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import __version__
 from ..image_processing_mammodino import MammoDinoImageProcessor
-from .command import user_model, user_path
+from .command import SHIPPED, add_model_option, user_path
 from .convert import load_encoder, own_processor, processor_settings
 from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
 from .files import atomic_file, check_output, readable, write_json
@@ -223,9 +223,7 @@ def add_command(commands) -> None:
     parser.add_argument(
         "paths", nargs="+", type=user_path, metavar="PATH", help="DICOM or image files, or folders of them"
     )
-    parser.add_argument(
-        "--model", type=user_model, required=True, help="checkpoint folder or Hub id, with its image processor"
-    )
+    add_model_option(parser)
     parser.add_argument("--output", type=user_path, required=True, help="Parquet file to write, NAME.parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
     parser.add_argument("--pool", choices=POOLS, default="class", help="class token, tissue-weighted mean of patch "
@@ -335,7 +333,7 @@ def provenance(options: Namespace, model: PreTrainedModel, image_processor: Mamm
     slices = options.slices_per_volume
     return {
         "notice": "Research use only: not a medical device.",
-        "model": options.model,
+        "model": SHIPPED.name if options.model == str(SHIPPED) else options.model,
         "model_revision": getattr(model.config, "_commit_hash", None) or "",
         "mammodino_version": __version__,
         "image_processor": json.dumps(image_processor.to_dict(), sort_keys=True),

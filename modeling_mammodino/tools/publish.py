@@ -535,8 +535,11 @@ def _check_folder(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _does_not_belong(path: Path, code: dict[str, bytes]) -> str | None:
-    """Return the complaint about an entry that is neither a folder nor a file by the name of one of a model."""
-    if path.is_symlink():
+    """Return the complaint about an entry that is neither a folder nor a file by the name of one of a model.
+
+    Code may be a link, as in a checkout, which has it once: what it leads to is checked, and sent.
+    """
+    if path.is_symlink() and not (path.name in code and path.is_file()):
         return f"a link to {path.readlink()}; put the file itself there, or remove it"
     if path.name.startswith("."):
         return "hidden; remove it"

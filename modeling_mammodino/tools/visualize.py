@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from ..image_io import InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..rendering import Thumbnail
-from .command import user_model, user_path
+from .command import add_model_option, user_path
 from .files import atomic_file, check_output, readable
 
 try:
@@ -69,9 +69,7 @@ def write_png(drawing: np.ndarray, output: Path) -> None:
 
 def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
-    parser.add_argument(
-        "--model", type=user_model, help="checkpoint folder or Hub id (default: the default image processor)"
-    )
+    add_model_option(parser, otherwise="the default image processor")
 
 
 def _open_processor(options: Namespace) -> MammoDinoImageProcessor:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard  # noqa: E402
+from pretrain_runs import exported_run
 
 from dataset_scripts.corpus.reader import Corpus  # noqa: E402
-from modeling_mammodino import MammoDinoConfig, MammoDinoModel, __version__  # noqa: E402
+from modeling_mammodino import MammoDinoModel, __version__  # noqa: E402
 from modeling_mammodino.tools.publish import check_folder  # noqa: E402
 from training.card import add_results, main  # noqa: E402
 from training.pretraining.export import (  # noqa: E402
@@ -33,16 +34,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def encoder(phantom_corpus, tmp_path_factory) -> Path:
     """An encoder exported as a run does, after five logged steps."""
-    output = tmp_path_factory.mktemp("run")
-    (output / "logs").mkdir()
-    signs = ("target_entropy", "prototype_entropy", "feature_rank", "tissue_in_crops", "tissue_in_masks")
-    lines = [{"step": step, "loss_dino_global": 5 / step, **dict.fromkeys(signs, 0.5)} for step in range(1, 6)]
-    (output / "logs" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    size = ["--image_height", "64", "--image_width", "48", "--max_steps", "5"]
-    recipe = load_recipe(["demo", "--corpus", str(phantom_corpus), "--output_dir", str(output), *size])
-    config = MammoDinoConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16)
-    export_encoder(MammoDinoModel(config), Corpus(phantom_corpus), recipe, 5, output / "encoder")
-    return output / "encoder"
+    return exported_run(tmp_path_factory.mktemp("run"), phantom_corpus) / "encoder"
 
 
 @pytest.fixture

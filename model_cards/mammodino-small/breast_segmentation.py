@@ -1,0 +1,1 @@
+../../modeling_mammodino/breast_segmentation.py

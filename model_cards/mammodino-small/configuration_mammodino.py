@@ -1,0 +1,1 @@
+../../modeling_mammodino/configuration_mammodino.py

@@ -1,0 +1,1 @@
+../../modeling_mammodino/dicom_frames.py

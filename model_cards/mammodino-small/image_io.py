@@ -1,0 +1,1 @@
+../../modeling_mammodino/image_io.py

@@ -1,0 +1,1 @@
+../../modeling_mammodino/modeling_mammodino.py

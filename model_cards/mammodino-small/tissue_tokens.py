@@ -1,0 +1,1 @@
+../../modeling_mammodino/tissue_tokens.py
