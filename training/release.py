@@ -121,10 +121,9 @@ def keep(names: Iterable[str], card: ModelCard, before: ModelCard, file: Path) -
         if not (found := section(name).search(before.text)):
             raise ValueError(f"{file}: has no section `## {name}`; write it, and it stays from one release to the next")
         if name == "Data" and count and not {count[1], f"{int(count[1]):,}"} & set(re.findall(r"[\d,]*\d", found[0])):
-            raise ValueError(
-                f"{file}: its data are not the {count[1]} images of this run; correct the section `## Data`"
-            )
-        card.text = section(name).sub(lambda _, kept=found[0]: kept, card.text)
+            raise ValueError(f"{file}: its data are not the {count[1]} images of this run; correct its `## Data`")
+        if place := section(name).search(card.text):
+            card.text = card.text[: place.start()] + found[0] + card.text[place.end() :]
     for name, value in before.data.to_dict().items():
         if name.startswith("license"):
             setattr(card.data, name, value)
