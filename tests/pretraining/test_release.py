@@ -15,7 +15,7 @@ from pretrain_runs import exported_run
 from safetensors.torch import load_file
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.publish import check_folder
+from modeling_mammodino.tools.publish import check_folder, push_folder
 from training.card import section
 from training.release import main, pack
 
@@ -89,13 +89,16 @@ def test_what_is_written_by_hand_stays_and_must_be_of_the_runs_images(run, resul
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
-def test_in_the_checkout_code_is_linked_and_may_be_published(run, results):
+def test_in_the_checkout_code_is_linked_and_a_push_sends_the_files(run, results, monkeypatch):
     folder = ROOT / "model_cards" / "of_a_test"
     try:
         release(run, folder, "--results", results, "--row", "ours")
         links = {path.name: os.readlink(path) for path in folder.iterdir() if path.is_symlink()}
         assert links == {path.name: f"../../modeling_mammodino/{path.name}" for path in folder.glob("*.py")} != {}
-        assert check_folder(folder) == []
+        sent: dict[str, bytes | Path] = {}
+        monkeypatch.setattr("modeling_mammodino.tools.publish.upload", lambda _, files, **options: sent.update(files))
+        push_folder(folder, "me/small")
+        assert sent.keys() >= links.keys() and sent["dicom.py"] == (ROOT / "modeling_mammodino/dicom.py").read_bytes()
         (folder / "dicom.py").unlink()
         (folder / "dicom.py").symlink_to("../../setup.cfg")
         (folder / "rendering.py").unlink()
