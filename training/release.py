@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_rows(files: list[Path]) -> dict[str, dict[str, Any]]:
     """Return {row: {task: {auc, images, patients}}} of all files."""
-    return {name: row for file in files for name, row in json.loads(file.read_text())["rows"].items()}
+    rows = (each for file in files for each in json.loads(file.read_text())["rows"].items())
+    return {name: row.get("scores", row) for name, row in rows}
 
 
 def ship(encoder: Path, folder: Path, rows: dict[str, dict[str, Any]]) -> None:

@@ -36,7 +36,7 @@ def run(phantom_corpus, tmp_path_factory) -> Path:
 @pytest.fixture
 def results(tmp_path) -> Path:
     file = tmp_path / "results.json"
-    file.write_text(json.dumps({"rows": {"ours": AUC, "untrained": {}}}))
+    file.write_text(json.dumps({"rows": {"ours": {"scores": AUC}, "untrained": {}}}))
     return file
 
 
