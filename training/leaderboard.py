@@ -1,19 +1,23 @@
-"""Frozen encoders on real images, one readout for all: evaluates encoders, and writes the table of committed results.
+"""Frozen encoders on held-out patients, one readout for all: evaluates rows, and writes the page of committed results.
 
-    python -m training.leaderboard --labels LABELS.csv --tasks TASKS.yaml --models NAME=FOLDER... --output RESULTS.json
+    python -m training.leaderboard --labels LABELS.csv --tasks TASKS.yaml --models NAME=SOURCE... --output RESULTS.json
     python -m training.leaderboard --results RESULTS.json... --output docs/leaderboard.md
 
-LABELS.csv has the columns `file` (relative to it), `patient` and what the tasks name, of patients that no encoder has
-learned from. A task of TASKS.yaml is a name with `label`, the column to predict; `where`, values that other columns
-must have; `difference`, columns by whose values the mean of features is subtracted, such as patient and view, so that
-what remains is one breast against the other. Features are the class token; each task's probabilities come from
-logistic regression on standardized features in five folds of patients, penalty chosen inside. An untrained encoder of
-each architecture stands beside it. Research use only.
+A SOURCE is an encoder's folder, `untrained:FOLDER` (its architecture with random weights), `hand-crafted` or `lite0`
+(EfficientNet-Lite0, ImageNet weights). LABELS.csv has the columns `file` (relative to it), `patient` and what the tasks
+name, of patients that no encoder has learned from. A task of TASKS.yaml is a name with `label`, the column to predict;
+`where`, values that other columns must have; `difference`, columns by whose values the mean of features is subtracted,
+such as patient and view, so that what remains is one breast against the other. Where the table has a column `split`,
+the head (logistic regression on standardized features, penalty chosen on held-out patients) learns from `train` and is
+scored on `test`; else in five folds of patients. --dbt adds real DBT slices, --phantom an archive of simulated breasts,
+or two, to learn from and to test on. Research use only.
 """
 
 import argparse
+import hashlib
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,67 +25,203 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from sklearn.model_selection import StratifiedGroupKFold
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.command import command_line
-from modeling_mammodino.tools.features import embed_files
-from modeling_mammodino.tools.files import write_json, write_text
+from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.files import atomic_file, write_json, write_text
+from training.evaluation.backbones.efficientnet_lite0 import Lite0Reader
 from training.evaluation.metrics import bootstrap_auc
-from training.evaluation.probes import logistic_regression, read_labels
+from training.evaluation.probes import read_labels
+from training.evaluation.readout import (
+    Answers,
+    Canvas,
+    EncoderReader,
+    Reader,
+    breast_differences,
+    held_out_answers,
+    render_once,
+    whole_features,
+)
 from training.evaluation.reports import format_interval, markdown_table
+from training.studies.hand_crafted import HandCraftedReader
+from training.studies.phantom_tasks import TASKS as PHANTOM_TASKS
+from training.studies.phantom_tasks import PhantomImages
+from training.studies.real_slices import RealSlices
 
 logger = logging.getLogger(__name__)
 
-FOLDS = 5
 TASK_FIELDS = {"label", "where", "difference"}
+NEIGHBORS, BOXED = "real DBT neighbors, ordering", "real DBT, boxed places against others"
+ABOUT = {"configuration": "", "minutes": "CPU-minutes", "note": ""}
+SPEEDRUN_AUC = 0.80
+UNTRAINED = "untrained:"
+PROVENANCE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.leaderboard", description=__doc__.splitlines()[0])
-    parser.add_argument("--labels", type=Path, help="CSV of held-out patients")
-    parser.add_argument("--tasks", type=Path, help="YAML of what is predicted")
-    parser.add_argument("--models", nargs="+", default=[], metavar="NAME=FOLDER", help="encoders to evaluate")
-    parser.add_argument(
-        "--features",
-        nargs="+",
-        default=[],
-        metavar="NAME=PARQUET",
-        help="features made elsewhere: columns file, as in the labels, and embedding",
-    )
-    parser.add_argument("--results", nargs="+", type=Path, default=[], help="JSON files to make the table from")
+    parser.add_argument("--labels", type=user_path, help="CSV of held-out patients")
+    parser.add_argument("--tasks", type=user_path, help="YAML of what is predicted")
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME=SOURCE", help="rows to evaluate")
+    parser.add_argument("--dbt", type=user_path, help="BCS-DBT slices: a folder with slices.csv and slices/")
+    parser.add_argument("--phantom", nargs="+", type=user_path, help="one or two archives of simulated breasts")
+    for name in ("configuration", "minutes", "note"):
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME=TEXT", help="a column of these rows")
+    parser.add_argument("--speedrun", nargs="+", default=[], metavar="MINUTES=FOLDER", help="encoders along one run")
+    parser.add_argument("--canvas", help="folder whose image processor serves lite0 and hand-crafted features")
+    parser.add_argument("--cache", type=user_path, help="folder that keeps images and features for the next call")
+    parser.add_argument("--results", nargs="+", type=user_path, default=[], help="JSON files to make the page from")
     parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap resamples (default 1000)")
-    parser.add_argument("--output", type=Path, required=True, help="JSON of results, or the page")
+    parser.add_argument("--output", type=user_path, required=True, help="JSON of results, or the page")
     options = parser.parse_args(arguments)
     with command_line("leaderboard"):
         if options.results:
             write_text(options.output, page([json.loads(path.read_text()) for path in options.results]))
-        elif options.labels and options.tasks and (options.models or options.features):
-            write_json(options.output, evaluate(options))
+        elif options.labels and options.tasks and (options.models or options.speedrun):
+            write_json(options.output, Leaderboard(options).evaluate())
         else:
-            raise ValueError("give --labels, --tasks and --models or --features, or --results")
+            raise ValueError("give --labels, --tasks and --models or --speedrun, or --results")
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the tasks, and by encoder and task the AUC, its interval and the difference to the same, untrained."""
-    tasks = read_tasks(options.tasks)
-    table = read_labels(options.labels, sorted({task["label"] for task in tasks.values()}))
-    rows = {}
-    for name, folder in (item.split("=", 1) for item in options.models):
-        pair = {"untrained": untrained(folder), "": MammoDinoModel.from_pretrained(folder).eval()}
-        features = class_tokens(folder, list(pair.values()), options.labels.parent, table)
-        halves = np.split(features, 2, axis=1)
-        own = probabilities(table, halves[1], tasks)
-        other = probabilities(table, halves[0], tasks)
-        rows[name] = {task: score(own[task], other[task], options.num_resamples) for task in tasks}
-        rows[f"untrained {name}"] = {task: score(other[task], None, options.num_resamples) for task in tasks}
-    for name, path in (item.split("=", 1) for item in options.features):
-        known = pd.read_parquet(path).set_index("file")["embedding"]
-        width = len(known.iloc[0])
-        features = np.stack([known.get(file, np.full(width, np.nan)) for file in table["file"]])
-        own = probabilities(table, features, tasks)
-        rows[name] = {task: score(own[task], None, options.num_resamples) for task in tasks}
-    return {"tasks": tasks, "folds": FOLDS, "num_resamples": options.num_resamples, "rows": rows}
+class Leaderboard:
+    """The images of every task, rendered once for all rows with an equal image processor."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.tasks = options, read_tasks(options.tasks)
+        self.table = read_labels(options.labels, sorted({task["label"] for task in self.tasks.values()}))
+        self.files = [options.labels.parent / file for file in self.table["file"]]
+        self.processors: dict[str, MammoDinoImageProcessor] = {}
+        self.images = cache(self._images)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Return by row its description, and by task AUC, interval, counts and the difference to untrained."""
+        options, rows = self.options, {}
+        described = {each: dict(item.split("=", 1) for item in getattr(options, each)) for each in ABOUT}
+        for name, source in (item.split("=", 1) for item in options.models):
+            own, other = self.answers(source), {}
+            if self.is_encoder(source):
+                other = self.answers(UNTRAINED + source)
+            about = {"configuration": self.configuration(source)}
+            about |= {each: said[name] for each, said in described.items() if name in said}
+            rows[name] = {"about": about, "scores": self.scores(own, other)}
+            logger.info("%s: %s", name, {task: each["auc"][0] for task, each in rows[name]["scores"].items()})
+        result: dict[str, Any] = {"rows": rows}
+        if options.speedrun:
+            task = next(iter(self.tasks))
+            curve = [(float(minutes), self.answers(folder, (task,))[task])
+                     for minutes, folder in (item.split("=", 1) for item in options.speedrun)]  # fmt: skip
+            result["speedrun"] = {
+                "task": task,
+                "curve": [[minutes, self.score(found, None)["auc"][0]] for minutes, found in sorted(curve)],
+            }
+        return result
+
+    def answers(self, source: str, only: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """Return the answers of a row by task, of all or of some of the labels' tasks alone."""
+        tasks = {name: self.tasks[name] for name in only or self.tasks}
+        found: dict[str, Any] = probabilities(self.table, self.features(source, "labels")["whole"], tasks)
+        if self.options.dbt and not only:
+            real, features = self.images(self.processor_of(source), "dbt"), self.features(source, "dbt")
+            found[NEIGHBORS] = real.orderings(features["whole"])
+            labels, patients = real.has_lesion.astype(int), real.table["PatientID"].to_numpy()
+            found[BOXED] = held_out_answers(features["region"], labels, patients)
+        if self.options.phantom and not only:
+            archives, features = self.images(self.processor_of(source), "phantom"), self.features(source, "phantom")
+            for name, task in PHANTOM_TASKS.items():
+                parts = [
+                    archive.of_task(task, {seen: features[f"{seen} {number}"] for seen in ("breast", "region")})
+                    for number, archive in enumerate(archives)
+                ]
+                rows, seen = pd.concat([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+                is_train = np.arange(len(rows)) < len(parts[0][0]) if len(parts) == 2 else None
+                _, labels = np.unique(rows[task.column].astype(str), return_inverse=True)
+                found[f"phantom {name}"] = held_out_answers(seen, labels, rows["patient"].to_numpy(), is_train)
+        return found
+
+    def features(self, source: str, part: str) -> dict[str, np.ndarray]:
+        """Return features of the images of "labels" (NaN where a file cannot be used), "dbt" or "phantom"; from the
+        cache where they are there."""
+        folder, key = self.options.cache, self.processor_of(source)
+        settings = json.dumps([identity(source), key, str(getattr(self.options, part))])
+        path = folder / f"features-{part}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.npz" if folder else None
+        if path and path.is_file():
+            with np.load(path) as kept:
+                return dict(kept)
+        reader, images = open_reader(source, self.processors[key]), self.images(key, part)
+        if part == "labels":
+            found = {"whole": features_of_files(reader, images)}
+        elif part == "dbt":
+            found = images.features(reader)
+        else:
+            archives = [archive.features(reader) for archive in images]
+            found = {f"{seen} {number}": each for number, of in enumerate(archives) for seen, each in of.items()}
+        if path:
+            with atomic_file(path) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, **found)
+        return found
+
+    def processor_of(self, source: str) -> str:
+        """Return the key of a row's image processor: its own, or that of --canvas, or of the first encoder."""
+        folder = source.removeprefix(UNTRAINED)
+        if not Path(folder).is_dir():
+            others = [item.split("=", 1)[1].removeprefix(UNTRAINED) for item in self.options.models]
+            folder = self.options.canvas or next((each for each in others if Path(each).is_dir()), "")
+            if folder == "" or source not in ("hand-crafted", "lite0"):
+                raise ValueError(f"{source}: no such folder; give an encoder's, hand-crafted or lite0 (with --canvas)")
+        processor = MammoDinoImageProcessor.from_pretrained(folder)
+        key = json.dumps(processor.to_dict(), sort_keys=True, default=str)
+        self.processors.setdefault(key, processor)
+        return key
+
+    def _images(self, key: str, part: str) -> Any:
+        options, processor = self.options, self.processors[key]
+        if part == "dbt":
+            return RealSlices(options.dbt, processor, options.cache)
+        if part == "phantom":
+            return [PhantomImages(each / "labels.csv", processor, options.cache) for each in options.phantom]
+        canvases = render_once(self.files, processor, options.cache)
+        for each in (each for each in canvases if isinstance(each, str)):
+            logger.warning("left out: %s", each)
+        return canvases
+
+    @staticmethod
+    def is_encoder(source: str) -> bool:
+        return Path(source).is_dir()
+
+    def configuration(self, source: str) -> str:
+        """Return width, depth, patch, canvas and training of an encoder in a few words."""
+        if not Path(source.removeprefix(UNTRAINED)).is_dir():
+            return ""
+        folder = Path(source.removeprefix(UNTRAINED))
+        config, size = (
+            MammoDinoModel.config_class.from_pretrained(folder),
+            self.processors[self.processor_of(source)].size,
+        )
+        said = f"{config.hidden_size} x {config.num_hidden_layers}, patch {config.patch_size}, "
+        said += f"{size['height']} x {size['width']} px"
+        recipe = folder / "recipe.yaml"
+        if self.is_encoder(source) and recipe.is_file():
+            values = yaml.safe_load(recipe.read_text())
+            said += f"; {values['max_steps']:,} steps of {values['per_device_train_batch_size']}"
+        return said
+
+    def scores(self, own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        return {task: self.score(each, other.get(task)) for task, each in own.items()}
+
+    def score(self, own: Any, other: Any) -> dict[str, Any]:
+        """Return AUC and interval, counts, and the difference to another row's with its interval. Orderings of true
+        neighbors, of few patients, have no interval."""
+        if isinstance(own, pd.DataFrame):
+            value = float(own["ordering_auc"].mean())
+            return {"auc": [value, None, None], "images": len(own), "patients": int(own["patient"].nunique())}
+        by_name = {"own": own.probabilities} | ({} if other is None else {"other": other.probabilities})
+        drawn = own.patients, self.options.num_resamples, 0
+        intervals, differences = bootstrap_auc(own.labels, by_name, *drawn)
+        count = len(set(own.patients))
+        result: dict[str, Any] = {"auc": list(intervals["own"]), "images": len(own.labels), "patients": count}
+        if other is not None:
+            result["minus_untrained"] = list(differences["own", "other"])
+        return result
 
 
 def read_tasks(path: Path) -> dict[str, dict[str, Any]]:
@@ -93,92 +233,115 @@ def read_tasks(path: Path) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def untrained(folder: str) -> MammoDinoModel:
-    """Make a random encoder of a checkpoint's architecture, as MammoDinoModel initializes it, seed 0."""
-    torch.manual_seed(0)
-    return MammoDinoModel(MammoDinoModel.config_class.from_pretrained(folder)).eval()
+def open_reader(source: str, processor: MammoDinoImageProcessor) -> Reader:
+    """Return what makes a row's features."""
+    if source == "hand-crafted":
+        return HandCraftedReader((processor.size["height"], processor.size["width"]), processor.patch_size)
+    if source == "lite0":
+        return Lite0Reader(processor.patch_size)
+    if source.startswith(UNTRAINED):
+        torch.manual_seed(0)
+        config = MammoDinoModel.config_class.from_pretrained(source.removeprefix(UNTRAINED))
+        return EncoderReader(MammoDinoModel(config), processor)
+    return EncoderReader(MammoDinoModel.from_pretrained(source), processor)
 
 
-def class_tokens(folder: str, models: list[MammoDinoModel], root: Path, table: pd.DataFrame) -> np.ndarray:
-    """Return the class tokens (n, F) of the table's files, the models side by side; NaN where a file cannot be used."""
-    processor = MammoDinoImageProcessor.from_pretrained(folder)
-    features = np.full((len(table), sum(model.config.hidden_size for model in models)), np.nan)
-    files = embed_files([root / file for file in table["file"]], models, processor, pool="class")
-    for row, result in enumerate(files):
-        if result.refused is None:
-            features[row] = result.embeddings.mean(axis=0)
-        else:
-            logger.warning("left out: %s", result.refused)
+def identity(source: str) -> str:
+    """Return what a row's features depend on beside its images: weights, or architecture, or its name."""
+    if source.startswith(UNTRAINED):
+        config = MammoDinoModel.config_class.from_pretrained(source.removeprefix(UNTRAINED)).to_dict()
+        return json.dumps({name: each for name, each in config.items() if name not in PROVENANCE}, default=str)
+    weights = Path(source) / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else source
+
+
+def features_of_files(reader: Reader, canvases: list[Canvas | str]) -> np.ndarray:
+    """Return features (n, F) of files; NaN where one cannot be used."""
+    is_usable = np.array([isinstance(each, Canvas) for each in canvases])
+    found = whole_features(reader, [each for each in canvases if isinstance(each, Canvas)])
+    features = np.full((len(canvases), found.shape[1]), np.nan, np.float32)
+    features[is_usable] = found
     return features
 
 
-def probabilities(
-    table: pd.DataFrame, features: np.ndarray, tasks: dict[str, dict[str, Any]]
-) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return labels (n,), out-of-fold probabilities (n, classes) and patients (n,) by task.
-
-    Raises ValueError for a task that fewer than two classes or fewer patients than folds are left of.
-    """
+def probabilities(table: pd.DataFrame, features: np.ndarray, tasks: dict[str, dict[str, Any]]) -> dict[str, Answers]:
+    """Return the answers by task. Raises ValueError for a task of which too little is left."""
     found = {}
     for name, task in tasks.items():
         chosen = table[task["label"]].notna() & ~np.isnan(features).any(axis=1)
         for column, value in task.get("where", {}).items():
             chosen &= table[column].astype(str) == str(value)
         rows, part = table[chosen], features[chosen]
-        classes, labels = np.unique(rows[task["label"]].astype(str), return_inverse=True)
-        if len(classes) < 2 or rows["patient"].nunique() < FOLDS:
-            raise ValueError(f"task {name}: {len(classes)} classes of {rows['patient'].nunique()} patients; too few")
-        if keys := task.get("difference"):
-            groups = rows.groupby(list(keys), dropna=False).ngroup().to_numpy()
-            part = part - pd.DataFrame(part).groupby(groups).transform("mean").to_numpy()
+        _, labels = np.unique(rows[task["label"]].astype(str), return_inverse=True)
         patients = rows["patient"].to_numpy()
-        predicted = np.zeros((len(labels), len(classes)))
-        folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-        for learn, test in folds.split(part, labels, patients):
-            head = logistic_regression(labels[learn], patients[learn]).fit(part[learn], labels[learn])
-            predicted[test] = head.predict_proba(part[test])
-        found[name] = labels, predicted, patients
+        if keys := task.get("difference"):
+            part = breast_differences(part, rows.groupby(list(keys), dropna=False).ngroup().to_numpy())
+        is_train = (rows["split"] == "train").to_numpy() if "split" in table else None
+        try:
+            found[name] = held_out_answers(part, labels, patients, is_train)
+        except ValueError as error:
+            raise ValueError(f"task {name}: {error}") from error
     return found
-
-
-def score(own: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...] | None, num_resamples: int) -> dict[str, Any]:
-    """Return AUC and interval, counts, and the difference to another encoder's probabilities with its interval."""
-    labels, predicted, patients = own
-    by_name = {"own": predicted} | ({} if other is None else {"other": other[1]})
-    intervals, differences = bootstrap_auc(labels, by_name, patients, num_resamples, 0)
-    result: dict[str, Any] = {"auc": list(intervals["own"]), "images": len(labels), "patients": len(set(patients))}
-    if other is not None:
-        result["minus_untrained"] = list(differences["own", "other"])
-    return result
 
 
 def page(results: list[dict[str, Any]]) -> str:
     """Return the page: a row an encoder, a column a task; behind the AUC the difference to the same, untrained."""
-    tasks = results[0]["tasks"]
-    lines = []
-    for name, row in (item for result in results for item in result["rows"].items()):
-        cells = []
-        for task in tasks:
-            text = format_interval(row[task]["auc"])
-            if difference := row[task].get("minus_untrained"):
-                text += f"; {format_interval(difference, signed=True)}"
-            cells.append(text)
-        lines.append([name, *cells])
-    first = next(iter(results[0]["rows"].values()))
-    sizes = [f"{first[task]['images']} images of {first[task]['patients']} patients" for task in tasks]
+    rows: dict[str, dict[str, Any]] = {}
+    for result in results:
+        rows |= result["rows"]
+    tasks = list(dict.fromkeys(task for row in rows.values() for task in row["scores"]))
+    tables = [[task for task in tasks if task.startswith("phantom") == phantom] for phantom in (False, True)]
+    about = [[name, *(str(row["about"].get(each) or "-") for each in ABOUT)] for name, row in rows.items()]
     return "\n".join(
         [
-            "# Leaderboard: frozen encoders on real images",
+            "# Leaderboard: frozen encoders, one readout",
             "",
-            "AUC (one class against the rest, mean over classes) with 95 % intervals over patients; behind a semicolon",
-            "the difference to the same architecture, untrained. Patients that no row has learned from. One readout:",
-            "the class token, standardized, logistic regression in five folds of patients. Made by",
-            "`python -m training.leaderboard`; [docs/trials.md](trials.md) says what was tried. Research use only.",
+            "AUC (one class against the rest, mean over classes) with 95 % intervals over patients; after a semicolon",
+            "the difference to the same architecture, untrained. Of films and CESM no row has learned from these",
+            "patients, unless its note says so. A whole image is read by its class token (Lite0: the mean of the last",
+            "map; hand-crafted: mean, deviation and quantiles of local statistics), a region by rings around its",
+            "center, one breast by its difference to the other; logistic regression, which learns from the",
+            "labels of patients that encoders learned from without labels, and is scored on the others.",
+            "Neighbors: how often two slices of a volume are more alike than slices of others of like density. Made by",
+            "`python -m training.leaderboard`; [trials.md](trials.md) says what was tried. Research use only.",
             "",
-            *markdown_table(["encoder", *tasks], [["", *sizes], *lines]),
+            *markdown_table(["row", "configuration", "CPU-minutes", "note"], about),
+            *(line for each in tables if each for line in ["", *score_table(rows, each)]),
+            *speedrun_lines(results),
             "",
         ]
     )
+
+
+def score_table(rows: dict[str, dict[str, Any]], tasks: list[str]) -> list[str]:
+    """Return a table with a column for each task."""
+    lines = []
+    for name, row in rows.items():
+        found = [row["scores"].get(task) for task in tasks]
+        lines.append([name, *("-" if each is None else cell(each) for each in found)])
+    sizes = []
+    for task in tasks:
+        first = next(row["scores"][task] for row in rows.values() if task in row["scores"])
+        sizes.append(f"{first['images']} {'pairs' if task == NEIGHBORS else 'images'} of {first['patients']} patients")
+    return markdown_table(["row", *tasks], [["", *sizes], *lines])
+
+
+def cell(score: dict[str, Any]) -> str:
+    if score["auc"][1] is None:
+        return f"{score['auc'][0]:.3f}"
+    difference = score.get("minus_untrained")
+    return format_interval(score["auc"]) + (f"; {format_interval(difference, signed=True)}" if difference else "")
+
+
+def speedrun_lines(results: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each run that was followed: when it first reached SPEEDRUN_AUC."""
+    lines = []
+    for speedrun in (result["speedrun"] for result in results if "speedrun" in result):
+        reached = next((minutes for minutes, value in speedrun["curve"] if value >= SPEEDRUN_AUC), None)
+        said = "not reached" if reached is None else f"{reached:g} CPU-minutes"
+        curve = ", ".join(f"{value:.3f} after {minutes:g}" for minutes, value in speedrun["curve"])
+        lines += ["", f"**Speedrun**, {speedrun['task']}, AUC {SPEEDRUN_AUC:.2f}: {said} ({curve})."]
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is each idea worth? Tissue-aware crops and masks, the adjacent-slice loss and tissue tokens, on the phantom.
+"""What is each idea worth? The paper's (tissue-aware crops and masks, adjacent slices) and ours, on the phantom.
 
     python -m training.study --size hour --output runs/study --num_proc 2
 
@@ -25,9 +25,10 @@ from threadpoolctl import threadpool_limits
 
 from dataset_scripts.corpus.reader import Corpus
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
-from modeling_mammodino import MammoDinoModel
+from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import write_json
+from training.evaluation.readout import EncoderReader, Reader, whole_features
 from training.evaluation.runs import PREDICTIONS_FILE, RESULT_FILE, is_done, run_jobs, write_parquet
 from training.pretraining.checkpoints import LOG_FILE
 from training.pretraining.export import image_processor
@@ -35,7 +36,9 @@ from training.pretraining.monitoring import read_warnings
 from training.pretraining.networks import random_backbone
 from training.pretraining.recipe import Recipe, load_recipe
 from training.studies.design import HAND_CRAFTED, SIZES, Configuration, Size, configurations, equal_compute_steps
-from training.studies.readout import Evaluator, features_of, hand_crafted_features
+from training.studies.hand_crafted import HandCraftedReader
+from training.studies.phantom_tasks import PhantomImages, predictions
+from training.studies.real_slices import RealSlices
 from training.studies.report import write_study
 
 from .commands import run, shown
@@ -73,22 +76,33 @@ class Study:
     def prepare(self, num_proc: int) -> None:
         """Simulate both archives and build the corpus; what is complete stays."""
         parameters = PhantomParameters(**self.size.phantom)
-        for part, first, count in (
-            ("train", 0, self.size.pretraining_patients),
-            ("test", FIRST_TEST_PATIENT, self.size.test_patients),
+        for part, first, count, views in (
+            ("pretraining", 0, self.size.pretraining_patients, 2),
+            ("learn", self.size.pretraining_patients, self.size.learn_patients, 2),
+            ("test", FIRST_TEST_PATIENT, self.size.test_patients, 1),
         ):
             if not self.labels(part).is_file():
-                write_archive(self.labels(part).parent, count, 0, parameters, num_proc, first)
+                folder = self.labels(part).parent
+                write_archive(folder, count, 0, parameters, num_proc, first, views_per_patient=views)
         if not self.corpus.exists():
-            archive = self.labels("train").parent
+            archive = self.labels("pretraining").parent
             start("dataset_scripts.corpus", archive, "--output", self.corpus, "--collection", "phantom")
 
     @cached_property
-    def evaluator(self) -> Evaluator:
-        """With the images of both archives, read and rendered once in this process."""
-        processor = image_processor(Corpus(self.corpus), self.recipe)
-        learn, test = self.labels("train"), self.labels("test")
-        return Evaluator(learn, test, processor, self.size.slices_per_volume, self.real_slices)
+    def image_processor(self) -> MammoDinoImageProcessor:
+        return image_processor(Corpus(self.corpus), self.recipe)
+
+    @cached_property
+    def images(self) -> tuple[PhantomImages, PhantomImages]:
+        """Of the archives that probes learn from and are tested on, rendered once for all runs."""
+        parts = (self.labels(part) for part in ("learn", "test"))
+        learn, test = (PhantomImages(each, self.image_processor, self.output / "cache") for each in parts)
+        return learn, test
+
+    @cached_property
+    def real(self) -> RealSlices | None:
+        folder = self.real_slices
+        return RealSlices(folder, self.image_processor, self.output / "cache") if folder else None
 
 
 @dataclass
@@ -129,13 +143,11 @@ class Run:
         if steps:
             start("training.pretrain", *arguments)
             self.pass_warnings_on()
-        evaluator, real = self.study.evaluator, {}
-        if self.configuration.name == HAND_CRAFTED:
-            predictions = evaluator.predictions(hand_crafted_features)
-        else:
-            encoder, drops_background = self.trained_or_random(), "tissue tokens" in self.configuration.on
-            predictions = evaluator.predictions(lambda examples: features_of(encoder, examples, drops_background))
-            real = evaluator.on_real_slices(encoder, drops_background)
+        reader = self.reader()
+        found, real = predictions(reader, *self.study.images), {}
+        if self.study.real:
+            orderings = self.study.real.orderings(whole_features(reader, self.study.real.canvases))
+            real = {"neighbors": orderings.to_dict("list")}
         result = {
             "configuration": self.configuration.name,
             "on": sorted(self.configuration.on),
@@ -150,7 +162,7 @@ class Run:
             "real": real,
             "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")},
         }
-        write_parquet(self.output_dir / PREDICTIONS_FILE, predictions)
+        write_parquet(self.output_dir / PREDICTIONS_FILE, found)
         write_json(self.output_dir / RESULT_FILE, result)  # last: where it stands, the run is done
 
     def pass_warnings_on(self) -> None:
@@ -158,11 +170,14 @@ class Run:
         for each in read_warnings(self.pretraining):
             logger.warning("%s: step %d: %s", self.name, each["step"], each["warning"])
 
-    def trained_or_random(self) -> MammoDinoModel:
+    def reader(self) -> Reader:
+        recipe, processor = self.study.recipe, self.study.image_processor
+        if self.configuration.name == HAND_CRAFTED:
+            return HandCraftedReader((recipe.model.image_height, recipe.model.image_width), recipe.model.patch_size)
         if self.configuration.is_trained:
-            return MammoDinoModel.from_pretrained(self.encoder).eval()
+            return EncoderReader(MammoDinoModel.from_pretrained(self.encoder), processor)
         set_seed(self.seed)
-        return random_backbone(self.study.recipe).eval()
+        return EncoderReader(random_backbone(recipe), processor)
 
 
 def summary(log: Path) -> dict[str, float]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from made_inputs import draw_breast, random_encoder
 
+from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoImageProcessor
 from training.leaderboard import main, probabilities, read_tasks
 
@@ -80,16 +81,43 @@ def test_encoders_and_features_stand_in_one_page(table, tmp_path):
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"finding": TASKS["finding"]}))
     random_encoder().save_pretrained(tmp_path / "encoder")
     MammoDinoImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path / "encoder")
-    embedding = list(features_of(table, 9.0).astype(np.float32))
-    pd.DataFrame({"file": table["file"], "embedding": embedding}).to_parquet(tmp_path / "other.parquet")
+    parameters = PhantomParameters(num_slices=4, height_px=96, width_px=64, pixel_spacing_mm=1.9, slice_spacing_mm=9)
+    write_archive(tmp_path / "phantom", 32, parameters=parameters)
+    write_archive(tmp_path / "tested", 24, parameters=parameters, first_patient=100)
     common = ["--labels", tmp_path / "labels.csv", "--tasks", tmp_path / "tasks.yaml", "--num_resamples", 50]
-    models = ["--models", f"ours={tmp_path / 'encoder'}", "--features", f"other={tmp_path / 'other.parquet'}"]
-    main([str(each) for each in [*common, *models, "--output", tmp_path / "results.json"]])
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert list(rows) == ["ours", "untrained ours", "other"]
+    common += ["--phantom", tmp_path / "phantom", tmp_path / "tested", "--cache", tmp_path / "cache"]
+    models = [
+        "--models",
+        f"ours={tmp_path / 'encoder'}",
+        f"untrained=untrained:{tmp_path / 'encoder'}",
+        "hand=hand-crafted",
+    ]
+    about = ["--minutes", "ours=12", "--note", "ours=has seen them", "--speedrun", f"4={tmp_path / 'encoder'}"]
+    main([str(each) for each in [*common, *models, *about, "--output", tmp_path / "results.json"]])
+    result = json.loads((tmp_path / "results.json").read_text())
+    rows = {name: row["scores"] for name, row in result["rows"].items()}
+    assert list(rows) == ["ours", "untrained", "hand"]
     value, low, high = rows["ours"]["finding"]["minus_untrained"]
-    assert value == pytest.approx(rows["ours"]["finding"]["auc"][0] - rows["untrained ours"]["finding"]["auc"][0])
-    assert low <= value <= high and rows["other"]["finding"]["patients"] == 40
+    assert value == pytest.approx(rows["ours"]["finding"]["auc"][0] - rows["untrained"]["finding"]["auc"][0])
+    assert low <= value <= high and rows["hand"]["finding"]["patients"] == 40
+    assert rows["ours"]["phantom lesion"]["images"] == 24 and rows["hand"]["phantom density"]["auc"][0] > 0.5
+    assert result["speedrun"]["curve"] == [[4, rows["ours"]["finding"]["auc"][0]]]
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    main([str(each) for each in [*common, *models, "--output", tmp_path / "again.json"]])
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    again = json.loads((tmp_path / "again.json").read_text())["rows"]
+    assert {name: row["scores"] for name, row in again.items()} == rows
     main(["--results", str(tmp_path / "results.json"), "--output", str(tmp_path / "page.md")])
     text = (tmp_path / "page.md").read_text()
     assert "| ours |" in text and "80 images of 40 patients" in text and "Research use only" in text
+    assert "has seen them" in text and "| 12 |" in text and "phantom cancer" in text
+    assert f"AUC 0.80: not reached ({rows['ours']['finding']['auc'][0]:.3f} after 4)" in text
+
+
+def test_a_source_that_is_neither_folder_nor_known_is_refused_by_name(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,patient,x\n")
+    (tmp_path / "tasks.yaml").write_text("x: {label: x}")
+    common = ["--labels", str(tmp_path / "labels.csv"), "--tasks", str(tmp_path / "tasks.yaml")]
+    with pytest.raises(SystemExit):
+        main([*common, "--models", "a=nowhere", "--output", str(tmp_path / "results.json")])
+    assert not (tmp_path / "results.json").exists()

@@ -11,22 +11,23 @@ import pytest
 from made_inputs import draw_breast, random_encoder
 
 from modeling_mammodino import MammoDinoImageProcessor
+from training.evaluation.readout import NUM_RINGS, EncoderReader
 from training.pretraining.recipe import load_recipe
 from training.studies.design import (
+    CANVAS_ALONE,
     FACTORS,
     FULL,
-    FULL_EQUAL_IMAGES,
     HAND_CRAFTED,
     PLAIN,
-    PLAIN_LARGER_CROPS,
     UNTRAINED,
+    WITHOUT_CROPS,
     Configuration,
     Size,
     configurations,
     equal_compute_steps,
     mean_step_flops,
 )
-from training.studies.readout import RealSlices
+from training.studies.real_slices import RealSlices
 from training.study import SIZES, Run, Study, main
 
 RECIPE = ["study_small", "--output_dir", "unused"]
@@ -35,8 +36,8 @@ SMALL = ["--per_device_train_batch_size", "4", "--max_steps", "20"]
 
 def test_each_idea_is_there_alone_and_left_out():
     found = {each.name: each for each in configurations()}
-    assert len(found) == 6 + 2 * len(FACTORS)
-    assert found[PLAIN].on == frozenset() and found[FULL].on == frozenset(FACTORS) == found[FULL_EQUAL_IMAGES].on
+    assert len(found) == 5 + 2 * len(FACTORS)
+    assert found[PLAIN].on == frozenset() and found[FULL].on == frozenset(FACTORS)
     for factor in FACTORS:
         assert found[f"only {factor}"].on == {factor}
         assert found[f"without {factor}"].on == frozenset(FACTORS) - {factor}
@@ -45,48 +46,37 @@ def test_each_idea_is_there_alone_and_left_out():
 def test_what_is_off_is_off_in_the_recipe_and_all_else_is_equal():
     arguments = [*RECIPE, "--corpus", "unused"]
     full = load_recipe(arguments).flat()
-    assert full["tissue_aware_crops"] and full["tissue_aware_masks"] and full["tissue_tokens"]
-    assert full["adjacent_slice_weight"] > 0
-    off = {
-        "tissue-aware crops": {"tissue_aware_crops"},
-        "tissue-aware masks": {"tissue_aware_masks"},
-        "adjacent slices": {"adjacent_slice_weight", "adjacent_patch_weight"},
-        "tissue tokens": {"tissue_tokens"},
-    }
+    off = {name: set(settings) for name, settings in FACTORS.items()}
+    assert all(full[name] for names in off.values() for name in names)
     for each in configurations():
-        if each.name == PLAIN_LARGER_CROPS:
-            continue
         recipe = load_recipe(arguments + each.overrides()).flat()
         changed = {name for name in recipe if recipe[name] != full[name]}
         allowed = set().union(*(off[factor] for factor in FACTORS if factor not in each.on))
-        assert changed <= allowed and all(not recipe[name] for name in allowed)
+        allowed |= set(WITHOUT_CROPS) if each.without_crops else set()
+        assert changed == allowed and all(not recipe[name] for name in allowed)
 
 
-def test_plain_with_larger_crops_differs_from_plain_in_their_scale_alone():
-    found = {each.name: load_recipe([*RECIPE, "--corpus", "unused", *each.overrides()]).flat()
-             for each in configurations() if each.name in (PLAIN, PLAIN_LARGER_CROPS)}  # fmt: skip
-    plain, larger = found[PLAIN], found[PLAIN_LARGER_CROPS]
-    assert {name for name in plain if plain[name] != larger[name]} == {"global_crop_scale", "local_crop_scale"}
-    for name in ("global_crop_scale", "local_crop_scale"):
-        assert all(large > small for small, large in zip(plain[name], larger[name], strict=True))
+def test_without_crops_nothing_but_canvases_is_learned_from():
+    canvas_alone = next(each for each in configurations() if each.name == CANVAS_ALONE)
+    recipe = load_recipe([*RECIPE, "--corpus", "unused", *canvas_alone.overrides()])
+    assert recipe.uses_canvas and recipe.uses_view_groups and not recipe.uses_crops
 
 
 @pytest.mark.slow
 def test_equal_compute_is_equal(phantom_corpus):
     arguments = [*RECIPE, "--corpus", str(phantom_corpus), *SMALL]
-    size = Size("study_small", 0, 0, plain_steps=1000)
-    everything = frozenset(FACTORS)
+    size = Size("study_small", 0, 0, 0, plain_steps=1000)
     spent = {}
     for each in (Configuration(PLAIN, frozenset()), Configuration("slices", frozenset({"adjacent slices"})),
-                 Configuration("tokens", frozenset({"tissue tokens"}))):  # fmt: skip
+                 Configuration("tokens", frozenset({"tissue tokens"})),
+                 Configuration("dense", frozenset({"dense regression"}))):  # fmt: skip
         steps = equal_compute_steps(size, each, arguments)
         spent[each.name] = steps * mean_step_flops(load_recipe(arguments + each.overrides()))
-        if each.name == "slices":
-            assert steps < 1000  # pairs of slices cost
+        if each.name in ("slices", "dense"):
+            assert steps < 1000  # pairs of slices and canvases cost
         if each.name == "tokens":
             assert steps > 1000  # background costs nothing
     np.testing.assert_allclose(list(spent.values()), spent[PLAIN], rtol=2e-3)
-    assert equal_compute_steps(size, Configuration("", everything, equal_images=True), arguments) == 1000
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +89,17 @@ def slices(tmp_path_factory) -> RealSlices:
         for number in (10, 13) if patient < 2 else (5,):
             name = f"{patient}-{number}.png"
             noise = np.random.default_rng(number).normal(0, 60, image.shape)
-            cv2.imwrite(str(folder / name), np.where(image > 500, image + noise, image).clip(0, 4095).astype(np.uint16))
-            rows.append((name, f"P{patient}", f"S{patient}", "lcc", number if patient != 6 else None, 4.0))
-    columns = ["file", "PatientID", "StudyUID", "View", "Slice", "X"]
+            (folder / "slices").mkdir(exist_ok=True)
+            cv2.imwrite(
+                str(folder / "slices" / name),
+                np.where(image > 500, image + noise, image).clip(0, 4095).astype(np.uint16),
+            )
+            box = (30, 60, 12, 12) if patient < 3 else (None,) * 4
+            rows.append((name, f"P{patient}", f"S{patient}", "lcc", number if patient != 6 else None, *box))
+    columns = ["file", "PatientID", "StudyUID", "View", "Slice", "X", "Y", "Width", "Height"]
     pd.DataFrame(rows, columns=columns).to_csv(folder / "slices.csv", index=False)
     processor = MammoDinoImageProcessor(size={"height": 112, "width": 112}, patch_size=14)
-    return RealSlices(folder / "slices.csv", folder, processor)
+    return RealSlices(folder, processor)
 
 
 def test_pairs_are_of_one_volume(slices):
@@ -141,25 +136,30 @@ def test_orderings_by_hand(slices):
     assert (slices.orderings(volumes)["ordering_auc"] == 1).all()
 
 
-def test_features_of_a_real_encoder(slices):
+def test_features_of_whole_slices_and_of_places_with_and_without_a_box(slices):
     encoder = random_encoder(image_size=112)
-    assert slices.features(encoder, True).shape == (len(slices.table), 2 * encoder.config.hidden_size)
+    found = slices.features(EncoderReader(encoder, MammoDinoImageProcessor(size={"height": 112, "width": 112})))
+    width = encoder.config.hidden_size
+    assert found["whole"].shape == (len(slices.table), width)
+    assert found["region"].shape == (len(slices.table), NUM_RINGS * width) and np.isfinite(found["region"]).all()
+    assert slices.has_lesion.tolist() == [True] * 5 + [False] * 4
 
 
 @pytest.mark.slow
 def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
     tiny = dataclasses.replace(
-        SIZES["minutes"], pretraining_patients=20, test_patients=16, plain_steps=2,
+        SIZES["minutes"], pretraining_patients=12, learn_patients=16, test_patients=16, plain_steps=2,
         phantom=SIZES["minutes"].phantom | {"num_slices": 4, "height_px": 96, "width_px": 64, "pixel_spacing_mm": 1.9,
                                              "slice_spacing_mm": 9.0},
     )  # fmt: skip
     monkeypatch.setitem(SIZES, "minutes", tiny)
-    arguments = ["--size", "minutes", "--output", str(tmp_path), "--only", PLAIN, FULL, UNTRAINED, HAND_CRAFTED]
+    arguments = ["--size", "minutes", "--output", str(tmp_path), "--only", PLAIN, FULL, CANVAS_ALONE, UNTRAINED,
+                 HAND_CRAFTED]  # fmt: skip
     main(arguments)
     page = (tmp_path / "report.md").read_text()
     assert f"{FULL} - {PLAIN}" in page and "Research use only" in page and (tmp_path / "report.png").is_file()
     results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    assert len(results) == 4
+    assert len(results) == 5
     steps = {}
     for path in results:
         result = json.loads(path.read_text())

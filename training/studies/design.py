@@ -18,13 +18,13 @@ FACTORS = {
     "tissue-aware masks": {"tissue_aware_masks": "false"},
     "adjacent slices": {"adjacent_slice_weight": "0", "adjacent_patch_weight": "0"},
     "tissue tokens": {"tissue_tokens": "false"},
+    "dense regression": {"dense_statistics_weight": "0", "dense_components_weight": "0"},
+    "agreement of views": {"breast_weight": "0", "patient_weight": "0", "views_per_patient": "0"},
 }
 UNTRAINED, PLAIN, FULL = "untrained", "plain DINOv2", "MammoDINO"
 HAND_CRAFTED = "hand-crafted"  # features without an encoder: how much there is to see
-FULL_EQUAL_IMAGES = "MammoDINO, equal images"
-PLAIN_LARGER_CROPS = "plain DINOv2, larger crops"
-# the recipe's crops are chosen for all ideas together; by trials, plain DINOv2 does better with these
-LARGER_CROPS = ("--global_crop_scale", "0.15", "0.6", "--local_crop_scale", "0.03", "0.15")
+CANVAS_ALONE = "without DINO and iBOT"  # as the recipe small_data learns
+WITHOUT_CROPS = {"dino_weight": "0", "ibot_weight": "0", "koleo_weight": "0", **FACTORS["adjacent slices"]}
 COUNTED_STEPS = 12  # batches from which a configuration's mean cost of a step is counted
 
 
@@ -33,19 +33,21 @@ class Size:
     """How much is simulated and trained."""
 
     recipe: str  # of training/recipes, every idea on
-    pretraining_patients: int  # simulated; the probes learn from the same
-    test_patients: int
+    pretraining_patients: int  # simulated, both views of a breast
+    learn_patients: int  # that the probes learn from, both views of a breast
+    test_patients: int  # a view each
     plain_steps: int  # of plain DINOv2; the others get as many as its compute allows
     seeds: tuple[int, ...] = (0, 1, 2)
     phantom: dict[str, Any] = field(default_factory=dict)  # PhantomParameters other than the defaults
-    slices_per_volume: int = 1  # that the probes see of a whole breast
 
 
 SIZES = {
-    "minutes": Size("study_small", 24, 16, 4, (0,), {"num_slices": 6, "height_px": 128, "width_px": 96}),
-    "hour": Size("study_small", 1000, 1000, 200),
-    "evening": Size("study_small", 1000, 1000, 1000),
-    "night": Size("vits14_single_gpu", 4000, 1500, 5000, phantom={"num_slices": 40, "height_px": 512, "width_px": 320}),
+    "minutes": Size("study_small", 24, 16, 16, 4, (0,), {"num_slices": 6, "height_px": 128, "width_px": 96}),
+    "hour": Size("study_small", 200, 300, 600, 60),
+    "evening": Size("study_small", 500, 500, 1000, 1000),
+    "night": Size(
+        "vits14_single_gpu", 2000, 2000, 1500, 5000, phantom={"num_slices": 40, "height_px": 512, "width_px": 320}
+    ),
 }
 
 
@@ -55,14 +57,14 @@ class Configuration:
 
     name: str
     on: frozenset[str]  # of FACTORS
-    equal_images: bool = False  # as many steps as plain DINOv2, whatever they cost
     is_trained: bool = True
-    more: tuple[str, ...] = ()  # arguments of its own, beside what switches ideas off
+    without_crops: bool = False  # no DINO, iBOT and KoLeo: what is learned from canvases alone
 
     def overrides(self) -> list[str]:
         """Return the recipe's overrides on the command line."""
         off = [setting for factor, settings in FACTORS.items() if factor not in self.on for setting in settings.items()]
-        return [part for name, value in off for part in (f"--{name}", value)] + list(self.more)
+        off += WITHOUT_CROPS.items() if self.without_crops else ()
+        return [part for name, value in off for part in (f"--{name}", value)]
 
 
 def configurations() -> Iterator[Configuration]:
@@ -70,20 +72,17 @@ def configurations() -> Iterator[Configuration]:
     everything = frozenset(FACTORS)
     yield Configuration(PLAIN, frozenset())
     yield Configuration(FULL, everything)
-    yield Configuration(PLAIN_LARGER_CROPS, frozenset(), more=LARGER_CROPS)
+    yield Configuration(CANVAS_ALONE, everything - {"adjacent slices"}, without_crops=True)
     yield from (Configuration(f"without {factor}", everything - {factor}) for factor in FACTORS)
     yield from (Configuration(f"only {factor}", frozenset({factor})) for factor in FACTORS)
     yield Configuration(UNTRAINED, everything, is_trained=False)  # random weights: what looking at pixels gives
     yield Configuration(HAND_CRAFTED, frozenset(), is_trained=False)
-    yield Configuration(FULL_EQUAL_IMAGES, everything, equal_images=True)
 
 
 def equal_compute_steps(size: Size, configuration: Configuration, recipe_arguments: list[str]) -> int:
     """Return the steps that cost as much as `size.plain_steps` of plain DINOv2, by their matrix products."""
     if not configuration.is_trained:
         return 0
-    if configuration.equal_images:
-        return size.plain_steps
     plain = Configuration(PLAIN, frozenset())
     costs = [mean_step_flops(load_recipe(recipe_arguments + each.overrides())) for each in (plain, configuration)]
     return round(size.plain_steps * costs[0] / costs[1])
@@ -91,11 +90,10 @@ def equal_compute_steps(size: Size, configuration: Configuration, recipe_argumen
 
 def mean_step_flops(recipe: Recipe) -> float:
     """Return the cost of a forward in FLOP, the mean over this recipe's first batches; nothing is trained."""
-    run, loss, batch_size = recipe.run, recipe.loss, recipe.run.per_device_train_batch_size
-    slice_pairs = loss.adjacent_slice_weight > 0 or loss.adjacent_patch_weight > 0
-    views = PretrainingViews(
-        Corpus(run.corpus), recipe.views, recipe.model.patch_size, run.seed, batch_size, slice_pairs
-    )
+    run, model, batch_size = recipe.run, recipe.model, recipe.run.per_device_train_batch_size
+    canvas = (model.image_height, model.image_width) if recipe.uses_canvas else None
+    drawn = recipe.uses_slice_pairs, recipe.uses_crops, canvas
+    views = PretrainingViews(Corpus(run.corpus), recipe.views, model.patch_size, run.seed, batch_size, *drawn)
     config, costs = random_backbone(recipe).config, []
     for forward in range(run.max_steps * run.gradient_accumulation_steps)[:COUNTED_STEPS]:
         batch = collate([views[forward * batch_size + index] for index in range(batch_size)])

@@ -15,22 +15,21 @@ from training.evaluation.reports import excludes_zero, format_interval, markdown
 from training.evaluation.runs import PREDICTIONS_FILE, RESULT_FILE, QueuedJob
 from training.evaluation.significance import TaskScores, score_task
 
-from .design import FACTORS, FULL, FULL_EQUAL_IMAGES, HAND_CRAFTED, PLAIN, PLAIN_LARGER_CROPS, UNTRAINED
-from .readout import HEADS, TASKS
+from .design import CANVAS_ALONE, FACTORS, FULL, HAND_CRAFTED, PLAIN, UNTRAINED
+from .phantom_tasks import HEADS, TASKS
 
 NUM_RESAMPLES = 1000
 NEAR_SLICES = 10  # of BCS-DBT, whose slices are 1 mm apart: our choice
-MAIN_TASKS = tuple(task.name for task in TASKS.values() if task.is_main)
 REAL_COLUMNS = (
     "configuration", f"neighbors to {NEAR_SLICES} mm, AUC", "all pairs, AUC", "worst pair", "similarity of pairs",
-    "highest of others", "lesion, AUC",
+    "highest of others",
 )  # fmt: skip
 # label, a, b of the differences a - b: of everything on, of each idea alone, and of yardsticks
 DIFFERENCES = (
-    *((f"{FULL} - {other}", FULL, other) for other in (PLAIN, PLAIN_LARGER_CROPS)),
+    (f"{FULL} - {PLAIN}", FULL, PLAIN),
+    *((f"{CANVAS_ALONE} - {other}", CANVAS_ALONE, other) for other in (PLAIN, FULL)),
     *((f"{FULL} - without {factor}", FULL, f"without {factor}") for factor in FACTORS),
     *((f"only {factor} - {PLAIN}", f"only {factor}", PLAIN) for factor in FACTORS),
-    (f"{FULL_EQUAL_IMAGES} - {PLAIN}", FULL_EQUAL_IMAGES, PLAIN),
     (f"{FULL} - {UNTRAINED}", FULL, UNTRAINED),
     (f"{PLAIN} - {UNTRAINED}", PLAIN, UNTRAINED),
     (f"{HAND_CRAFTED} - {FULL}", HAND_CRAFTED, FULL),
@@ -66,7 +65,6 @@ def write_study(output: Path, runs: Sequence[QueuedJob], report: Path) -> Path:
         settings=done[0][0]["settings"],
         seeds=", ".join(map(str, sorted(results["seed"].unique()))),
         names=names,
-        equal_images=FULL_EQUAL_IMAGES,
         num_resamples=NUM_RESAMPLES,
         image=image.name,
         differences={head: difference_table(scores, compared, head) for head in HEADS},
@@ -98,11 +96,11 @@ def difference_table(scores: Scores, compared: list[tuple[str, str, str]], head:
     """Return the differences as a table, bold where the interval excludes zero."""
     rows = []
     for label, a, b in compared:
-        found = [scores[task, head].difference(a, b)[0] for task in MAIN_TASKS]
+        found = [scores[task, head].difference(a, b)[0] for task in TASKS]
         cells = [format_interval(each, signed=True) for each in found]
         bold = [f"**{cell}**" if excludes_zero(each) else cell for cell, each in zip(cells, found, strict=True)]
         rows.append([label, *bold])
-    return table(["difference", *MAIN_TASKS], rows)
+    return table(["difference", *TASKS], rows)
 
 
 def verdicts(scores: Scores, compared: list[tuple[str, str, str]]) -> str:
@@ -110,7 +108,7 @@ def verdicts(scores: Scores, compared: list[tuple[str, str, str]]) -> str:
     lines = []
     for label, a, b in compared:
         found: dict[str, list[str]] = {"better": [], "worse": []}
-        for task in MAIN_TASKS:
+        for task in TASKS:
             for head in HEADS:
                 apart, _ = scores[task, head].difference(a, b)
                 if excludes_zero(apart):
@@ -136,7 +134,11 @@ def pretraining_table(results: pd.DataFrame, names: list[str]) -> str:
     for name in names:
         runs = results[results["configuration"] == name]
         if runs["steps"].any():
-            last = pd.DataFrame(runs["pretraining"].tolist())[["target_information", "feature_rank"]].mean()
+            last = (
+                pd.DataFrame(runs["pretraining"].tolist())
+                .reindex(columns=["target_information", "feature_rank"])
+                .mean()
+            )
             steps, information, rank = runs["steps"].mean(), last["target_information"], last["feature_rank"]
             rows.append([name, f"{steps:.0f}", f"{information:.3f}", f"{rank:.1f}"])
     return table(["configuration", "steps", "target information", "rank"], rows)
@@ -158,9 +160,8 @@ def real_figures(results: pd.DataFrame, names: list[str]) -> dict[str, Any]:
         frames = [pd.DataFrame(each["neighbors"]) for each in of_name]
         means = pd.concat(frames)[["ordering_auc", "similarity", "nearest_other"]].mean()
         worst = min(frame["ordering_auc"].min() for frame in frames)
-        lesion = np.mean([each["lesion_auc"] for each in of_name])
         close = np.mean([frame["ordering_auc"][near].mean() for frame in frames])
-        cells = (close, means["ordering_auc"], worst, means["similarity"], means["nearest_other"], lesion)
+        cells = (close, means["ordering_auc"], worst, means["similarity"], means["nearest_other"])
         rows.append([name, *(f"{cell:.4f}" for cell in cells)])
     return {
         "pairs": len(pairs),
@@ -170,8 +171,6 @@ def real_figures(results: pd.DataFrame, names: list[str]) -> dict[str, Any]:
         "near": near.sum(),
         "near_patients": pairs["patient"][near].nunique(),
         "near_slices": NEAR_SLICES,
-        "with_lesion": first["num_with_lesion"],
-        "without_lesion": first["num_slices"] - first["num_with_lesion"],
         "table": table(REAL_COLUMNS, rows),
     }
 
@@ -179,9 +178,9 @@ def real_figures(results: pd.DataFrame, names: list[str]) -> dict[str, Any]:
 def draw_differences(scores: Scores, compared: list[tuple[str, str, str]], output: Path) -> None:
     """Draw differences between encoders with their intervals, a panel a task, linear head."""
     rows = [each for each in compared if HAND_CRAFTED not in each]  # so far away that it would hide the others
-    figure = Figure(figsize=(3.1 * len(MAIN_TASKS) + 2.5, 0.42 * len(rows) + 1.4), layout="constrained")
-    panels = figure.subplots(1, len(MAIN_TASKS), sharey=True, squeeze=False)[0]
-    for panel, task in zip(panels, MAIN_TASKS, strict=True):
+    figure = Figure(figsize=(3.1 * len(TASKS) + 2.5, 0.42 * len(rows) + 1.4), layout="constrained")
+    panels = figure.subplots(1, len(TASKS), sharey=True, squeeze=False)[0]
+    for panel, task in zip(panels, TASKS, strict=True):
         for number, (_, a, b) in enumerate(rows):
             found, _ = scores[task, "linear"].difference(a, b)
             color = "#1b7f4d" if found.low > 0 else "#b3372f" if found.high < 0 else "#777777"
