@@ -43,7 +43,7 @@ class Size:
 
 SIZES = {
     "minutes": Size("study_small", 24, 16, 16, 4, (0,), {"num_slices": 6, "height_px": 128, "width_px": 96}),
-    "hour": Size("study_small", 200, 300, 600, 60),
+    "hour": Size("study_small", 200, 300, 600, 200),
     "evening": Size("study_small", 500, 500, 1000, 1000),
     "night": Size(
         "vits14_single_gpu", 2000, 2000, 1500, 5000, phantom={"num_slices": 40, "height_px": 512, "width_px": 320}
