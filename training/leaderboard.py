@@ -327,7 +327,7 @@ def score_table(rows: dict[str, dict[str, Any]], tasks: list[str]) -> list[str]:
 
 
 def cell(score: dict[str, Any]) -> str:
-    if score["auc"][1] is None:
+    if score["auc"][0] is not None and score["auc"][1] is None:
         return f"{score['auc'][0]:.3f}"
     difference = score.get("minus_untrained")
     return format_interval(score["auc"]) + (f"; {format_interval(difference, signed=True)}" if difference else "")
