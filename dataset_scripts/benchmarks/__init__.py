@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import modeling_mammodino
 
-from . import bcs_dbt, cbis_ddsm, cdd_cesm, cmmd, labels, phantom, rsna, vindr_mammo
+from . import bcs_dbt, cbis_ddsm, cdd_cesm, cmmd, embed_open_data, labels, phantom, rsna, vindr_mammo
 from .index import Benchmark
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 BUILDER = "dataset_scripts.benchmarks.builder"  # imported when it is asked for
 BENCHMARKS: dict[str, Benchmark] = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (rsna, vindr_mammo, cbis_ddsm, cmmd, cdd_cesm, bcs_dbt, phantom)
+    for module in (rsna, vindr_mammo, cbis_ddsm, cmmd, cdd_cesm, bcs_dbt, embed_open_data, phantom)
 }
 
 

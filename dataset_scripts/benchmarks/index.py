@@ -79,12 +79,13 @@ def make_index(rows: pd.DataFrame | list[dict], name: str) -> pd.DataFrame:
 
     Raises ValueError for an unknown key, a repeated image_id or a value out of range, naming image and column.
     """
-    rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
-    index = pd.DataFrame(rows, columns=[*SCHEMA, *({key for row in rows for key in row} - set(SCHEMA))])
-    if extra := [column for column in index if column not in SCHEMA]:
+    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
+    if extra := [column for column in table if column not in SCHEMA]:
         raise ValueError(f"{name}: {', '.join(map(str, extra))}: no column of the schema")
+    index = table.reindex(columns=list(SCHEMA)).reset_index(drop=True)
     for column in ("lesion_types", "boxes"):
-        index[column] = index[column].astype(object).where(index[column].notna(), None)
+        cells = index[column].tolist()  # lists, also where pandas keeps them as arrays
+        index[column] = pd.Series([cell if isinstance(cell, list) else None for cell in cells], dtype=object)
     index = index.astype({column: kind for column, kind in SCHEMA.items() if kind != "object"})
     for column, allowed in ALLOWED.items():
         wrong = index[column].notna() & ~index[column].isin(allowed)
@@ -364,15 +365,20 @@ def find_file(data_dir: Path, names: Sequence[str], remedy: str) -> Path:
 
 
 def read_csv(path: Path, columns: Columns, remedy: str, optional: Columns = ()) -> MetadataTable:
-    """Read a CSV file with at least `columns`; columns that are not named are left out.
+    """Read a CSV file with at least `columns`; of wide files, columns that are not named are not read.
 
     Raises ValueError naming file, column and remedy.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, pd.errors.ParserError) as error:  # empty file, broken quotes, not text
-        raise ValueError(f"{path}: not a CSV file ({type(error).__name__}); {remedy}") from error
-    return _select(MetadataTable(path, table, remedy), columns, optional)
+
+    def read(**options: Any) -> MetadataTable:
+        try:
+            rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", **options)
+        except (ValueError, pd.errors.ParserError) as error:  # empty file, broken quotes, not text
+            raise ValueError(f"{path}: not a CSV file ({type(error).__name__}); {remedy}") from error
+        return MetadataTable(path, rows, remedy)
+
+    sources = _sources(read(nrows=0), columns, optional)
+    return _select(read(usecols=list(set(sources.values()))), sources)
 
 
 def read_sheets(path: Path, columns: Mapping[str, Columns], remedy: str) -> dict[str, MetadataTable]:
@@ -388,21 +394,28 @@ def read_sheets(path: Path, columns: Mapping[str, Columns], remedy: str) -> dict
         matching = [sheet for sheet in sheets if _plain(sheet) == _plain(name)]
         if not matching:
             raise ValueError(f"{path}: no sheet {name!r}; it has {', '.join(map(repr, sheets))}; {remedy}")
-        found[name] = _select(MetadataTable(path, sheets[matching[0]], remedy, name), of_sheet)
+        sheet = MetadataTable(path, sheets[matching[0]], remedy, name)
+        found[name] = _select(sheet, _sources(sheet, of_sheet))
     return found
 
 
-def _select(table: MetadataTable, columns: Columns, optional: Columns = ()) -> MetadataTable:
+def _sources(table: MetadataTable, columns: Columns, optional: Columns = ()) -> dict[str, str]:
+    """Return the table's name of each column. Raises ValueError where one is not there that is not optional."""
     spelt = {_plain(name): name for name in reversed(table.rows.columns)}  # the first where two are alike
-    kept = {}
+    sources = {}
     for wanted, is_required in ((columns, True), (optional, False)):
         for name, spellings in (wanted if isinstance(wanted, Mapping) else {each: [each] for each in wanted}).items():
             source = next((spelt[_plain(each)] for each in spellings if _plain(each) in spelt), None)
             if source is not None:
-                kept[name] = table.rows[source].fillna("").astype(str).str.strip()
+                sources[name] = source
             elif is_required:
                 has = ", ".join(map(str, table.rows.columns))
                 raise ValueError(f"{table.place}: no column {' or '.join(spellings)}; it has {has}; {table.remedy}")
+    return sources
+
+
+def _select(table: MetadataTable, sources: Mapping[str, str]) -> MetadataTable:
+    kept = {name: table.rows[source].fillna("").astype(str).str.strip() for name, source in sources.items()}
     rows = pd.DataFrame(kept).reset_index(drop=True)
     if rows.empty:
         raise ValueError(f"{table.place}: no rows; {table.remedy}")

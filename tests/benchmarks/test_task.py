@@ -232,7 +232,7 @@ def test_as_datasets(phantom_archive):
 
 
 def test_every_data_set_is_known_and_its_definitions_can_be_told_apart():
-    names = ["rsna", "vindr_mammo", "cbis_ddsm", "cmmd", "cdd_cesm", "bcs_dbt", "phantom"]
+    names = ["rsna", "vindr_mammo", "cbis_ddsm", "cmmd", "cdd_cesm", "bcs_dbt", "embed_open_data", "phantom"]
     assert list(BENCHMARKS) == names and get_benchmark("table").name == "table"
     for benchmark in BENCHMARKS.values():
         of = [(each.task, each.name) for each in benchmark.definitions]
