@@ -20,7 +20,7 @@ import pandas as pd
 
 from . import get_benchmark
 from .index import SCHEMA, SPLITS, Benchmark, Box, Definition
-from .labels import TABLE, table_benchmark
+from .labels import ABOUT, TABLE, table_benchmark
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +148,11 @@ def load_task(
     """
     data_dir = Path(data_dir).absolute()
     benchmark = open_benchmark(name, data_dir)
-    chosen = benchmark.definition(task, definition)
-    chosen = chosen.in_order(classes) if classes else chosen
+    try:
+        chosen = benchmark.definition(task, definition)
+        chosen = chosen.in_order(classes) if classes else chosen
+    except ValueError as error:
+        raise (ValueError(f"{data_dir}: {error}; {ABOUT}") if name == TABLE else error) from None
     index = located(benchmark, data_dir)
     label = class_numbers(chosen, index)
     has_split = index["split"].notna() | index["split"].isna().all()
