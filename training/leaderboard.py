@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--speedrun", nargs="+", default=[], metavar="MINUTES=FOLDER", help="encoders along one run")
     parser.add_argument("--canvas", help="folder whose image processor serves lite0 and hand-crafted features")
     parser.add_argument("--cache", type=user_path, help="folder that keeps images and features for the next call")
+    parser.add_argument("--bf16", action="store_true", help="encoders in bfloat16 autocast: half the time on some CPUs")
     parser.add_argument("--results", nargs="+", type=user_path, default=[], help="JSON files to make the page from")
     parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap resamples (default 1000)")
     parser.add_argument("--output", type=user_path, required=True, help="JSON of results, or the page")
@@ -142,12 +143,12 @@ class Leaderboard:
         """Return features of the images of "labels" (NaN where a file cannot be used), "dbt" or "phantom"; from the
         cache where they are there."""
         folder, key = self.options.cache, self.processor_of(source)
-        settings = json.dumps([identity(source), key, str(getattr(self.options, part))])
+        settings = json.dumps([identity(source), key, str(getattr(self.options, part)), self.options.bf16])
         path = folder / f"features-{part}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.npz" if folder else None
         if path and path.is_file():
             with np.load(path) as kept:
                 return dict(kept)
-        reader, images = open_reader(source, self.processors[key]), self.images(key, part)
+        reader, images = open_reader(source, self.processors[key], self.options.bf16), self.images(key, part)
         if part == "labels":
             found = {"whole": features_of_files(reader, images)}
         elif part == "dbt":
@@ -233,7 +234,7 @@ def read_tasks(path: Path) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def open_reader(source: str, processor: MammoDinoImageProcessor) -> Reader:
+def open_reader(source: str, processor: MammoDinoImageProcessor, bf16: bool = False) -> Reader:
     """Return what makes a row's features."""
     if source == "hand-crafted":
         return HandCraftedReader((processor.size["height"], processor.size["width"]), processor.patch_size)
@@ -242,8 +243,8 @@ def open_reader(source: str, processor: MammoDinoImageProcessor) -> Reader:
     if source.startswith(UNTRAINED):
         torch.manual_seed(0)
         config = MammoDinoModel.config_class.from_pretrained(source.removeprefix(UNTRAINED))
-        return EncoderReader(MammoDinoModel(config), processor)
-    return EncoderReader(MammoDinoModel.from_pretrained(source), processor)
+        return EncoderReader(MammoDinoModel(config), processor, bf16)
+    return EncoderReader(MammoDinoModel.from_pretrained(source), processor, bf16)
 
 
 def identity(source: str) -> str:

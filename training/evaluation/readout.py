@@ -60,16 +60,20 @@ class Reader(Protocol):
 class EncoderReader:
     """A MammoDINO encoder. Background is dropped; of a region the tokens of its window are encoded, in their places."""
 
-    def __init__(self, encoder: MammoDinoModel, processor: MammoDinoImageProcessor):
-        self.encoder, self.patch_size = encoder.eval(), processor.patch_size
+    def __init__(self, encoder: MammoDinoModel, processor: MammoDinoImageProcessor, bf16: bool = False):
+        self.encoder, self.patch_size, self.bf16 = encoder.eval(), processor.patch_size, bf16
         self.mean, self.std = processor.mean_and_std
 
     def whole(self, pixels: torch.Tensor, tissue: torch.Tensor) -> torch.Tensor:
-        return self.encoder((pixels - self.mean) / self.std, tissue_mask=tissue).last_hidden_state[:, 0]
+        return self._states(pixels, tissue)[:, 0]
 
     def places(self, pixels: torch.Tensor, tissue: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        states = self.encoder((pixels - self.mean) / self.std, tissue_mask=wanted.float()).last_hidden_state
+        states = self._states(pixels, wanted.float())
         return states[:, 1 + self.encoder.config.num_register_tokens :].unflatten(1, tuple(wanted.shape[1:]))
+
+    def _states(self, pixels: torch.Tensor, tissue: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.encoder((pixels - self.mean) / self.std, tissue_mask=tissue).last_hidden_state
 
 
 def render(
