@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import command_line, user_path
@@ -43,6 +44,7 @@ from training.evaluation.readout import (
     whole_features,
 )
 from training.evaluation.reports import format_interval, markdown_table
+from training.pretraining.checkpoints import CONFIG_FILE, RECIPE_FILE
 from training.studies.hand_crafted import HandCraftedReader
 from training.studies.phantom_tasks import TASKS as PHANTOM_TASKS
 from training.studies.phantom_tasks import PhantomImages
@@ -54,7 +56,7 @@ TASK_FIELDS = {"label", "where", "difference"}
 NEIGHBORS, BOXED = "real DBT neighbors, ordering", "real DBT, boxed places against others"
 ABOUT = {"configuration": "", "minutes": "CPU-minutes", "note": ""}
 SPEEDRUN_AUC = 0.80
-UNTRAINED = "untrained:"
+UNTRAINED, TEACHER = "untrained:", "teacher.safetensors"
 PROVENANCE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 
 
@@ -67,7 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--phantom", nargs="+", type=user_path, help="one or two archives of simulated breasts")
     for name in ("configuration", "minutes", "note"):
         parser.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME=TEXT", help="a column of these rows")
-    parser.add_argument("--speedrun", nargs="+", default=[], metavar="MINUTES=FOLDER", help="encoders along one run")
+    parser.add_argument(
+        "--speedrun", metavar="RUN=MINUTES", help="a run's output_dir with its checkpoints, and its cost"
+    )
     parser.add_argument("--canvas", help="folder whose image processor serves lite0 and hand-crafted features")
     parser.add_argument("--cache", type=user_path, help="folder that keeps images and features for the next call")
     parser.add_argument("--bf16", action="store_true", help="encoders in bfloat16 autocast: half the time on some CPUs")
@@ -108,13 +112,13 @@ class Leaderboard:
             logger.info("%s: %s", name, {task: each["auc"][0] for task, each in rows[name]["scores"].items()})
         result: dict[str, Any] = {"rows": rows}
         if options.speedrun:
-            task = next(iter(self.tasks))
-            curve = [(float(minutes), self.answers(folder, (task,))[task])
-                     for minutes, folder in (item.split("=", 1) for item in options.speedrun)]  # fmt: skip
-            result["speedrun"] = {
-                "task": task,
-                "curve": [[minutes, self.score(found, None)["auc"][0]] for minutes, found in sorted(curve)],
-            }
+            run, total = options.speedrun.rsplit("=", 1)
+            task, curve = next(iter(self.tasks)), []
+            for checkpoint in sorted(Path(run).glob("checkpoint-*"), key=step_of):
+                steps = yaml.safe_load((checkpoint / RECIPE_FILE).read_text())["max_steps"]
+                found = self.score(self.answers(str(checkpoint), (task,))[task], None)["auc"][0]
+                curve.append([round(float(total) * step_of(checkpoint) / steps, 1), found])
+            result["speedrun"] = {"run": Path(run).name, "task": task, "curve": curve}
         return result
 
     def answers(self, source: str, only: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -169,6 +173,8 @@ class Leaderboard:
             folder = self.options.canvas or next((each for each in others if Path(each).is_dir()), "")
             if folder == "" or source not in ("hand-crafted", "lite0"):
                 raise ValueError(f"{source}: no such folder; give an encoder's, hand-crafted or lite0 (with --canvas)")
+        if (Path(folder) / TEACHER).is_file():  # a checkpoint of a run
+            folder = str(Path(folder).parent / "encoder")
         processor = MammoDinoImageProcessor.from_pretrained(folder)
         key = json.dumps(processor.to_dict(), sort_keys=True, default=str)
         self.processors.setdefault(key, processor)
@@ -200,7 +206,7 @@ class Leaderboard:
         )
         said = f"{config.hidden_size} x {config.num_hidden_layers}, patch {config.patch_size}, "
         said += f"{size['height']} x {size['width']} px"
-        recipe = folder / "recipe.yaml"
+        recipe = folder / RECIPE_FILE
         if self.is_encoder(source) and recipe.is_file():
             values = yaml.safe_load(recipe.read_text())
             said += f"; {values['max_steps']:,} steps of {values['per_device_train_batch_size']}"
@@ -244,6 +250,11 @@ def open_reader(source: str, processor: MammoDinoImageProcessor, bf16: bool = Fa
         torch.manual_seed(0)
         config = MammoDinoModel.config_class.from_pretrained(source.removeprefix(UNTRAINED))
         return EncoderReader(MammoDinoModel(config), processor, bf16)
+    if (teacher := Path(source) / TEACHER).is_file():
+        encoder = MammoDinoModel(MammoDinoModel.config_class.from_json_file(teacher.with_name(CONFIG_FILE)))
+        weights = {name.removeprefix("backbone."): each for name, each in load_file(teacher).items()}
+        encoder.load_state_dict({name: each for name, each in weights.items() if name in encoder.state_dict()})
+        return EncoderReader(encoder, processor, bf16)
     return EncoderReader(MammoDinoModel.from_pretrained(source), processor, bf16)
 
 
@@ -252,8 +263,12 @@ def identity(source: str) -> str:
     if source.startswith(UNTRAINED):
         config = MammoDinoModel.config_class.from_pretrained(source.removeprefix(UNTRAINED)).to_dict()
         return json.dumps({name: each for name, each in config.items() if name not in PROVENANCE}, default=str)
-    weights = Path(source) / "model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else source
+    found = (Path(source) / name for name in ("model.safetensors", TEACHER) if (Path(source) / name).is_file())
+    return next((hashlib.sha256(weights.read_bytes()).hexdigest() for weights in found), source)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def features_of_files(reader: Reader, canvases: list[Canvas | str]) -> np.ndarray:
@@ -341,7 +356,7 @@ def speedrun_lines(results: list[dict[str, Any]]) -> list[str]:
         reached = next((minutes for minutes, value in speedrun["curve"] if value >= SPEEDRUN_AUC), None)
         said = "not reached" if reached is None else f"{reached:g} CPU-minutes"
         curve = ", ".join(f"{value:.3f} after {minutes:g}" for minutes, value in speedrun["curve"])
-        lines += ["", f"**Speedrun**, {speedrun['task']}, AUC {SPEEDRUN_AUC:.2f}: {said} ({curve})."]
+        lines += ["", f"**Speedrun**, {speedrun['run']}: {speedrun['task']}, AUC {SPEEDRUN_AUC:.2f}: {said} ({curve})."]
     return lines
 
 
