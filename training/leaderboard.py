@@ -27,12 +27,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dataset_scripts.benchmarks.labels import read_labels
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, write_json, write_text
 from training.evaluation.backbones.efficientnet_lite0 import Lite0Reader
 from training.evaluation.metrics import bootstrap_auc
-from training.evaluation.probes import read_labels
 from training.evaluation.readout import (
     Answers,
     Canvas,

@@ -7,13 +7,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dataset_scripts.benchmarks.labels import read_labels
-
 NUM_NEIGHBORS = 20
 INVERSE_PENALTIES = np.logspace(-4, 1, 6)
 FOLDS_OF_PENALTY = 4  # of the learning patients
-
-__all__ = ["FOLDS_OF_PENALTY", "logistic_regression", "nearest_neighbors", "read_labels"]
 
 
 def nearest_neighbors(num_examples: int) -> Pipeline:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from dataset_scripts.benchmarks.labels import read_labels
 from modeling_mammodino import MammoDinoImageProcessor
-from training.evaluation.probes import logistic_regression, nearest_neighbors, read_labels
+from training.evaluation.probes import logistic_regression, nearest_neighbors
 from training.evaluation.readout import Canvas, Reader, place_centers, region_features, render_once, whole_features
 
 HEADS = ("knn", "linear")
