@@ -17,6 +17,7 @@ from training.pretraining.recipe import Recipe, load_recipe
 from training.pretraining.views.sample import PretrainingViews, collate
 
 ROOT = Path(__file__).parents[1]
+CROPS = str(Path(__file__).with_name("crops_recipe.yaml"))
 TINY = [
     "--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "4", "--num_prototypes", "64",
     "--head_hidden_size", "32", "--head_bottleneck_size", "16", "--global_crop_size", "64", "--local_crop_size", "32",
@@ -31,7 +32,7 @@ SEPARATE = ["--separate_ibot_head", "true", "--ibot_num_prototypes", "24", "--ib
 
 
 def recipe(corpus: Path | str = "c", output: Path | str = "o", *arguments: str) -> Recipe:
-    return load_recipe(["demo", "--corpus", str(corpus), "--output_dir", str(output), *TINY, *arguments])
+    return load_recipe([CROPS, "--corpus", str(corpus), "--output_dir", str(output), *TINY, *arguments])
 
 
 def tiny(*arguments: str) -> Recipe:
@@ -51,8 +52,8 @@ def exported_run(output: Path, corpus: Path) -> Path:
     signs = ("target_entropy", "prototype_entropy", "feature_rank", "tissue_in_crops", "tissue_in_masks")
     lines = [{"step": step, "loss_dino_global": 5 / step, **dict.fromkeys(signs, 0.5)} for step in range(1, 6)]
     (output / "logs" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    size = ["--image_height", "64", "--image_width", "48", "--max_steps", "5"]
-    made = load_recipe(["demo", "--corpus", str(corpus), "--output_dir", str(output), *size])
+    size = ["--patch_size", "16", "--image_height", "64", "--image_width", "48", "--local_crop_size", "96"]
+    made = load_recipe(["mammodino", "--max_steps", "5", "--corpus", str(corpus), "--output_dir", str(output), *size])
     config = MammoDinoConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16)
     export_encoder(MammoDinoModel(config), Corpus(corpus), made, 5, output / "encoder")
     return output

@@ -3,9 +3,10 @@
     python -m training.demo --output runs/demo                        # make demo
     python -m training.demo --benchmark --output runs/benchmark_demo  # make benchmark-demo
 
-The demo: phantom archive, corpus, pretraining with all ideas and of plain DINOv2 at equal compute, probe, model card; a
-report that lists the commands. The benchmark demo: every task and every baseline under one head, then a detector; its
-baselines have small random weights, so that it shows that the suite runs and says nothing about the published models.
+The demo: phantom archive, corpus, pretraining by the recipe of few images and of plain DINOv2 at equal compute, probe
+of whole breasts and of lesions in their places, model card; a report that lists the commands. The benchmark demo: every
+task and every baseline under one head, then a detector; its baselines have small random weights, so that it shows that
+the suite runs and says nothing about the published models.
 """
 
 import argparse
@@ -23,17 +24,24 @@ from modeling_mammodino.tools.command import command_line, user_path
 from training.evaluation.backbones.small_checkpoints import write_small_checkpoints
 from training.evaluation.reports import excludes_zero, format_interval, markdown_table
 from training.pretraining.recipe import load_recipe
-from training.studies.design import mean_step_flops
+from training.studies.design import PLAIN, Configuration, mean_step_flops
 
 from .commands import run
 from .probe import HEADS, UNTRAINED, format_results
 
-TASKS = ("density", "lesion", "cancer")
-STEPS, BENCHMARK_STEPS = 300, 120
+TASKS, REGION_TASKS = ("density",), ("lesion",)
+PATIENTS = {"train": 200, "test": 400}
+VIEWS = 2  # of a breast to learn from: they have its density and lesion in common, and not the exact tissue
+STEPS, BENCHMARK_STEPS = 200, 40
 FIRST_TEST_PATIENT = 10_000
 SUITE_PROCESSES = 2
-PLAIN = ("--tissue_aware_crops", "false", "--tissue_aware_masks", "false", "--adjacent_slice_weight", "0")
-OURS_NAME, PLAIN_NAME = "MammoDINO", "plain DINOv2"
+# the phantom's breasts are small: patches of 6 mm, and a short run
+RECIPE = ("small_data", "--model_size", "nano", "--patch_size", "8", "--image_height", "256", "--image_width", "160",
+          "--warmup_steps", "0.1", "--teacher_momentum", "0.95", "--teacher_momentum_end", "0.95")  # fmt: skip
+# the study's, with the larger crops that suit it better (docs/trials.md, 13)
+PLAIN_RECIPE = ("study_small", *Configuration(PLAIN, frozenset()).overrides(), "--global_crop_scale", "0.15", "0.6",
+                "--local_crop_scale", "0.03", "0.15", "--dataloader_num_workers", "1")  # fmt: skip
+OURS_NAME, PLAIN_NAME = "MammoDINO", PLAIN
 TEMPLATE = Path(__file__).with_name("demo_template.md")
 OTHERS = (UNTRAINED, PLAIN_NAME)
 # a look at the command: a narrow detector of one short epoch finds little
@@ -60,20 +68,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def demo(output: Path, seed: int) -> None:
-    done = run_all(*phantom_and_corpus(output, output, {"train": 300, "test": 200}, "--seed", seed))
+    done = run_all(*phantom_and_corpus(output, output, PATIENTS, "--seed", seed, views=VIEWS))
     volume = sorted((output / "test").rglob("*_dbt.dcm"))[0]
-    steps = steps_of_plain(["demo", "--corpus", str(output / "corpus"), "--output_dir", str(output)])
+    where = ("--corpus", str(output / "corpus"), "--seed", str(seed))
+    steps = steps_of_plain([*where, "--output_dir", str(output)])
     encoder, plain = output / "mammodino" / "encoder", output / "plain" / "encoder"
-    pretrain = ("accelerate.commands.launch", "--cpu", "-m", "training.pretrain", "demo",
-                "--corpus", output / "corpus", "--seed", seed)  # fmt: skip
+    pretrain = ("accelerate.commands.launch", "--cpu", "-m", "training.pretrain")
     done += run_all(
-        (*pretrain, "--output_dir", output / "mammodino", "--max_steps", STEPS),
-        (*pretrain, "--output_dir", output / "plain", "--max_steps", steps, *PLAIN),
-        ("training.preview", volume, "--output", output / "preview.png", "--recipe", "demo"),
+        (*pretrain, *RECIPE, *where, "--output_dir", output / "mammodino", "--max_steps", STEPS),
+        (*pretrain, *PLAIN_RECIPE, *where, "--output_dir", output / "plain", "--max_steps", steps),
         ("modeling_mammodino.tools.cli", "inspect", volume, "--model", encoder, "--output", output / "inspect.png"),
         ("training.probe", "--models", f"{OURS_NAME}={encoder}", f"{PLAIN_NAME}={plain}",
          "--labels", output / "train" / "labels.csv", "--test_labels", output / "test" / "labels.csv",
-         "--tasks", *TASKS, "--seed", seed, "--output", output / "probe.json"),
+         "--tasks", *TASKS, "--region_tasks", *REGION_TASKS, "--pool", "class", "--slices_per_volume", 1,
+         "--seed", seed, "--output", output / "probe.json"),
         ("training.card", encoder, "--results", output / "probe.json", "--dataset", "phantom"),
     )  # fmt: skip
     check_opens(encoder, volume)
@@ -86,7 +94,7 @@ def benchmark_demo(output: Path) -> None:
     phantom, encoder, suite = output / "phantom", output / "mammodino" / "encoder", output / "suite.yaml"
     run_all(
         *phantom_and_corpus(output, phantom, {"train": 240, "test": 160}),
-        ("training.pretrain", "demo", "--corpus", output / "corpus", "--visualization_steps", 0,
+        ("training.pretrain", *RECIPE, "--corpus", output / "corpus", "--visualization_steps", 0,
          "--output_dir", output / "mammodino", "--max_steps", BENCHMARK_STEPS),
     )  # fmt: skip
     suite.write_text(yaml.safe_dump(make_suite(output, phantom, encoder), sort_keys=False))
@@ -98,11 +106,15 @@ def benchmark_demo(output: Path) -> None:
     print(f"\nreport: {output / 'benchmark' / 'report.md'}  radar plot: {output / 'benchmark' / 'radar.png'}")
 
 
-def phantom_and_corpus(output: Path, phantom: Path, patients: dict[str, int], *more: str | int) -> Iterator[Command]:
-    """Yield the commands that simulate archives in PHANTOM/train and PHANTOM/test, and make OUTPUT/corpus."""
-    for part, first in (("train", 0), ("test", FIRST_TEST_PATIENT)):
-        yield ("dataset_scripts.phantom", *more, "--num_proc", os.cpu_count() or 1, "--output", phantom / part,
-               "--num_patients", patients[part], "--first_patient", first)  # fmt: skip
+def phantom_and_corpus(
+    output: Path, phantom: Path, patients: dict[str, int], *more: str | int, views: int = 1
+) -> Iterator[Command]:
+    """Yield the commands that simulate archives in PHANTOM/train, of so many views a breast, and PHANTOM/test, of one,
+    and make OUTPUT/corpus."""
+    simulate: Command = ("dataset_scripts.phantom", *more, "--num_proc", os.cpu_count() or 1, "--num_patients")
+    for part, first, each in (("train", 0, views), ("test", FIRST_TEST_PATIENT, 1)):
+        numbers = (patients[part], "--first_patient", first, "--views_per_patient", each)
+        yield (*simulate, *numbers, "--output", phantom / part)
     yield "dataset_scripts.corpus", phantom / "train", "--collection", "phantom", "--output", output / "corpus"
 
 
@@ -111,9 +123,9 @@ def run_all(*commands: Command, processes: int = 1) -> list[tuple[str, float]]:
     return [run(*map(str, each), processes=processes) for each in commands]
 
 
-def steps_of_plain(recipe: list[str]) -> int:
-    """Return the steps of plain DINOv2 that cost what STEPS of ours do, by the matrix products of their batches."""
-    ours, plain = (mean_step_flops(load_recipe(arguments)) for arguments in (recipe, recipe + list(PLAIN)))
+def steps_of_plain(where: list[str]) -> int:
+    """Return the steps of plain DINOv2 that cost what STEPS of ours do, by the matrix products of their networks."""
+    ours, plain = (mean_step_flops(load_recipe([*recipe, *where])) for recipe in (RECIPE, PLAIN_RECIPE))
     return round(STEPS * ours / plain)
 
 

@@ -4,6 +4,8 @@
 
 LABELS.csv is a label table (docs/evaluation.md); empty cells are left out. Without --test_labels patients are held out:
 those of its `split`, or else a part. An untrained encoder of the first model's architecture is always evaluated beside.
+Tasks of regions (--region_tasks) are asked at a lesion's place, around its center: of tables as the phantom's, with
+boxes, once more with --test_labels.
 """
 
 import argparse
@@ -22,11 +24,13 @@ from dataset_scripts.benchmarks.labels import ABOUT, class_names, read_labels
 from dataset_scripts.benchmarks.task import find_files
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import command_line, user_model, user_path
-from modeling_mammodino.tools.features import embed_files
+from modeling_mammodino.tools.features import POOLS, embed_files
 from modeling_mammodino.tools.files import check_output, write_text
 from training.evaluation.metrics import bootstrap_auc
 from training.evaluation.probes import FOLDS_OF_PENALTY, logistic_regression, nearest_neighbors
+from training.evaluation.readout import EncoderReader, region_features
 from training.evaluation.reports import format_interval, markdown_table
+from training.studies.phantom_tasks import PhantomImages
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--test_labels", type=user_path, help="CSV of held-out patients (default: a part of --labels)")
     parser.add_argument("--tasks", nargs="+", required=True, help="columns to predict")
+    parser.add_argument("--region_tasks", nargs="+", default=[], help="columns to predict at the place of lesions")
     parser.add_argument("--output", type=user_path, required=True, help="JSON file of the results")
+    parser.add_argument(
+        "--pool",
+        choices=POOLS,
+        default="both",
+        help="class token, tissue-weighted mean of patch tokens, or (default) both",
+    )
     parser.add_argument("--slices_per_volume", type=int, default=4, help="slices averaged of a volume (default 4)")
     parser.add_argument("--test_fraction", type=float, default=0.4, help="patients held out without --test_labels")
     parser.add_argument("--allow_missing", action="store_true", help="leave images out whose file is not there")
@@ -78,15 +89,22 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{name}: its image processor has other settings; evaluate it in a run of its own")
 
     features = [
-        read_features(path, table, models, image_processor, options.slices_per_volume) for path, table in tables
+        read_features(path, table, models, image_processor, options.pool, options.slices_per_volume)
+        for path, table in tables
     ]
     split = (options.tasks[0], options.test_fraction, options.seed)
     learn, test = features if options.test_labels else split_patients(features[0], *split)
+    asked = [(task, learn, test) for task in options.tasks]
+    if options.region_tasks:
+        of_learn, of_test = (read_regions(path, models, image_processor) for path, _ in tables)
+        asked += [(task, of_learn, of_test) for task in options.region_tasks]
     return {
         "seed": options.seed,
         "num_resamples": options.num_resamples,
         "models": folders,
-        "tasks": {task: evaluate(learn, test, task, options.num_resamples, options.seed) for task in options.tasks},
+        "tasks": {
+            task: evaluate(seen, held_out, task, options.num_resamples, options.seed) for task, seen, held_out in asked
+        },
     }
 
 
@@ -95,6 +113,8 @@ def read_tables(options: argparse.Namespace) -> list[tuple[Path, pd.DataFrame]]:
 
     Raises ValueError naming the table, before any image is read.
     """
+    if options.region_tasks and not options.test_labels:
+        raise ValueError(f"--region_tasks {' '.join(options.region_tasks)}: give the held-out lesions by --test_labels")
     paths = [path for path in (options.labels, options.test_labels) if path]
     tables = [read_usable_labels(path, options.tasks, options.allow_missing) for path in paths]
     if options.test_labels:
@@ -130,13 +150,13 @@ def read_features(
     table: pd.DataFrame,
     models: dict[str, MammoDinoModel],
     image_processor: MammoDinoImageProcessor,
+    pool: str,
     slices_per_volume: int,
 ) -> Features:
-    """Return the features of the files that can be used, the mean over a file's slices: the class token beside the
-    tissue-weighted mean of the patch tokens. Each file is read once for all models; why others are left out is logged.
-    """
+    """Return the features of the files that can be used, the mean over a file's slices. Each file is read once for all
+    models; why others are left out is logged."""
     paths = [labels.parent / file for file in table["file"]]
-    files = embed_files(paths, list(models.values()), image_processor, pool="both", slices_per_volume=slices_per_volume)
+    files = embed_files(paths, list(models.values()), image_processor, pool=pool, slices_per_volume=slices_per_volume)
     rows, kept = [], []
     for result in tqdm(files, desc="features", unit="file", total=len(paths)):
         kept.append(result.refused is None)
@@ -144,9 +164,17 @@ def read_features(
             rows.append(result.embeddings.mean(axis=0))  # (F,), the models side by side
         else:
             logger.warning("left out: %s", result.refused)
-    ends = np.cumsum([2 * model.config.hidden_size for model in models.values()])
+    ends = np.cumsum([(2 if pool == "both" else 1) * model.config.hidden_size for model in models.values()])
     features = np.split(np.stack(rows), ends[:-1], axis=1)
     return Features(table[kept].reset_index(drop=True), dict(zip(models, features, strict=True)))
+
+
+def read_regions(labels: Path, models: dict[str, MammoDinoModel], image_processor: MammoDinoImageProcessor) -> Features:
+    """Return the features around the lesions of a phantom's volumes, and around like places of volumes without one."""
+    images = PhantomImages(labels, image_processor)
+    readers = {name: EncoderReader(model, image_processor) for name, model in models.items()}
+    regions = {name: region_features(reader, images.regions, images.centers) for name, reader in readers.items()}
+    return Features(images.table, regions)
 
 
 def split_patients(features: Features, task: str, test_fraction: float, seed: int) -> tuple[Features, Features]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from dicom_builders import CT, build, save
-from pretrain_runs import TINY
+from pretrain_runs import CROPS, TINY
 
 from dataset_scripts.corpus.build import main as build_corpus
 from dataset_scripts.corpus.reader import Corpus
@@ -138,7 +138,7 @@ def test_a_pretraining_run_on_ct(tmp_path):
 
     axial = ["--slice_pairing", "axial", "--slice_max_distance_mm", "6", "--kind_weights", "unknown=1"]
     where = ["--corpus", str(tmp_path / "corpus"), "--output_dir", str(tmp_path / "run")]
-    encoder = train(load_recipe(["demo", *where, *TINY, *axial, "--max_steps", "3", "--save_steps", "3"]))
+    encoder = train(load_recipe([CROPS, *where, *TINY, *axial, "--max_steps", "3", "--save_steps", "3"]))
     lines = [json.loads(line) for line in (tmp_path / "run" / "logs" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(np.isfinite(list(line.values())).all() for line in lines)
     assert all(line["slice_pairs"] == 8 and line["loss_adjacent_slice"] > 0 for line in lines)

@@ -22,7 +22,7 @@ from dicom_builders import BREAST, CT, SLICES
 from hub_server import HubServer
 from made_inputs import HASH_KEY, draw_breast
 from PIL import Image, PngImagePlugin
-from pretrain_runs import TINY
+from pretrain_runs import CROPS, TINY
 
 from dataset_scripts.corpus.reader import encode_png
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
@@ -191,7 +191,7 @@ def test_what_names_files_is_private_and_the_key_is_nowhere(canaries, built):
 
 def test_no_identifier_is_published(canaries, built, user, hub_server: HubServer, tmp_path):
     user.run("dataset_scripts.corpus.push", built, "someone/private", "--license", "cc0-1.0")
-    user.run("training.pretrain", "demo", "--corpus", built, "--output_dir", tmp_path / "run", *TINY, "--max_steps", 2)
+    user.run("training.pretrain", CROPS, "--corpus", built, "--output_dir", tmp_path / "run", *TINY, "--max_steps", 2)
     user.run("modeling_mammodino.tools.cli", "push", tmp_path / "run" / "encoder", "someone/encoder", "--private")
     sent = {path.name for path in built.iterdir()} | {"README.md"}
     assert set(hub_server.files("someone/private", kind="dataset")) == sent

@@ -61,7 +61,9 @@ def test_the_card_states_data_recipe_settings_and_origin(encoder, phantom_corpus
     assert ", ".join(f"{count} {kind}" for kind, count in manifest["rows_by_kind"].items()) in text
     assert f"| simulated (collection `phantom`) | {manifest['rows']} |" in text and "simulated breasts only" in text
     assert "Not evaluated yet." in text and "Research use only" in text and "this is not their model" in text
-    assert "| recipe | `demo`, but for `image_height`, `image_width`, `max_steps` |" in text and "| steps | 5 |" in text
+    changed = ("patch_size", "image_height", "image_width", "local_crop_size", "max_steps")
+    assert f"| recipe | `mammodino`, but for {', '.join(f'`{each}`' for each in changed)} |" in text
+    assert "| steps | 5 |" in text
     assert "| initial weights | random |" in text
     assert f"mammodino {__version__}, torch " in text and git_commit(ROOT) in text
     assert "{{" not in text and "{%" not in text and "None" not in text
@@ -86,7 +88,7 @@ def test_a_corpus_of_patients_is_not_called_simulated(phantom_corpus, encoder, t
     corpus.rows = corpus.rows.map(
         lambda row, number: {"source": "phantom" if number < 5 else "site"}, with_indices=True, keep_in_memory=True
     )
-    recipe = load_recipe(["demo", "--corpus", str(phantom_corpus), "--output_dir", str(encoder.parent)])
+    recipe = load_recipe(["mammodino", "--corpus", str(phantom_corpus), "--output_dir", str(encoder.parent)])
     export_encoder(MammoDinoModel.from_pretrained(encoder), corpus, recipe, 5, tmp_path / "encoder")
     text = (tmp_path / "encoder" / "README.md").read_text()
     assert "| simulated (collection `phantom`) | 5 |" in text and "simulated breasts only" not in text
@@ -101,11 +103,11 @@ def test_weights_to_start_from_are_named_by_their_hub_id_and_never_by_a_path(
     if not published:
         (tmp_path / "clinic" / "anna").mkdir(parents=True)  # a folder may look like a Hub id
     places = ["--corpus", str(phantom_corpus), "--output_dir", str(encoder.parent)]
-    recipe = load_recipe(["demo", *places, "--init_from", "clinic/anna"])
+    recipe = load_recipe(["mammodino", *places, "--init_from", "clinic/anna"])
     if former:  # another run started from them, and this one goes on from its checkpoint
         (tmp_path / "checkpoint-9").mkdir()
         recipe.save(tmp_path / "checkpoint-9" / "recipe.yaml")
-        recipe = load_recipe(["demo", *places, "--init_from_checkpoint", str(tmp_path / "checkpoint-9")])
+        recipe = load_recipe(["mammodino", *places, "--init_from_checkpoint", str(tmp_path / "checkpoint-9")])
     by_way_of = "a former run's, which started from: " if former else ""
     export_encoder(MammoDinoModel.from_pretrained(encoder), Corpus(phantom_corpus), recipe, 5, tmp_path / "encoder")
     text = (tmp_path / "encoder" / "README.md").read_text()

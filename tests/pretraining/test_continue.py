@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from dinov2_checkpoints import MEAN, STD, TINY, inputs, one_thread, randomize, save_source  # noqa: F401 (a fixture)
-from pretrain_runs import log, main, train, weights
+from pretrain_runs import CROPS, log, main, train, weights
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2WithRegistersConfig
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
@@ -30,7 +30,7 @@ ARGUMENTS = [
 
 def recipe(source: Path, corpus: Path | str = "c", output: Path | str = "o", *arguments: str) -> Recipe:
     where = ["--corpus", str(corpus), "--output_dir", str(output), "--init_from", str(source)]
-    return load_recipe(["demo", *where, *ARGUMENTS, *arguments])
+    return load_recipe([CROPS, *where, *ARGUMENTS, *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -145,4 +145,4 @@ def test_another_architecture_is_refused_by_field(tmp_path, arguments, message):
 def test_the_command_names_weights_that_are_not_there(phantom_corpus, tmp_path):
     for source in (tmp_path / "nowhere", tmp_path / "nowhere.pth"):
         with pytest.raises(SystemExit, match="nowhere"):
-            main(["demo", "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), "--init_from", str(source)])
+            main([CROPS, "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), "--init_from", str(source)])

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from pretrain_runs import SEPARATE
+from pretrain_runs import CROPS, SEPARATE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,7 +61,7 @@ def test_a_forward_is_what_the_counter_counts(swiglu):
                                       ["--dino_weight", "0", "--ibot_weight", "0", "--koleo_weight", "0"]])  # fmt: skip
 def test_a_step_is_what_the_counter_counts(phantom_corpus, switches):
     """All of it: teacher, student, backward; what is left out (the losses, the norms) is next to nothing."""
-    recipe = load_recipe(["demo", "--corpus", str(phantom_corpus), "--output_dir", "-", "--adjacent_patch_weight",
+    recipe = load_recipe([CROPS, "--corpus", str(phantom_corpus), "--output_dir", "-", "--adjacent_patch_weight",
                           "0.5", "--num_prototypes", "4096", *switches])  # fmt: skip
     corpus = Corpus(phantom_corpus)
     pairs = recipe.loss.adjacent_slice_weight > 0

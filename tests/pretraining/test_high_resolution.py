@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pretrain_runs import TINY, log, main, recipe, train, weights
+from pretrain_runs import CROPS, TINY, log, main, recipe, train, weights
 from safetensors.torch import load_file, save_file
 
 from dataset_scripts.corpus.reader import Corpus
@@ -130,6 +130,8 @@ def test_the_shipped_recipe_holds_everything_constant_after_its_warm_up():
     source = load_recipe(["mammodino", "--corpus", "c", "--output_dir", "o"])
     for name in ("hidden_size", "num_hidden_layers", "num_prototypes", "patch_size", "separate_ibot_head"):
         assert getattr(chosen.model, name) == getattr(source.model, name), name
+    for name in ("dense_statistics_weight", "breast_weight", "patient_weight"):  # each with a head that goes on
+        assert getattr(chosen.loss, name) == getattr(source.loss, name) > 0, name
     assert chosen.views.global_crop_size > source.views.global_crop_size
 
 
@@ -149,7 +151,7 @@ def test_other_networks_are_refused_by_field(former, arguments, message):
 
 
 def test_the_command_names_a_checkpoint_that_is_not_there_or_damaged(former, phantom_corpus, tmp_path):
-    where = ["demo", "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path / "run"), *TINY, *LARGER]
+    where = [CROPS, "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path / "run"), *TINY, *LARGER]
     with pytest.raises(SystemExit, match="init_from_checkpoint=.*nowhere: holds no config.json; give a run's"):
         main([*where, "--init_from_checkpoint", str(tmp_path / "nowhere")])
     damaged = shutil.copytree(former, tmp_path / "checkpoint-1")

@@ -11,7 +11,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from pretrain_runs import TINY, launch, log, recipe, train
+from pretrain_runs import CROPS, TINY, launch, log, recipe, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset_scripts.corpus.reader import Corpus
@@ -116,7 +116,7 @@ def test_what_cannot_be_used_is_refused_before_any_step(
 def test_recipes_refuse_half_of_a_knn_and_unknown_trackers(tmp_path):
     where = ["--corpus", "c", "--output_dir", "o"]
     with pytest.raises(ValueError, match="knn_steps=5: needs knn_labels, a CSV, and knn_task"):
-        load_recipe(["demo", *where, "--knn_steps", "5", "--knn_task", "cancer"])
+        load_recipe([CROPS, *where, "--knn_steps", "5", "--knn_task", "cancer"])
     (tmp_path / "recipe.yaml").write_text("report_to: mlflow")
     with pytest.raises(ValueError, match="report_to='mlflow': must be tensorboard, trackio, wandb, none"):
         load_recipe([str(tmp_path / "recipe.yaml"), *where])
@@ -261,7 +261,7 @@ def test_two_processes_share_the_files_of_the_knn(phantom_corpus, labels, tmp_pa
     scores = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        arguments = ["demo", "--corpus", str(phantom_corpus), "--output_dir", str(output), *TINY, "--max_steps", "2"]
+        arguments = [CROPS, "--corpus", str(phantom_corpus), "--output_dir", str(output), *TINY, "--max_steps", "2"]
         arguments += ["--per_device_train_batch_size", str(8 // processes), "--drop_path_rate", "0"]
         arguments += ["--knn_labels", str(labels), "--knn_task", "kind", "--knn_steps", "2"]
         launch(processes, *arguments)
@@ -275,7 +275,7 @@ def test_the_log_of_two_processes_is_their_mean(phantom_corpus, tmp_path):
     lines = {}
     for processes, batch_size in ((1, 8), (2, 4)):
         output = tmp_path / str(processes)
-        arguments = ["demo", "--corpus", str(phantom_corpus), "--output_dir", str(output), *TINY, "--max_steps", "1"]
+        arguments = [CROPS, "--corpus", str(phantom_corpus), "--output_dir", str(output), *TINY, "--max_steps", "1"]
         arguments += ["--per_device_train_batch_size", str(batch_size), "--drop_path_rate", "0"]
         launch(processes, *arguments, "--teacher_targets", "centering", "--warmup_steps", "0")
         lines[processes] = json.loads((output / "logs" / "log.jsonl").read_text())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from made_inputs import draw_breast
-from pretrain_runs import ROOT, TINY, launch, log, main, recipe, train, weights
+from pretrain_runs import CROPS, ROOT, TINY, launch, log, main, recipe, train, weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -79,7 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(run, phantom_corpus, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(run, phantom_corpus, tmp_path):
     """SIGKILL right after a checkpoint: the process dies without a word, and the same command finishes the run."""
-    command = [sys.executable, "-m", "training.pretrain", "demo", "--corpus", str(phantom_corpus), "--output_dir",
+    command = [sys.executable, "-m", "training.pretrain", CROPS, "--corpus", str(phantom_corpus), "--output_dir",
                str(tmp_path), *TINY, "--max_steps", "20", "--save_steps", "10"]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "checkpoint-10").is_dir() and process.poll() is None:
@@ -116,7 +116,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stands(run, phantom_corpus,
         save(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", save_until_full)
-    arguments = ["demo", "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), *TINY]
+    arguments = [CROPS, "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), *TINY]
     arguments += ["--max_steps", "20", "--save_steps", "10"]
     with pytest.raises(SystemExit, match="checkpoint-20: cannot be written .*No space left.*Make room"):
         main(arguments)
@@ -214,10 +214,10 @@ def test_max_grad_norm_0_clips_nothing(phantom_corpus, tmp_path):
 
 def test_processes_share_out_the_same_samples():
     one = load_recipe(
-        ["demo", "--corpus", "c", "--output_dir", "o", "--max_steps", "3", "--per_device_train_batch_size", "8"]
+        [CROPS, "--corpus", "c", "--output_dir", "o", "--max_steps", "3", "--per_device_train_batch_size", "8"]
     )
     two = load_recipe(
-        ["demo", "--corpus", "c", "--output_dir", "o", "--max_steps", "3", "--per_device_train_batch_size", "4"]
+        [CROPS, "--corpus", "c", "--output_dir", "o", "--max_steps", "3", "--per_device_train_batch_size", "4"]
     )
     alone = list(StepSampler(one, 1, 0, 1))
     shared = [a + b for a, b in zip(StepSampler(two, 1, 0, 2), StepSampler(two, 1, 1, 2), strict=True)]
@@ -297,7 +297,7 @@ def test_the_export_is_the_teacher_with_card_recipe_and_figure(run):
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     for arguments, message in (
-        (["demo", "--corpus", str(tmp_path), "--output_dir", str(tmp_path)], "no manifest.json, so no corpus"),
+        ([CROPS, "--corpus", str(tmp_path), "--output_dir", str(tmp_path)], "no manifest.json, so no corpus"),
         (["nowhere", "--corpus", "c", "--output_dir", "o"], "shipped recipes"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -306,7 +306,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
 
 def two_processes(corpus: Path, output: Path, *arguments: str) -> str:
     where = ["--corpus", str(corpus), "--output_dir", str(output)]
-    return launch(2, "demo", *where, *TINY, "--per_device_train_batch_size", "4", *arguments)
+    return launch(2, CROPS, *where, *TINY, "--per_device_train_batch_size", "4", *arguments)
 
 
 @pytest.mark.slow

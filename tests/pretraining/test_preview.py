@@ -30,7 +30,7 @@ def test_inspect_darkens_exactly_the_patches_that_are_dropped(tmp_path):
 
 def test_the_commands_write_their_images(phantom_archive, tmp_path):
     for source in (next(phantom_archive.rglob("*_dbt.dcm")), next(phantom_archive.rglob("*_2d.dcm"))):
-        preview([str(source), "--output", str(tmp_path / "views.png"), "--recipe", "demo"])
+        preview([str(source), "--output", str(tmp_path / "views.png"), "--recipe", "mammodino"])
         mammodino(["inspect", str(source), "--output", str(tmp_path / "seen.png")])
         for name in ("views.png", "seen.png"):
             image = cv2.imread(str(tmp_path / name))

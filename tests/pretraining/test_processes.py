@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from pretrain_runs import TINY, launch, log
+from pretrain_runs import CROPS, TINY, launch, log
 
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
 from training.pretraining.losses.dense_regression import dense_regression_loss
@@ -126,7 +126,7 @@ def one_and_two(request, phantom_corpus, tmp_path_factory) -> dict[int, tuple[li
     runs, options = {}, OPTIONS if request.param == "with every option" else []
     for processes in (1, NUM_PROCESSES):
         folder = tmp_path_factory.mktemp(f"by_{processes}")
-        arguments = [str(folder), "demo", "--corpus", str(phantom_corpus), "--output_dir", str(folder / "run"), *TINY,
+        arguments = [str(folder), CROPS, "--corpus", str(phantom_corpus), "--output_dir", str(folder / "run"), *TINY,
                      "--drop_path_rate", "0", "--max_steps", str(STEPS[request.param]), "--adjacent_patch_weight",
                      "0.5", "--koleo_weight", "0.1", "--per_device_train_batch_size", str(8 // processes),
                      *options]  # fmt: skip

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pretrain_runs import CROPS
 from transformers import TrainingArguments
 
 from training.pretraining.networks import Network, make_teacher, update_teacher
@@ -38,7 +39,7 @@ def test_shipped_recipes_load_and_survive_saving(name, tmp_path):
 
 def test_every_field_can_be_overridden():
     arguments = ["--max_steps", "7", "--global_crop_scale", "0.4", "0.9", "--tissue_aware_crops", "false", "--bf16"]
-    recipe = load_recipe(["demo", *WHERE, *arguments, "--teacher_targets", "centering"])
+    recipe = load_recipe([CROPS, *WHERE, *arguments, "--teacher_targets", "centering"])
     assert recipe.run.max_steps == 7 and recipe.run.bf16 and recipe.views.global_crop_scale == [0.4, 0.9]
     assert recipe.views.tissue_aware_crops is False and recipe.loss.teacher_targets == "centering"
 
@@ -68,11 +69,11 @@ def test_what_is_invalid_is_refused_by_name(tmp_path, content, message):
 
 def test_what_is_missing_is_refused(capsys, tmp_path):
     with pytest.raises(ValueError, match="corpus and output_dir"):
-        load_recipe(["demo"])
+        load_recipe([CROPS])
     with pytest.raises(ValueError, match="shipped recipes: .*paper"):
         load_recipe(["nowhere", *WHERE])
     with pytest.raises(SystemExit):
-        load_recipe(["demo", *WHERE, "--local_min_tissue", "2"])
+        load_recipe([CROPS, *WHERE, "--local_min_tissue", "2"])
     assert "local_min_tissue" in capsys.readouterr().err
     (tmp_path / "recipe.yaml").write_text("max_steps: many")
     with pytest.raises(SystemExit):
@@ -113,6 +114,24 @@ def test_a_run_shortened_on_the_command_line_has_its_phases_shortened():
     assert schedules["teacher_temperature"][598] < 0.07 == schedules["teacher_temperature"][599]
 
 
+def test_a_model_size_sets_what_is_not_given(tmp_path):
+    (tmp_path / "own.yaml").write_text("model_size: tiny\nnum_hidden_layers: 3\nlearning_rate_reference_width: 384\n")
+    own = [str(tmp_path / "own.yaml"), *WHERE]
+    of_file = load_recipe(own)
+    model = of_file.model
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (192, 3, 3)
+    assert of_file.run.per_device_train_batch_size == 128
+    larger = load_recipe([*own, "--model_size", "small", "--num_attention_heads", "12"])  # outdoes the file
+    assert (larger.model.num_hidden_layers, larger.model.num_attention_heads) == (12, 12)
+    larger.save(tmp_path / "recipe.yaml")
+    assert load_recipe([str(tmp_path / "recipe.yaml")]) == larger
+    peaks = [make_schedules(each, 1024)["learning_rate"].max() for each in (of_file, larger)]
+    assert peaks == pytest.approx([2 * 4e-3, 4e-3])  # half the width, twice the rate
+    (tmp_path / "own.yaml").write_text("model_size: huge")
+    with pytest.raises(ValueError, match="model_size='huge': must be , nano, micro"):
+        load_recipe(own)
+
+
 @pytest.mark.parametrize(
     ("field", "steps", "message"),
     [
@@ -125,7 +144,7 @@ def test_a_run_shortened_on_the_command_line_has_its_phases_shortened():
 )
 def test_a_phase_longer_than_the_run_is_refused(field, steps, message):
     with pytest.raises(ValueError, match=f"{field}={float(steps)}: .*{message}"):
-        load_recipe(["demo", *WHERE, "--max_steps", "20", f"--{field}", steps])
+        load_recipe([CROPS, *WHERE, "--max_steps", "20", f"--{field}", steps])
 
 
 TINY = ["--hidden_size", "32", "--num_hidden_layers", "3", "--num_attention_heads", "4", "--num_prototypes", "16"]
@@ -144,7 +163,7 @@ def test_parameter_groups_follow_dinov2():
         "head.mlp.0.weight": (1.0, 1.0),
         "head.last_layer.parametrizations.weight.original0": (1.0, 1.0),
     }
-    network = Network(load_recipe(["demo", *WHERE, *TINY]))
+    network = Network(load_recipe([CROPS, *WHERE, *TINY]))
     names = dict(network.named_parameters())
     for name, (rate, decay) in expected.items():
         assert name in names
@@ -159,7 +178,7 @@ def test_parameter_groups_follow_dinov2():
 
 
 def test_the_teacher_starts_as_a_copy_and_follows_by_momentum():
-    student = Network(load_recipe(["demo", *WHERE, *TINY]))
+    student = Network(load_recipe([CROPS, *WHERE, *TINY]))
     teacher = make_teacher(student)
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     before = [parameter.clone() for parameter in teacher.parameters()]
@@ -179,4 +198,4 @@ def test_recipes_mark_what_the_paper_does_not_publish():
 
 def test_no_register_tokens_are_refused_where_they_would_be_sharded():
     with pytest.raises(ValueError, match="num_register_tokens=0: cannot be sharded"):
-        load_recipe(["demo", *WHERE, "--fsdp", "true", "--num_register_tokens", "0"])
+        load_recipe([CROPS, *WHERE, "--fsdp", "true", "--num_register_tokens", "0"])

@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from pretrain_runs import CROPS
 
 from dataset_scripts.corpus.reader import Corpus
 from training.pretraining.losses.koleo import koleo_loss
@@ -68,12 +69,12 @@ def test_without_weights_an_epoch_visits_every_volume_once():
 )
 def test_a_wrong_weight_is_refused_by_name(pairs):
     with pytest.raises(ValueError, match="kind_weights=.*"):
-        load_recipe(["demo", *WHERE, "--kind_weights", *pairs])
+        load_recipe([CROPS, *WHERE, "--kind_weights", *pairs])
 
 
 def test_weights_from_yaml_and_from_the_command_line(tmp_path):
     (tmp_path / "recipe.yaml").write_text("kind_weights: [dbt=2, ffdm=0.5]\n")
-    for arguments in ([str(tmp_path / "recipe.yaml")], ["demo", "--kind_weights", "dbt=2", "ffdm=0.5"]):
+    for arguments in ([str(tmp_path / "recipe.yaml")], [CROPS, "--kind_weights", "dbt=2", "ffdm=0.5"]):
         recipe = load_recipe([*arguments, *WHERE])
         assert parse_kind_weights(recipe.views.kind_weights) == {"dbt": 2.0, "ffdm": 0.5}
 

@@ -5,7 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
-from pretrain_runs import TINY, train
+from pretrain_runs import CROPS, TINY, train
 
 from dataset_scripts.corpus.reader import Corpus
 from training.pretraining.recipe import ViewsRecipe, load_recipe
@@ -80,7 +80,7 @@ def test_a_run_with_all_switched_off_has_dinov2s_losses_alone(phantom_corpus, tm
     off = ["--tissue_aware_crops", "false", "--tissue_aware_masks", "false"]
     off += ["--adjacent_slice_weight", "0", "--adjacent_patch_weight", "0"]
     where = ["--corpus", str(phantom_corpus), "--output_dir", str(tmp_path)]
-    train(load_recipe(["demo", *where, *TINY, *off, "--max_steps", "2"]))
+    train(load_recipe([CROPS, *where, *TINY, *off, "--max_steps", "2"]))
     for line in map(json.loads, (tmp_path / "logs" / "log.jsonl").read_text().splitlines()):
         assert line["slice_pairs"] == 0 and not any("adjacent" in name for name in line)
         dinov2 = line["loss_dino_global"] + line["loss_dino_local"] + line["loss_ibot"] + 0.1 * line["loss_koleo"]

@@ -106,6 +106,6 @@ def test_a_tilde_in_a_recipe_is_the_home_directory(tmp_path, monkeypatch):
     from training.pretraining.recipe import load_recipe
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    recipe = load_recipe(["demo", "--corpus=~/corpus", "--output_dir=~/run"])
+    recipe = load_recipe(["mammodino", "--corpus=~/corpus", "--output_dir=~/run"])
     assert (recipe.run.corpus, recipe.run.output_dir) == (str(tmp_path / "corpus"), str(tmp_path / "run"))
     check_values(recipe.run)

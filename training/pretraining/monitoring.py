@@ -380,8 +380,8 @@ class Monitor:
             self.write(step, values | found)
             if self.run.preflight and step - self.run.logging_steps < FIRST_STEPS <= step:
                 log = (Path(self.run.output_dir) / LOG_FILE).read_text()
-                if message := learned_nothing([json.loads(line) for line in log.splitlines()]):
-                    self.warn(step, message)
+                if still := learned_nothing([json.loads(line) for line in log.splitlines()]):
+                    self.warn(step, still)
             shown = {key: f"{values[key]:.3g}" for key in ("loss", "images_per_second", "mfu")}
             self.progress.set_postfix(shown)
         self.data_seconds, self.steps_since_log = 0.0, 0

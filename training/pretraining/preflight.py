@@ -68,8 +68,8 @@ def view_pairs(views: PretrainingViews, recipe: Recipe) -> Iterator[tuple[str, l
         drawn = replace_locals(views)
         samples = [drawn[index * max(group, 1)] for index in range(count)]
         if loss.dino_weight:
-            yield "global_crops", [tuple(map(whole, each["global_crops"])) for each in samples]
-        pairs = [tuple(map(whole, each["slice_pair"]["pixels"])) for each in samples if each["slice_pair"]]
+            yield "global_crops", [both(each["global_crops"]) for each in samples]
+        pairs = [both(each["slice_pair"]["pixels"]) for each in samples if each["slice_pair"]]
         if recipe.uses_slice_pairs and len(pairs) >= FEWEST_PAIRS:
             yield "slices", pairs
     if recipe.uses_view_groups:
@@ -84,13 +84,14 @@ def view_pairs(views: PretrainingViews, recipe: Recipe) -> Iterator[tuple[str, l
 def replace_locals(views: PretrainingViews, crops: bool = True) -> PretrainingViews:
     """Return views of the same images without what is not compared here, to draw them fast."""
     recipe, canvas = replace(views.recipe, num_local_crops=0), None if crops else views.canvas
-    arguments: Sequence[Any] = (views.corpus, recipe, views.patch_size, views.seed, views.global_batch_size)
-    return PretrainingViews(*arguments, slice_pairs=crops and views.with_slice_pairs, crops=crops, canvas=canvas)
+    with_pairs, batch = crops and views.with_slice_pairs, views.global_batch_size
+    return PretrainingViews(views.corpus, recipe, views.patch_size, views.seed, batch, with_pairs, crops, canvas)
 
 
-def whole(crop: np.ndarray) -> Seen:
-    """Of a crop (1, S, S), all of it."""
-    return crop[0], np.ones(crop.shape[1:], bool)
+def both(crops: np.ndarray) -> tuple[Seen, Seen]:
+    """Of two crops (2, 1, S, S), all of them."""
+    seen = np.ones(crops.shape[2:], bool)
+    return (crops[0, 0], seen), (crops[1, 0], seen)
 
 
 def of_canvas(sample: dict[str, Any]) -> Seen:

@@ -5,6 +5,7 @@ head does: of a lesion the place of its box at its own slice, of a breast withou
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,9 +53,14 @@ class PhantomImages:
         frames = [next(drawn) if np.isnan(each) else int(each) for each in table["lesion_slice"]]
         boxes = [np.array(box, float) if has else None
                  for box, has in zip(table[BOX].to_numpy(), table["lesion"] == 1, strict=True)]  # fmt: skip
-        self.breasts = usable(render_once(files, processor, cache))
+        self.files, self.processor, self.cache = files, processor, cache
         self.regions = usable(render_once(files, processor, cache, frames))
         self.centers = place_centers(self.regions, boxes)
+
+    @cached_property
+    def breasts(self) -> list[Canvas]:
+        """The middle slices."""
+        return usable(render_once(self.files, self.processor, self.cache))
 
     def features(self, reader: Reader) -> dict[str, np.ndarray]:
         """Return features (n, F) of whole breasts and of regions."""
