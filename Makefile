@@ -26,6 +26,9 @@ benchmark-demo: $(VENV)/ready
 release: $(VENV)/ready
 	$(BIN)/python -m training.release $(RUN) model_cards/mammodino-small --archive dist/mammodino-small.tar.gz
 
+# two workers of one thread each: more threads than cores wait for each other
+test test-fast test-oldest: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses 2 $(TESTS)
 

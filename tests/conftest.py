@@ -14,7 +14,7 @@ from model_folder import model_copy, model_folder  # noqa: F401 (fixtures)
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
