@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoImageProcessor
-from training.leaderboard import main, probabilities, read_tasks
+from training.leaderboard import main, page, probabilities, read_tasks
 
 TASKS = {
     "finding": {"label": "finding"},
@@ -129,3 +130,9 @@ def test_a_source_that_is_neither_folder_nor_known_is_refused_by_name(tmp_path):
     with pytest.raises(SystemExit):
         main([*common, "--models", "a=nowhere", "--output", str(tmp_path / "results.json")])
     assert not (tmp_path / "results.json").exists()
+
+
+def test_the_committed_page_is_made_of_the_committed_results():
+    docs = Path(__file__).parents[2] / "docs"
+    results = [json.loads(path.read_text()) for path in sorted((docs / "leaderboard").glob("*.json"))]
+    assert page(results) == (docs / "leaderboard.md").read_text()
