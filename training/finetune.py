@@ -1,10 +1,11 @@
 """Fine-tune a backbone for a task of a label table or data set, evaluate it on held-out patients. Research use only.
 
     python -m training.finetune --labels LABELS.csv --task COLUMN --source MODEL --mode frozen|full|lora
-        --output_dir RUN
+        [--head linear|attention|mil] --output_dir RUN
     python -m training.finetune --dataset NAME --data_dir DIR --task TASK --backbone KIND --output_dir RUN
 
-frozen: a linear probe on cached features; full: all weights learn; lora: low-rank adapters; both start from the probe.
+frozen: a linear probe on cached features, or with --head a light head that starts from it; full: all weights learn;
+lora: low-rank adapters; both start from the probe.
 In output_dir: predictions.parquet, the model, and at last result.json, with scores of images, breasts and patients and
 95 % intervals over patients. Started again after a kill, a run resumes; when it is finished, it returns its result.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
 from dataset_scripts.benchmarks.index import SPLITS
 from dataset_scripts.benchmarks.task import TaskTable, load_task
@@ -24,10 +26,12 @@ from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.embed import find_device
 from modeling_mammodino.tools.files import write_json
 from training.evaluation.backbones.registry import BACKBONES, Backbone, load_backbone
-from training.evaluation.finetuning.aggregation import predict_levels, score_levels
+from training.evaluation.finetuning.aggregation import fit_image_attention, predict_levels, score_levels
 from training.evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
 from training.evaluation.finetuning.heads import LinearHead, balanced_weights, fit_linear_probe
 from training.evaluation.finetuning.image_classifier import ImageClassifier, add_adapters, save_classifier
+from training.evaluation.finetuning.multiple_instance import fit_head, predict_bags
+from training.evaluation.finetuning.tiles import Tiling
 from training.evaluation.finetuning.tuning import LabeledImages, MammographyScores, train_classifier
 from training.evaluation.metrics import metric_names
 from training.evaluation.reports import format_interval, markdown_table
@@ -68,19 +72,21 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
     }
     write_json(output / SETTINGS_FILE, settings.what_is_computed())
 
-    features = encode(backbone, task, Path(settings.cache_dir or output / "features"), settings)
-    head, learned = fit_head(features, task, settings)
+    cache = Path(settings.cache_dir or output / "features")
+    features = encode(backbone, task, cache, settings)
+    probe, learned = fit_probe(features, task, settings)
     if settings.mode != "frozen":
-        head, learned["training"] = train(backbone, head, features, task, settings, output / CHECKPOINTS)
+        probe, learned["training"] = train(backbone, probe, features, task, settings, output / CHECKPOINTS)
         features = encode(backbone, task, output / TUNED_FEATURES, settings)
-    ordered, balanced = task.definition.is_ordered, settings.class_imbalance != "none"
-    predictions = predict_levels(features, head, len(task.classes), ordered, balanced, settings.seed)
+    tiles = encode_tiles(backbone, task, features, cache, settings) if settings.head == "mil" else None
+    head, predictions = apply_head(features, tiles, probe, task, settings)
+    learned["parameters"] = sum(parameter.numel() for parameter in head.parameters())
 
     write_parquet(output / PREDICTIONS_FILE, predictions)
     if settings.save_model:
         meaning = f"{settings.task} on {task.benchmark.title}: {task.definition.meaning}"
         head_alone = settings.mode == "frozen"
-        save_classifier(output / "model", backbone, head.layer(), task.classes, meaning, head_alone)
+        save_classifier(output / "model", backbone, head, task.classes, meaning, head_alone)
     return {
         "notice": NOTICE,
         "dataset": task.benchmark.name,
@@ -95,7 +101,7 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
         "table": hash_table(task.table),
         **how_it_was_run(settings),
         "learned": learned,
-        "metrics": score_levels(predictions, ordered, settings.num_resamples, settings.seed),
+        "metrics": score_levels(predictions, task.definition.is_ordered, settings.num_resamples, settings.seed),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -124,13 +130,7 @@ def open_task(settings: FinetuneSettings) -> TaskTable:
 
 def encode(backbone: Backbone, task: TaskTable, cache: Path, settings: FinetuneSettings) -> SliceFeatures:
     """Return features of all images that can be used. Raises ValueError where a class is lost with the others."""
-    encoding = Encoding(
-        settings.slices_per_volume,
-        settings.per_device_eval_batch_size,
-        settings.dataloader_num_workers,
-        settings.bf16,
-    )
-    features = cached_features(backbone, task.table, cache, task.benchmark.name, encoding)
+    features = cached_features(backbone, task.table, cache, task.benchmark.name, encoding_of(settings))
     for split in SPLITS:
         left = set(features.table["label"][features.table["split"] == split])
         for number, name in enumerate(task.classes):
@@ -142,7 +142,51 @@ def encode(backbone: Backbone, task: TaskTable, cache: Path, settings: FinetuneS
     return features
 
 
-def fit_head(features: SliceFeatures, task: TaskTable, settings: FinetuneSettings) -> tuple[LinearHead, dict[str, Any]]:
+def encoding_of(settings: FinetuneSettings, tiling: Tiling | None = None) -> Encoding:
+    return Encoding(
+        settings.slices_per_volume,
+        settings.per_device_eval_batch_size,
+        settings.dataloader_num_workers,
+        settings.bf16,
+        tiling,
+    )
+
+
+def tiling_of(settings: FinetuneSettings) -> Tiling:
+    return Tiling(settings.canvas_height, settings.tile_size, settings.tile_overlap, settings.min_tissue)
+
+
+def encode_tiles(
+    backbone: Backbone, task: TaskTable, features: SliceFeatures, cache: Path, settings: FinetuneSettings
+) -> SliceFeatures:
+    """Return features of the tiles of the images that have `features`."""
+    encoding = encoding_of(settings, tiling_of(settings))
+    tiles = cached_features(backbone, features.table, cache, task.benchmark.name, encoding)
+    if tiles.refused:
+        raise ValueError(f"{next(iter(tiles.refused.values()))}: could be read a moment ago; start the run again")
+    return tiles
+
+
+def apply_head(
+    features: SliceFeatures, tiles: SliceFeatures | None, probe: LinearHead, task: TaskTable, settings: FinetuneSettings
+) -> tuple[nn.Module, pd.DataFrame]:
+    """Return the head that `settings` ask for, which starts from the linear probe, and its test predictions."""
+    ordered, balanced = task.definition.is_ordered, settings.class_imbalance != "none"
+    if tiles is not None:
+        head = fit_head(features, tiles, probe, tiling_of(settings), ordered, balanced, settings.seed)
+        return head, predict_bags(head, features, tiles)
+    pooling, num_classes = None, len(task.classes)
+    if settings.head == "attention":
+        labels = features.table["label"][features.table["split"] == "train"].to_numpy()
+        weights = balanced_weights(labels, num_classes) if balanced else np.ones(num_classes)
+        pooling = fit_image_attention(features, probe, weights, settings.seed)
+    predictions = predict_levels(features, probe, num_classes, ordered, balanced, settings.seed, pooling)
+    return pooling or probe.layer(), predictions
+
+
+def fit_probe(
+    features: SliceFeatures, task: TaskTable, settings: FinetuneSettings
+) -> tuple[LinearHead, dict[str, Any]]:
     """Fit the linear probe: every slice counts with the label of its image."""
     label, split = features.table["label"].to_numpy(), features.table["split"].to_numpy()
     labels, of = label[features.image], split[features.image]

@@ -4,23 +4,31 @@
 
 What the class token attends to; how far each patch is from the breast's mean patch; what a breast's main components do
 not explain. With a classifier, a MODEL that training.finetune saved or the head of a frozen encoder in FOLDER, the
-evidence for its classes, too.
+evidence for its classes, too. With a head of tissue tiles (--head mil of that run), of any backbone, the attention over
+the tiles instead.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig
 
 from modeling_mammodino import MammoDinoForImageClassification
+from modeling_mammodino.dicom import spread
+from modeling_mammodino.rendering import UNPLACED
 from modeling_mammodino.tools.command import command_line, user_model, user_path
 from modeling_mammodino.tools.embed import open_encoder
+from modeling_mammodino.tools.features import extract_features
 from modeling_mammodino.tools.files import check_output
-from training.evaluation.detection.data import LesionImageRenderer
+from training.evaluation.backbones.registry import Backbone
+from training.evaluation.detection.data import LesionImage, LesionImageRenderer, frames_in_order
 from training.evaluation.finetuning.image_classifier import open_classifier
+from training.evaluation.finetuning.multiple_instance import MultipleInstanceHead
+from training.evaluation.finetuning.tiles import TileReader
 from training.evaluation.heat_maps import HeatMap, encode, heat_maps
 from training.evaluation.plots import draw_heat_maps
 
@@ -30,32 +38,52 @@ def write_heat_maps(
 ) -> list[HeatMap]:
     """Draw and return the heat maps of one slice. Raises InvalidImageError, ValueError or OSError for what cannot be
     used."""
-    model: Any
-    model, processor = open_encoder(model_name)
-    classifier, classes = find_classifier(model_name, head)
-    renderer = LesionImageRenderer(processor)
-    (image,) = renderer(str(file), None if frame is None else [frame], slices_per_volume=1)
-    pixel_values = torch.from_numpy(renderer.inputs(image.image, image.tissue)[None, :1])
-    maps = heat_maps(encode(model, pixel_values, torch.from_numpy(image.tissue[None])), classifier, classes)
+    backbone, classifier, classes = find_classifier(model_name, head)
+    if backbone is not None and isinstance(classifier, MultipleInstanceHead):
+        image, maps = map_tiles(str(file), frame, backbone, classifier)
+    else:
+        model: Any
+        model, processor = open_encoder(model_name)
+        renderer = LesionImageRenderer(processor)
+        (image,) = renderer(str(file), None if frame is None else [frame], slices_per_volume=1)
+        pixel_values = torch.from_numpy(renderer.inputs(image.image, image.tissue)[None, :1])
+        maps = heat_maps(encode(model, pixel_values, torch.from_numpy(image.tissue[None])), classifier, classes)
     draw_heat_maps(image, maps, f"{Path(file).name}, {Path(model_name).name}", output)
     return maps
 
 
-def find_classifier(model_name: str, head: Path | None) -> tuple[nn.Linear | None, tuple[str, ...]]:
-    """Return the linear head and its classes: in `head`, or the model's own where it is a classifier."""
+def map_tiles(
+    file: str, frame: int | None, backbone: Backbone, head: MultipleInstanceHead
+) -> tuple[LesionImage, list[HeatMap]]:
+    """Return a slice as tiles are cut from it, and the attention over its tiles."""
+    order = frames_in_order(file, [] if frame is None else [frame])
+    position = spread(len(order), 1)[0] if frame is None else order.index(frame)
+    (tiled,) = TileReader(backbone.preprocess, head.tiling)(file, [position])
+    found: Any = extract_features(backbone, tiled.inputs(backbone.preprocess), pool=None)
+    image = LesionImage(order[position], len(order), tiled.image, tiled.tissue, UNPLACED, tiled.image.shape)
+    return image, [head.tile_map(tiled, np.stack([feature for _, feature in found]))]
+
+
+def find_classifier(model_name: str, head: Path | None) -> tuple[Backbone | None, Any, tuple[str, ...]]:
+    """Return the head, its classes and the backbone that it was learned on: in `head`, or the model's own where it is a
+    classifier, without the backbone."""
     if head is not None:
         if not head.is_dir():
             raise FileNotFoundError(f"--head {head}: no such folder; give the model folder of a training.finetune run")
         backbone, layer, classes = open_classifier(head, model_name)
-        if backbone.kind != "mammodino":
+        if isinstance(layer, nn.Linear) and backbone.kind != "mammodino":
             raise ValueError(f"--head {head}: is the head of {backbone.kind}; only mammodino's patches are drawn")
-        return layer, tuple(classes)
+        if not isinstance(layer, nn.Linear | MultipleInstanceHead):
+            raise ValueError(
+                f"--head {head}: pools slices by attention; only linear heads and those of tiles are drawn"
+            )
+        return backbone, layer, tuple(classes)
     config = AutoConfig.from_pretrained(model_name)
     if "MammoDinoForImageClassification" not in (config.architectures or ()):
-        return None, ()
+        return None, None, ()
     whole = MammoDinoForImageClassification.from_pretrained(model_name)
     names: Any = whole.config.id2label
-    return whole.classifier, tuple(names[number] for number in range(whole.num_labels))
+    return None, whole.classifier, tuple(names[number] for number in range(whole.num_labels))
 
 
 def main(arguments: list[str] | None = None) -> None:

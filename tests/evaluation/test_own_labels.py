@@ -50,17 +50,19 @@ QUICK = ("--dataloader_num_workers", "0", "--num_resamples", "20", "--test_fract
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["frozen", "lora"])
-def test_finetune(labels, encoder, tmp_path, mode, capsys):
+@pytest.mark.parametrize("mode,head", [("frozen", "linear"), ("frozen", "mil"), ("lora", "linear")])
+def test_finetune(labels, encoder, tmp_path, mode, head, capsys):
     finetune(["--labels", str(labels), "--task", "finding", "--source", encoder, "--mode", mode, "--output_dir",
-              str(tmp_path), "--num_train_epochs", "1", "--classes", "normal,mass", *QUICK])  # fmt: skip
+              str(tmp_path), "--num_train_epochs", "1", "--classes", "normal,mass", "--head", head, "--canvas_height",
+              "168", "--tile_size", "84", *QUICK])  # fmt: skip
+    way = "max" if head == "mil" else "mean"
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["classes"] == ["normal", "mass"] and result["dataset"] == "table"
     assert f"--labels {labels}" in result["command"] and "--data_dir" not in result["command"]
     predictions = pd.read_parquet(tmp_path / "predictions.parquet")
-    breasts = predictions[predictions["level"] == "breast_mean"]
+    breasts = predictions[predictions["level"] == f"breast_{way}"]
     assert set(breasts["breast_id"].str[-1]) == {"L", "R"} and len(breasts) == result["counts"]["test"]["breasts"]
-    patients = predictions[predictions["level"] == "patient_mean"]
+    patients = predictions[predictions["level"] == f"patient_{way}"]
     assert patients["label"].sum() == sum(
         int(name[2:]) % 2 for name in patients["patient_id"]
     )  # the worst of its breasts

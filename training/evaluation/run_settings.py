@@ -18,6 +18,7 @@ from .detection.lesion_metrics import HITS
 from .metrics import METRICS
 
 MODES = ("frozen", "full", "lora")
+HEADS = ("linear", "attention", "mil")
 LEARNING_RATES = {"full": 5e-5, "lora": 5e-4}  # where learning_rate is 0
 
 
@@ -103,6 +104,16 @@ class FinetuneSettings(RunSettings):
     mode: str = setting(
         "frozen", "frozen: linear probe on cached features; full: all weights learn; lora: low-rank.", choices=MODES
     )
+    head: str = setting(
+        "linear",
+        "linear: of slices, an image is their mean; frozen encoders also have attention: over the slices of an image, "
+        "and mil: whole view beside tissue tiles, the largest view gives breast and patient.",
+        choices=HEADS,
+    )
+    canvas_height: int = setting(2048, "Of mil: side in pixels of the square that the breast is fitted into.", low=1)
+    tile_size: int = setting(518, "Of mil: side of a tile in pixels of it.", low=1)
+    tile_overlap: float = setting(0.25, "Of mil: share of its side that a tile shares with the next.", 0, 0.9)
+    min_tissue: float = setting(0.05, "Of mil: share of breast under which a tile is left out.", 0, 1)
     cache_dir: str = setting("", "Features of frozen encoders, shared by runs that name it; empty: in output_dir.")
     class_imbalance: str = setting(
         "class_weights",
@@ -120,6 +131,8 @@ class FinetuneSettings(RunSettings):
         super().__post_init__()
         if not self.source and BACKBONES[self.backbone].hub_id is None and self.backbone != "untrained":
             raise ValueError(f"source: backbone {self.backbone} has no published weights; give --source FOLDER")
+        if self.head != "linear" and self.mode != "frozen":
+            raise ValueError(f"head={self.head}: learns on the features of a frozen encoder; give --mode frozen")
 
 
 @dataclass

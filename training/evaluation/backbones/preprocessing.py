@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.rendering import place_on_canvas
 from modeling_mammodino.tools.features import SliceReader
 
 from .checkpoint_files import find_beside
@@ -43,6 +45,23 @@ class MammoDinoImages:
         """Yield `pixel_values` (1, H, W) float32 with `tissue_mask` (h, w) float32; see `Backbone.preprocess`."""
         for image in SliceReader(self.image_processor, slices_per_volume)(file, slices):
             yield {"pixel_values": image.pixel_values, "tissue_mask": image.tissue_mask}
+
+    @property
+    def renderer(self) -> MammoDinoImageProcessor:
+        """What renders a file larger, for tiles."""
+        return self.image_processor
+
+    def tile(self, image: np.ndarray, tissue: np.ndarray) -> dict[str, np.ndarray]:
+        """Return a tile (H, W) and its breast mask (H, W) bool of what `renderer` rendered as the encoder takes it, at
+        its aspect on the canvas."""
+        settings = self.image_processor.render_settings
+        scale = min(side / own for side, own in zip(settings.canvas, image.shape, strict=True))
+        size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        fitted: np.ndarray = cv2.resize(image, size, interpolation=how)
+        breast = cv2.resize(tissue.astype(np.float32), size, interpolation=how) >= 0.5
+        placed = place_on_canvas(fitted, breast, settings)
+        return {"pixel_values": placed.pixel_values, "tissue_mask": placed.tissue_mask}
 
     def settings(self) -> dict[str, Any]:
         return {"image_processor": self.image_processor.to_dict()}
@@ -72,6 +91,15 @@ class RgbImages:
         )
         for _, each in rendered:
             yield {"pixel_values": self.prepare(each.image)}
+
+    @property
+    def renderer(self) -> MammoDinoImageProcessor:
+        """What renders a file larger, for tiles."""
+        return self.gray
+
+    def tile(self, image: np.ndarray, tissue: np.ndarray) -> dict[str, np.ndarray]:
+        """Return a tile (H, W) uint8 of what `renderer` rendered as the backbone takes it."""
+        return {"pixel_values": self.prepare(image)}
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         """Return a gray image (H, W) uint8 as the backbone takes it, (3, H', W') float32."""

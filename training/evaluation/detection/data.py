@@ -60,9 +60,7 @@ class LesionImageRenderer:
         """Yield those `frames` of a volume, or so many evenly spaced slices, 0: all. Raises InvalidImageError or
         OSError."""
         processor, settings = self.processor, self.processor.render_settings
-        order = frame_order(file) if is_dicom(file) else (0,)
-        if outside := [frame for frame in frames or () if not 0 <= frame < len(order)]:
-            raise InvalidImageError(file, f"has {len(order)} slices, from 0; slice {outside[0]} was asked for")
+        order = frames_in_order(file, frames or ())
         wanted = None if frames is None else [order.index(frame) for frame in frames]
         correct = self.views.correction(file) if self.views else None
         for mammogram, rendered in processor.render_source(
@@ -77,6 +75,14 @@ class LesionImageRenderer:
         """Return what a detector takes, (2, H, W) float32: the standardized image, and its tissue patch by patch."""
         spread = np.kron(tissue, np.ones((self.processor.patch_size,) * 2, np.float32))
         return np.stack((standardize(image, *self.processor.mean_and_std), spread))
+
+
+def frames_in_order(file: str, wanted: Sequence[int] = ()) -> tuple[int, ...]:
+    """Return the frames of a file in order of position. Raises InvalidImageError where one that is wanted is none."""
+    order = frame_order(file) if is_dicom(file) else (0,)
+    if outside := [frame for frame in wanted if not 0 <= frame < len(order)]:
+        raise InvalidImageError(file, f"has {len(order)} slices, from 0; slice {outside[0]} was asked for")
+    return order
 
 
 def render_training_images(

@@ -7,12 +7,13 @@ commonest, the first of equals. Our choice; the paper does not say.
 
 import numpy as np
 import pandas as pd
+import torch
 
 from dataset_scripts.benchmarks.index import SPLITS
 from training.evaluation.metrics import bootstrap, metric_names
 
 from .feature_cache import SliceFeatures
-from .heads import Bags, LinearHead, attention_probabilities, balanced_weights, fit_attention
+from .heads import AttentionPooling, Bags, LinearHead, attention_probabilities, balanced_weights, fit_attention
 
 IDENTIFIERS = ["image_id", "breast_id", "patient_id"]
 GROUPS = {"breast": "breast_id", "patient": "patient_id"}  # level: column of the index
@@ -25,21 +26,25 @@ def mean_probabilities(probabilities: np.ndarray, group: np.ndarray, num_groups:
     return sums / np.bincount(group, minlength=num_groups)[:, None]
 
 
-def max_probabilities(probabilities: np.ndarray, group: np.ndarray, num_groups: int, ordered: bool) -> np.ndarray:
-    """Return the most suspicious row of a group: probabilities (n, C), group (n,) -> (G, C).
+def most_suspicious(probabilities: torch.Tensor, group: torch.Tensor, num_groups: int, ordered: bool) -> torch.Tensor:
+    """Return the most suspicious row of a group: probabilities (n, C), group (n,) int64 -> (G, C).
 
     Of ordered classes, the probability of at most class c is the least of any row's: the law of the highest class where
     rows agree as far as they can. Of two classes this is the largest positive probability. Of unordered classes each
     has its largest probability, scaled to a sum of 1.
     """
+    wide, shape = group[:, None].expand_as(probabilities), (num_groups, probabilities.shape[1])
     if ordered:
-        at_most = np.ones((num_groups, probabilities.shape[1]))
-        np.minimum.at(at_most, group, np.cumsum(probabilities, axis=1))
-        at_most[:, -1] = 1
-        return np.diff(at_most, axis=1, prepend=0)
-    largest = np.zeros((num_groups, probabilities.shape[1]))
-    np.maximum.at(largest, group, probabilities)
-    return largest / largest.sum(axis=1, keepdims=True)
+        at_most = probabilities.new_ones(shape).scatter_reduce(0, wide, probabilities.cumsum(1), "amin")
+        at_most = torch.cat((at_most[:, :-1], at_most.new_ones(num_groups, 1)), dim=1)
+        return at_most.diff(dim=1, prepend=at_most.new_zeros(num_groups, 1))
+    largest = probabilities.new_zeros(shape).scatter_reduce(0, wide, probabilities, "amax")
+    return largest / largest.sum(dim=1, keepdim=True)
+
+
+def max_probabilities(probabilities: np.ndarray, group: np.ndarray, num_groups: int, ordered: bool) -> np.ndarray:
+    """Return `most_suspicious` of arrays."""
+    return most_suspicious(torch.from_numpy(probabilities), torch.from_numpy(group), num_groups, ordered).numpy()
 
 
 def group_labels(labels: np.ndarray, group: np.ndarray, num_groups: int, ordered: bool) -> np.ndarray:
@@ -63,18 +68,42 @@ def groups_of(table: pd.DataFrame, level: str) -> tuple[pd.DataFrame, np.ndarray
     return first[columns].reset_index(drop=True), number
 
 
+def fit_image_attention(
+    features: SliceFeatures, head: LinearHead, class_weights: np.ndarray, seed: int
+) -> AttentionPooling:
+    """Return attention pooling of the slices of an image, which starts as their mean under `head`."""
+    label, split = features.table["label"].to_numpy(), features.table["split"].to_numpy()
+    bags = []
+    for name in ("train", "validation"):
+        own = np.flatnonzero(split[features.image] == name)
+        images, group = np.unique(features.image[own], return_inverse=True)
+        bags.append(Bags(features.values[own], group, label[images]))
+    return fit_attention(*bags, head.weight, head.bias, class_weights, seed)
+
+
 def predict_levels(
-    features: SliceFeatures, head: LinearHead, num_classes: int, ordered: bool, balanced: bool, seed: int
+    features: SliceFeatures,
+    head: LinearHead,
+    num_classes: int,
+    ordered: bool,
+    balanced: bool,
+    seed: int,
+    pooling: AttentionPooling | None = None,
 ) -> pd.DataFrame:
     """Return a row a test image (level `image`), and for each way of aggregation (`breast_mean`, `breast_max`,
     `breast_attention`, `patient_mean`, ...) a row a group; columns level, IDENTIFIERS, label, p_0 .. p_{C-1}.
 
-    Attention pooling learns from the training part; `balanced`: with classes that weigh the same.
+    An image is the mean of its slices, or what `pooling` makes of them. Attention pooling of groups learns from the
+    training part; `balanced`: with classes that weigh the same.
     """
-    table, of_slices = features.table, head.probabilities(features.values)
-    probabilities = mean_probabilities(of_slices, features.image, len(table))  # (n, C)
+    table = features.table
+    if pooling is None:
+        of_slices = head.probabilities(features.values)
+        probabilities = mean_probabilities(of_slices, features.image, len(table))  # (n, C)
+    else:
+        probabilities = attention_probabilities(pooling, features.values, features.image)
     test = (table["split"] == "test").to_numpy()
-    levels = [_rows("image", table[test], table["label"].to_numpy()[test], probabilities[test])]
+    levels = [level_rows("image", table[test], table["label"].to_numpy()[test], probabilities[test])]
     for level in GROUPS:
         bags, groups, rows = {}, {}, {}
         for split in SPLITS:
@@ -86,13 +115,13 @@ def predict_levels(
         _, group = groups_of(table.iloc[rows["test"]], level)
         of_train = bags["train"].labels
         weights = balanced_weights(of_train, num_classes) if balanced else np.ones(num_classes)
-        pooling = fit_attention(bags["train"], bags["validation"], head.weight, head.bias, weights, seed)
+        of_groups = fit_attention(bags["train"], bags["validation"], head.weight, head.bias, weights, seed)
         ways = {
             "mean": mean_probabilities(chosen, group, len(names)),
             "max": max_probabilities(chosen, group, len(names), ordered),
-            "attention": attention_probabilities(pooling, bag.features, bag.group),
+            "attention": attention_probabilities(of_groups, bag.features, bag.group),
         }
-        levels += [_rows(f"{level}_{way}", names, bag.labels, each) for way, each in ways.items()]
+        levels += [level_rows(f"{level}_{way}", names, bag.labels, each) for way, each in ways.items()]
     return pd.concat(levels, ignore_index=True)
 
 
@@ -129,7 +158,8 @@ def _bags(features: SliceFeatures, rows: np.ndarray, level: str, ordered: bool) 
     return names, Bags(features.values[of_slice >= 0], of_slice[of_slice >= 0], labels)
 
 
-def _rows(level: str, names: pd.DataFrame, labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+def level_rows(level: str, names: pd.DataFrame, labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+    """Return rows of predictions: names with some of IDENTIFIERS, labels (n,), probabilities (n, C)."""
     rows = names.reindex(columns=IDENTIFIERS).astype("string").reset_index(drop=True)
     rows.insert(0, "level", level)
     rows["label"] = labels

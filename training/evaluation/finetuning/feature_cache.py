@@ -1,8 +1,10 @@
 """Frozen features on disk: every image goes through an encoder once, however many tasks need it.
 
-A folder of CACHE/DATASET holds the features of one encoder as it is, one preprocessing and one choice of slices, in
-Parquet shards, a row a slice. Shards are written atomically, so that a killed run loses only the one at work; a lock
-lets processes take turns, and the second finds done what the first did.
+A folder of CACHE/DATASET holds the features of one encoder as it is, one preprocessing and one choice of slices or
+tiles, in shards: features-*.npy, a row a slice (float32) or a tile (float16), which is memory-mapped, and its index
+features-*.parquet, a row an image: its rows (start, end), and of each its place on the canvas. Files are written
+atomically, the index last, so that a killed run loses only the shard at work; a lock lets processes take turns, and the
+second finds done what the first did.
 """
 
 import hashlib
@@ -10,8 +12,8 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,37 +28,53 @@ from modeling_mammodino.tools.features import Inputs, extract_features, read_fil
 from modeling_mammodino.tools.files import atomic_file, write_json
 from training.evaluation.backbones.registry import Backbone
 
+from .tiles import Place, TiledSlice, TileReader, Tiling
+
 logger = logging.getLogger(__name__)
 
 IMAGES_PER_SHARD = 256
-COLUMNS = ("image_id", "fingerprint", "slice", "feature")
+LAYOUT = 2  # of the shards
 
 
 @dataclass(frozen=True)
 class SliceFeatures:
-    """Features of the slices of images, in the order of a table less what was refused.
+    """Features of the slices, or of the tiles, of images, in the order of a table less what was refused.
 
     Attributes:
-        values: (N, F) float32, the slices of an image together.
-        image: (N,) int, the row of `table` that a slice belongs to.
+        rows: of each row of `table`, (S, F) memory-mapped, of slices float32, of tiles float16.
         table: the rows that could be read, numbered anew.
         refused: why the others could not, by image_id.
     """
 
-    values: np.ndarray
-    image: np.ndarray
+    rows: list[np.ndarray]
     table: pd.DataFrame
     refused: dict[str, str]
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """All of them in memory, (N, F), the slices of an image together."""
+        return np.concatenate(self.rows)
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """(N,) int, the row of `table` that a slice belongs to."""
+        return np.repeat(np.arange(len(self.rows)), [len(each) for each in self.rows])
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How features are made, beside the backbone itself."""
+    """How features are made, beside the backbone itself; `tiling`: of tiles in place of whole slices."""
 
     slices_per_volume: int = 4
     batch_size: int = 32
     num_workers: int = 0
     bf16: bool = False
+    tiling: Tiling | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that the features depend on."""
+        tiling = {"tiling": asdict(self.tiling)} if self.tiling else {}
+        return {"layout": LAYOUT, "slices_per_volume": self.slices_per_volume, "bf16": self.bf16, **tiling}
 
 
 def cached_features(
@@ -66,7 +84,7 @@ def cached_features(
 
     A file that cannot be used is left out and named in `refused`, and tried again the next time.
     """
-    settings = {**backbone.settings(), "slices_per_volume": encoding.slices_per_volume, "bf16": encoding.bf16}
+    settings = {**backbone.settings(), **encoding.settings()}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / dataset / f"{backbone.kind}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,39 +107,47 @@ def cached_features(
 
 def encode_images(
     backbone: Backbone, files: Sequence[str], encoding: Encoding
-) -> Iterator[tuple[dict[int, list[np.ndarray]], dict[int, str]]]:
-    """Yield, shard by shard, features (F,) float32 of the slices of each file by its position, and why others were
-    refused.
+) -> Iterator[tuple[dict[int, list[tuple[Place, np.ndarray]]], dict[int, str]]]:
+    """Yield, shard by shard, places and features (F,) of the slices or tiles of each file by its position, and why
+    others were refused.
 
     A batch stays within a shard, so that a shard that is made later is the same to the last bit.
     """
-    read = partial(backbone.preprocess, slices_per_volume=encoding.slices_per_volume)
+    dtype = np.finfo(np.float16 if encoding.tiling else np.float32)
+    read: Any = partial(backbone.preprocess, slices_per_volume=encoding.slices_per_volume)
+    if encoding.tiling:
+        read = TileReader(backbone.preprocess, encoding.tiling, encoding.slices_per_volume)
     of_files = enumerate(read_files(files, read, encoding.num_workers, num_ahead=encoding.batch_size))
     backbone.eval()
     for _ in range(0, len(files), IMAGES_PER_SHARD):
-        features: dict[int, list[np.ndarray]] = defaultdict(list)
+        features: dict[int, list[tuple[Place, np.ndarray]]] = defaultdict(list)
         refused: dict[int, str] = {}
-        slices = _usable(islice(of_files, IMAGES_PER_SHARD), refused)
+        images = _usable(islice(of_files, IMAGES_PER_SHARD), backbone, refused)
         extracted: Any = extract_features(
-            backbone, slices, pool=None, batch_size=encoding.batch_size, bf16=encoding.bf16
+            backbone, images, pool=None, batch_size=encoding.batch_size, bf16=encoding.bf16
         )
-        for position, feature in extracted:
+        for (position, place), feature in extracted:
             if not np.isfinite(feature).all():
                 raise ValueError(
                     f"{files[position]}: features of {backbone.source} are not finite; its weights are damaged, or "
                     "bf16 is too coarse for them"
                 )
-            features[position].append(feature)
+            features[position].append((place, feature.clip(dtype.min, dtype.max).astype(dtype.dtype)))
         yield features, refused
 
 
-def _usable(files: Iterable[tuple[int, list[Inputs] | str]], refused: dict[int, str]) -> Iterator[tuple[int, Inputs]]:
-    """Yield the slices of files by position; refusals are added to `refused`."""
+def _usable(
+    files: Iterable[tuple[int, list[Inputs | TiledSlice] | str]], backbone: Backbone, refused: dict[int, str]
+) -> Iterator[tuple[tuple[int, Place], Inputs]]:
+    """Yield the slices or tiles of files by position and place; refusals are added to `refused`."""
     for position, slices in files:
         if isinstance(slices, str):
             refused[position] = slices
-        else:
-            yield from ((position, each) for each in slices)
+            continue
+        for number, each in enumerate(slices):
+            whole = [(Place(number), each)] if not isinstance(each, TiledSlice) else []
+            for place, inputs in whole or each.inputs(backbone.preprocess):
+                yield (position, place), inputs
 
 
 def _fingerprint(file: Path) -> str:
@@ -133,55 +159,52 @@ def _fingerprint(file: Path) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _write_shard(folder: Path, features: dict[str, list[np.ndarray]], fingerprints: dict[str, str]) -> None:
-    names = [name for name, slices in features.items() for _ in slices]
-    values = np.array([each for slices in features.values() for each in slices])  # (N, F)
-    table = pyarrow.table(
-        {
-            "image_id": names,
-            "fingerprint": [fingerprints[name] for name in names],
-            "slice": [number for slices in features.values() for number in range(len(slices))],
-            "feature": pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1]),
-        }
-    )
+def _write_shard(
+    folder: Path, features: dict[str, list[tuple[Place, np.ndarray]]], fingerprints: dict[str, str]
+) -> None:
+    counts = [len(rows) for rows in features.values()]
+    index = {
+        "image_id": list(features),
+        "fingerprint": [fingerprints[name] for name in features],
+        "start": np.cumsum([0, *counts[:-1]]),
+        "end": np.cumsum(counts),
+        **{
+            field: [[getattr(place, field) for place, _ in rows] for rows in features.values()]
+            for field in Place._fields
+        },
+    }
     digest = hashlib.sha256("\n".join(f"{name} {fingerprints[name]}" for name in features).encode()).hexdigest()[:16]
+    with atomic_file(folder / f"features-{digest}.npy") as temporary, temporary.open("wb") as stream:
+        np.save(stream, np.array([feature for rows in features.values() for _, feature in rows]))  # (N, F)
     with atomic_file(folder / f"features-{digest}.parquet") as temporary:
-        parquet.write_table(table, temporary)
+        parquet.write_table(pyarrow.table(index), temporary)
 
 
-def _shards(folder: Path, columns: Sequence[str]) -> Iterator[pyarrow.Table]:
-    """Yield the shards; one that is damaged is removed, to be made again."""
+def _shards(folder: Path) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield name, fingerprint and features of each image; a shard that is damaged is removed, to be made again."""
     for path in sorted(folder.glob("features-*.parquet")):
         try:
-            yield parquet.read_table(path, columns=list(columns))
-        except (pyarrow.ArrowException, OSError) as error:
+            index = parquet.read_table(path, columns=["image_id", "fingerprint", "start", "end"]).to_pylist()
+            values = np.load(path.with_suffix(".npy"), mmap_mode="r")
+            if len(values) != index[-1]["end"]:
+                raise ValueError(f"{len(values)} rows, not {index[-1]['end']}")
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             logger.warning("%s: damaged, its features are made again (%s)", path, str(error).splitlines()[0])
             path.unlink()
+            continue
+        for row in index:
+            yield row["image_id"], row["fingerprint"], values[row["start"] : row["end"]]
 
 
 def _stored(folder: Path, wanted: dict[str, str]) -> set[str]:
     """Return the images whose features are there, of the files as they are now."""
-    found = set()
-    for shard in _shards(folder, ("image_id", "fingerprint")):
-        names = zip(shard["image_id"].to_pylist(), shard["fingerprint"].to_pylist(), strict=True)
-        found |= {name for name, fingerprint in names if wanted.get(name) == fingerprint}
-    return found
+    return {name for name, fingerprint, _ in _shards(folder) if wanted.get(name) == fingerprint}
 
 
 def _gather(folder: Path, table: pd.DataFrame, wanted: dict[str, str], refused: dict[str, str]) -> SliceFeatures:
-    by_image: dict[str, np.ndarray] = {}
-    for shard in _shards(folder, COLUMNS):
-        feature = shard["feature"].combine_chunks()
-        values = feature.flatten().to_numpy().reshape(len(shard), -1)  # (N, F)
-        names, fingerprints = shard["image_id"].to_numpy(), shard["fingerprint"].to_numpy()
-        starts = np.flatnonzero(np.append(True, names[1:] != names[:-1]))
-        for start, end in zip(starts, np.append(starts[1:], len(names)), strict=True):
-            if wanted.get(names[start]) == fingerprints[start]:
-                by_image[names[start]] = values[start:end]
+    by_image = {name: rows for name, fingerprint, rows in _shards(folder) if wanted.get(name) == fingerprint}
     usable = table[table["image_id"].isin(by_image)].reset_index(drop=True)
     if not len(usable):
         first = next(iter(refused.values()), "")
         raise ValueError(f"none of {len(table)} images can be used; the first: {first}")
-    rows = [by_image[name] for name in usable["image_id"]]
-    image = np.repeat(np.arange(len(rows)), [len(each) for each in rows])
-    return SliceFeatures(np.concatenate(rows), image, usable, refused)
+    return SliceFeatures([by_image[name] for name in usable["image_id"]], usable, refused)

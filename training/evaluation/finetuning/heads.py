@@ -1,4 +1,4 @@
-"""The two heads of frozen features: a linear probe of images, and attention pooling of breasts and patients.
+"""Heads of frozen features: a linear probe of images, and attention pooling of images, breasts and patients.
 
 The linear probe is a multinomial logistic regression whose L2 penalty is chosen on the validation part. Features are
 strongly correlated, on which L-BFGS takes hundreds of steps. They are turned to their principal axes once, and each
@@ -10,7 +10,7 @@ starts as what is known: every slice weighs the same, and the linear layer is th
 that counts only if the validation part confirms it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -150,7 +150,26 @@ class Bags:
     labels: np.ndarray
 
 
-class AttentionPooling(nn.Module):
+class GatedAttention(nn.Module):
+    """How much each row of a group counts, from features of some width; at the start all count the same."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.tanh, self.gate = nn.Linear(width, HIDDEN), nn.Linear(width, HIDDEN)
+        self.attention = nn.Linear(HIDDEN, 1, bias=False)
+        self.dropout = nn.Dropout(DROPOUT)
+        nn.init.zeros_(self.attention.weight)
+
+    def attention_weights(self, features: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:
+        """Return (N,): softmax over the rows of each group of w^T (tanh(V h) * sigmoid(U h)); features (N, width)."""
+        dropped = self.dropout(features)
+        scores = self.attention(torch.tanh(self.tanh(dropped)) * torch.sigmoid(self.gate(dropped)))[:, 0]
+        highest = scores.new_full((num_groups,), -torch.inf).scatter_reduce(0, group, scores.detach(), "amax")
+        exponentials = (scores - highest[group]).exp()
+        return exponentials / scores.new_zeros(num_groups).index_add(0, group, exponentials)[group]
+
+
+class AttentionPooling(GatedAttention):
     """features (N, F) of G groups -> logits (G, C). `weight` (C, F) and `bias` (C,) are those that it starts with, for
     features as they come; `mean` and `std` (F,) standardize them for the attention."""
 
@@ -158,18 +177,10 @@ class AttentionPooling(nn.Module):
     std: torch.Tensor
 
     def __init__(self, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray):
-        super().__init__()
-        num_classes, width = weight.shape
+        super().__init__(weight.shape[1])
         self.register_buffer("mean", torch.from_numpy(mean).float())
         self.register_buffer("std", torch.from_numpy(std).float())
-        self.tanh, self.gate = nn.Linear(width, HIDDEN), nn.Linear(width, HIDDEN)
-        self.attention = nn.Linear(HIDDEN, 1, bias=False)
-        self.dropout = nn.Dropout(DROPOUT)
-        self.classifier = nn.Linear(width, num_classes)
-        with torch.no_grad():
-            nn.init.zeros_(self.attention.weight)
-            self.classifier.weight.copy_(torch.from_numpy(weight * std))
-            self.classifier.bias.copy_(torch.from_numpy(bias + weight @ mean))
+        self.classifier = standardized_layer(weight, bias, mean, std)
 
     def forward(self, features: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:
         standardized = (features - self.mean) / self.std
@@ -177,13 +188,10 @@ class AttentionPooling(nn.Module):
             weighted_mean(standardized, self.attention_weights(standardized, group, num_groups), group, num_groups)
         )
 
-    def attention_weights(self, standardized: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:
-        """Return (N,): softmax over the slices of each group of w^T (tanh(V h) * sigmoid(U h))."""
-        dropped = self.dropout(standardized)
-        scores = self.attention(torch.tanh(self.tanh(dropped)) * torch.sigmoid(self.gate(dropped)))[:, 0]
-        highest = scores.new_full((num_groups,), -torch.inf).scatter_reduce(0, group, scores.detach(), "amax")
-        exponentials = (scores - highest[group]).exp()
-        return exponentials / scores.new_zeros(num_groups).index_add(0, group, exponentials)[group]
+
+def standardized_layer(weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray) -> nn.Linear:
+    """Return the linear layer (C, F) of features as they come as one of features standardized by mean and std (F,)."""
+    return LinearHead(weight * std, bias + weight @ mean).layer()
 
 
 def weighted_mean(features: torch.Tensor, weights: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -196,7 +204,6 @@ def fit_attention(
 ) -> AttentionPooling:
     """Return the pooling of the epoch with the least validation loss, the start included.
 
-
     `weight` (C, F) and `bias` (C,) are the linear layer of the images; class_weights (C,) weigh the losses. The same
     numbers give the same result.
     """
@@ -206,21 +213,37 @@ def fit_attention(
         model = AttentionPooling(weight, bias, mean, std)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         slices_of = np.split(np.argsort(train.group, kind="stable"), np.cumsum(np.bincount(train.group))[:-1])
-        best, best_loss, waited = _copy(model), _loss(model, validation, class_weights), 0
-        for _ in range(NUM_EPOCHS):
-            model.train()
+
+        def losses() -> Iterator[torch.Tensor]:
             for bags in torch.randperm(len(train.labels)).split(BAGS_PER_BATCH):
-                optimizer.zero_grad()
-                _batch_loss(model, train, [slices_of[bag] for bag in bags.tolist()], bags, class_weights).backward()
-                optimizer.step()
-            loss = _loss(model, validation, class_weights)
-            waited = 0 if loss < best_loss else waited + 1
-            if loss < best_loss:
-                best, best_loss = _copy(model), loss
-            elif waited == PATIENCE:
-                break
-    model.load_state_dict(best)
+                yield _batch_loss(model, train, [slices_of[bag] for bag in bags.tolist()], bags, class_weights)
+
+        keep_best_epoch(model, optimizer, losses, lambda: _loss(model, validation, class_weights))
     return model.eval()
+
+
+def keep_best_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: Callable[[], Iterator[torch.Tensor]],
+    validation_loss: Callable[[], float],
+) -> None:
+    """Train until PATIENCE epochs bring no less loss on the validation part, and leave `model` as it was at the least,
+    the start included. `losses` yields those of an epoch's batches."""
+    best, best_loss, waited = _copy(model), validation_loss(), 0
+    for _ in range(NUM_EPOCHS):
+        model.train()
+        for batch_loss in losses():
+            optimizer.zero_grad()
+            batch_loss.backward()
+            optimizer.step()
+        loss = validation_loss()
+        waited = 0 if loss < best_loss else waited + 1
+        if loss < best_loss:
+            best, best_loss = _copy(model), loss
+        elif waited == PATIENCE:
+            break
+    model.load_state_dict(best)
 
 
 @contextmanager

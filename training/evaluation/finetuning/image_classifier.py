@@ -1,6 +1,7 @@
-"""A backbone under one linear layer: its loss, its predictions, and how it is saved and opened."""
+"""A backbone under one linear layer: its loss and its predictions; and how it and other heads are saved and opened."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from modeling_mammodino.tools.files import atomic_folder
 from training.evaluation.backbones.preprocessing import MammoDinoImages
 from training.evaluation.backbones.registry import Backbone, load_backbone
 from training.evaluation.run_settings import FinetuneSettings
+
+from .heads import AttentionPooling
+from .multiple_instance import MultipleInstanceHead
+from .tiles import Tiling
 
 HEAD_FILE, BACKBONE_FILE, DESCRIPTION_FILE = "head.safetensors", "backbone.safetensors", "classifier.json"
 NOTICE = "Research use only: not a medical device."
@@ -90,7 +95,7 @@ def add_adapters(backbone: Backbone, settings: FinetuneSettings) -> nn.Module:
 
 
 def save_classifier(
-    folder: Path, backbone: Backbone, head: nn.Linear, classes: tuple[str, ...], meaning: str, head_alone: bool = False
+    folder: Path, backbone: Backbone, head: nn.Module, classes: tuple[str, ...], meaning: str, head_alone: bool = False
 ) -> None:
     """Write `folder`, atomically: a MammoDINO as AutoModelForImageClassification and AutoImageProcessor open it;
     another kind, or the head of a frozen encoder alone, for `open_classifier`."""
@@ -115,13 +120,29 @@ def save_classifier(
                 "weights": backbone.settings()["weights"],
                 "width": backbone.width,
                 "classes": classes,
+                "head": _describe(head),
             }
             (temporary / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
         (temporary / "README.md").write_text(f"{NOTICE}\n\nClasses, by number: {', '.join(classes)}. {meaning}\n")
 
 
-def open_classifier(folder: Path, source: str | None = None) -> tuple[Backbone, nn.Linear, list[str]]:
-    """Return backbone, head and class names of a folder that has them in parts.
+def _describe(head: nn.Module) -> dict[str, Any]:
+    if isinstance(head, MultipleInstanceHead):
+        return {"kind": "mil", "ordered": head.ordered, "tiling": asdict(head.tiling)}
+    return {"kind": "attention" if isinstance(head, AttentionPooling) else "linear"}
+
+
+def _make_head(about: dict[str, Any], width: int, num_classes: int) -> nn.Module:
+    if about["kind"] == "mil":
+        return MultipleInstanceHead(width, num_classes, about["ordered"], Tiling(**about["tiling"]))
+    if about["kind"] == "attention":
+        return AttentionPooling(np.zeros((num_classes, width)), np.zeros(num_classes), np.zeros(width), np.ones(width))
+    return nn.Linear(width, num_classes)
+
+
+def open_classifier(folder: Path, source: str | None = None) -> tuple[Backbone, Any, list[str]]:
+    """Return backbone, head (nn.Linear, AttentionPooling or MultipleInstanceHead) and class names of a folder that has
+    them in parts.
 
     `source`: where the backbone's architecture and preprocessing are now, if elsewhere than noted. Raises ValueError
     where its weights are not those that the head was learned on.
@@ -132,6 +153,6 @@ def open_classifier(folder: Path, source: str | None = None) -> tuple[Backbone, 
         backbone.model.load_state_dict(load_file(folder / BACKBONE_FILE))
     if backbone.settings()["weights"] != description["weights"]:
         raise ValueError(f"{folder}: its head was learned on other weights than those of {backbone.source}")
-    head = nn.Linear(description["width"], len(description["classes"]))
+    head = _make_head(description["head"], description["width"], len(description["classes"]))
     head.load_state_dict(load_file(folder / HEAD_FILE))
-    return backbone, head, description["classes"]
+    return backbone, head.eval(), description["classes"]
