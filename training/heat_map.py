@@ -38,12 +38,18 @@ def write_heat_maps(
 ) -> list[HeatMap]:
     """Draw and return the heat maps of one slice. Raises InvalidImageError, ValueError or OSError for what cannot be
     used."""
-    backbone, classifier, classes = find_classifier(model_name, head)
+    backbone: Backbone | None = None
+    classifier: Any = None
+    classes: tuple[str, ...] = ()
+    if head is not None:
+        backbone, classifier, classes = open_head(model_name, head)
     if backbone is not None and isinstance(classifier, MultipleInstanceHead):
         image, maps = map_tiles(str(file), frame, backbone, classifier)
     else:
         model: Any
         model, processor = open_encoder(model_name)
+        if head is None:
+            classifier, classes = own_classifier(model_name)
         renderer = LesionImageRenderer(processor)
         (image,) = renderer(str(file), None if frame is None else [frame], slices_per_volume=1)
         pixel_values = torch.from_numpy(renderer.inputs(image.image, image.tissue)[None, :1])
@@ -64,26 +70,27 @@ def map_tiles(
     return image, [head.tile_map(tiled, np.stack([feature for _, feature in found]))]
 
 
-def find_classifier(model_name: str, head: Path | None) -> tuple[Backbone | None, Any, tuple[str, ...]]:
-    """Return the head, its classes and the backbone that it was learned on: in `head`, or the model's own where it is a
-    classifier, without the backbone."""
-    if head is not None:
-        if not head.is_dir():
-            raise FileNotFoundError(f"--head {head}: no such folder; give the model folder of a training.finetune run")
-        backbone, layer, classes = open_classifier(head, model_name)
-        if isinstance(layer, nn.Linear) and backbone.kind != "mammodino":
-            raise ValueError(f"--head {head}: is the head of {backbone.kind}; only mammodino's patches are drawn")
-        if not isinstance(layer, nn.Linear | MultipleInstanceHead):
-            raise ValueError(
-                f"--head {head}: pools slices by attention; only linear heads and those of tiles are drawn"
-            )
-        return backbone, layer, tuple(classes)
+def open_head(model_name: str, head: Path) -> tuple[Backbone, nn.Module, tuple[str, ...]]:
+    """Return the backbone of a training.finetune run, its head and its classes. Raises ValueError for a head that is
+    not drawn."""
+    if not head.is_dir():
+        raise FileNotFoundError(f"--head {head}: no such folder; give the model folder of a training.finetune run")
+    backbone, layer, classes = open_classifier(head, model_name)
+    if not isinstance(layer, nn.Linear | MultipleInstanceHead):
+        raise ValueError(f"--head {head}: pools slices by attention; only linear heads and those of tiles are drawn")
+    if isinstance(layer, nn.Linear) and backbone.kind != "mammodino":
+        raise ValueError(f"--head {head}: is the head of {backbone.kind}; only mammodino's patches are drawn")
+    return backbone, layer, tuple(classes)
+
+
+def own_classifier(model_name: str) -> tuple[nn.Linear | None, tuple[str, ...]]:
+    """Return the linear head and the classes of a model that is a classifier."""
     config = AutoConfig.from_pretrained(model_name)
     if "MammoDinoForImageClassification" not in (config.architectures or ()):
-        return None, None, ()
+        return None, ()
     whole = MammoDinoForImageClassification.from_pretrained(model_name)
     names: Any = whole.config.id2label
-    return None, whole.classifier, tuple(names[number] for number in range(whole.num_labels))
+    return whole.classifier, tuple(names[number] for number in range(whole.num_labels))
 
 
 def main(arguments: list[str] | None = None) -> None:

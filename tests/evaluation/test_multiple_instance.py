@@ -271,15 +271,17 @@ import resource, sys
 from pathlib import Path
 import numpy as np, pandas as pd
 from training.evaluation.backbones.registry import load_backbone
+from training.evaluation.finetuning import heads
 from training.evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
-from training.evaluation.finetuning.heads import LinearHead
 from training.evaluation.finetuning.multiple_instance import fit_head, predict_bags
 from training.evaluation.finetuning.tiles import Tiling
+
+heads.NUM_EPOCHS = 1  # all hold the same
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-encoder, files, folder = Path(sys.argv[1]), sorted(Path(sys.argv[2]).glob("*.png"))[:4], Path(sys.argv[3])
+encoder, files, folder = Path(sys.argv[1]), sorted(Path(sys.argv[2]).glob("*.png"))[:2], Path(sys.argv[3])
 num_images, num_tiles, width = 1000, 60, 768
 backbone, before = load_backbone("mammodino", str(encoder)), peak()
 table = pd.DataFrame({"image_id": [each.name for each in files], "file": [str(each) for each in files]})
@@ -296,7 +298,7 @@ table["split"] = "train"
 table.loc[700:, "split"], table.loc[850:, "split"] = "validation", "test"
 table.loc[::3, "label"] = 1
 slices = SliceFeatures([each[:1].astype(np.float32) for each in rows], table, {})
-tiles, probe = SliceFeatures(rows, table, {}), LinearHead(np.zeros((2, width)), np.zeros(2))
+tiles, probe = SliceFeatures(rows, table, {}), heads.LinearHead(np.zeros((2, width)), np.zeros(2))
 predict_bags(fit_head(slices, tiles, probe, Tiling(), True, True, 0), slices, tiles)
 print(encoded - before, peak() - before)
 """

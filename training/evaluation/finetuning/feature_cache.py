@@ -117,7 +117,8 @@ def encode_images(
     read: Any = partial(backbone.preprocess, slices_per_volume=encoding.slices_per_volume)
     if encoding.tiling:
         read = TileReader(backbone.preprocess, encoding.tiling, encoding.slices_per_volume)
-    of_files = enumerate(read_files(files, read, encoding.num_workers, num_ahead=encoding.batch_size))
+    num_ahead = 1 if encoding.tiling else encoding.batch_size  # a large canvas has some 20 MB
+    of_files = enumerate(read_files(files, read, encoding.num_workers, num_ahead))
     backbone.eval()
     for _ in range(0, len(files), IMAGES_PER_SHARD):
         features: dict[int, list[tuple[Place, np.ndarray]]] = defaultdict(list)

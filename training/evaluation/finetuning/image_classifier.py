@@ -153,6 +153,6 @@ def open_classifier(folder: Path, source: str | None = None) -> tuple[Backbone, 
         backbone.model.load_state_dict(load_file(folder / BACKBONE_FILE))
     if backbone.settings()["weights"] != description["weights"]:
         raise ValueError(f"{folder}: its head was learned on other weights than those of {backbone.source}")
-    head = _make_head(description["head"], description["width"], len(description["classes"]))
+    head = _make_head(description.get("head", {"kind": "linear"}), description["width"], len(description["classes"]))
     head.load_state_dict(load_file(folder / HEAD_FILE))
     return backbone, head.eval(), description["classes"]

@@ -38,10 +38,6 @@ PATIENTS_PER_BATCH = 16
 WHOLE_LEARNING_RATE = LEARNING_RATE / 10  # it starts as what is best for it
 LEAST = 1e-6  # probability in the loss
 
-Groups = dict[
-    str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-]  # level: images (k,), their groups (k,), labels (G,)
-
 
 class MultipleInstanceHead(nn.Module):
     """Features of whole slices (S, F) and of tiles (T, F) of n images -> probabilities of the images (n, C).
