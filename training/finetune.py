@@ -175,7 +175,8 @@ def apply_head(
     if tiles is not None:
         head = fit_head(features, tiles, probe, tiling_of(settings), ordered, balanced, settings.seed)
         return head, predict_bags(head, features, tiles)
-    pooling, num_classes = None, len(task.classes)
+    num_classes = len(task.classes)
+    pooling = None
     if settings.head == "attention":
         labels = features.table["label"][features.table["split"] == "train"].to_numpy()
         weights = balanced_weights(labels, num_classes) if balanced else np.ones(num_classes)

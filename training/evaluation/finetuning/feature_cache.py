@@ -146,9 +146,10 @@ def _usable(
             refused[position] = slices
             continue
         for number, each in enumerate(slices):
-            whole = [(Place(number), each)] if not isinstance(each, TiledSlice) else []
-            for place, inputs in whole or each.inputs(backbone.preprocess):
-                yield (position, place), inputs
+            if isinstance(each, TiledSlice):
+                yield from (((position, place), tile) for place, tile in each.inputs(backbone.preprocess))
+            else:
+                yield (position, Place(number)), each
 
 
 def _fingerprint(file: Path) -> str:

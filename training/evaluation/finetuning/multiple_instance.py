@@ -65,7 +65,9 @@ class MultipleInstanceHead(nn.Module):
         self.classifier = nn.Linear(width, num_classes, bias=False)
         nn.init.zeros_(self.classifier.weight)
 
-    def start(self, probe: LinearHead, slices: tuple[np.ndarray, np.ndarray], tiles: tuple[np.ndarray, np.ndarray]):
+    def start(
+        self, probe: LinearHead, slices: tuple[np.ndarray, np.ndarray], tiles: tuple[np.ndarray, np.ndarray]
+    ) -> None:
         """Start as `probe`; mean and standard deviation (F,) of either branch's features standardize them."""
         self.whole = standardized_layer(probe.weight, probe.bias, *slices)
         for name, values in zip(("mean", "std", "tile_mean", "tile_std"), (*slices, *tiles), strict=True):

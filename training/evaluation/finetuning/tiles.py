@@ -86,9 +86,9 @@ class TileReader:
 
     def __call__(self, file: str | Path, slices: Sequence[int] | None = None) -> Iterator[TiledSlice]:
         """Yield slices of a file; see `Backbone.preprocess`."""
-        fit = (self.tiling.canvas_height,) * 2
+        side = self.tiling.canvas_height
         rendered = self.preprocess.renderer.render_source(
-            file, fit, slices_per_volume=self.slices_per_volume, slices=slices
+            file, (side, side), slices_per_volume=self.slices_per_volume, slices=slices
         )
         for number, (_, each) in enumerate(rendered):
             yield TiledSlice(each.image, each.tissue, self.tiling.places(each.tissue, number))
