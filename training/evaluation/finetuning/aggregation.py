@@ -73,12 +73,12 @@ def fit_image_attention(
 ) -> AttentionPooling:
     """Return attention pooling of the slices of an image, which starts as their mean under `head`."""
     label, split = features.table["label"].to_numpy(), features.table["split"].to_numpy()
-    bags = []
+    bags = {}
     for name in ("train", "validation"):
         own = np.flatnonzero(split[features.image] == name)
         images, group = np.unique(features.image[own], return_inverse=True)
-        bags.append(Bags(features.values[own], group, label[images]))
-    return fit_attention(*bags, head.weight, head.bias, class_weights, seed)
+        bags[name] = Bags(features.values[own], group, label[images])
+    return fit_attention(bags["train"], bags["validation"], head.weight, head.bias, class_weights, seed)
 
 
 def predict_levels(

@@ -8,6 +8,7 @@ them. Features of tiles stay on disk: a step reads those of its patients.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -151,11 +152,11 @@ def fit_head(
         own = np.concatenate([slices.rows[row] for row in train])
         head.start(probe, mean_and_std(own), streamed_mean_and_std([tiles.rows[row] for row in train]))
         others = [part for name, part in head.named_parameters() if not name.startswith("whole.")]
-        optimizer = torch.optim.AdamW(
-            [{"params": others}, {"params": head.whole.parameters(), "lr": WHOLE_LEARNING_RATE}],
-            lr=LEARNING_RATE,
-            weight_decay=WEIGHT_DECAY,
-        )
+        parts: list[dict[str, Any]] = [
+            {"params": others},
+            {"params": head.whole.parameters(), "lr": WHOLE_LEARNING_RATE},
+        ]
+        optimizer = torch.optim.AdamW(parts, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         keep_best_epoch(head, optimizer, of_batches, on_validation)
     return head.eval()
 
