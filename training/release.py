@@ -43,9 +43,9 @@ BY_HAND = ("Data", "Limits", "License")
 TRIED_BREASTS = 8
 OF_ONE_RUN = ("optimizer.safetensors", "trainer_state.json", "recipe.yaml")  # of a checkpoint; the last names folders
 RESULTS = """\
-AUC of frozen features on real images of patients that it has not learned from, with 95 % intervals over patients (of
-several classes the mean of one against the rest). `docs/leaderboard.md` of the checkout says how they are read, and has
-more encoders."""
+AUC of frozen features, with 95 % intervals over patients (of several classes the mean of one against the rest). The
+held-out patients under Data were not learned from; phantoms are simulated. `docs/leaderboard.md` of the checkout says
+how each task is read, and has more encoders."""
 
 
 def main(arguments: list[str] | None = None) -> None:
