@@ -162,7 +162,7 @@ class Leaderboard:
             found = {f"{seen} {number}": each for number, of in enumerate(archives) for seen, each in of.items()}
         if path:
             with atomic_file(path) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, **found)
+                np.savez(stream, **found)  # type: ignore[arg-type]
         return found
 
     def processor_of(self, source: str) -> str:
