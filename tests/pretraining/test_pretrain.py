@@ -243,9 +243,9 @@ def test_every_shipped_recipe_starts(run, phantom_corpus, tmp_path, name):
     beginnings = {
         "continue_from_dinov2": ["--init_from", str(run / "encoder")],
         "high_resolution": ["--init_from_checkpoint", str(run / "checkpoint-20"), "--gram_crop_size", "96"],
-        "small_data": ["--per_device_train_batch_size", "4"],  # the views of one patient
     }
-    sizes = ["--patch_size", "16", "--num_register_tokens", "2", "--per_device_train_batch_size", "2"]
+    # four: the views of one patient
+    sizes = ["--patch_size", "16", "--num_register_tokens", "2", "--per_device_train_batch_size", "4"]
     arguments = [name, "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), *TINY, *sizes]
     arguments += ["--torch_compile", "false", "--max_steps", "2", *beginnings.get(name, [])]
     train(load_recipe(arguments))
