@@ -32,6 +32,7 @@ from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, write_json, write_text
 from training.evaluation.backbones.efficientnet_lite0 import Lite0Reader
+from training.evaluation.backbones.registry import PROVENANCE
 from training.evaluation.metrics import bootstrap_auc
 from training.evaluation.readout import (
     Answers,
@@ -44,7 +45,7 @@ from training.evaluation.readout import (
     whole_features,
 )
 from training.evaluation.reports import format_interval, markdown_table
-from training.pretraining.checkpoints import CONFIG_FILE, RECIPE_FILE
+from training.pretraining.checkpoints import CONFIG_FILE, RECIPE_FILE, list_checkpoints
 from training.studies.hand_crafted import HandCraftedReader
 from training.studies.phantom_tasks import TASKS as PHANTOM_TASKS
 from training.studies.phantom_tasks import PhantomImages
@@ -57,7 +58,6 @@ NEIGHBORS, BOXED = "real DBT neighbors, ordering", "real DBT, boxed places again
 ABOUT = {"configuration": "", "minutes": "CPU-minutes", "note": ""}
 SPEEDRUN_AUC = 0.80
 UNTRAINED, TEACHER = "untrained:", "teacher.safetensors"
-PROVENANCE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,10 +114,11 @@ class Leaderboard:
         if options.speedrun:
             run, total = options.speedrun.rsplit("=", 1)
             task, curve = next(iter(self.tasks)), []
-            for checkpoint in sorted(Path(run).glob("checkpoint-*"), key=step_of):
+            for checkpoint in list_checkpoints(Path(run)):
+                step = int(checkpoint.name.rpartition("-")[2])
                 steps = yaml.safe_load((checkpoint / RECIPE_FILE).read_text())["max_steps"]
                 found = self.score(self.answers(str(checkpoint), (task,))[task], None)["auc"][0]
-                curve.append([round(float(total) * step_of(checkpoint) / steps, 1), found])
+                curve.append([round(float(total) * step / steps, 1), found])
             result["speedrun"] = {"run": Path(run).name, "task": task, "curve": curve}
         return result
 
@@ -265,10 +266,6 @@ def identity(source: str) -> str:
         return json.dumps({name: each for name, each in config.items() if name not in PROVENANCE}, default=str)
     found = (Path(source) / name for name in ("model.safetensors", TEACHER) if (Path(source) / name).is_file())
     return next((hashlib.sha256(weights.read_bytes()).hexdigest() for weights in found), source)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def features_of_files(reader: Reader, canvases: list[Canvas | str]) -> np.ndarray:

@@ -90,6 +90,7 @@ def test_encoders_and_features_stand_in_one_page(table, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     save_file({f"backbone.{name}": each for name, each in weights.items()}, checkpoint / "teacher.safetensors")
     (checkpoint / "recipe.yaml").write_text("max_steps: 10")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 5}')
     parameters = PhantomParameters(num_slices=4, height_px=96, width_px=64, pixel_spacing_mm=1.9, slice_spacing_mm=9)
     write_archive(tmp_path / "phantom", 24, parameters=parameters)
     write_archive(tmp_path / "tested", 16, parameters=parameters, first_patient=100)

@@ -5,7 +5,7 @@ import unittest
 from PIL import Image
 from transformers import ImageClassificationPipeline
 
-from .pictures import PATH
+from .local_image import PATH
 
 
 class ImageClassificationPipelineTests(unittest.TestCase):

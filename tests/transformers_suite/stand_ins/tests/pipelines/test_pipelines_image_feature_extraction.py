@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import ImageFeatureExtractionPipeline
 
-from .pictures import PATH
+from .local_image import PATH
 
 
 class ImageFeatureExtractionPipelineTests(unittest.TestCase):

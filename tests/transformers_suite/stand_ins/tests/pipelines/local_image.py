@@ -13,8 +13,8 @@ def breast(height=96, width=64, seed=0):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     inside = ((y - height / 2) / (0.42 * height)) ** 2 + (x / (0.7 * width)) ** 2 < 1
-    picture = np.where(inside, 130 + 20 * rng.normal(size=inside.shape), 3 + 0.5 * rng.normal(size=inside.shape))
-    return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    image = np.where(inside, 130 + 20 * rng.normal(size=inside.shape), 3 + 0.5 * rng.normal(size=inside.shape))
+    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
 
 
 PATH = str(FOLDER / "breast.png")
