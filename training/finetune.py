@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from dataset_scripts.benchmarks.index import SPLITS
 from dataset_scripts.benchmarks.task import TaskTable, load_task
@@ -26,12 +25,11 @@ from modeling_mammodino.tools.command import command_line
 from modeling_mammodino.tools.embed import find_device
 from modeling_mammodino.tools.files import write_json
 from training.evaluation.backbones.registry import BACKBONES, Backbone, load_backbone
-from training.evaluation.finetuning.aggregation import fit_image_attention, predict_levels, score_levels
-from training.evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
+from training.evaluation.finetuning.aggregation import score_levels
+from training.evaluation.finetuning.feature_cache import SliceFeatures, cached_features
 from training.evaluation.finetuning.heads import LinearHead, balanced_weights, fit_linear_probe
 from training.evaluation.finetuning.image_classifier import ImageClassifier, add_adapters, save_classifier
-from training.evaluation.finetuning.multiple_instance import fit_head, predict_bags
-from training.evaluation.finetuning.tiles import Tiling
+from training.evaluation.finetuning.predictor import encoding_of, fit_predictor, tiling_of
 from training.evaluation.finetuning.tuning import LabeledImages, MammographyScores, train_classifier
 from training.evaluation.metrics import metric_names
 from training.evaluation.reports import format_interval, markdown_table
@@ -47,6 +45,7 @@ from training.evaluation.runs import (
 )
 from training.pretraining.compute import keep_freed_memory
 
+MODEL = "model"
 CHECKPOINTS, TUNED_FEATURES = "checkpoints", "tuned_features"  # removed when the result is written
 
 
@@ -79,14 +78,14 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
         probe, learned["training"] = train(backbone, probe, features, task, settings, output / CHECKPOINTS)
         features = encode(backbone, task, output / TUNED_FEATURES, settings)
     tiles = encode_tiles(backbone, task, features, cache, settings) if settings.head == "mil" else None
-    head, predictions = apply_head(features, tiles, probe, task, settings)
-    learned["parameters"] = sum(parameter.numel() for parameter in head.parameters())
+    predictor = fit_predictor(features, tiles, probe, task.definition.is_ordered, settings)
+    predictions = predictor.predict(features.of("test"), tiles and tiles.of("test"))
+    learned["parameters"] = sum(parameter.numel() for parameter in predictor.head.parameters())
 
     write_parquet(output / PREDICTIONS_FILE, predictions)
     if settings.save_model:
         meaning = f"{settings.task} on {task.benchmark.title}: {task.definition.meaning}"
-        head_alone = settings.mode == "frozen"
-        save_classifier(output / "model", backbone, head, task.classes, meaning, head_alone)
+        save_classifier(output / MODEL, backbone, predictor, task.classes, meaning, settings.mode == "frozen")
     return {
         "notice": NOTICE,
         "dataset": task.benchmark.name,
@@ -142,20 +141,6 @@ def encode(backbone: Backbone, task: TaskTable, cache: Path, settings: FinetuneS
     return features
 
 
-def encoding_of(settings: FinetuneSettings, tiling: Tiling | None = None) -> Encoding:
-    return Encoding(
-        settings.slices_per_volume,
-        settings.per_device_eval_batch_size,
-        settings.dataloader_num_workers,
-        settings.bf16,
-        tiling,
-    )
-
-
-def tiling_of(settings: FinetuneSettings) -> Tiling:
-    return Tiling(settings.canvas_height, settings.tile_size, settings.tile_overlap, settings.min_tissue)
-
-
 def encode_tiles(
     backbone: Backbone, task: TaskTable, features: SliceFeatures, cache: Path, settings: FinetuneSettings
 ) -> SliceFeatures:
@@ -165,24 +150,6 @@ def encode_tiles(
     if tiles.refused:
         raise ValueError(f"{next(iter(tiles.refused.values()))}: could be read a moment ago; start the run again")
     return tiles
-
-
-def apply_head(
-    features: SliceFeatures, tiles: SliceFeatures | None, probe: LinearHead, task: TaskTable, settings: FinetuneSettings
-) -> tuple[nn.Module, pd.DataFrame]:
-    """Return the head that `settings` ask for, which starts from the linear probe, and its test predictions."""
-    ordered, balanced = task.definition.is_ordered, settings.class_imbalance != "none"
-    if tiles is not None:
-        head = fit_head(features, tiles, probe, tiling_of(settings), ordered, balanced, settings.seed)
-        return head, predict_bags(head, features, tiles)
-    num_classes = len(task.classes)
-    pooling = None
-    if settings.head == "attention":
-        labels = features.table["label"][features.table["split"] == "train"].to_numpy()
-        weights = balanced_weights(labels, num_classes) if balanced else np.ones(num_classes)
-        pooling = fit_image_attention(features, probe, weights, settings.seed)
-    predictions = predict_levels(features, probe, num_classes, ordered, balanced, settings.seed, pooling)
-    return pooling or probe.layer(), predictions
 
 
 def fit_probe(
@@ -195,7 +162,8 @@ def fit_probe(
     balanced = settings.class_imbalance != "none"
     weights = balanced_weights(part["train"][1], len(task.classes)) if balanced else np.ones(len(task.classes))
     probe = fit_linear_probe(*part["train"], *part["validation"], weights)
-    return probe.head, {"penalty": probe.penalty, "validation_losses": probe.validation_losses}
+    head = LinearHead.of(probe.head.layer())  # as it is saved
+    return head, {"penalty": probe.penalty, "validation_losses": probe.validation_losses}
 
 
 def train(

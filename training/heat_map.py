@@ -10,21 +10,21 @@ the tiles instead.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig
 
-from modeling_mammodino import MammoDinoForImageClassification
+from modeling_mammodino import MammoDinoForImageClassification, MammoDinoModel
 from modeling_mammodino.dicom import spread
 from modeling_mammodino.rendering import UNPLACED
 from modeling_mammodino.tools.command import command_line, user_model, user_path
-from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.features import extract_features
 from modeling_mammodino.tools.files import check_output
-from training.evaluation.backbones.registry import Backbone
+from training.evaluation.backbones.preprocessing import MammoDinoImages
+from training.evaluation.backbones.registry import Backbone, load_backbone
 from training.evaluation.detection.data import LesionImage, LesionImageRenderer, frames_in_order
 from training.evaluation.finetuning.image_classifier import open_classifier
 from training.evaluation.finetuning.multiple_instance import MultipleInstanceHead
@@ -38,24 +38,26 @@ def write_heat_maps(
 ) -> list[HeatMap]:
     """Draw and return the heat maps of one slice. Raises InvalidImageError, ValueError or OSError for what cannot be
     used."""
-    backbone: Backbone | None = None
-    classifier: Any = None
-    classes: tuple[str, ...] = ()
     if head is not None:
-        backbone, classifier, classes = open_head(model_name, head)
-    if backbone is not None and isinstance(classifier, MultipleInstanceHead):
-        image, maps = map_tiles(str(file), frame, backbone, classifier)
+        opened = open_head(model_name, head)
     else:
-        model: Any
-        model, processor = open_encoder(model_name)
-        if head is None:
-            classifier, classes = own_classifier(model_name)
-        renderer = LesionImageRenderer(processor)
-        (image,) = renderer(str(file), None if frame is None else [frame], slices_per_volume=1)
-        pixel_values = torch.from_numpy(renderer.inputs(image.image, image.tissue)[None, :1])
-        maps = heat_maps(encode(model, pixel_values, torch.from_numpy(image.tissue[None])), classifier, classes)
+        opened = (load_backbone("mammodino", model_name), *own_classifier(model_name))
+    image, maps = map_file(str(file), frame, *opened)
     draw_heat_maps(image, maps, f"{Path(file).name}, {Path(model_name).name}", output)
     return maps
+
+
+def map_file(
+    file: str, frame: int | None, backbone: Backbone, classifier: nn.Module | None, classes: tuple[str, ...]
+) -> tuple[LesionImage, list[HeatMap]]:
+    """Return a slice as the encoder sees it, the middle one where `frame` is None, and its heat maps."""
+    if isinstance(classifier, MultipleInstanceHead):
+        return map_tiles(file, frame, backbone, classifier)
+    assert isinstance(backbone.preprocess, MammoDinoImages) and isinstance(classifier, nn.Linear | None)
+    renderer, model = LesionImageRenderer(backbone.preprocess.image_processor), cast(MammoDinoModel, backbone.model)
+    (image,) = renderer(file, None if frame is None else [frame], slices_per_volume=1)
+    pixel_values = torch.from_numpy(renderer.inputs(image.image, image.tissue)[None, :1])
+    return image, heat_maps(encode(model, pixel_values, torch.from_numpy(image.tissue[None])), classifier, classes)
 
 
 def map_tiles(
@@ -76,11 +78,16 @@ def open_head(model_name: str, head: Path) -> tuple[Backbone, nn.Module, tuple[s
     if not head.is_dir():
         raise FileNotFoundError(f"--head {head}: no such folder; give the model folder of a training.finetune run")
     backbone, layer, classes = open_classifier(head, model_name)
-    if not isinstance(layer, nn.Linear | MultipleInstanceHead):
-        raise ValueError(f"--head {head}: pools slices by attention; only linear heads and those of tiles are drawn")
-    if isinstance(layer, nn.Linear) and backbone.kind != "mammodino":
-        raise ValueError(f"--head {head}: is the head of {backbone.kind}; only mammodino's patches are drawn")
+    check_drawable(backbone, layer, f"--head {head}")
     return backbone, layer, tuple(classes)
+
+
+def check_drawable(backbone: Backbone, layer: nn.Module, name: str) -> None:
+    """Raise ValueError where there are no heat maps of such a head."""
+    if not isinstance(layer, nn.Linear | MultipleInstanceHead):
+        raise ValueError(f"{name}: pools slices by attention; only linear heads and those of tiles are drawn")
+    if isinstance(layer, nn.Linear) and not isinstance(backbone.preprocess, MammoDinoImages):
+        raise ValueError(f"{name}: is the head of {backbone.kind}; only mammodino's patches are drawn")
 
 
 def own_classifier(model_name: str) -> tuple[nn.Linear | None, tuple[str, ...]]:

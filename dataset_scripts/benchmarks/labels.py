@@ -74,7 +74,7 @@ def read_labels(path: Path, tasks: Sequence[str] = ()) -> pd.DataFrame:
     return pd.DataFrame({name: _typed(table, name) for name in table.rows})
 
 
-def open_table(path: Path, tasks: Sequence[str] = ()) -> MetadataTable:
+def open_table(path: Path, tasks: Sequence[str] = (), needed: Sequence[str] = NEEDED) -> MetadataTable:
     """Return a label table as text, its columns by the names of IDENTITY. Raises as `read_labels`."""
     try:
         if path.suffix.lower() == ".parquet":
@@ -90,13 +90,13 @@ def open_table(path: Path, tasks: Sequence[str] = ()) -> MetadataTable:
         ) from error
     ours = {name: ours for ours, name in IDENTITY.items() if ours not in rows}
     rows = rows.rename(columns=lambda name: ours.get(str(name).strip(), str(name).strip()))
-    if missing := [name for name in (*NEEDED, *tasks) if name not in rows]:
+    if missing := [name for name in (*needed, *tasks) if name not in rows]:
         raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(rows)}; {ABOUT}")
     if rows.empty:
         raise ValueError(f"{path}: no rows; {ABOUT}")
     rows = rows.apply(lambda cells: cells.str.strip())
     table = MetadataTable(path, rows.mask(rows.isin(EMPTY), ""), f"fill it, or take the row out; {ABOUT}")
-    for name in NEEDED:
+    for name in needed:
         table.text(name, required=True)
     for name, words in WORDS.items():
         if name in rows:
@@ -138,6 +138,22 @@ def table_file(data_dir: Path) -> Path:
     return Path(data_dir) if Path(data_dir).is_file() else find_file(data_dir, FILES, f"give a label table; {ABOUT}")
 
 
+def read_images(path: Path) -> pd.DataFrame:
+    """Return what a table says of its images, whose patients need not be known: columns as IDENTITY calls them in the
+    index, `path`, `image_id` and `breast_id` among them. Raises as `read_labels`."""
+    return pd.DataFrame(_identity(open_table(path, needed=("file",))))
+
+
+def _identity(table: MetadataTable) -> dict[str, pd.Series]:
+    """Return the columns of IDENTITY that there are, by their names in the index, with image_id and breast_id."""
+    nothing = pd.Series(pd.NA, table.rows.index, "string")
+    about = {ours: table.text(name) for name, ours in IDENTITY.items() if name in table.rows}
+    image, side = about.get("image_id", nothing).fillna(about["path"]), about.get("laterality", nothing)
+    patient, study = about.get("patient_id", nothing), about.get("study_id", nothing)
+    breast = about.get("breast_id", nothing).fillna(patient + ("_" + study).fillna("") + "_" + side)
+    return {**about, "patient_id": patient, "image_id": image, "breast_id": breast.fillna(image.where(patient.notna()))}
+
+
 def read_index(data_dir: Path) -> pd.DataFrame:
     """Return the index of a label table, and a column LABEL + NAME for each task. Raises as `read_labels`, and
     ValueError for a box that is none.
@@ -146,13 +162,8 @@ def read_index(data_dir: Path) -> pd.DataFrame:
     known counts as a breast of its own. What the schema has of a label is filled where all cells are of its kind.
     """
     table = open_table(table_file(data_dir))
-    about = {ours: table.text(name) for name, ours in IDENTITY.items() if name in table.rows}
-    nothing = pd.Series(pd.NA, table.rows.index, "string")
-    image, side = about.get("image_id", nothing).fillna(about["path"]), about.get("laterality", nothing)
-    study = about.get("study_id", nothing)
-    breast = about["patient_id"] + ("_" + study).fillna("") + "_" + side
-    about |= {"image_id": image, "breast_id": about.get("breast_id", nothing).fillna(breast).fillna(image)}
-    if alone := int((about["breast_id"] == image).sum()):
+    about = _identity(table)
+    if alone := int((about["breast_id"] == about["image_id"]).sum()):
         logger.info("%s: %d images without breast and laterality count as a breast each", table.path, alone)
     labels = {name: class_names(_typed(table, name)) for name in _tasks(table)}
     of_schema = {name: _of_schema(name, labels[name]) for name in LABELS_OF_SCHEMA if name in labels}

@@ -16,6 +16,7 @@ from training.evaluation.finetuning.image_classifier import (
     open_classifier,
     save_classifier,
 )
+from training.evaluation.finetuning.predictor import Predictor
 from training.evaluation.finetuning.tuning import (
     LabeledImages,
     MammographyScores,
@@ -248,11 +249,13 @@ def test_parts_of_a_classifier_open_again_and_fit_together(folders, tmp_path):
     with torch.no_grad():
         next(backbone.parameters()).add_(0.01)  # as if it had learned
     head = nn.Linear(backbone.width, 3)
-    save_classifier(tmp_path / "model", backbone, head, ("a", "b", "c"), "meaning")
+    predictor = Predictor(head, True)
+    save_classifier(tmp_path / "model", backbone, predictor, ("a", "b", "c"), "meaning", is_frozen=False)
     again, its_head, classes = open_classifier(tmp_path / "model")
     assert classes == ["a", "b", "c"] and torch.equal(its_head.weight, head.weight)
     assert again.settings() == backbone.settings()
-    save_classifier(tmp_path / "head", backbone, head, ("a", "b", "c"), "meaning", head_alone=True)
+    save_classifier(tmp_path / "head", backbone, predictor, ("a", "b", "c"), "meaning", is_frozen=True)
+    assert "AutoModelForImageClassification, for resnet50 under" in (tmp_path / "head" / "README.md").read_text()
     assert not (tmp_path / "head" / "backbone.safetensors").exists()
     with pytest.raises(ValueError, match="learned on other weights"):
         open_classifier(tmp_path / "head")

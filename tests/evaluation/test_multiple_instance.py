@@ -21,9 +21,9 @@ from training.evaluation.finetuning.image_classifier import open_classifier
 from training.evaluation.finetuning.multiple_instance import (
     MultipleInstanceHead,
     fit_head,
-    predict_bags,
     streamed_mean_and_std,
 )
+from training.evaluation.finetuning.predictor import Predictor
 from training.evaluation.finetuning.tiles import Place, TiledSlice, TileReader, Tiling
 from training.evaluation.metrics import auc
 from training.finetune import finetune
@@ -198,7 +198,8 @@ def haystacks(num_patients: int = 160) -> tuple[SliceFeatures, SliceFeatures]:
 def test_the_head_finds_the_needle_that_the_mean_cannot_and_views_give_the_largest():
     slices, tiles = haystacks()
     probe = LinearHead(np.zeros((2, 8)), np.zeros(2))
-    found = predict_bags(fit_head(slices, tiles, probe, SMALL, True, True, seed=0), slices, tiles)
+    head = fit_head(slices, tiles, probe, SMALL, True, True, seed=0)
+    found = Predictor(head, True).predict(slices.of("test"), tiles.of("test"))
     assert found["level"].unique().tolist() == ["image", "breast_max", "patient_max"]
     images, patients = (found[found["level"] == level] for level in ("image", "patient_max"))
     means = np.concatenate(slices.values[slices.table["split"] == "test"][:, :1])
@@ -216,7 +217,8 @@ def test_the_same_seed_gives_the_same_head_and_breasts_need_not_be_known(monkeyp
     slices.table["breast_id"] = None
     probe = LinearHead(RNG.normal(size=(2, 8)), np.zeros(2))
     first, second = (
-        predict_bags(fit_head(slices, tiles, probe, SMALL, True, False, seed=0), slices, tiles) for _ in range(2)
+        Predictor(fit_head(slices, tiles, probe, SMALL, True, False, seed=0), True).predict(slices, tiles)
+        for _ in range(2)
     )
     pd.testing.assert_frame_equal(first, second)
     assert first["level"].unique().tolist() == ["image", "patient_max"]
@@ -273,7 +275,8 @@ import numpy as np, pandas as pd
 from training.evaluation.backbones.registry import load_backbone
 from training.evaluation.finetuning import heads
 from training.evaluation.finetuning.feature_cache import Encoding, SliceFeatures, cached_features
-from training.evaluation.finetuning.multiple_instance import fit_head, predict_bags
+from training.evaluation.finetuning.multiple_instance import fit_head
+from training.evaluation.finetuning.predictor import Predictor
 from training.evaluation.finetuning.tiles import Tiling
 
 heads.NUM_EPOCHS = 1  # all hold the same
@@ -299,7 +302,7 @@ table.loc[700:, "split"], table.loc[850:, "split"] = "validation", "test"
 table.loc[::3, "label"] = 1
 slices = SliceFeatures([each[:1].astype(np.float32) for each in rows], table, {})
 tiles, probe = SliceFeatures(rows, table, {}), heads.LinearHead(np.zeros((2, width)), np.zeros(2))
-predict_bags(fit_head(slices, tiles, probe, Tiling(), True, True, 0), slices, tiles)
+Predictor(fit_head(slices, tiles, probe, Tiling(), True, True, 0), True).predict(slices, tiles)
 print(encoded - before, peak() - before)
 """
 

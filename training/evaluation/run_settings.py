@@ -125,7 +125,7 @@ class FinetuneSettings(RunSettings):
     lora_rank: int = setting(8, "Rank of the adapters.", low=1)
     lora_alpha: int = setting(16, "Their scale, over the rank.", low=1)
     lora_dropout: float = setting(0.0, "Dropout before them.", low=0, high=0.9)
-    save_model: bool = setting(True, "Keep the model in output_dir/model; of a frozen encoder the head alone.")
+    save_model: bool = setting(True, "Keep the model in output_dir/model, for training.predict.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,8 +22,7 @@ from PIL import Image, ImageOps
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.rendering import place_on_canvas
-from modeling_mammodino.tools.features import SliceReader
+from modeling_mammodino.rendering import Thumbnail, place_on_canvas
 
 from .checkpoint_files import find_beside
 
@@ -31,6 +30,15 @@ logger = logging.getLogger(__name__)
 
 ANY_SIZE = (2**16, 2**16)  # larger than any image: not reduced before the backbone's own interpolation
 NUMBERS = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
+
+
+class Prepared(dict[str, np.ndarray]):
+    """What a backbone takes of one slice, by name; `mask`: the confidence of its breast mask, 0 to 1, and what limits
+    it in words."""
+
+    def __init__(self, inputs: dict[str, np.ndarray], small: Thumbnail):
+        super().__init__(inputs)
+        self.mask = (small.confidence, small.warning)
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,14 @@ class MammoDinoImages:
 
     def __call__(
         self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[Prepared]:
         """Yield `pixel_values` (1, H, W) float32 with `tissue_mask` (h, w) float32; see `Backbone.preprocess`."""
-        for image in SliceReader(self.image_processor, slices_per_volume)(file, slices):
-            yield {"pixel_values": image.pixel_values, "tissue_mask": image.tissue_mask}
+        settings = self.image_processor.render_settings
+        for _, each in self.image_processor.render_source(
+            file, settings.canvas, slices_per_volume=slices_per_volume, slices=slices
+        ):
+            placed = place_on_canvas(each.image, each.tissue, settings)
+            yield Prepared({"pixel_values": placed.pixel_values, "tissue_mask": placed.tissue_mask}, each.small)
 
     @property
     def renderer(self) -> MammoDinoImageProcessor:
@@ -84,13 +96,13 @@ class RgbImages:
 
     def __call__(
         self, file: str | Path, slices: Sequence[int] | None = None, slices_per_volume: int = 4
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[Prepared]:
         """Yield `pixel_values` (3, H, W) float32; see `Backbone.preprocess`."""
         rendered = self.gray.render_source(
             file, ANY_SIZE, upscale=False, slices_per_volume=slices_per_volume, slices=slices
         )
         for _, each in rendered:
-            yield {"pixel_values": self.prepare(each.image)}
+            yield Prepared({"pixel_values": self.prepare(each.image)}, each.small)
 
     @property
     def renderer(self) -> MammoDinoImageProcessor:

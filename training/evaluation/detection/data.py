@@ -37,6 +37,7 @@ class LesionImage(NamedTuple):
     tissue: np.ndarray  # (h, w) float32, the breast fraction of each patch
     placement: Placement  # of the source
     source_shape: tuple[int, int]
+    mask: tuple[float, str] = (float("nan"), "")  # confidence of the breast mask, 0 to 1, and what limits it
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class LesionImageRenderer:
         ):
             placed = place_on_canvas(rendered.image, rendered.tissue, settings, rendered.placement)
             frame = order[mammogram.slice_index] if len(order) > 1 else 0
-            shape = rendered.small.source_shape
-            yield LesionImage(frame, len(order), placed.image, placed.tissue_mask, placed.placement, shape)
+            small, tissue = rendered.small, placed.tissue_mask
+            mask = (small.confidence, small.warning)
+            yield LesionImage(frame, len(order), placed.image, tissue, placed.placement, small.source_shape, mask)
 
     def inputs(self, image: np.ndarray, tissue: np.ndarray) -> np.ndarray:
         """Return what a detector takes, (2, H, W) float32: the standardized image, and its tissue patch by patch."""

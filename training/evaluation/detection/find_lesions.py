@@ -73,6 +73,7 @@ def _find(
         all_boxes[kept],
         all_frames[kept],
         all_scores[kept],
+        min(each.mask for each in slices),
     )
 
 

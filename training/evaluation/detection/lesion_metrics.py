@@ -33,6 +33,7 @@ class Found(NamedTuple):
     boxes: np.ndarray  # (n, 4) float
     slices: np.ndarray  # (n,) int
     scores: np.ndarray  # (n,) float
+    mask: tuple[float, str] = (float("nan"), "")  # as of `LesionImage`, the worst slice's
 
 
 def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dataset_scripts.benchmarks.index import SPLITS
 from training.evaluation.metrics import bootstrap, metric_names
 
 from .feature_cache import SliceFeatures
-from .heads import AttentionPooling, Bags, LinearHead, attention_probabilities, balanced_weights, fit_attention
+from .heads import Bags
 
 IDENTIFIERS = ["image_id", "breast_id", "patient_id"]
 GROUPS = {"breast": "breast_id", "patient": "patient_id"}  # level: column of the index
@@ -68,63 +67,6 @@ def groups_of(table: pd.DataFrame, level: str) -> tuple[pd.DataFrame, np.ndarray
     return first[columns].reset_index(drop=True), number
 
 
-def fit_image_attention(
-    features: SliceFeatures, head: LinearHead, class_weights: np.ndarray, seed: int
-) -> AttentionPooling:
-    """Return attention pooling of the slices of an image, which starts as their mean under `head`."""
-    label, split = features.table["label"].to_numpy(), features.table["split"].to_numpy()
-    bags = {}
-    for name in ("train", "validation"):
-        own = np.flatnonzero(split[features.image] == name)
-        images, group = np.unique(features.image[own], return_inverse=True)
-        bags[name] = Bags(features.values[own], group, label[images])
-    return fit_attention(bags["train"], bags["validation"], head.weight, head.bias, class_weights, seed)
-
-
-def predict_levels(
-    features: SliceFeatures,
-    head: LinearHead,
-    num_classes: int,
-    ordered: bool,
-    balanced: bool,
-    seed: int,
-    pooling: AttentionPooling | None = None,
-) -> pd.DataFrame:
-    """Return a row a test image (level `image`), and for each way of aggregation (`breast_mean`, `breast_max`,
-    `breast_attention`, `patient_mean`, ...) a row a group; columns level, IDENTIFIERS, label, p_0 .. p_{C-1}.
-
-    An image is the mean of its slices, or what `pooling` makes of them. Attention pooling of groups learns from the
-    training part; `balanced`: with classes that weigh the same.
-    """
-    table = features.table
-    if pooling is None:
-        of_slices = head.probabilities(features.values)
-        probabilities = mean_probabilities(of_slices, features.image, len(table))  # (n, C)
-    else:
-        probabilities = attention_probabilities(pooling, features.values, features.image)
-    test = (table["split"] == "test").to_numpy()
-    levels = [level_rows("image", table[test], table["label"].to_numpy()[test], probabilities[test])]
-    for level in GROUPS:
-        bags, groups, rows = {}, {}, {}
-        for split in SPLITS:
-            rows[split] = np.flatnonzero((table["split"] == split) & table[GROUPS[level]].notna())
-            groups[split], bags[split] = _bags(features, rows[split], level, ordered)
-        if not all(len(each.labels) for each in bags.values()):
-            continue  # the data set does not say which breast
-        names, bag, chosen = groups["test"], bags["test"], probabilities[rows["test"]]
-        _, group = groups_of(table.iloc[rows["test"]], level)
-        of_train = bags["train"].labels
-        weights = balanced_weights(of_train, num_classes) if balanced else np.ones(num_classes)
-        of_groups = fit_attention(bags["train"], bags["validation"], head.weight, head.bias, weights, seed)
-        ways = {
-            "mean": mean_probabilities(chosen, group, len(names)),
-            "max": max_probabilities(chosen, group, len(names), ordered),
-            "attention": attention_probabilities(of_groups, bag.features, bag.group),
-        }
-        levels += [level_rows(f"{level}_{way}", names, bag.labels, each) for way, each in ways.items()]
-    return pd.concat(levels, ignore_index=True)
-
-
 def score_levels(
     predictions: pd.DataFrame, ordered: bool, num_resamples: int, seed: int
 ) -> dict[str, dict[str, list[float]]]:
@@ -147,22 +89,23 @@ def score_levels(
     }
 
 
-def _bags(features: SliceFeatures, rows: np.ndarray, level: str, ordered: bool) -> tuple[pd.DataFrame, Bags]:
-    """Return the groups of some images, and their slices."""
-    table = features.table.iloc[rows]
-    names, group = groups_of(table, level)
-    labels = group_labels(table["label"].to_numpy(), group, len(names), ordered)
-    group_of_image = np.full(len(features.table), -1)
-    group_of_image[rows] = group
-    of_slice = group_of_image[features.image]
+def bags_of(features: SliceFeatures, level: str, ordered: bool) -> tuple[pd.DataFrame, Bags]:
+    """Return the groups of a level of GROUPS, and their slices; without labels where the images have none."""
+    names, group = groups_of(features.table, level)
+    labels = np.zeros(len(names), int)
+    if "label" in features.table:
+        labels = group_labels(features.table["label"].to_numpy()[group >= 0], group[group >= 0], len(names), ordered)
+    of_slice = group[features.image]
     return names, Bags(features.values[of_slice >= 0], of_slice[of_slice >= 0], labels)
 
 
-def level_rows(level: str, names: pd.DataFrame, labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """Return rows of predictions: names with some of IDENTIFIERS, labels (n,), probabilities (n, C)."""
+def level_rows(level: str, names: pd.DataFrame, labels: np.ndarray | None, probabilities: np.ndarray) -> pd.DataFrame:
+    """Return rows of predictions: names with some of IDENTIFIERS, labels (n,) where they are known, probabilities
+    (n, C)."""
     rows = names.reindex(columns=IDENTIFIERS).astype("string").reset_index(drop=True)
     rows.insert(0, "level", level)
-    rows["label"] = labels
+    if labels is not None:
+        rows["label"] = labels
     for number in range(probabilities.shape[1]):
         rows[f"p_{number}"] = probabilities[:, number]
     return rows

@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from pyarrow import parquet
 
 from modeling_mammodino.tools.features import Inputs, extract_features, read_files
 from modeling_mammodino.tools.files import atomic_file, write_json
+from training.evaluation.backbones.preprocessing import Prepared
 from training.evaluation.backbones.registry import Backbone
 
 from .tiles import Place, TiledSlice, TileReader, Tiling
@@ -59,6 +60,11 @@ class SliceFeatures:
     def image(self) -> np.ndarray:
         """(N,) int, the row of `table` that a slice belongs to."""
         return np.repeat(np.arange(len(self.rows)), [len(each) for each in self.rows])
+
+    def of(self, split: str) -> "SliceFeatures":
+        """Return those of one split."""
+        chosen = np.flatnonzero(self.table["split"] == split)
+        return SliceFeatures([self.rows[row] for row in chosen], self.table.iloc[chosen].reset_index(drop=True), {})
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,10 @@ def cached_features(
         missing = table[~table["image_id"].isin(_stored(folder, wanted))].sort_values("image_id")
         refused: dict[str, str] = {}
         names = missing["image_id"].tolist()
-        for number, (features, of_shard) in enumerate(encode_images(backbone, missing["file"].tolist(), encoding)):
-            refused |= {names[position]: reason for position, reason in of_shard.items()}
-            if features:
-                _write_shard(folder, {names[position]: rows for position, rows in features.items()}, wanted)
+        for number, shard in enumerate(encode_images(backbone, missing["file"].tolist(), encoding)):
+            refused |= {names[position]: reason for position, reason in shard.refused.items()}
+            if shard.features:
+                _write_shard(folder, {names[position]: rows for position, rows in shard.features.items()}, wanted)
             done = min(len(names), (number + 1) * IMAGES_PER_SHARD)
             logger.info("features of %s: %d of %d images", backbone.kind, done, len(names))
     for reason in refused.values():
@@ -105,13 +111,19 @@ def cached_features(
     return _gather(folder, table, wanted, refused)
 
 
-def encode_images(
-    backbone: Backbone, files: Sequence[str], encoding: Encoding
-) -> Iterator[tuple[dict[int, list[tuple[Place, np.ndarray]]], dict[int, str]]]:
-    """Yield, shard by shard, places and features (F,) of the slices or tiles of each file by its position, and why
-    others were refused.
+class Encoded(NamedTuple):
+    """A shard of images, by their position among the files."""
 
-    A batch stays within a shard, so that a shard that is made later is the same to the last bit.
+    features: dict[int, list[tuple[Place, np.ndarray]]]  # of the slices or tiles, (F,) each
+    refused: dict[int, str]
+    masks: dict[int, tuple[float, str]]  # how far the breast mask can be trusted, and why not; of tiles none
+
+
+def encode_images(backbone: Backbone, files: Sequence[str], encoding: Encoding) -> Iterator[Encoded]:
+    """Yield files shard by shard.
+
+    A batch stays within a shard, and of tiles within a file: float16 is a coarse step for what differs by batch in the
+    last bits, and what is made later, or predicted elsewhere, is the same.
     """
     dtype = np.finfo(np.float16 if encoding.tiling else np.float32)
     read: Any = partial(backbone.preprocess, slices_per_volume=encoding.slices_per_volume)
@@ -122,29 +134,30 @@ def encode_images(
     backbone.eval()
     for _ in range(0, len(files), IMAGES_PER_SHARD):
         features: dict[int, list[tuple[Place, np.ndarray]]] = defaultdict(list)
-        refused: dict[int, str] = {}
-        images = _usable(islice(of_files, IMAGES_PER_SHARD), backbone, refused)
-        extracted: Any = extract_features(
-            backbone, images, pool=None, batch_size=encoding.batch_size, bf16=encoding.bf16
-        )
-        for (position, place), feature in extracted:
+        shard = Encoded(features, {}, {})
+        images = _usable(islice(of_files, IMAGES_PER_SHARD), backbone, shard)
+        extract: Any = partial(extract_features, pool=None, batch_size=encoding.batch_size, bf16=encoding.bf16)
+        parts = (of_file for _, of_file in groupby(images, lambda item: item[0][0])) if encoding.tiling else [images]
+        for (position, place), feature in chain.from_iterable(extract(backbone, part) for part in parts):
             if not np.isfinite(feature).all():
                 raise ValueError(
                     f"{files[position]}: features of {backbone.source} are not finite; its weights are damaged, or "
                     "bf16 is too coarse for them"
                 )
             features[position].append((place, feature.clip(dtype.min, dtype.max).astype(dtype.dtype)))
-        yield features, refused
+        yield shard
 
 
 def _usable(
-    files: Iterable[tuple[int, list[Inputs | TiledSlice] | str]], backbone: Backbone, refused: dict[int, str]
+    files: Iterable[tuple[int, list[Inputs | TiledSlice] | str]], backbone: Backbone, shard: Encoded
 ) -> Iterator[tuple[tuple[int, Place], Inputs]]:
-    """Yield the slices or tiles of files by position and place; refusals are added to `refused`."""
+    """Yield the slices or tiles of files by position and place; refusals and masks are added to `shard`."""
     for position, slices in files:
         if isinstance(slices, str):
-            refused[position] = slices
+            shard.refused[position] = slices
             continue
+        if masks := [each.mask for each in slices if isinstance(each, Prepared)]:
+            shard.masks[position] = min(masks)
         for number, each in enumerate(slices):
             if isinstance(each, TiledSlice):
                 yield from (((position, place), tile) for place, tile in each.inputs(backbone.preprocess))

@@ -199,6 +199,12 @@ def weighted_mean(features: torch.Tensor, weights: torch.Tensor, group: torch.Te
     return features.new_zeros(num_groups, features.shape[1]).index_add(0, group, features * weights[:, None])
 
 
+def empty_pooling(num_features: int, num_classes: int) -> AttentionPooling:
+    """Return a head to load weights into."""
+    weight, mean = np.zeros((num_classes, num_features)), np.zeros(num_features)
+    return AttentionPooling(weight, np.zeros(num_classes), mean, mean + 1)
+
+
 def fit_attention(
     train: Bags, validation: Bags, weight: np.ndarray, bias: np.ndarray, class_weights: np.ndarray, seed: int
 ) -> AttentionPooling:

@@ -1,6 +1,7 @@
 """A backbone under one linear layer: its loss and its predictions; and how it and other heads are saved and opened."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from transformers.utils import CONFIG_NAME
 
-from modeling_mammodino import MammoDinoForImageClassification
+from modeling_mammodino import MammoDinoForImageClassification, MammoDinoImageProcessor
 from modeling_mammodino.tools.files import atomic_folder
 from training.evaluation.backbones.preprocessing import MammoDinoImages
 from training.evaluation.backbones.registry import Backbone, load_backbone
 from training.evaluation.run_settings import FinetuneSettings
 
-from .heads import AttentionPooling
+from .heads import AttentionPooling, empty_pooling
 from .multiple_instance import MultipleInstanceHead
+from .predictor import Predictor
 from .tiles import Tiling
+
+logger = logging.getLogger(__name__)
 
 HEAD_FILE, BACKBONE_FILE, DESCRIPTION_FILE = "head.safetensors", "backbone.safetensors", "classifier.json"
 NOTICE = "Research use only: not a medical device."
@@ -95,12 +100,14 @@ def add_adapters(backbone: Backbone, settings: FinetuneSettings) -> nn.Module:
 
 
 def save_classifier(
-    folder: Path, backbone: Backbone, head: nn.Module, classes: tuple[str, ...], meaning: str, head_alone: bool = False
+    folder: Path, backbone: Backbone, predictor: Predictor, classes: tuple[str, ...], meaning: str, is_frozen: bool
 ) -> None:
-    """Write `folder`, atomically: a MammoDINO as AutoModelForImageClassification and AutoImageProcessor open it;
-    another kind, or the head of a frozen encoder alone, for `open_classifier`."""
+    """Write `folder`, atomically, for `open_classifier`: where it can be, encoder and head in one, as
+    AutoModelForImageClassification opens them; else parts, of a frozen encoder without the encoder itself."""
+    head, reason = predictor.head, why_no_auto_model(backbone, predictor.head)
     with atomic_folder(folder, replace=True) as temporary:
-        if isinstance(backbone.preprocess, MammoDinoImages) and not head_alone:
+        predictor.save(temporary)
+        if not reason:
             config: Any = type(backbone.model.config).from_dict(backbone.model.config.to_dict())
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: number for number, name in enumerate(classes)}
@@ -109,8 +116,14 @@ def save_classifier(
             model.classifier.load_state_dict(head.state_dict())
             model.save_pretrained(temporary)
             backbone.preprocess.image_processor.save_pretrained(temporary)
+            opens = (
+                "AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True) opens it; its logits "
+                "are of one slice and not calibrated: training.predict does both."
+            )
         else:
-            for name, module in {HEAD_FILE: head, **({} if head_alone else {BACKBONE_FILE: backbone.model})}.items():
+            opens = f"No model for AutoModelForImageClassification, for {reason}; training.predict opens it."
+            logger.info("%s: %s", folder, opens)
+            for name, module in {HEAD_FILE: head, **({} if is_frozen else {BACKBONE_FILE: backbone.model})}.items():
                 state = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
                 save_file(state, temporary / name)
             description = {
@@ -123,7 +136,17 @@ def save_classifier(
                 "head": _describe(head),
             }
             (temporary / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        (temporary / "README.md").write_text(f"{NOTICE}\n\nClasses, by number: {', '.join(classes)}. {meaning}\n")
+        about = f"{NOTICE}\n\nClasses, by number: {', '.join(classes)}. {meaning}\n\n{opens}\n"
+        (temporary / "README.md").write_text(about)
+
+
+def why_no_auto_model(backbone: Backbone, head: nn.Module) -> str:
+    """Return why MammoDinoForImageClassification cannot be backbone and head in one; empty where it can."""
+    if not isinstance(backbone.preprocess, MammoDinoImages):
+        return f"{backbone.kind} under this rule for features has no class there"
+    if isinstance(head, MultipleInstanceHead):
+        return "its head takes tiles beside the whole view"
+    return "" if isinstance(head, nn.Linear) else "its head pools slices by attention"
 
 
 def _describe(head: nn.Module) -> dict[str, Any]:
@@ -136,17 +159,21 @@ def _make_head(about: dict[str, Any], width: int, num_classes: int) -> nn.Module
     if about["kind"] == "mil":
         return MultipleInstanceHead(width, num_classes, about["ordered"], Tiling(**about["tiling"]))
     if about["kind"] == "attention":
-        return AttentionPooling(np.zeros((num_classes, width)), np.zeros(num_classes), np.zeros(width), np.ones(width))
+        return empty_pooling(width, num_classes)
     return nn.Linear(width, num_classes)
 
 
 def open_classifier(folder: Path, source: str | None = None) -> tuple[Backbone, Any, list[str]]:
-    """Return backbone, head (nn.Linear, AttentionPooling or MultipleInstanceHead) and class names of a folder that has
-    them in parts.
+    """Return backbone, head (nn.Linear, AttentionPooling or MultipleInstanceHead) and class names of a folder.
 
-    `source`: where the backbone's architecture and preprocessing are now, if elsewhere than noted. Raises ValueError
-    where its weights are not those that the head was learned on.
+    `source`: where the backbone is now that a folder of parts names, if elsewhere than noted. Raises ValueError where
+    its weights are not those that the head was learned on.
     """
+    if (folder / CONFIG_NAME).is_file():
+        whole: Any = MammoDinoForImageClassification.from_pretrained(folder).eval()
+        images = MammoDinoImages(MammoDinoImageProcessor.from_pretrained(folder))
+        backbone = Backbone("mammodino", str(folder), whole.dinov2_with_registers, images).eval()
+        return backbone, whole.classifier, [whole.config.id2label[number] for number in range(whole.num_labels)]
     description = json.loads((folder / DESCRIPTION_FILE).read_text())
     backbone = load_backbone(description["kind"], source or description["source"])
     if (folder / BACKBONE_FILE).is_file():

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from training.evaluation.heat_maps import HeatMap
 
-from .aggregation import GROUPS, group_labels, groups_of, level_rows, most_suspicious
+from .aggregation import GROUPS, group_labels, groups_of, most_suspicious
 from .feature_cache import SliceFeatures
 from .heads import (
     LEARNING_RATE,
@@ -161,21 +161,12 @@ def fit_head(
     return head.eval()
 
 
-def predict_bags(head: MultipleInstanceHead, slices: SliceFeatures, tiles: SliceFeatures) -> pd.DataFrame:
-    """Return a row a test image (level `image`), and a row a breast and a patient (`breast_max`, `patient_max`), as
-    `aggregation.predict_levels` does."""
-    test = np.flatnonzero(slices.table["split"] == "test")
-    table = slices.table.iloc[test]
-    parts = [_probabilities(head, slices, tiles, rows) for rows in np.array_split(test, len(test) // 64 + 1)]
+def image_probabilities(head: MultipleInstanceHead, slices: SliceFeatures, tiles: SliceFeatures) -> np.ndarray:
+    """Return (n, C) float64 of the images, 64 at a time."""
+    rows = np.arange(len(slices.rows))
+    parts = [_probabilities(head, slices, tiles, part) for part in np.array_split(rows, len(rows) // 64 + 1)]
     probabilities = torch.cat(parts).double()
-    probabilities /= probabilities.sum(dim=1, keepdim=True)
-    found = []
-    for level, (group, labels) in _levels(table, head.ordered).items():
-        known = group >= 0
-        names = table if level == "image" else groups_of(table[known], level)[0]
-        largest = most_suspicious(probabilities[known], torch.from_numpy(group[known]), len(labels), head.ordered)
-        found.append(level_rows(level if level == "image" else f"{level}_max", names, labels, largest.numpy()))
-    return pd.concat(found, ignore_index=True)
+    return (probabilities / probabilities.sum(dim=1, keepdim=True)).numpy()
 
 
 def streamed_mean_and_std(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
