@@ -38,6 +38,7 @@ def write_heat_maps(
 ) -> list[HeatMap]:
     """Draw and return the heat maps of one slice. Raises InvalidImageError, ValueError or OSError for what cannot be
     used."""
+    opened: tuple[Backbone, nn.Module | None, tuple[str, ...]]
     if head is not None:
         opened = open_head(model_name, head)
     else:
