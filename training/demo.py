@@ -3,10 +3,10 @@
     python -m training.demo --output runs/demo                        # make demo
     python -m training.demo --benchmark --output runs/benchmark_demo  # make benchmark-demo
 
-The demo: phantom archive, corpus, pretraining by the recipe of few images and of plain DINOv2 at equal compute, probe
-of whole breasts and of lesions in their places, model card; a report that lists the commands. The benchmark demo: every
-task and every baseline under one head, then a detector; its baselines have small random weights, so that it shows that
-the suite runs and says nothing about the published models.
+The demo: phantom archive, corpus, a short pretraining by the recipe of few images, and how this encoder, the shipped
+one and untrained ones do on other simulated patients: density of whole breasts, lesions in their places; a report that
+lists the commands. The benchmark demo: every task and every baseline under one head, then a detector; its baselines
+have small random weights, so that it shows that the suite runs and says nothing about the published models.
 """
 
 import argparse
@@ -20,30 +20,23 @@ import jinja2
 import yaml
 
 from dataset_scripts.benchmarks.index import TASKS as BENCHMARK_TASKS
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import SHIPPED, command_line, user_path
 from training.evaluation.backbones.small_checkpoints import write_small_checkpoints
-from training.evaluation.reports import excludes_zero, format_interval, markdown_table
-from training.pretraining.recipe import load_recipe
-from training.studies.design import PLAIN, Configuration, mean_step_flops
+from training.evaluation.reports import excludes_zero, format_interval
 
 from .commands import run
-from .probe import HEADS, UNTRAINED, format_results
+from .leaderboard import score_table
 
-TASKS, REGION_TASKS = ("density",), ("lesion",)
-PATIENTS = {"train": 200, "test": 400}
+PATIENTS = {"train": 120, "test": 300}
 VIEWS = 2  # of a breast to learn from: they have its density and lesion in common, and not the exact tissue
-STEPS, BENCHMARK_STEPS = 200, 40
+STEPS, BENCHMARK_STEPS = 120, 40
 FIRST_TEST_PATIENT = 10_000
 SUITE_PROCESSES = 2
 # the phantom's breasts are small: patches of 6 mm, and a short run
 RECIPE = ("small_data", "--model_size", "nano", "--patch_size", "8", "--image_height", "256", "--image_width", "160",
           "--warmup_steps", "0.1", "--teacher_momentum", "0.95", "--teacher_momentum_end", "0.95")  # fmt: skip
-# the study's, with the larger crops that suit it better (docs/trials.md, 13)
-PLAIN_RECIPE = ("study_small", *Configuration(PLAIN, frozenset()).overrides(), "--global_crop_scale", "0.15", "0.6",
-                "--local_crop_scale", "0.03", "0.15", "--dataloader_num_workers", "1")  # fmt: skip
-OURS_NAME, PLAIN_NAME = "MammoDINO", PLAIN
+HERE, SHIPPED_NAME, UNTRAINED = "pretrained here", "shipped", "untrained"
 TEMPLATE = Path(__file__).with_name("demo_template.md")
-OTHERS = (UNTRAINED, PLAIN_NAME)
 # a look at the command: a narrow detector of one short epoch finds little
 QUICK_DETECTION = (
     *("--num_train_epochs", 1, "--map_width", 32, "--decoder_layers", 1, "--num_queries", 10, "--num_resamples", 100),
@@ -57,7 +50,7 @@ Command = tuple[str | Path | int, ...]  # a module and its arguments
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=user_path, help="default: runs/demo, runs/benchmark_demo")
-    parser.add_argument("--seed", type=int, default=0, help="of phantom, pretraining and probe (not with --benchmark)")
+    parser.add_argument("--seed", type=int, default=0, help="of phantom and pretraining (not with --benchmark)")
     parser.add_argument("--benchmark", action="store_true", help="the benchmark demo")
     options = parser.parse_args(arguments)
     with command_line("benchmark demo" if options.benchmark else "demo"):
@@ -68,25 +61,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def demo(output: Path, seed: int) -> None:
+    train, test, encoder = output / "train", output / "test", output / "pretrained" / "encoder"
     done = run_all(*phantom_and_corpus(output, output, PATIENTS, "--seed", seed, views=VIEWS))
-    volume = sorted((output / "test").rglob("*_dbt.dcm"))[0]
-    where = ("--corpus", str(output / "corpus"), "--seed", str(seed))
-    steps = steps_of_plain([*where, "--output_dir", str(output)])
-    encoder, plain = output / "mammodino" / "encoder", output / "plain" / "encoder"
-    pretrain = ("accelerate.commands.launch", "--cpu", "-m", "training.pretrain")
+    volume = sorted(test.rglob("*_dbt.dcm"))[0]
+    shipped = os.path.relpath(SHIPPED)
+    models = {HERE: encoder, SHIPPED_NAME: shipped, UNTRAINED: f"untrained:{shipped}"}
     done += run_all(
-        (*pretrain, *RECIPE, *where, "--output_dir", output / "mammodino", "--max_steps", STEPS),
-        (*pretrain, *PLAIN_RECIPE, *where, "--output_dir", output / "plain", "--max_steps", steps),
-        ("modeling_mammodino.tools.cli", "inspect", volume, "--model", encoder, "--output", output / "inspect.png"),
-        ("training.probe", "--models", f"{OURS_NAME}={encoder}", f"{PLAIN_NAME}={plain}",
-         "--labels", output / "train" / "labels.csv", "--test_labels", output / "test" / "labels.csv",
-         "--tasks", *TASKS, "--region_tasks", *REGION_TASKS, "--pool", "class", "--slices_per_volume", 1,
-         "--seed", seed, "--output", output / "probe.json"),
-        ("training.card", encoder, "--results", output / "probe.json", "--dataset", "phantom"),
+        ("accelerate.commands.launch", "--cpu", "-m", "training.pretrain", *RECIPE, "--corpus", output / "corpus",
+         "--seed", seed, "--output_dir", output / "pretrained", "--max_steps", STEPS, "--visualization_steps", STEPS),
+        ("modeling_mammodino.tools.cli", "inspect", volume, "--output", output / "inspect.png"),
+        ("training.leaderboard", "--phantom", train, test, "--cache", output / "cache", "--models",
+         *(f"{name}={source}" for name, source in models.items()), "--output", output / "results.json"),
     )  # fmt: skip
     check_opens(encoder, volume)
-    results = json.loads((output / "probe.json").read_text())
-    (output / "report.md").write_text(report(results, done, seed, steps))
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    (output / "report.md").write_text(report(rows, done, seed))
     print(f"\nreport: {output / 'report.md'}  encoder: {encoder}")
 
 
@@ -123,12 +112,6 @@ def run_all(*commands: Command, processes: int = 1) -> list[tuple[str, float]]:
     return [run(*map(str, each), processes=processes) for each in commands]
 
 
-def steps_of_plain(where: list[str]) -> int:
-    """Return the steps of plain DINOv2 that cost what STEPS of ours do, by the matrix products of their networks."""
-    ours, plain = (mean_step_flops(load_recipe([*recipe, *where])) for recipe in (RECIPE, PLAIN_RECIPE))
-    return round(STEPS * ours / plain)
-
-
 def check_opens(folder: Path, volume: Path) -> None:
     """Open the Hub folder as a user does, without naming a class of this package."""
     from transformers import AutoModel
@@ -159,44 +142,29 @@ def make_suite(output: Path, phantom: Path, encoder: Path) -> dict[str, Any]:
     }
 
 
-def report(results: dict[str, Any], commands: list[tuple[str, float]], seed: int, plain_steps: int) -> str:
-    """Return the report as Markdown. commands: each with its seconds."""
-    tasks = results["tasks"]
-    differences = [
-        [task, head, *(format_interval(difference(result, head, other), signed=True) for other in OTHERS)]
-        for task, result in tasks.items()
-        for head in HEADS
-    ]
+def report(rows: dict[str, Any], commands: list[tuple[str, float]], seed: int) -> str:
+    """Return the report as Markdown, of the rows of `training.leaderboard`. commands: each with its seconds."""
+    tasks = list(rows[HERE]["scores"])
     return jinja2.Template(TEMPLATE.read_text(), keep_trailing_newline=True, undefined=jinja2.StrictUndefined).render(
-        first=next(iter(tasks.values())),
-        num_resamples=results["num_resamples"],
-        seed=seed,
-        steps=STEPS,
-        plain_steps=plain_steps,
-        **{"ours": OURS_NAME, "plain": PLAIN_NAME, "untrained": UNTRAINED},
-        scores=format_results(results),
-        differences="\n".join(markdown_table(["task", "head", "ours - untrained", "ours - plain"], differences)),
-        verdict=verdict(tasks),
-        commands=commands,
+        **{"train": PATIENTS["train"], "test": PATIENTS["test"], "seed": seed, "steps": STEPS, "commands": commands},
+        **{
+            "here": HERE,
+            "shipped": SHIPPED_NAME,
+            "untrained": UNTRAINED,
+            "scores": "\n".join(score_table(rows, tasks)),
+        },
+        verdict="\n".join(f"- {verdict(name, rows[name]['scores'])}" for name in (SHIPPED_NAME, HERE)),
     )
 
 
-def difference(result: dict[str, Any], head: str, other: str) -> list[float]:
-    """Return value, low and high of our AUC less another encoder's on one task."""
-    return result[head]["difference"][f"{OURS_NAME} - {other}"]
-
-
-def verdict(tasks: dict[str, Any]) -> str:
-    """Say where an interval excludes zero, for better or worse."""
+def verdict(name: str, scores: dict[str, Any]) -> str:
+    """Say where the interval of an encoder's difference to the same, untrained, excludes zero, for better or worse."""
     found = [
-        f"{'better' if apart[1] > 0 else 'worse'} than {other} on {task} ({head})"
-        for task, result in tasks.items()
-        for head in HEADS
-        for other in OTHERS
-        if excludes_zero(apart := difference(result, head, other))
+        f"{'better' if apart[1] > 0 else 'worse'} on {task} ({format_interval(apart, signed=True)})"
+        for task, score in scores.items()
+        if excludes_zero(apart := score["minus_untrained"])
     ]
-    rest = "every other difference may be chance at this size."
-    return f"{OURS_NAME} is " + "; ".join(found) + "; " + rest if found else "No difference here excludes zero."
+    return f"*{name}*, against the same architecture untrained: " + ("; ".join(found) or "no difference excludes zero")
 
 
 if __name__ == "__main__":

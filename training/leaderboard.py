@@ -1,6 +1,7 @@
 """Frozen encoders on held-out patients, one readout for all: evaluates rows, and writes the page of committed results.
 
     python -m training.leaderboard --labels LABELS.csv --tasks TASKS.yaml --models NAME=SOURCE... --output RESULTS.json
+    python -m training.leaderboard --phantom LEARN TEST --models NAME=SOURCE... --output RESULTS.json
     python -m training.leaderboard --results RESULTS.json... --output docs/leaderboard.md
 
 A SOURCE is an encoder's folder, `untrained:FOLDER` (its architecture with random weights), `hand-crafted` or `lite0`
@@ -82,19 +83,22 @@ def main(arguments: list[str] | None = None) -> None:
     with command_line("leaderboard"):
         if options.results:
             write_text(options.output, page([json.loads(path.read_text()) for path in options.results]))
-        elif options.labels and options.tasks and (options.models or options.speedrun):
-            write_json(options.output, Leaderboard(options).evaluate())
-        else:
-            raise ValueError("give --labels, --tasks and --models or --speedrun, or --results")
+            return
+        if not (options.models or options.speedrun) or bool(options.labels) != bool(options.tasks):
+            raise ValueError("give --labels and --tasks, or --phantom, and --models or --speedrun; or give --results")
+        if not (options.labels or options.phantom or options.dbt):
+            raise ValueError("nothing to evaluate on: give --labels with --tasks, --phantom or --dbt")
+        write_json(options.output, Leaderboard(options).evaluate())
 
 
 class Leaderboard:
     """The images of every task, rendered once for all rows with an equal image processor."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.tasks = options, read_tasks(options.tasks)
-        self.table = read_labels(options.labels, sorted({task["label"] for task in self.tasks.values()}))
-        self.files = [options.labels.parent / file for file in self.table["file"]]
+        self.options, self.tasks = options, read_tasks(options.tasks) if options.tasks else {}
+        if options.labels:
+            self.table = read_labels(options.labels, sorted({task["label"] for task in self.tasks.values()}))
+            self.files = [options.labels.parent / file for file in self.table["file"]]
         self.processors: dict[str, MammoDinoImageProcessor] = {}
         self.images = cache(self._images)
 
@@ -125,7 +129,9 @@ class Leaderboard:
     def answers(self, source: str, only: tuple[str, ...] | None = None) -> dict[str, Any]:
         """Return the answers of a row by task, of all or of some of the labels' tasks alone."""
         tasks = {name: self.tasks[name] for name in only or self.tasks}
-        found: dict[str, Any] = probabilities(self.table, self.features(source, "labels")["whole"], tasks)
+        found: dict[str, Any] = {}
+        if tasks:
+            found = probabilities(self.table, self.features(source, "labels")["whole"], tasks)
         if self.options.dbt and not only:
             real, features = self.images(self.processor_of(source), "dbt"), self.features(source, "dbt")
             found[NEIGHBORS] = real.orderings(features["whole"])

@@ -4,8 +4,6 @@
 
 LABELS.csv is a label table (docs/evaluation.md); empty cells are left out. Without --test_labels patients are held out:
 those of its `split`, or else a part. An untrained encoder of the first model's architecture is always evaluated beside.
-Tasks of regions (--region_tasks) are asked at a lesion's place, around its center: of tables as the phantom's, with
-boxes, once more with --test_labels.
 """
 
 import argparse
@@ -28,9 +26,7 @@ from modeling_mammodino.tools.features import POOLS, embed_files
 from modeling_mammodino.tools.files import check_output, write_text
 from training.evaluation.metrics import bootstrap_auc
 from training.evaluation.probes import FOLDS_OF_PENALTY, logistic_regression, nearest_neighbors
-from training.evaluation.readout import EncoderReader, region_features
 from training.evaluation.reports import format_interval, markdown_table
-from training.studies.phantom_tasks import PhantomImages
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +49,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--test_labels", type=user_path, help="CSV of held-out patients (default: a part of --labels)")
     parser.add_argument("--tasks", nargs="+", required=True, help="columns to predict")
-    parser.add_argument("--region_tasks", nargs="+", default=[], help="columns to predict at the place of lesions")
     parser.add_argument("--output", type=user_path, required=True, help="JSON file of the results")
     parser.add_argument(
         "--pool",
@@ -94,17 +89,11 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     ]
     split = (options.tasks[0], options.test_fraction, options.seed)
     learn, test = features if options.test_labels else split_patients(features[0], *split)
-    asked = [(task, learn, test) for task in options.tasks]
-    if options.region_tasks:
-        of_learn, of_test = (read_regions(path, models, image_processor) for path, _ in tables)
-        asked += [(task, of_learn, of_test) for task in options.region_tasks]
     return {
         "seed": options.seed,
         "num_resamples": options.num_resamples,
         "models": folders,
-        "tasks": {
-            task: evaluate(seen, held_out, task, options.num_resamples, options.seed) for task, seen, held_out in asked
-        },
+        "tasks": {task: evaluate(learn, test, task, options.num_resamples, options.seed) for task in options.tasks},
     }
 
 
@@ -113,8 +102,6 @@ def read_tables(options: argparse.Namespace) -> list[tuple[Path, pd.DataFrame]]:
 
     Raises ValueError naming the table, before any image is read.
     """
-    if options.region_tasks and not options.test_labels:
-        raise ValueError(f"--region_tasks {' '.join(options.region_tasks)}: give the held-out lesions by --test_labels")
     paths = [path for path in (options.labels, options.test_labels) if path]
     tables = [read_usable_labels(path, options.tasks, options.allow_missing) for path in paths]
     if options.test_labels:
@@ -167,14 +154,6 @@ def read_features(
     ends = np.cumsum([(2 if pool == "both" else 1) * model.config.hidden_size for model in models.values()])
     features = np.split(np.stack(rows), ends[:-1], axis=1)
     return Features(table[kept].reset_index(drop=True), dict(zip(models, features, strict=True)))
-
-
-def read_regions(labels: Path, models: dict[str, MammoDinoModel], image_processor: MammoDinoImageProcessor) -> Features:
-    """Return the features around the lesions of a phantom's volumes, and around like places of volumes without one."""
-    images = PhantomImages(labels, image_processor)
-    readers = {name: EncoderReader(model, image_processor) for name, model in models.items()}
-    regions = {name: region_features(reader, images.regions, images.centers) for name, reader in readers.items()}
-    return Features(images.table, regions)
 
 
 def split_patients(features: Features, task: str, test_fraction: float, seed: int) -> tuple[Features, Features]:

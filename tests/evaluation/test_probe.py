@@ -8,8 +8,7 @@ import pytest
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from training.evaluation.metrics import auc, bootstrap_auc, bootstrap_weights
-from training.evaluation.readout import NUM_RINGS
-from training.probe import Features, evaluate, format_results, main, read_regions, split_patients, split_rows
+from training.probe import Features, evaluate, format_results, main, split_patients, split_rows
 
 
 def test_auc_counts_ordered_pairs():
@@ -64,17 +63,6 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
         assert 0.35 < result[head]["auc"]["noise"][0] < 0.65
         assert result[head]["difference"]["good - noise"][1] > 0.2
     assert result["test_patients"] == 120 and result["classes"] == ["0", "1"]
-
-
-def test_regions_are_of_volumes_and_in_rings(phantom_archive, tmp_path):
-    encoder = MammoDinoModel(MammoDinoConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64))
-    processor = MammoDinoImageProcessor(size={"height": 112, "width": 84}, patch_size=14)
-    found = read_regions(phantom_archive / "labels.csv", {"a": encoder.eval()}, processor)
-    assert set(found.table["kind"]) == {"dbt"} and len(found.table) == 12
-    assert found.by_model["a"].shape == (12, 16 * NUM_RINGS) and np.isfinite(found.by_model["a"]).all()
-    asked = ["--models", "a=x", "--labels", str(phantom_archive / "labels.csv"), "--tasks", "density"]
-    with pytest.raises(SystemExit, match="--region_tasks lesion: give the held-out lesions by --test_labels"):
-        main([*asked, "--region_tasks", "lesion", "--output", str(tmp_path / "probe.json")])
 
 
 def test_a_split_keeps_patients_apart():

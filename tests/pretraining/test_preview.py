@@ -9,7 +9,7 @@ from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import patch_tissue
 from modeling_mammodino.tools.cli import main as mammodino
 from modeling_mammodino.tools.visualize import inspect_file
-from training.demo import report, verdict
+from training.demo import report
 from training.features import main as features
 from training.heat_map import main as heat_map
 from training.pretraining.recipe import ViewsRecipe
@@ -78,25 +78,14 @@ def test_crops_of_real_slices_hold_the_recipes_minimum(real_slices):
     assert below > 0.1 * 2 * 40 * len(real_slices[::3])
 
 
-def made_up_results(low: float, high: float) -> dict:
-    names = ("untrained", "plain DINOv2", "MammoDINO")
-    score = {
-        "auc": {name: [0.7, 0.6, 0.8] for name in names},
-        "difference": {f"MammoDINO - {name}": [(low + high) / 2, low, high] for name in names[:2]},
-    }
-    task = {"test_patients": 200, "test_images": 400, "learning_images": 600, "knn": score, "logistic": score}
-    return {"models": {name: "" for name in names[1:]}, "num_resamples": 1000, "tasks": {"lesion": task}}
-
-
 def test_the_report_says_what_came_out_also_when_it_disappoints():
-    worse, chance = made_up_results(-0.3, -0.1), made_up_results(-0.1, 0.1)
-    assert "worse than plain DINOv2 on lesion" in verdict(worse["tasks"])
-    assert verdict(chance["tasks"]) == "No difference here excludes zero."
-    text = report(worse, [("python -m x", 3.0)], seed=4, plain_steps=350)
-    assert (
-        "simulated" in text
-        and "One seed (4)" in text
-        and "350 steps to our" in text
-        and "-0.200 [-0.300, -0.100]" in text
-        and "200 held-out" in text
-    )
+    def row(*difference: float) -> dict:
+        score = {"auc": [0.7, 0.6, 0.8], "images": 300, "patients": 300, "minus_untrained": list(difference)}
+        return {"scores": {"phantom lesion": score}}
+
+    untrained = {"scores": {"phantom lesion": {"auc": [0.6, 0.5, 0.7], "images": 300, "patients": 300}}}
+    rows = {"pretrained here": row(-0.2, -0.3, -0.1), "shipped": row(0.0, -0.1, 0.1), "untrained": untrained}
+    text = report(rows, [("python -m x", 3.0)], seed=4)
+    assert "*pretrained here*, against the same architecture untrained: worse on phantom lesion (-0.200 [-0.300" in text
+    assert "*shipped*, against the same architecture untrained: no difference excludes zero" in text
+    assert "simulated" in text and "One seed (4)" in text and "300 images of 300 patients" in text
