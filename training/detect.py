@@ -51,7 +51,7 @@ def run_detection(settings: DetectionSettings) -> dict[str, Any]:
 
     Raises ValueError or OSError, one line, for what cannot be used. One process a run.
     """
-    refuse_torchrun()
+    refuse_torchrun("a detection run")
     return run_once(settings, lambda: run(settings), (CHECKPOINTS, IMAGES))
 
 

@@ -5,7 +5,8 @@
     python -m training.finetune --dataset NAME --data_dir DIR --task TASK --backbone KIND --output_dir RUN
 
 frozen: a linear probe on cached features, or with --head a light head that starts from it; full: all weights learn;
-lora: low-rank adapters; both start from the probe.
+lora: low-rank adapters; both start from the probe, and share their training over several GPUs as
+`accelerate launch -m training.finetune ...`.
 In output_dir: predictions.parquet, the model, and at last result.json, with scores of images, breasts and patients and
 95 % intervals over patients. Started again after a kill, a run resumes; when it is finished, it returns its result.
 """
@@ -41,8 +42,10 @@ from training.evaluation.runs import (
     how_it_was_run,
     refuse_torchrun,
     run_once,
+    this_process,
     write_parquet,
 )
+from training.evaluation.seeded_trainer import prepare_encoder
 from training.pretraining.compute import keep_freed_memory
 
 MODEL = "model"
@@ -52,15 +55,22 @@ CHECKPOINTS, TUNED_FEATURES = "checkpoints", "tuned_features"  # removed when th
 def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     """Run, resume, or return at once what `settings` ask for: the content of result.json.
 
-    Raises ValueError or OSError, one line, for what cannot be used. One process a run.
+    Raises ValueError or OSError, one line, for what cannot be used. Processes that accelerate launches share the
+    training of full and lora; the main one does all else, and the others return nothing.
     """
+    if settings.mode == "frozen":
+        refuse_torchrun("a run with a frozen encoder")
     return run_once(settings, lambda: run(settings), (CHECKPOINTS, TUNED_FEATURES))
 
 
 def run(settings: FinetuneSettings) -> dict[str, Any]:
     started, output = time.monotonic(), Path(settings.output_dir)
     task = open_task(settings)
-    backbone = load_backbone(settings.backbone, settings.source or None, seed=settings.seed).to(find_device("auto"))
+    process = this_process()
+    backbone = load_backbone(
+        settings.backbone, settings.source or None, seed=settings.seed, last_layers=settings.last_layers
+    ).to(find_device("auto"))
+    prepare_encoder(backbone.model, settings)
     about_backbone = {
         "kind": backbone.kind,
         "source": backbone.source,
@@ -69,13 +79,18 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "weights": backbone.settings()["weights"],  # their hash, before any training
     }
-    write_json(output / SETTINGS_FILE, settings.what_is_computed())
+    if process.is_main_process:
+        write_json(output / SETTINGS_FILE, settings.what_is_computed())
 
     cache = Path(settings.cache_dir or output / "features")
-    features = encode(backbone, task, cache, settings)
+    with process.main_process_first():
+        features = encode(backbone, task, cache, settings)
     probe, learned = fit_probe(features, task, settings)
     if settings.mode != "frozen":
         probe, learned["training"] = train(backbone, probe, features, task, settings, output / CHECKPOINTS)
+        this_process().wait_for_everyone()
+        if not this_process().is_main_process:
+            return {}
         features = encode(backbone, task, output / TUNED_FEATURES, settings)
     tiles = encode_tiles(backbone, task, features, cache, settings) if settings.head == "mil" else None
     predictor = fit_predictor(features, tiles, probe, task.definition.is_ordered, settings)
@@ -106,7 +121,6 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
 
 
 def open_task(settings: FinetuneSettings) -> TaskTable:
-    refuse_torchrun()
     task = load_task(
         settings.dataset,
         settings.data_dir,
@@ -212,7 +226,9 @@ def format_result(result: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     with command_line("finetune"):
         settings = FinetuneSettings.parse(sys.argv[1:] if arguments is None else arguments)
-        print(format_result(finetune(settings)))
+        result = finetune(settings)
+        if this_process().is_main_process:
+            print(format_result(result))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ def check_drawable(backbone: Backbone, layer: nn.Module, name: str) -> None:
     """Raise ValueError where there are no heat maps of such a head."""
     if not isinstance(layer, nn.Linear | MultipleInstanceHead):
         raise ValueError(f"{name}: pools slices by attention; only linear heads and those of tiles are drawn")
+    if isinstance(layer, nn.Linear) and backbone.last_layers > 1:
+        raise ValueError(f"{name}: is on class tokens of {backbone.last_layers} layers; only of one it is drawn")
     if isinstance(layer, nn.Linear) and not isinstance(backbone.preprocess, MammoDinoImages):
         raise ValueError(f"{name}: is the head of {backbone.kind}; only mammodino's patches are drawn")
 

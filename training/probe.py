@@ -56,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
         default="both",
         help="class token, tissue-weighted mean of patch tokens, or (default) both",
     )
+    parser.add_argument(
+        "--last_layers", type=int, default=1, help="class tokens of so many last layers side by side (default 1)"
+    )
     parser.add_argument("--slices_per_volume", type=int, default=4, help="slices averaged of a volume (default 4)")
     parser.add_argument("--test_fraction", type=float, default=0.4, help="patients held out without --test_labels")
     parser.add_argument("--allow_missing", action="store_true", help="leave images out whose file is not there")
@@ -84,7 +87,9 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{name}: its image processor has other settings; evaluate it in a run of its own")
 
     features = [
-        read_features(path, table, models, image_processor, options.pool, options.slices_per_volume)
+        read_features(
+            path, table, models, image_processor, options.pool, options.slices_per_volume, options.last_layers
+        )
         for path, table in tables
     ]
     split = (options.tasks[0], options.test_fraction, options.seed)
@@ -102,6 +107,8 @@ def read_tables(options: argparse.Namespace) -> list[tuple[Path, pd.DataFrame]]:
 
     Raises ValueError naming the table, before any image is read.
     """
+    if options.last_layers > 1 and options.pool == "patches":
+        raise ValueError(f"--last_layers {options.last_layers}: are of class tokens; give --pool class or both")
     paths = [path for path in (options.labels, options.test_labels) if path]
     tables = [read_usable_labels(path, options.tasks, options.allow_missing) for path in paths]
     if options.test_labels:
@@ -139,11 +146,19 @@ def read_features(
     image_processor: MammoDinoImageProcessor,
     pool: str,
     slices_per_volume: int,
+    last_layers: int = 1,
 ) -> Features:
     """Return the features of the files that can be used, the mean over a file's slices. Each file is read once for all
     models; why others are left out is logged."""
     paths = [labels.parent / file for file in table["file"]]
-    files = embed_files(paths, list(models.values()), image_processor, pool=pool, slices_per_volume=slices_per_volume)
+    files = embed_files(
+        paths,
+        list(models.values()),
+        image_processor,
+        pool=pool,
+        slices_per_volume=slices_per_volume,
+        last_layers=last_layers,
+    )
     rows, kept = [], []
     for result in tqdm(files, desc="features", unit="file", total=len(paths)):
         kept.append(result.refused is None)
@@ -151,7 +166,8 @@ def read_features(
             rows.append(result.embeddings.mean(axis=0))  # (F,), the models side by side
         else:
             logger.warning("left out: %s", result.refused)
-    ends = np.cumsum([(2 if pool == "both" else 1) * model.config.hidden_size for model in models.values()])
+    num_tokens = (2 if pool == "both" else 1) + last_layers - 1
+    ends = np.cumsum([num_tokens * model.config.hidden_size for model in models.values()])
     features = np.split(np.stack(rows), ends[:-1], axis=1)
     return Features(table[kept].reset_index(drop=True), dict(zip(models, features, strict=True)))
 

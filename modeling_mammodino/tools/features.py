@@ -242,6 +242,7 @@ def extract_features(
     pool: str | None = "both",
     batch_size: int = 8,
     bf16: bool = False,
+    last_layers: int = 1,
 ) -> Iterator[tuple[Key, np.ndarray] | FileEnd]:
     """Yield (key, feature) of each image in order, the feature (F,) float32; a `FileEnd` among the images comes through
     behind the images before it.
@@ -256,6 +257,8 @@ def extract_features(
             the patch tokens with a weight above 0, F = 3 * D. None: the model's own output is the feature, (B, F).
         batch_size: images that a model takes at a time, of whichever files; the last batch is what is left.
         bf16: autocast to bfloat16.
+        last_layers: with 2 or more, and a `pool`, the class tokens of the layers before the last stand before the
+            feature, from the earliest; F grows by D for each.
     """
     models = [models] if isinstance(models, nn.Module) else list(models)
     batch: list[tuple[Key, Inputs]] = []
@@ -269,17 +272,17 @@ def extract_features(
             continue
         batch.append(item)
         if len(batch) == batch_size:
-            yield from _encode_batch(models, batch, pool, bf16)
+            yield from _encode_batch(models, batch, pool, bf16, last_layers)
             yield from ends
             batch, ends = [], []
     if batch:
-        yield from _encode_batch(models, batch, pool, bf16)
+        yield from _encode_batch(models, batch, pool, bf16, last_layers)
     yield from ends
 
 
 @torch.inference_mode()
 def _encode_batch(
-    models: Sequence[nn.Module], batch: Sequence[tuple[Key, Inputs]], pool: str | None, bf16: bool
+    models: Sequence[Any], batch: Sequence[tuple[Key, Inputs]], pool: str | None, bf16: bool, last_layers: int
 ) -> list[tuple[Key, np.ndarray]]:
     inputs = {name: torch.from_numpy(np.stack([each[name] for _, each in batch])) for name in batch[0][1]}
     features = []
@@ -289,11 +292,20 @@ def _encode_batch(
         given["pixel_values"] = given["pixel_values"].to(parameter.dtype)
         weights = given.pop("weights", None)  # (B, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = model(**given)
+            output = model(**given, **({"output_hidden_states": True} if last_layers > 1 else {}))
         if pool is not None:
-            output = _pool(output.last_hidden_state.float(), model.config, given.get("tissue_mask"), weights, pool)
+            pooled = _pool(output.last_hidden_state.float(), model.config, given.get("tissue_mask"), weights, pool)
+            output = beside_earlier_tokens(pooled, output, getattr(model, "layernorm", None), last_layers)
         features.append(output.float().cpu())
     return list(zip((key for key, _ in batch), torch.cat(features, dim=1).numpy(), strict=True))
+
+
+def beside_earlier_tokens(pooled: torch.Tensor, outputs: Any, norm: Any, last_layers: int) -> torch.Tensor:
+    """Put the class tokens of the last `last_layers` layers but the very last before `pooled` (B, F), from the
+    earliest, each behind the encoder's final norm, as in DINOv2's linear evaluation
+    (dinov2/eval/linear.py, create_linear_input). `outputs` has the hidden states of all layers, unless there is one."""
+    earlier = [norm(states[:, 0]).to(pooled.dtype) for states in (outputs.hidden_states or ())[-last_layers:-1]]
+    return torch.cat((*earlier, pooled), dim=1)
 
 
 def _pool(
@@ -374,6 +386,7 @@ def embed_files(
     slices_per_volume: int | None = None,
     num_workers: int = 0,
     skip: int = 0,
+    last_layers: int = 1,
 ) -> Iterator[FileEmbeddings]:
     """Return the features of DICOM, PNG, JPEG, PGM and TIFF files, a `FileEmbeddings` each, in the order of `paths`.
 
@@ -390,6 +403,7 @@ def embed_files(
         num_workers: processes that read and render; 0 does it in this one. They are spawned: a script that asks for
             them keeps its own work under `if __name__ == "__main__":`.
         skip: files at the start of `paths` whose features are there already, and do not come again.
+        last_layers: see `extract_features`.
 
     Raises ValueError for arguments out of range, and for a model that does not fit the image processor.
     """
@@ -404,8 +418,12 @@ def embed_files(
     models = [model] if isinstance(model, nn.Module) else list(model)
     for each in models:
         check_fit(each, image_processor)
+        if not 1 <= last_layers <= each.config.num_hidden_layers:
+            raise ValueError(
+                f"last_layers={last_layers}: must be 1 to {each.config.num_hidden_layers}, of this encoder"
+            )
     files = [Path(path) for path in paths]
-    return _embed(files, SliceReader(image_processor, count), models, pool, batch_size, num_workers, skip)
+    return _embed(files, SliceReader(image_processor, count), models, pool, batch_size, num_workers, skip, last_layers)
 
 
 def check_fit(model: PreTrainedModel, image_processor: MammoDinoImageProcessor) -> None:
@@ -433,6 +451,7 @@ def _embed(
     batch_size: int,
     num_workers: int,
     skip: int,
+    last_layers: int,
 ) -> Iterator[FileEmbeddings]:
     volumes = [places for places in group_paths(files, num_workers) if max(places) >= skip]
     sources = [[files[place] for place in places] if len(places) > 1 else files[places[0]] for places in volumes]
@@ -443,7 +462,7 @@ def _embed(
         return (place, image._replace(pixel_values=np.empty(0))), image.inputs
 
     keyed = (item if isinstance(item, FileEnd) else without_pixels(*item) for item in images)
-    features = extract_features(models, keyed, pool=pool, batch_size=batch_size)
+    features = extract_features(models, keyed, pool=pool, batch_size=batch_size, last_layers=last_layers)
     by_volume = (item if isinstance(item, FileEnd) else (item[0][0], (item[0][1], item[1])) for item in features)
     paths = [readable(file) for file in files]
     ready: dict[int, FileEmbeddings] = {}  # by the file's place, until it is its turn

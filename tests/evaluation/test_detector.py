@@ -121,6 +121,17 @@ def test_the_encoder_starts_from_its_weights_and_stays_where_it_is_frozen():
             assert group["lr"] == (1e-5 if id(parameter) in of_encoder else 5e-4)
             assert (group["weight_decay"] > 0) == (parameter.ndim > 1)
     assert sum(len(group["params"]) for group in groups) == len(list(detector.parameters()))
+    chosen = DetectionSettings(**common, encoder_learning_rate=1e-5, layerwise_decay=0.5)
+    rate = {
+        id(each): group["lr"] for group in make_optimizer(detector, chosen).param_groups for each in group["params"]
+    }
+    for part, of_part in (
+        (encoder.embeddings, 1e-5 / 16),
+        (encoder.encoder.layer[1], 1e-5 / 4),
+        (encoder.layernorm, 1e-5),
+    ):
+        assert {rate[id(each)] for each in part.parameters()} == {of_part}  # three blocks
+    assert rate[id(detector.model.backbone.model.upsample.weight)] == 5e-4
     frozen = make_optimizer(detector, DetectionSettings(**common, freeze_encoder=True)).param_groups
     assert not of_encoder & {id(each) for group in frozen for each in group["params"]}
 

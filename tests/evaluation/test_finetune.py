@@ -259,6 +259,9 @@ def test_what_is_wrong_is_said_in_one_line(spoil, changes, message, folders, tmp
         ({"backbone": "vgg"}, "backbone='vgg': must be mammodino"),
         ({"data_dir": ""}, "data_dir: must be given, as --data_dir ..., or --labels TABLE.csv"),
         ({"source": ""}, "source: backbone mammodino has no published weights"),
+        ({"mode": "lora", "last_layers": 2}, "last_layers=2: are read of a frozen encoder"),
+        ({"layerwise_decay": 0.7}, "layerwise_decay=0.7: of a frozen encoder nothing is trained"),
+        ({"mode": "full", "backbone": "resnet50", "gradient_checkpointing": True}, "backbone resnet50 is no transform"),
     ],
 )
 def test_settings_are_refused_by_name(changes, message, drawn_table, folders, tmp_path):
@@ -274,7 +277,7 @@ def test_a_folder_is_for_one_run_and_a_run_is_one_process(frozen, folders, drawn
     with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is at work there"):
         finetune(settings)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="start it without torchrun"):
+    with pytest.raises(ValueError, match="frozen encoder is one process: start it without accelerate launch"):
         finetune(settings)
     monkeypatch.delenv("WORLD_SIZE")
     (Path(frozen[0].output_dir) / "result.json").write_text("{")

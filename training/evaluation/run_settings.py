@@ -30,7 +30,7 @@ class RunSettings:
     REQUIRED: ClassVar[tuple[str, ...]]
     ALWAYS_SHOWN: ClassVar[tuple[str, ...]] = ("seed",)  # in the command line, also at their defaults
     PLACE_AND_SPEED: ClassVar[tuple[str, ...]] = (
-        "labels", "data_dir", "output_dir", "cache_dir", "dataloader_num_workers"
+        "labels", "data_dir", "output_dir", "cache_dir", "dataloader_num_workers", "gradient_checkpointing"
     )  # fmt: skip
 
     labels: str = setting("", "Own images: a label table, as docs/evaluation.md describes it. Or:")
@@ -50,6 +50,13 @@ class RunSettings:
     weight_decay: float = setting(0.05, "AdamW's, of matrices.", low=0)
     warmup_fraction: float = setting(0.1, "Share of the steps in which the learning rate rises.", low=0, high=0.9)
     max_grad_norm: float = setting(1.0, "Clipping of the gradient.", low=0)
+    layerwise_decay: float = setting(
+        1.0, "Each layer of the encoder has the learning rate of the one above times this.", low=0.01, high=1
+    )
+    drop_path_rate: float = setting(0.0, "Stochastic depth of the encoder in training.", low=0, high=0.9)
+    gradient_checkpointing: bool = setting(
+        False, "The encoder's blocks are computed again in the backward, which saves memory."
+    )
     augment: bool = setting(True, "Training images are flipped, turned, scaled and shifted at random.")
     bf16: bool = setting(False, "bfloat16 autocast.")
     dataloader_num_workers: int = setting(4, "Processes that read and render; 0: this one.", low=0)
@@ -114,6 +121,9 @@ class FinetuneSettings(RunSettings):
     tile_size: int = setting(518, "Of mil: side of a tile in pixels of it.", low=1)
     tile_overlap: float = setting(0.25, "Of mil: share of its side that a tile shares with the next.", 0, 0.9)
     min_tissue: float = setting(0.05, "Of mil: share of breast under which a tile is left out.", 0, 1)
+    last_layers: int = setting(
+        1, "Frozen: the class tokens of so many last layers side by side, beside the mean of the patch tokens.", low=1
+    )
     cache_dir: str = setting("", "Features of frozen encoders, shared by runs that name it; empty: in output_dir.")
     class_imbalance: str = setting(
         "class_weights",
@@ -133,6 +143,13 @@ class FinetuneSettings(RunSettings):
             raise ValueError(f"source: backbone {self.backbone} has no published weights; give --source FOLDER")
         if self.head != "linear" and self.mode != "frozen":
             raise ValueError(f"head={self.head}: learns on the features of a frozen encoder; give --mode frozen")
+        if self.last_layers > 1 and self.mode != "frozen":
+            raise ValueError(f"last_layers={self.last_layers}: are read of a frozen encoder; give --mode frozen")
+        for name, off in (("layerwise_decay", 1), ("drop_path_rate", 0), ("gradient_checkpointing", False)):
+            if (value := getattr(self, name)) != off and self.mode == "frozen":
+                raise ValueError(f"{name}={value}: of a frozen encoder nothing is trained; give --mode full or lora")
+            if value != off and not BACKBONES[self.backbone].is_transformer:
+                raise ValueError(f"{name}={value}: backbone {self.backbone} is no transformer")
 
 
 @dataclass

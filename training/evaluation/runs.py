@@ -8,11 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
+import torch
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 import modeling_mammodino
@@ -58,19 +61,28 @@ def how_it_was_run(settings: RunSettings, *packages: str) -> dict[str, Any]:
     }
 
 
-def refuse_torchrun() -> None:
-    """Raise ValueError where several processes are at one run."""
+def this_process() -> PartialState:
+    """Return which of the processes that share this run it is, and with what device, joined with the others."""
+    # others wait as long as the main one encodes
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+
+
+def refuse_torchrun(what: str) -> None:
+    """Raise ValueError where several processes are at one run that is not shared."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("a run is one process: start it without torchrun, and other runs beside it")
+        raise ValueError(f"{what} is one process: start it without accelerate launch or torchrun, others beside it")
 
 
 def run_once(settings: RunSettings, run: Callable[[], dict[str, Any]], leftovers: Sequence[str]) -> Any:
-    """Return the content of result.json: of `run()`, or, where the same settings were run before, of the file.
+    """Return the content of result.json: of `run()`, or, where the same settings were run before, of the file. Of
+    several processes the main one writes; the others have what `run()` returned.
 
     `leftovers`, folders that a run needs to resume after a kill, are removed when the result is written.
     Raises ValueError where another process has the folder, or where it holds a run of other settings.
     """
     output = Path(settings.output_dir)
+    if not this_process().is_main_process:
+        return read_json(output / RESULT_FILE) or run()
     output.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(output / ".lock").acquire(timeout=0)  # released by the system when the process dies

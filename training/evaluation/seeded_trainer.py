@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_mammodino.tools.features import worker_options
@@ -83,6 +83,7 @@ class SeededTrainer(Trainer):
         if last := find_checkpoint(folder):
             logger.info("going on from %s", last)
         self.train(resume_from_checkpoint=str(last) if last else None)
+        self.accelerator.wait_for_everyone()  # the main process writes
         return last_state(folder)
 
 
@@ -91,7 +92,7 @@ def epoch_arguments(settings: RunSettings, folder: Path, **more: Any) -> Trainin
 
     Fields of `settings` that carry a name of TrainingArguments mean the same; `more` takes precedence.
     """
-    names = {field.name for field in fields(TrainingArguments)}
+    names = {field.name for field in fields(TrainingArguments)} - {"gradient_checkpointing"}  # see prepare_encoder
     arguments = TrainingArguments(
         **{name: value for name, value in asdict(settings).items() if name in names}
         | {
@@ -110,6 +111,21 @@ def epoch_arguments(settings: RunSettings, folder: Path, **more: Any) -> Trainin
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # slices of an image and lists of boxes are not split over GPUs
     return arguments
+
+
+def prepare_encoder(encoder: PreTrainedModel, settings: RunSettings) -> None:
+    """Set stochastic depth and gradient checkpointing for its training. Raises ValueError where it has none."""
+    if settings.drop_path_rate:
+        layers: list[Any] = [each for each in encoder.modules() if hasattr(each, "drop_path_rate")]
+        if not layers:
+            raise ValueError(
+                f"drop_path_rate={settings.drop_path_rate}: {type(encoder).__name__} has none that can be set; "
+                "MammoDINO has"
+            )
+        for each in (*layers, encoder.config):
+            each.drop_path_rate = settings.drop_path_rate
+    if settings.gradient_checkpointing:
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def find_checkpoint(folder: Path) -> Path | None:

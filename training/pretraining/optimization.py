@@ -4,12 +4,13 @@ A group has a layer-wise factor of the learning rate, a factor of the weight dec
 follows, by which backbone and last layer are frozen for a while.
 """
 
-import re
 from collections import defaultdict
 
 import numpy as np
 import torch
 from torch import nn
+
+from training.evaluation.layer_decay import layer_multiplier
 
 from .recipe import OptimizerRecipe, Recipe, whole_steps
 
@@ -18,16 +19,11 @@ def multipliers(name: str, num_layers: int, recipe: OptimizerRecipe) -> dict:
     """Return the learning-rate schedule of a parameter of `networks.Network`, and the multipliers of it and of the
     weight decay, by the parameter's name.
 
-    Layer 0 are embeddings and tokens, layer i + 1 block i; the final norm and the head get 1. Biases, norms and
-    LayerScale are not decayed; position embeddings, tokens and the prototypes' magnitude are, as in DINOv2.
+    The head's learning rate is not decayed by layers. Biases, norms and LayerScale are not decayed; position
+    embeddings, tokens and the prototypes' magnitude are, as in DINOv2.
     """
-    depth = num_layers + 1
-    if "embeddings." in name:
-        depth = 0
-    elif block := re.search(r"encoder\.layer\.(\d+)\.", name):
-        depth = int(block.group(1)) + 1
     is_backbone = name.startswith("backbone.")
-    learning_rate = recipe.layerwise_decay ** (num_layers + 1 - depth) if is_backbone else 1.0
+    learning_rate = layer_multiplier(name, num_layers, recipe.layerwise_decay) if is_backbone else 1.0
     if "patch_embeddings" in name:
         learning_rate *= recipe.patch_embed_lr_multiplier
     exempt = name.endswith(".bias") or "norm" in name or "layer_scale" in name

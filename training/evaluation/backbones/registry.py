@@ -40,6 +40,7 @@ from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDi
 from modeling_mammodino.tools.convert import INTERPOLATION, own_processor, processor_settings
 from modeling_mammodino.tools.dinov2_checkpoints import read_reference_checkpoint
 from modeling_mammodino.tools.embed import open_encoder
+from modeling_mammodino.tools.features import beside_earlier_tokens
 
 from .checkpoint_files import check_report, find_file, first_line, quiet_transformers, read_tensors
 from .convert_mammo_clip_efficientnet import PREPROCESSING as MAMMO_CLIP
@@ -50,27 +51,43 @@ from .preprocessing import MammoDinoImages, Preprocessing, rgb_images
 # of an untrained ViT where no checkpoint gives the architecture: a ViT-S/14
 UNTRAINED: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 # of a configuration, what no feature depends on
-PROVENANCE = ("_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id", "transformers_version")
+PROVENANCE = (
+    "_name_or_path", "architectures", "auto_map", "drop_path_rate", "dtype", "id2label", "label2id",
+    "transformers_version",
+)  # fmt: skip
 
 
-def pool_mammodino(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
-    config, states = model.config, model(pixel_values, tissue_mask=tissue_mask).last_hidden_state
-    return pool_tokens(states, config.num_register_tokens, tissue_mask, config.tissue_threshold)
+def pool_mammodino(
+    model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None, last_layers: int = 1
+) -> torch.Tensor:
+    config = model.config
+    outputs = model(pixel_values, tissue_mask=tissue_mask, output_hidden_states=last_layers > 1)
+    pooled = pool_tokens(outputs.last_hidden_state, config.num_register_tokens, tissue_mask, config.tissue_threshold)
+    return beside_earlier_tokens(pooled, outputs, model.layernorm, last_layers)
 
 
-def pool_vit(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
-    return pool_tokens(model(pixel_values, interpolate_pos_encoding=True).last_hidden_state, 0)
+def pool_vit(
+    model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None, last_layers: int = 1
+) -> torch.Tensor:
+    outputs = model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=last_layers > 1)
+    return beside_earlier_tokens(pool_tokens(outputs.last_hidden_state, 0), outputs, model.layernorm, last_layers)
 
 
-def pool_dinov2(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
-    registers = getattr(model.config, "num_register_tokens", 0)
-    return pool_tokens(model(pixel_values).last_hidden_state, registers)
+def pool_dinov2(
+    model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None, last_layers: int = 1
+) -> torch.Tensor:
+    outputs = model(pixel_values, output_hidden_states=last_layers > 1)
+    pooled = pool_tokens(outputs.last_hidden_state, getattr(model.config, "num_register_tokens", 0))
+    norm = model.norm if hasattr(model, "norm") else model.layernorm
+    return beside_earlier_tokens(pooled, outputs, norm, last_layers)
 
 
-def pool_clip(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
-    states = model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
-    tower = getattr(model, "vision_model", model)  # older versions of transformers have it one level below
-    return pool_tokens(tower.post_layernorm(states), 0)
+def pool_clip(
+    model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None, last_layers: int = 1
+) -> torch.Tensor:
+    outputs = model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=last_layers > 1)
+    norm = getattr(model, "vision_model", model).post_layernorm  # older transformers have it one level below
+    return beside_earlier_tokens(pool_tokens(norm(outputs.last_hidden_state), 0), outputs, norm, last_layers)
 
 
 def pool_siglip(model: Any, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None) -> torch.Tensor:
@@ -108,7 +125,7 @@ class Family(NamedTuple):
 
     Attributes:
         license: of the weights, as far as it is known.
-        pool: features (B, F) of model, pixel_values and tissue_mask.
+        pool: features (B, F) of model, pixel_values and tissue_mask, and where a model has class tokens `last_layers`.
         width: F, from the model's configuration.
         adapted: what the layers are called that low-rank adapters go to, of which a model has some.
         hub_id: the source where none is given.  get: how to come by the weights, where they are not on the Hub or
@@ -120,7 +137,7 @@ class Family(NamedTuple):
     """
 
     license: str
-    pool: Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    pool: Callable[..., torch.Tensor]
     width: Callable[[Any], int]
     adapted: tuple[str, ...]
     hub_id: str | None = None
@@ -131,6 +148,14 @@ class Family(NamedTuple):
     suffix: str = ""
     get: str = ""
     as_mammo_clip: bool = False
+
+    @property
+    def is_transformer(self) -> bool:
+        return self.width is _two_tokens
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.is_transformer and self.pool is not pool_siglip
 
 
 def _two_tokens(config: Any) -> int:
@@ -204,6 +229,8 @@ class Backbone(nn.Module):
 
     Attributes:
         kind: of BACKBONES.  source: what it was opened from.  width: F, of its features.
+        last_layers: with 2 or more the class tokens of that many last layers stand side by side, from the earliest,
+            before the mean of the last one's patch tokens, as in DINOv2's linear evaluation.
         model: of transformers.
         preprocess: from a file to what `forward` takes, slice by slice: `preprocess(file, slices, slices_per_volume)`
             yields `pixel_values` (C, H, W) float32 and, for MammoDINO, `tissue_mask` (h, w) float32. A volume gives
@@ -213,17 +240,23 @@ class Backbone(nn.Module):
             attention, the linear layers of ConvNeXt, the convolutions of ResNet, the pointwise ones of EfficientNet.
     """
 
-    def __init__(self, kind: str, source: str, model: PreTrainedModel, preprocess: Preprocessing):
+    def __init__(self, kind: str, source: str, model: PreTrainedModel, preprocess: Preprocessing, last_layers: int = 1):
         super().__init__()
         family = BACKBONES[kind]
         self.kind, self.source, self.model, self.preprocess = kind, source, model, preprocess
-        self.width: int = family.width(model.config)
+        self.last_layers, self.width = last_layers, family.width(model.config)
+        if last_layers > 1:
+            if not family.has_class_token or last_layers > model.config.num_hidden_layers:
+                has = f"{model.config.num_hidden_layers} layers" if family.has_class_token else "no class token"
+                raise ValueError(f"last_layers={last_layers}: backbone {kind} has {has}")
+            self.width += (last_layers - 1) * model.config.hidden_size
         names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         self.lora_targets = sorted(names.intersection(family.adapted))
 
     def forward(self, pixel_values: torch.Tensor, tissue_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return features (B, F) of `pixel_values` (B, C, H, W); `tissue_mask` (B, h, w) is MammoDINO's alone."""
-        return BACKBONES[self.kind].pool(self.model, pixel_values, tissue_mask)
+        options = {"last_layers": self.last_layers} if self.last_layers > 1 else {}
+        return BACKBONES[self.kind].pool(self.model, pixel_values, tissue_mask, **options)
 
     def settings(self) -> dict[str, Any]:
         """Return all that the features depend on, for the keys of caches: a hash of the weights as they are now, the
@@ -234,6 +267,7 @@ class Backbone(nn.Module):
             "weights": _hash_weights(self.model),
             "config": config,
             "images": self.preprocess.settings(),
+            **({"last_layers": self.last_layers} if self.last_layers > 1 else {}),
         }
 
 
@@ -247,7 +281,9 @@ def _hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_to_breast: bool = True) -> Backbone:
+def load_backbone(
+    kind: str, source: str | None = None, *, seed: int = 0, crop_to_breast: bool = True, last_layers: int = 1
+) -> Backbone:
     """Open a backbone, float32 and in eval mode.
 
     Args:
@@ -257,6 +293,7 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
         seed: of the weights of `untrained`.
         crop_to_breast: whether RGB baselines see the breast or the whole image; MammoDINO's image processor says so
             itself.
+        last_layers: see `Backbone`.
 
     Raises ValueError, one line, for a missing, damaged or foreign checkpoint; no code of a checkpoint is run. What runs
     out of memory is raised as it is.
@@ -296,7 +333,7 @@ def load_backbone(kind: str, source: str | None = None, *, seed: int = 0, crop_t
             raise
         gated = f"; {BACKBONES[kind].get}" if BACKBONES[kind].get and isinstance(error, OSError) else ""
         raise ValueError(f"backbone {kind}{place}: {first_line(error)}{gated}") from error
-    return Backbone(kind, source or "a ViT-S/14", model, images).eval()
+    return Backbone(kind, source or "a ViT-S/14", model, images, last_layers).eval()
 
 
 def _check_hub_id(source: str) -> None:

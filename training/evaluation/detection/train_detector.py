@@ -9,8 +9,9 @@ from torch import nn
 from transformers import RTDetrForObjectDetection, set_seed
 from transformers.trainer_utils import EvalPrediction
 
+from training.evaluation.layer_decay import decayed_groups
 from training.evaluation.run_settings import DetectionSettings
-from training.evaluation.seeded_trainer import SeededSampler, SeededTrainer, epoch_arguments
+from training.evaluation.seeded_trainer import SeededSampler, SeededTrainer, epoch_arguments, prepare_encoder
 
 from .data import DetectionImages, collate_images, to_corners
 from .detector import cell_loss
@@ -61,6 +62,7 @@ def train_detector(
         save_total_limit=1,
         eval_do_concat_batches=False,  # boxes differ in number
     )
+    prepare_encoder(detector.model.backbone.model.encoder, settings)
     set_seed(settings.seed)
     canvas = train.renderer.canvas
     trainer = DetectionTrainer(
@@ -89,23 +91,19 @@ PREFIXES = ("eval_map", "eval_sensitivity")
 
 
 def make_optimizer(detector: RTDetrForObjectDetection, settings: DetectionSettings) -> torch.optim.Optimizer:
-    """Make AdamW: a slower rate for the encoder, which stays as it is where it is frozen, and no decay of vectors."""
+    """Make AdamW: a slower rate for the encoder, by layers where that is asked for, which stays as it is where it is
+    frozen, and no decay of vectors."""
     encoder: nn.Module = detector.model.backbone.model.encoder
     encoder.requires_grad_(not settings.freeze_encoder)
     of_encoder = {id(parameter) for parameter in encoder.parameters()}
-    groups: dict[tuple[bool, bool], list] = {}
-    for parameter in detector.parameters():
-        if parameter.requires_grad:
-            groups.setdefault((id(parameter) in of_encoder, parameter.ndim > 1), []).append(parameter)
+    rest = [each for each in detector.named_parameters() if id(each[1]) not in of_encoder]
+
+    def groups(parameters: Any, learning_rate: float, decay: float) -> list[dict]:
+        return decayed_groups(parameters, learning_rate, settings.weight_decay, lambda _, each: each.ndim > 1, decay)
+
     return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": settings.encoder_learning_rate if is_encoder else settings.learning_rate,
-                "weight_decay": settings.weight_decay if is_matrix else 0.0,
-            }
-            for (is_encoder, is_matrix), parameters in groups.items()
-        ]
+        groups(rest, settings.learning_rate, 1.0)
+        + groups(encoder.named_parameters(), settings.encoder_learning_rate, settings.layerwise_decay)
     )
 
 

@@ -96,8 +96,9 @@ def cached_features(
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {row.image_id: _fingerprint(Path(row.file)) for row in table.itertuples()}
     with FileLock(folder / ".lock"):
-        write_json(folder / "settings.json", settings)
         missing = table[~table["image_id"].isin(_stored(folder, wanted))].sort_values("image_id")
+        if len(missing):
+            write_json(folder / "settings.json", settings)
         refused: dict[str, str] = {}
         names = missing["image_id"].tolist()
         for number, shard in enumerate(encode_images(backbone, missing["file"].tolist(), encoding)):

@@ -131,6 +131,7 @@ def save_classifier(
                 "kind": backbone.kind,
                 "source": backbone.source,
                 "weights": backbone.settings()["weights"],
+                "last_layers": backbone.last_layers,
                 "width": backbone.width,
                 "classes": classes,
                 "head": _describe(head),
@@ -144,6 +145,8 @@ def why_no_auto_model(backbone: Backbone, head: nn.Module) -> str:
     """Return why MammoDinoForImageClassification cannot be backbone and head in one; empty where it can."""
     if not isinstance(backbone.preprocess, MammoDinoImages):
         return f"{backbone.kind} under this rule for features has no class there"
+    if backbone.last_layers > 1:
+        return "its head takes class tokens of several layers"
     if isinstance(head, MultipleInstanceHead):
         return "its head takes tiles beside the whole view"
     return "" if isinstance(head, nn.Linear) else "its head pools slices by attention"
@@ -175,7 +178,9 @@ def open_classifier(folder: Path, source: str | None = None) -> tuple[Backbone, 
         backbone = Backbone("mammodino", str(folder), whole.dinov2_with_registers, images).eval()
         return backbone, whole.classifier, [whole.config.id2label[number] for number in range(whole.num_labels)]
     description = json.loads((folder / DESCRIPTION_FILE).read_text())
-    backbone = load_backbone(description["kind"], source or description["source"])
+    backbone = load_backbone(
+        description["kind"], source or description["source"], last_layers=description.get("last_layers", 1)
+    )
     if (folder / BACKBONE_FILE).is_file():
         backbone.model.load_state_dict(load_file(folder / BACKBONE_FILE))
     if backbone.settings()["weights"] != description["weights"]:

@@ -16,8 +16,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_mammodino import InvalidImageError
 from training.evaluation.backbones.preprocessing import Preprocessing
+from training.evaluation.layer_decay import decayed_groups
 from training.evaluation.metrics import METRICS, metric_names, score
 from training.evaluation.run_settings import LEARNING_RATES, FinetuneSettings
+from training.evaluation.runs import this_process
 from training.evaluation.seeded_trainer import SeededSampler, SeededTrainer, epoch_arguments, last_state
 from training.settings import generator
 
@@ -131,6 +133,27 @@ class MammographyScores(evaluate.Metric):
         return self.compute(predictions=exponentials / exponentials.sum(axis=1, keepdims=True), references=labels)
 
 
+class ClassifierTrainer(SeededTrainer):
+    """The optimizer of Trainer, with layer-wise decay of the encoder's learning rate."""
+
+    def __init__(self, *args: Any, layerwise_decay: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.layerwise_decay = layerwise_decay
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.layerwise_decay < 1:
+            classifier: Any = self.model
+            decaying = set(self.get_decay_parameter_names(classifier))
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, classifier)
+            groups = []
+            for part, decay in (("backbone", self.layerwise_decay), ("head", 1.0)):
+                named = getattr(classifier, part).named_parameters(prefix=part)
+                rates = (self.args.learning_rate, self.args.weight_decay)
+                groups += decayed_groups(named, *rates, lambda name, _: name in decaying, decay)
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+
 def train_classifier(
     classifier: ImageClassifier,
     train: LabeledImages,
@@ -143,7 +166,8 @@ def train_classifier(
     """Train `classifier` in place and leave it with the weights of the best epoch; return what there is to say.
 
     A checkpoint an epoch stands in `folder`. Called again after a kill, it resumes from the last whole one, and repeats
-    no epoch; the outcome is the same.
+    no epoch; the outcome is the same. Several processes share each step: it is of as many images as there are processes
+    times the batch, and the main one writes.
     """
     arguments = epoch_arguments(
         settings,
@@ -157,7 +181,7 @@ def train_classifier(
     )
     metric = f"eval_{settings.metric_for_best_model}"
     set_seed(settings.seed)
-    trainer = SeededTrainer(
+    trainer = ClassifierTrainer(
         classifier,
         arguments,
         train_dataset=train,
@@ -166,8 +190,10 @@ def train_classifier(
         callbacks=[EarlyStoppingCallback(settings.early_stopping_patience)],
         sampler=SeededSampler(len(train), settings.seed, settings.augment, sample_weights),
         collate=collate_images,
+        layerwise_decay=settings.layerwise_decay,
     )
-    state = last_state(folder)
+    with this_process().main_process_first():  # it removes what a kill left half-written
+        state = last_state(folder)
     if not state or not state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
         state = trainer.resume()
     best = folder / f"checkpoint-{state['best_global_step']}"
