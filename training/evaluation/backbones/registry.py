@@ -264,14 +264,14 @@ class Backbone(nn.Module):
         config = {name: value for name, value in self.model.config.to_dict().items() if name not in PROVENANCE}
         return {
             "kind": self.kind,
-            "weights": _hash_weights(self.model),
+            "weights": hash_weights(self.model),
             "config": config,
             "images": self.preprocess.settings(),
             **({"last_layers": self.last_layers} if self.last_layers > 1 else {}),
         }
 
 
-def _hash_weights(model: nn.Module) -> str:
+def hash_weights(model: nn.Module) -> str:
     """Return the SHA-256 of names and values of parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
