@@ -191,8 +191,8 @@ def write_seg(
         position = groups[frame].PlanePositionSequence[0].ImagePositionPatient
         where["plane_positions"] = [hd.PlanePositionSequence(hd.CoordinateSystemNames.PATIENT, position)]
     elif spacing := header.get("PixelSpacing") or header.get("ImagerPixelSpacing"):
-        # a projection has no slices, but readers ask for a thickness: that of the compressed breast, where it is stated
-        where["pixel_measures"] = hd.PixelMeasuresSequence(list(spacing), header.get("BodyPartThickness") or 0)
+        # a projection has no slices, but readers ask for a thickness: of the compressed breast, or where unknown a unit
+        where["pixel_measures"] = hd.PixelMeasuresSequence(list(spacing), header.get("BodyPartThickness") or 1)
     stacked = np.moveaxis(planes, 0, -1)[None]  # (1, H, W, S)
     segmentation = hd.seg.Segmentation(
         [header],
@@ -206,6 +206,8 @@ def write_seg(
         **where,
         **about,
     )
+    if count == 1:
+        segmentation.PatientOrientation = header.get("PatientOrientation")
     _save(path, segmentation)
 
 
