@@ -190,7 +190,7 @@ def write_seg(
             )
         position = groups[frame].PlanePositionSequence[0].ImagePositionPatient
         where["plane_positions"] = [hd.PlanePositionSequence(hd.CoordinateSystemNames.PATIENT, position)]
-    elif spacing := header.get("PixelSpacing") or header.get("ImagerPixelSpacing"):
+    elif all(spacing := header.get("PixelSpacing") or header.get("ImagerPixelSpacing") or [0]):
         # a projection has no slices, but readers ask for a thickness: of the compressed breast, or where unknown a unit
         where["pixel_measures"] = hd.PixelMeasuresSequence(list(spacing), header.get("BodyPartThickness") or 1)
     stacked = np.moveaxis(planes, 0, -1)[None]  # (1, H, W, S)
