@@ -1,11 +1,11 @@
 """Boxes, heat maps and breast masks as DICOM for viewers: structured reports and segmentations. Research use only.
 
-    python -m training.export_dicom FILES... --detector RUN --output FOLDER [--min_score 0.3]
-    python -m training.export_dicom FILES... --model MODEL --output FOLDER [--slice N]
+    python -m training.export_dicom RUN FILES... --output FOLDER [--min_score 0.3] [--slice N]
 
-FILES: DICOM files, or folders of them. RUN: the folder of a training.detect run; its boxes become NAME.boxes.dcm, a
-measurement report (PS3.16 TID 1500). MODEL: an encoder or classifier; its heat maps become NAME.heat_maps.dcm, a
-fractional segmentation with a segment a map, and the breast that it sees NAME.breast.dcm, a binary one (PS3.3 A.51).
+FILES: DICOM files, or folders of them. RUN is the output_dir of a finished training.detect run: its boxes become
+NAME.boxes.dcm, a measurement report (PS3.16 TID 1500). Or it is that of a training.finetune run, or an encoder, a
+folder or Hub id: its heat maps become NAME.heat_maps.dcm, a fractional segmentation with a segment a map, and the
+breast that it sees NAME.breast.dcm, a binary one (PS3.3 A.51).
 
 All of it lies in rows, columns and frames of the file as it is stored, not in the image that an encoder sees, and
 refers to its SOP instance. **It carries the patient and study of the file, as viewers need it**, and names itself for
@@ -22,28 +22,33 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+from torch import nn
 
 import modeling_mammodino
 from modeling_mammodino.dicom import open_dicom
 from modeling_mammodino.dicom_header import laterality, num_frames
 from modeling_mammodino.image_io import InvalidImageError
 from modeling_mammodino.tools.command import command_line, user_model, user_path
-from modeling_mammodino.tools.embed import find_device, open_encoder
+from modeling_mammodino.tools.embed import find_device
 from modeling_mammodino.tools.features import find_files
 from modeling_mammodino.tools.files import atomic_file
-from training.evaluation.backbones.registry import hash_weights
+from training.evaluation.backbones.registry import Backbone, hash_weights, load_backbone
 from training.evaluation.detection.boxes import BoxedImage
 from training.evaluation.detection.data import LesionImage, LesionImageRenderer
 from training.evaluation.detection.detector import load_detector
 from training.evaluation.detection.find_lesions import find_lesions
-from training.evaluation.heat_maps import HeatMap, encode, heat_maps
+from training.evaluation.finetuning.image_classifier import open_classifier
+from training.evaluation.finetuning.multiple_instance import MultipleInstanceHead
+from training.evaluation.heat_maps import HeatMap
 from training.evaluation.run_settings import DetectionSettings
-from training.evaluation.runs import SETTINGS_FILE, read_json
-from training.heat_map import own_classifier
+from training.evaluation.runs import RESULT_FILE
+
+from .finetune import MODEL
+from .heat_map import check_drawable, map_file, own_classifier
+from .predict import open_run
 
 try:
     import highdicom as hd
@@ -239,67 +244,74 @@ def to_unit(heat_map: HeatMap) -> np.ndarray:
     return np.nan_to_num(np.clip((values - least) / most, 0, 1))
 
 
-def export_boxes(files: Sequence[Path], run: Path, min_score: float, output: Path) -> list[Path]:
-    """Write the boxes of at least `min_score` that a training.detect run finds, a report a file; return their paths."""
-    if (noted := read_json(run / SETTINGS_FILE)) is None:
-        raise ValueError(f"--detector {run}: has no {SETTINGS_FILE}; give the folder of a training.detect run")
-    settings = DetectionSettings(**{**noted, "data_dir": ".", "output_dir": str(run), "dataloader_num_workers": 0})
+def export_boxes(files: Sequence[Path], run: Path, settings: DetectionSettings, min_score: float, output: Path) -> None:
+    """Write the boxes of at least `min_score` that a detector finds, a report a file that has any."""
     detector: Any
-    detector, processor = load_detector(run / "model")
+    detector, processor = load_detector(run / MODEL)
     algorithm = Algorithm("MammoDINO lesion detector", hash_weights(detector))
     detector.to(find_device("auto"))
-    written = []
     for file in files:
-        none = np.empty((0, 4)), np.empty(0, int)
-        found, refused = find_lesions(
-            detector, [BoxedImage(str(file), "", str(file), *none)], LesionImageRenderer(processor), settings
-        )
+        image = BoxedImage(str(file), "", str(file), np.empty((0, 4)), np.empty(0, int))
+        found, refused = find_lesions(detector, [image], LesionImageRenderer(processor), settings)
         if refused:
             raise ValueError(refused[str(file)])
         kept = found[0].scores >= min_score
-        if not kept.any():
+        if kept.any():
+            path, parts = output / f"{file.stem}.boxes.dcm", (found[0].boxes, found[0].slices, found[0].scores)
+            write_sr(path, source_header(file), *(part[kept] for part in parts), algorithm)
+            print(path)
+        else:
             logger.info("%s: no box of score %g or more; no report", file, min_score)
-            continue
-        written.append(output / f"{file.stem}.boxes.dcm")
-        parts = (found[0].boxes[kept], found[0].slices[kept], found[0].scores[kept])
-        write_sr(written[-1], source_header(file), *parts, algorithm)
-    return written
 
 
-def export_maps(files: Sequence[Path], model_name: str, frame: int | None, output: Path) -> list[Path]:
-    """Write heat maps and breast mask of one frame of each file, by default the middle one; return their paths."""
-    model: Any
-    model, processor = open_encoder(model_name)
-    classifier, classes = own_classifier(model_name)
-    renderer, weights = LesionImageRenderer(processor), hash_weights(model)
-    written = []
+def export_maps(
+    files: Sequence[Path],
+    frame: int | None,
+    backbone: Backbone,
+    head: nn.Module | None,
+    classes: Sequence[str],
+    output: Path,
+) -> None:
+    """Write heat maps and breast mask of one frame of each file, by default the middle one."""
+    weights = backbone.settings()["weights"]
     for file in files:
         header = source_header(file)
-        (image,) = renderer(str(file), None if frame is None else [frame], slices_per_volume=1)
-        pixel_values = torch.from_numpy(renderer.inputs(image.image, image.tissue)[None, :1])
-        maps = heat_maps(encode(model, pixel_values, torch.from_numpy(image.tissue[None])), classifier, classes)
+        image, maps = map_file(str(file), frame, backbone, head, tuple(classes))
         planes = np.stack([on_source(to_unit(each), image) for each in maps])
-        names = [f"{each.name}, relative" for each in maps]
         breast = on_source(image.tissue, image)[None] >= 0.5
+        names = [f"{each.name}, relative" for each in maps]
         for kind, content, labels in (("heat_maps", planes, names), ("breast", breast, ["breast"])):
-            written.append(output / f"{file.stem}.{kind}.dcm")
-            algorithm = Algorithm(f"MammoDINO {kind.replace('_', ' ')}", weights)
-            write_seg(written[-1], header, content, labels, image.frame, algorithm)
-    return written
+            path, algorithm = output / f"{file.stem}.{kind}.dcm", Algorithm(f"MammoDINO {kind}", weights)
+            write_seg(path, header, content, labels, image.frame, algorithm)
+            print(path)
+
+
+def open_maps(run: str, source: str | None) -> tuple[Backbone, nn.Module | None, Sequence[str]]:
+    """Return backbone, head and classes of a training.finetune run or of an encoder. Raises ValueError where its heat
+    maps cannot be placed on the source."""
+    if not (Path(run) / RESULT_FILE).is_file():
+        return load_backbone("mammodino", run), *own_classifier(run)
+    opened = open_classifier(Path(run) / MODEL, source)
+    check_drawable(*opened[:2], run)
+    if isinstance(opened[1], MultipleInstanceHead):
+        raise ValueError(f"{run}: attention over tiles is drawn by training.heat_map alone")
+    return opened
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.export_dicom", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "run", type=user_model, help="output_dir of training.detect or training.finetune; or an encoder"
+    )
     parser.add_argument("files", nargs="+", type=user_path, help="DICOM files, or folders of them")
     parser.add_argument("--output", type=user_path, required=True, help="folder for the results")
-    parser.add_argument("--detector", type=user_path, help="folder of a training.detect run: boxes")
     parser.add_argument("--min_score", type=float, default=0.3, help="least score of a box (default 0.3)")
-    parser.add_argument("--model", type=user_model, help="encoder or classifier, folder or Hub id: heat maps, breast")
-    parser.add_argument("--slice", type=int, help="of a volume, a frame of the file from 0 (default: the middle one)")
+    parser.add_argument(
+        "--slice", type=int, help="of heat maps of a volume, a frame of the file from 0 (default: middle)"
+    )
+    parser.add_argument("--source", type=user_model, help="where the run's frozen encoder is now, if it was moved")
     options = parser.parse_args(arguments)
     with command_line("export_dicom"):
-        if not (options.detector or options.model):
-            raise ValueError("--detector RUN for boxes, or --model MODEL for heat maps: give one, or both")
         files = find_files(options.files).files
         if not files:
             raise ValueError(f"{options.files[0]}: no DICOM file found")
@@ -308,9 +320,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"{twice}: another file has this name, too, and so would the result; export it by itself")
         for file in files:
             source_header(file)
-        written = export_boxes(files, options.detector, options.min_score, options.output) if options.detector else []
-        written += export_maps(files, options.model, options.slice, options.output) if options.model else []
-        print("\n".join(map(str, written)) or "nothing was found")
+        run = Path(options.run)
+        settings = open_run(run)[0] if (run / RESULT_FILE).is_file() else None
+        if isinstance(settings, DetectionSettings):
+            export_boxes(files, run, settings, options.min_score, options.output)
+        else:
+            export_maps(files, options.slice, *open_maps(options.run, options.source), options.output)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
@@ -82,7 +83,7 @@ def run_folder(tmp_path_factory) -> Path:
     detector.save_pretrained(folder / "model")
     MammoDinoImageProcessor(size=SIZE, patch_size=14, do_clahe=False).save_pretrained(folder / "model")
     settings = DetectionSettings(dataset="table", data_dir="x", encoder="x", output_dir=str(folder))
-    (folder / "settings.json").write_text(json.dumps(settings.what_is_computed()))
+    (folder / "result.json").write_text(json.dumps({"detector": {}, "settings": asdict(settings)}))
     return folder
 
 
@@ -97,7 +98,7 @@ def test_a_box_lies_at_the_pixels_and_in_the_frame_of_the_source(image, run_fold
                 for plane, each in zip(planes, area, strict=True)]  # fmt: skip
 
     monkeypatch.setattr(find_lesions, "detect", detect)
-    main([str(path), "--detector", str(run_folder), "--output", str(tmp_path)])
+    main([str(run_folder), str(path), "--output", str(tmp_path)])
     (written,) = tmp_path.iterdir()
     report, source = hd.sr.srread(written), pydicom.dcmread(path)
     (group,) = report.content.get_planar_roi_measurement_groups()
@@ -133,9 +134,9 @@ def test_a_heat_map_lies_on_the_pixels_and_the_frame_of_the_source(image, tmp_pa
         seen.append(each)
         return [HeatMap("brightest", np.where(blocks > 0.97 * blocks.max(), 1.0, 0.0)), HeatMap("all", blocks, True)]
 
-    monkeypatch.setattr(export_dicom, "heat_maps", brightness)
+    monkeypatch.setattr("training.heat_map.heat_maps", brightness)
     chosen = [] if frame < 0 else ["--slice", str(frame)]
-    main([str(path), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *chosen])
+    main([str(tmp_path / "model"), str(path), "--output", str(tmp_path / "out"), *chosen])
     source = pydicom.dcmread(path)
     maps = hd.seg.segread(tmp_path / "out" / f"{path.stem}.heat_maps.dcm")
     mask = hd.seg.segread(tmp_path / "out" / f"{path.stem}.breast.dcm")
@@ -191,21 +192,19 @@ def test_what_cannot_be_exported_is_said(tmp_path, run_folder, monkeypatch):
     with pytest.raises(ValueError, match="no positions of the 4 frames"):
         write_seg(tmp_path / "a.dcm", volume, np.zeros((1, *SHAPE), bool), ["breast"], 0, MADE)
     monkeypatch.setattr(find_lesions, "detect", lambda _, inputs: [(np.zeros((1, 4)), np.zeros(1))] * len(inputs))
-    main([str(path), "--detector", str(run_folder), "--output", str(tmp_path / "none")])
+    main([str(run_folder), str(path), "--output", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
     cv2.imwrite(str(tmp_path / "image.png"), drawn("L")[0])
     (tmp_path / "twin").mkdir()
     shutil.copy(path, tmp_path / "twin")
-    options = ["--detector", str(run_folder), "--output", str(tmp_path / "none")]
+    options = ["--output", str(tmp_path / "none")]
     for files, message in (
         ([str(tmp_path / "image.png")], "image.png"),
         ([str(path), str(tmp_path / "twin")], "another file has this name"),
     ):
         with pytest.raises(SystemExit, match=message):
-            main([*files, *options])
-    with pytest.raises(SystemExit, match="give one, or both"):
-        main([str(path), "--output", str(tmp_path / "none")])
+            main([str(run_folder), *files, *options])
     monkeypatch.setattr(export_dicom, "hd", None)
     with pytest.raises(SystemExit, match="clinical"):
-        main([str(path), *options])
+        main([str(run_folder), str(path), *options])
     assert not list(tmp_path.glob("*.boxes.dcm"))
