@@ -53,7 +53,7 @@ from .predict import open_run
 try:
     import highdicom as hd
 except ImportError:  # said where it is needed
-    hd = None
+    hd = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def write_sr(
         hd.UID(), name=algorithm.title, manufacturer_name=about["manufacturer"], serial_number=algorithm.weights[:16]
     )
     report = hd.sr.MeasurementReport(
-        hd.sr.ObservationContext(hd.sr.ObserverContext(Code("121007", "DCM", "Device"), device)),
+        hd.sr.ObservationContext(hd.sr.ObserverContext(hd.sr.CodedConcept("121007", "DCM", "Device"), device)),
         MAMMOGRAPHY,
         findings,
         referenced_images=[header] if "ImagerPixelSpacing" in header else None,  # highdicom asks for it, of volumes too

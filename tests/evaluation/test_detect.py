@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_to_the_same_end(drawn_table, encoder_folder, tmp_p
         )
 
 
-def test_refused_images_are_counted(drawn_table, encoder_folder, tmp_path):
+def test_refused_images_are_counted_and_options_of_training_taken(drawn_table, encoder_folder, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for path in drawn_table.iterdir():
@@ -166,7 +166,9 @@ def test_refused_images_are_counted(drawn_table, encoder_folder, tmp_path):
     order = [f"{number:02d}.png" for number in range(NUM_PATIENTS)]
     for name in order[::10]:
         (folder / name).write_bytes(b"no image")
-    result = run_detection(short_run(folder, encoder_folder, tmp_path / "run", num_train_epochs=1))
+    options = {"drop_path_rate": 0.2, "gradient_checkpointing": True, "layerwise_decay": 0.7}
+    result = run_detection(short_run(folder, encoder_folder, tmp_path / "run", num_train_epochs=1, **options))
+    assert load_detector(tmp_path / "run" / "model")[0].config.backbone_config.drop_path_rate == 0.2
     assert result["counts"]["refused"] == 3
     of_test = {image.image_id for image in load_boxes("table", folder, **FRACTIONS).images["test"]}
     assert result["evaluated"]["images"]["images"] == len(of_test) - len(of_test & set(order[::10]))

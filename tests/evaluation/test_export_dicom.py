@@ -56,6 +56,10 @@ def write_image(folder: Path, kind: str) -> tuple[Path, np.ndarray, int]:
         slices = np.repeat(np.minimum(draw_breast(*SHAPE), 2600)[None, :, ::-1], 4, axis=0)
         slices[frame] = plane
         dataset = tomosynthesis_dataset(np.ascontiguousarray(slices), info("R"))
+        groups = dataset.PerFrameFunctionalGroupsSequence  # stored against their positions
+        positions = [each.PlanePositionSequence for each in groups]
+        for each, position in zip(groups, reversed(positions), strict=True):
+            each.PlanePositionSequence = position
     else:
         dataset = mammogram_dataset(plane, info("L" if kind == "left" else "R"))
     if kind == "monochrome1":
@@ -71,7 +75,7 @@ def image(request, tmp_path_factory) -> tuple[Path, np.ndarray, int]:
 
 
 def bright_box(pixel_values) -> np.ndarray:
-    """What lies above 3 standard deviations of the encoder's input: the drawn lesion alone."""
+    """The box of what is as bright as the drawn lesion."""
     y, x = np.nonzero(pixel_values > 0.97 * pixel_values.max())
     return np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]], float)
 
