@@ -44,9 +44,8 @@ from training.evaluation.finetuning.image_classifier import open_classifier
 from training.evaluation.finetuning.multiple_instance import MultipleInstanceHead
 from training.evaluation.heat_maps import HeatMap
 from training.evaluation.run_settings import DetectionSettings
-from training.evaluation.runs import RESULT_FILE
+from training.evaluation.runs import MODEL_FOLDER, RESULT_FILE
 
-from .finetune import MODEL
 from .heat_map import check_drawable, map_file, own_classifier
 from .predict import open_run
 
@@ -247,7 +246,7 @@ def to_unit(heat_map: HeatMap) -> np.ndarray:
 def export_boxes(files: Sequence[Path], run: Path, settings: DetectionSettings, min_score: float, output: Path) -> None:
     """Write the boxes of at least `min_score` that a detector finds, a report a file that has any."""
     detector: Any
-    detector, processor = load_detector(run / MODEL)
+    detector, processor = load_detector(run / MODEL_FOLDER)
     algorithm = Algorithm("MammoDINO lesion detector", hash_weights(detector))
     detector.to(find_device("auto"))
     for file in files:
@@ -291,7 +290,7 @@ def open_maps(run: str, source: str | None) -> tuple[Backbone, nn.Module | None,
     maps cannot be placed on the source."""
     if not (Path(run) / RESULT_FILE).is_file():
         return load_backbone("mammodino", run), *own_classifier(run)
-    opened = open_classifier(Path(run) / MODEL, source)
+    opened = open_classifier(Path(run) / MODEL_FOLDER, source)
     check_drawable(*opened[:2], run)
     if isinstance(opened[1], MultipleInstanceHead):
         raise ValueError(f"{run}: attention over tiles is drawn by training.heat_map alone")

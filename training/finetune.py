@@ -7,8 +7,9 @@
 frozen: a linear probe on cached features, or with --head a light head that starts from it; full: all weights learn;
 lora: low-rank adapters; both start from the probe, and share their training over several GPUs as
 `accelerate launch -m training.finetune ...`.
-In output_dir: predictions.parquet, the model, and at last result.json, with scores of images, breasts and patients and
-95 % intervals over patients. Started again after a kill, a run resumes; when it is finished, it returns its result.
+In output_dir: predictions.parquet, the model, the trust sheet trust.md, and at last result.json, with scores of
+images, breasts and patients and 95 % intervals over patients. Started again after a kill, a run resumes; when it is
+finished, it returns its result.
 """
 
 import hashlib
@@ -28,14 +29,15 @@ from modeling_mammodino.tools.files import write_json
 from training.evaluation.backbones.registry import BACKBONES, Backbone, load_backbone
 from training.evaluation.finetuning.aggregation import score_levels
 from training.evaluation.finetuning.feature_cache import SliceFeatures, cached_features
-from training.evaluation.finetuning.heads import LinearHead, balanced_weights, fit_linear_probe
+from training.evaluation.finetuning.heads import LinearHead, balanced_weights
 from training.evaluation.finetuning.image_classifier import ImageClassifier, add_adapters, save_classifier
-from training.evaluation.finetuning.predictor import encoding_of, fit_predictor, tiling_of
+from training.evaluation.finetuning.predictor import encoding_of, fit_predictor, fit_probe, tiling_of
 from training.evaluation.finetuning.tuning import LabeledImages, MammographyScores, train_classifier
 from training.evaluation.metrics import metric_names
 from training.evaluation.reports import format_interval, markdown_table
 from training.evaluation.run_settings import FinetuneSettings
 from training.evaluation.runs import (
+    MODEL_FOLDER,
     NOTICE,
     PREDICTIONS_FILE,
     SETTINGS_FILE,
@@ -46,9 +48,11 @@ from training.evaluation.runs import (
     write_parquet,
 )
 from training.evaluation.seeded_trainer import prepare_encoder
+from training.evaluation.trust_sheet import SHEET, write_sheet
 from training.pretraining.compute import keep_freed_memory
 
-MODEL = "model"
+from .trust import evaluate_external, examine
+
 CHECKPOINTS, TUNED_FEATURES = "checkpoints", "tuned_features"  # removed when the result is written
 
 
@@ -85,7 +89,7 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
     cache = Path(settings.cache_dir or output / "features")
     with process.main_process_first():
         features = encode(backbone, task, cache, settings)
-    probe, learned = fit_probe(features, task, settings)
+    probe, learned = fit_probe(features, len(task.classes), settings)
     if settings.mode != "frozen":
         probe, learned["training"] = train(backbone, probe, features, task, settings, output / CHECKPOINTS)
         this_process().wait_for_everyone()
@@ -100,7 +104,10 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
     write_parquet(output / PREDICTIONS_FILE, predictions)
     if settings.save_model:
         meaning = f"{settings.task} on {task.benchmark.title}: {task.definition.meaning}"
-        save_classifier(output / MODEL, backbone, predictor, task.classes, meaning, settings.mode == "frozen")
+        save_classifier(output / MODEL_FOLDER, backbone, predictor, task.classes, meaning, settings.mode == "frozen")
+    metrics = score_levels(predictions, task.definition.is_ordered, settings.num_resamples, settings.seed)
+    trust = examine(settings, task, backbone, features, predictor, predictions, cache)
+    write_sheet(output, trust, metrics)
     return {
         "notice": NOTICE,
         "dataset": task.benchmark.name,
@@ -115,7 +122,7 @@ def run(settings: FinetuneSettings) -> dict[str, Any]:
         "table": hash_table(task.table),
         **how_it_was_run(settings),
         "learned": learned,
-        "metrics": score_levels(predictions, task.definition.is_ordered, settings.num_resamples, settings.seed),
+        "metrics": metrics,
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -166,20 +173,6 @@ def encode_tiles(
     return tiles
 
 
-def fit_probe(
-    features: SliceFeatures, task: TaskTable, settings: FinetuneSettings
-) -> tuple[LinearHead, dict[str, Any]]:
-    """Fit the linear probe: every slice counts with the label of its image."""
-    label, split = features.table["label"].to_numpy(), features.table["split"].to_numpy()
-    labels, of = label[features.image], split[features.image]
-    part = {name: (features.values[of == name], labels[of == name]) for name in ("train", "validation")}
-    balanced = settings.class_imbalance != "none"
-    weights = balanced_weights(part["train"][1], len(task.classes)) if balanced else np.ones(len(task.classes))
-    probe = fit_linear_probe(*part["train"], *part["validation"], weights)
-    head = LinearHead.of(probe.head.layer())  # as it is saved
-    return head, {"penalty": probe.penalty, "validation_losses": probe.validation_losses}
-
-
 def train(
     backbone: Backbone,
     head: LinearHead,
@@ -228,7 +221,10 @@ def main(arguments: list[str] | None = None) -> None:
         settings = FinetuneSettings.parse(sys.argv[1:] if arguments is None else arguments)
         result = finetune(settings)
         if this_process().is_main_process:
+            for external in filter(None, settings.external.split(",")):
+                evaluate_external(Path(settings.output_dir), external.strip(), settings.allow_missing)
             print(format_result(result))
+            print(f"\n{Path(settings.output_dir) / SHEET} says what they are worth")
 
 
 if __name__ == "__main__":

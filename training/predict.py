@@ -37,9 +37,8 @@ from training.evaluation.finetuning.multiple_instance import MultipleInstanceHea
 from training.evaluation.finetuning.predictor import CALIBRATED, Predictor, encoding_of
 from training.evaluation.plots import draw_heat_maps
 from training.evaluation.run_settings import DetectionSettings, FinetuneSettings, RunSettings
-from training.evaluation.runs import RESULT_FILE, read_json
+from training.evaluation.runs import MODEL_FOLDER, RESULT_FILE, read_json
 
-from .finetune import MODEL
 from .heat_map import check_drawable, map_file
 
 logger = logging.getLogger(__name__)
@@ -105,7 +104,8 @@ def predict(
         rows, refused, masks = predict_boxes(run, table, settings)
     else:
         assert isinstance(settings, FinetuneSettings)
-        rows, refused, masks = predict_classes(run, table, settings, classes, maps, source)
+        numbered, refused, masks = predict_classes(run, table, settings, classes, maps, source)
+        rows = by_class_name(numbered, classes)
     file = table.set_index("image_id")["file"]
     about = pd.DataFrame.from_dict(masks, "index", columns=["mask_confidence", "mask_warning"])
     rows = rows.join(about, on="image_id") if len(about) else rows.assign(mask_confidence=np.nan, mask_warning=None)
@@ -125,7 +125,7 @@ def open_run(run: Path) -> tuple[RunSettings, list[str]]:
     kind: type[RunSettings] = DetectionSettings if "detector" in result else FinetuneSettings
     known = {each.name for each in fields(kind)}
     settings = kind(**{name: value for name, value in result["settings"].items() if name in known})
-    if not (run / MODEL).is_dir():
+    if not (run / MODEL_FOLDER).is_dir():
         option = "--num_train_epochs 0" if kind is DetectionSettings else "--save_model False"
         raise ValueError(
             f"{run}: kept no model, as it was run with {option}; run it again without, into another folder"
@@ -138,14 +138,17 @@ def predict_classes(
     table: pd.DataFrame,
     settings: FinetuneSettings,
     classes: list[str],
-    maps: Path | None,
-    source: str | None,
+    maps: Path | None = None,
+    source: str | None = None,
 ) -> tuple[pd.DataFrame, dict[str, str], dict[str, tuple[float, str]]]:
-    """Return rows of predictions, why images were refused, and the confidence of the masks of the others."""
-    backbone, head, _ = open_classifier(run / MODEL, source)
+    """Return rows as of `Predictor.predict`, why images were refused, and the confidence of the masks of the others.
+
+    `table`: as of `read_files_and_tables`, and `label` (int) where it is known.
+    """
+    backbone, head, _ = open_classifier(run / MODEL_FOLDER, source)
     if maps is not None:
         check_drawable(backbone, head, "--heat_maps")
-    backbone, predictor = backbone.to(find_device("auto")), Predictor.open(run / MODEL, head)
+    backbone, predictor = backbone.to(find_device("auto")), Predictor.open(run / MODEL_FOLDER, head)
     tiling = head.tiling if isinstance(head, MultipleInstanceHead) else None
     shards: list[SliceFeatures] = []
     probabilities: list[np.ndarray] = []
@@ -171,7 +174,7 @@ def predict_classes(
         raise ValueError(f"none of {len(table)} images can be used; the first: {next(iter(refused.values()))}")
     known = pd.concat([each.table for each in shards], ignore_index=True)
     everything = SliceFeatures([each for shard in shards for each in shard.rows], known, refused)
-    rows = by_class_name(predictor.levels(everything, np.concatenate(probabilities)), classes)
+    rows = predictor.levels(everything, np.concatenate(probabilities))
     if maps is not None:
         for number, file in enumerate(tqdm(known["file"], "heat maps", disable=None)):
             image, of_file = map_file(file, None, backbone, head, tuple(classes))
@@ -202,7 +205,7 @@ def predict_boxes(
 ) -> tuple[pd.DataFrame, dict[str, str], dict[str, tuple[float, str]]]:
     """Return as `predict_classes`, a row a box and below the highest score of each image, breast and patient."""
     detector: Any
-    detector, processor = load_detector(run / MODEL)
+    detector, processor = load_detector(run / MODEL_FOLDER)
     nothing = np.empty((0, 4)), np.empty(0, int)
     images = [BoxedImage(row.image_id, row.patient_id, row.file, *nothing) for row in table.itertuples()]
     found, refused = find_lesions(detector.to(find_device("auto")), images, LesionImageRenderer(processor), settings)

@@ -47,6 +47,8 @@ SCHEMA = {
     "density": "string",  # A to D
     "boxes": "object",  # list of Box
 }
+# further columns, where they are known: for subgroups, no task's labels, never exported
+ABOUT_IMAGE = {"site": "string", "machine": "string", "age": "Float64"}
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "laterality": ("L", "R"),
     "split": SPLITS,
@@ -75,18 +77,20 @@ def make_box(corners: Sequence[Any], label: str, at: int = -1) -> Box:
 
 
 def make_index(rows: pd.DataFrame | list[dict], name: str) -> pd.DataFrame:
-    """Return an index of SCHEMA's columns and types from a row or dict an image; what a row lacks is a missing cell.
+    """Return an index of SCHEMA's columns and types, and those of ABOUT_IMAGE that are given, from a row or dict an
+    image; what a row lacks is a missing cell.
 
     Raises ValueError for an unknown key, a repeated image_id or a value out of range, naming image and column.
     """
     table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
-    if extra := [column for column in table if column not in SCHEMA]:
+    types = SCHEMA | {name: kind for name, kind in ABOUT_IMAGE.items() if name in table}
+    if extra := [column for column in table if column not in types]:
         raise ValueError(f"{name}: {', '.join(map(str, extra))}: no column of the schema")
-    index = table.reindex(columns=list(SCHEMA)).reset_index(drop=True)
+    index = table.reindex(columns=list(types)).reset_index(drop=True)
     for column in ("lesion_types", "boxes"):
         cells = index[column].tolist()  # lists, also where pandas keeps them as arrays
         index[column] = pd.Series([cell if isinstance(cell, list) else None for cell in cells], dtype=object)
-    index = index.astype({column: kind for column, kind in SCHEMA.items() if kind != "object"})
+    index = index.astype({column: kind for column, kind in types.items() if kind != "object"})
     for column, allowed in ALLOWED.items():
         wrong = index[column].notna() & ~index[column].isin(allowed)
         if wrong.any():

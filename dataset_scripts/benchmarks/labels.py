@@ -60,6 +60,11 @@ BOX_COLUMNS = ("boxes", *CORNERS, "lesion_slice")
 EMPTY = ("", "NA", "N/A", "NaN", "nan")
 LABELS_OF_SCHEMA: tuple[str, ...] = ("cancer", "lesion", "birads", "density")
 MAX_CLASSES = 20  # a column of more values is of numbers or of names
+SPELLED = {  # what is known of an image beside its labels, for subgroups, and how tables may call it
+    "site": ("site", "site_id", "hospital"),
+    "machine": ("machine", "machine_id", "scanner", "digitizer", "manufacturer"),
+    "age": ("age",),
+}
 LABEL = "label:"  # before the name of a task's column in the index: there may be one of the schema's
 
 
@@ -167,6 +172,10 @@ def read_index(data_dir: Path) -> pd.DataFrame:
         logger.info("%s: %d images without breast and laterality count as a breast each", table.path, alone)
     labels = {name: class_names(_typed(table, name)) for name in _tasks(table)}
     of_schema = {name: _of_schema(name, labels[name]) for name in LABELS_OF_SCHEMA if name in labels}
+    known = {name: next((each for each in names if each in table.rows), None) for name, names in SPELLED.items()}
+    about |= {name: _typed(table, column) for name, column in known.items() if column}
+    if "age" in about:
+        about["age"] = pd.to_numeric(about["age"], errors="coerce")
     rows: dict[str, Any] = {**about, **of_schema, "boxes": pd.Series(list(_boxes(table)), dtype=object)}
     index = make_index(pd.DataFrame(rows), str(table.path))
     return index.assign(**{LABEL + name: cells.to_numpy() for name, cells in labels.items()})

@@ -36,6 +36,9 @@ def read_index(data_dir: Path) -> pd.DataFrame:
         "cancer": table.whole("cancer", required=True),
         "birads": table.whole("BIRADS"),
         "density": table.text("density"),
+        "site": table.text("site_id"),
+        "machine": table.text("machine_id"),
+        "age": table.number("age"),
     }
     return make_index(pd.DataFrame(rows), "rsna")
 

@@ -19,7 +19,7 @@ import datasets
 import pandas as pd
 
 from . import get_benchmark
-from .index import SCHEMA, SPLITS, Benchmark, Box, Definition
+from .index import ABOUT_IMAGE, SCHEMA, SPLITS, Benchmark, Box, Definition
 from .labels import ABOUT, TABLE, table_benchmark
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ class TaskTable:
     """The labeled images of a task.
 
     Attributes:
-        table: SCHEMA's columns, `file` (absolute path, str) and `label` (int, place in `classes`), a row an image, in
+        table: SCHEMA's columns, `file` (absolute path, str), `label` (int, place in `classes`), and what is known of
+            ABOUT_IMAGE, a row an image, in
             order of image_id. `split` is one of SPLITS in every row, and no patient is in two.
         counts: per split "images", "breasts", "patients" and "classes" (images by class); "left_out": images by reason.
         official: the splits that the data set itself has; the others were held out here.
@@ -147,14 +148,7 @@ def load_task(
     unknown name, missing image files, or a class that a split has no image of.
     """
     data_dir = Path(data_dir).absolute()
-    benchmark = open_benchmark(name, data_dir)
-    try:
-        chosen = benchmark.definition(task, definition)
-        chosen = chosen.in_order(classes) if classes else chosen
-    except ValueError as error:
-        raise (ValueError(f"{data_dir}: {error}; {ABOUT}") if name == TABLE else error) from None
-    index = located(benchmark, data_dir)
-    label = class_numbers(chosen, index)
+    benchmark, chosen, index, label = _labels(name, data_dir, task, definition, classes)
     has_split = index["split"].notna() | index["split"].isna().all()
     left_out = {
         "no label by this definition": int(label.isna().sum()),
@@ -172,13 +166,49 @@ def load_task(
     )
     is_there = find_files(table, data_dir, allow_missing)
     left_out[MISSING] = int((~is_there).sum())
-    table = table.loc[is_there, [*SCHEMA, "file", "label"]].sort_values("image_id").reset_index(drop=True)
+    table = table.loc[is_there, _columns(table)].sort_values("image_id").reset_index(drop=True)
     if with_boxes and benchmark.read_boxes is not None:
         table = benchmark.read_boxes(table, data_dir)
     counts = _counts(table, chosen.classes) | {"left_out": {why: n for why, n in left_out.items() if n}}
     _check_classes(counts, chosen, benchmark.name)
     logger.info("%s, %s (%s): %s", benchmark.name, task, chosen.name, counts)
     return TaskTable(table, chosen.classes, benchmark, chosen, counts, official_splits(index))
+
+
+def labeled_images(
+    name: str,
+    data_dir: str | Path,
+    task: str,
+    definition: str | None = None,
+    *,
+    classes: Sequence[str] = (),
+    allow_missing: bool = False,
+) -> tuple[pd.DataFrame, Definition]:
+    """Return all images that have a label of the task, whatever their split, as `TaskTable.table`, to be tested on.
+    Arguments and errors as those of `load_task`."""
+    data_dir = Path(data_dir).absolute()
+    _, chosen, index, label = _labels(name, data_dir, task, definition, classes)
+    table = index[label.notna()].assign(label=label[label.notna()].astype("int64"))
+    table = table[find_files(table, data_dir, allow_missing)]
+    return table[_columns(table)].reset_index(drop=True), chosen
+
+
+def _labels(
+    name: str, data_dir: Path, task: str, definition: str | None, classes: Sequence[str]
+) -> tuple[Benchmark, Definition, pd.DataFrame, pd.Series]:
+    """Return data set, definition, index with files, and the place in the classes of each row, missing without one."""
+    benchmark = open_benchmark(name, data_dir)
+    try:
+        chosen = benchmark.definition(task, definition)
+        chosen = chosen.in_order(classes) if classes else chosen
+    except ValueError as error:
+        raise (ValueError(f"{data_dir}: {error}; {ABOUT}") if name == TABLE else error) from None
+    index = located(benchmark, data_dir)
+    return benchmark, chosen, index, class_numbers(chosen, index)
+
+
+def _columns(table: pd.DataFrame) -> list[str]:
+    return [*SCHEMA, "file", "label", *(name for name in ABOUT_IMAGE if name in table)]
 
 
 def load_benchmark(
@@ -194,7 +224,9 @@ def load_benchmark(
     )
     return datasets.DatasetDict(
         {
-            split: datasets.Dataset.from_list(to_rows(loaded.table[loaded.table["split"] == split]), features=features)
+            split: datasets.Dataset.from_list(
+                to_rows(loaded.table.loc[loaded.table["split"] == split, list(features)]), features=features
+            )
             for split in SPLITS
         }
     )

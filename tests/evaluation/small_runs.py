@@ -54,6 +54,7 @@ def short_run(data_dir: Path, folders: dict[str, Path], output: Path, **changes)
         "num_resamples": 50,
         "test_fraction": 0.3,
         "validation_fraction": 0.3,
+        "baselines": False,
         **changes,
     }
     return FinetuneSettings(source=str(folders[chosen["backbone"]]), **chosen)

@@ -71,7 +71,8 @@ def runs(labels, encoder, folders, tmp_path_factory) -> dict[str, Path]:
         found[name] = folder / name
         chosen = [str(folders["resnet50"]) if each == "RESNET" else each for each in changes]
         finetune(["--labels", str(labels), "--task", "finding", "--source", encoder, "--output_dir", str(found[name]),
-                  "--num_train_epochs", "1", "--classes", "normal,mass", *QUICK, *chosen])  # fmt: skip
+                  "--num_train_epochs", "1", "--classes", "normal,mass", "--baselines", "False",
+                  *QUICK, *chosen])  # fmt: skip
     found["boxes"] = folder / "boxes"
     detect(["--labels", str(labels), "--encoder", encoder, "--output_dir", str(found["boxes"]), *DETECT, *QUICK])
     return found

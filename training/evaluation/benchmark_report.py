@@ -16,11 +16,13 @@ import pandas as pd
 from dataset_scripts.benchmarks import get_benchmark
 from modeling_mammodino.tools.files import write_text
 
-from .benchmark_suite import HEADLINE_METRICS, Job, Suite, SuiteTask
+from .benchmark_suite import Job, Suite, SuiteTask
 from .plots import draw_radar
 from .reports import format_interval, markdown_table
 from .runs import read_json
 from .significance import TaskScores, holm, score_task
+from .subgroups import HEADLINE_METRICS, headline_level, level_in_words
+from .trust_sheet import SHEET, TRUST_FILE, verdicts
 
 
 class Published(NamedTuple):
@@ -56,30 +58,33 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
     done = read_done(jobs)
     if not done:
         raise ValueError(f"{suite.output_dir}: no run is done; " + next(iter(failed.values()), "run the suite first"))
-    ours = suite.ours or suite.backbones[0].name
+    ours = suite.ours_or_first
+    levels: dict[SuiteTask, str] = {}
     predictions: dict[SuiteTask, dict[str, dict[int, pd.DataFrame]]] = defaultdict(lambda: defaultdict(dict))
     for job in jobs:
         if job.name in done:
             rows = pd.read_parquet(job.predictions_file)
-            predictions[job.task][job.backbone.name][job.seed] = rows[rows["level"] == suite.level]
+            level = suite.level or headline_level(job.task.task, rows["level"].unique().tolist())
+            predictions[job.task][job.backbone.name][job.seed] = rows[rows["level"] == level]
+            levels[job.task] = level
     scored = {
         task: score_task(by_backbone, HEADLINE_METRICS.get(task.task, "auc"), suite.num_resamples)
         for task, by_backbone in predictions.items()
     }
     suite.output_dir.mkdir(parents=True, exist_ok=True)
-    every_score(jobs, done).to_csv(suite.output_dir / "scores.csv", index=False)
+    every = every_score(jobs, done)
+    every.to_csv(suite.output_dir / "scores.csv", index=False)
     names = [each.name for each in suite.backbones]
     table = pd.DataFrame(
         [[each.value(name) if name in each.by_seed else float("nan") for name in names] for each in scored.values()],
         index=[task.name for task in scored],
         columns=names,
     )
-    caption = (
-        f"{level_in_words(suite.level)}, mean of {len(suite.seeds)} seeds; each spoke from lowest to highest score"
-    )
+    caption = f"mean of {len(suite.seeds)} seeds; each spoke from lowest to highest score"
     has_radar = draw_radar(table, ours, suite.output_dir / "radar.png", caption)
     report = suite.output_dir / "report.md"
-    lines = [*heading(suite, jobs, done), *score_table(scored, names), *significance_table(scored, ours)]
+    lines = [*heading(suite, jobs, done), *score_table(scored, levels, names), *other_levels(every, levels, names)]
+    lines += [*significance_table(scored, ours), *trust_section(suite, jobs, done)]
     lines += ["", "![radar plot](radar.png)" if has_radar else "No radar plot: it needs three tasks at least."]
     lines += [*paper_section(scored), *data_section(jobs, done), *failures(failed)]
     write_text(report, "\n".join(lines) + "\n")
@@ -103,11 +108,6 @@ def read_done(jobs: Sequence[Job]) -> dict[str, Any]:
     return done
 
 
-def level_in_words(level: str) -> str:
-    unit, _, how = level.partition("_")
-    return f"one score {'an' if unit == 'image' else 'a'} {unit}" + (f", {how} over its images" if how else "")
-
-
 def heading(suite: Suite, jobs: Sequence[Job], done: dict[str, Any]) -> list[str]:
     lines = [
         "# Benchmark",
@@ -115,22 +115,50 @@ def heading(suite: Suite, jobs: Sequence[Job], done: dict[str, Any]) -> list[str
         "**Research use only. Not a medical device.**",
         "",
         f"{len(done)} of {len(jobs)} runs are done. Scores are means over seeds {', '.join(map(str, suite.seeds))}, "
-        f"{level_in_words(suite.level)}, on held-out patients; in brackets 95 % intervals from {suite.num_resamples} "
-        "bootstrap resamples of patients.",
+        "one level a task, fixed by the task, on held-out patients; in brackets 95 % intervals from "
+        f"{suite.num_resamples} bootstrap resamples of patients.",
     ]
     if any(job.task.dataset == "phantom" for job in jobs):
         lines += ["", "**Results on the phantom are results on simulated breasts. They say nothing about patients.**"]
     return lines
 
 
-def score_table(scored: dict[SuiteTask, TaskScores], names: list[str]) -> list[str]:
+def score_table(scored: dict[SuiteTask, TaskScores], levels: dict[SuiteTask, str], names: list[str]) -> list[str]:
     rows = []
     for task, each in scored.items():
         best = each.best_of(list(each.by_seed))
         cells = ["" if name not in each.by_seed else format_interval(each.score(name)) for name in names]
         cells = [f"**{cell}**" if name == best else cell for name, cell in zip(names, cells, strict=True)]
-        rows.append([task.name, each.metric, each.num_patients, *cells])
+        rows.append([task.name, f"{each.metric}, {level_in_words(levels[task])}", each.num_patients, *cells])
     return ["", *markdown_table(["task", "metric", "patients", *names], rows)]
+
+
+def other_levels(every: pd.DataFrame, levels: dict[SuiteTask, str], names: list[str]) -> list[str]:
+    """Return the means over seeds at the other levels, folded."""
+    rows = []
+    for task, headline in levels.items():
+        own = every[
+            (every[["dataset", "task", "definition"]] == [task.dataset, task.task, task.definition]).all(axis=1)
+        ]
+        own = own[own["metric"] == HEADLINE_METRICS.get(task.task, "auc")]
+        means = own.groupby(["level", "backbone"], sort=False)["value"].mean().unstack().reindex(columns=names)
+        for level, values in means.drop(index=headline).iterrows():
+            rows.append([task.name, level, *("" if pd.isna(each) else f"{each:.3f}" for each in values)])
+    table = markdown_table(["task", "level", *names], rows)
+    return ["", "<details><summary>Other levels</summary>", "", *table, "", "</details>"]
+
+
+def trust_section(suite: Suite, jobs: Sequence[Job], done: dict[str, Any]) -> list[str]:
+    """Return what the trust sheet of our first run of each task says."""
+    lines = ["", f"## What the numbers of {suite.ours_or_first} are worth", ""]
+    for job in jobs:
+        trust = read_json(job.output_dir / TRUST_FILE) if job.settings.baselines and job.name in done else None
+        if trust is not None:
+            place = (job.output_dir / SHEET).relative_to(suite.output_dir).as_posix()
+            lines += [f"<details open><summary>{job.task.name}, seed {job.seed}</summary>", ""]
+            lines += [f"- {mark} {sentence}" for mark, sentence in verdicts(trust)]
+            lines += ["", f"[its trust sheet]({place})", "", "</details>", ""]
+    return lines if len(lines) > 3 else []
 
 
 def significance_table(scored: dict[SuiteTask, TaskScores], ours: str) -> list[str]:

@@ -27,9 +27,6 @@ from .backbones.registry import BACKBONES
 from .run_settings import FinetuneSettings
 from .runs import PREDICTIONS_FILE, RESULT_FILE
 
-# what the tables show of a task. The paper gives AUC for cancer and lesion and F1 for BI-RADS; for density it names
-# no metric, and lesion type has no published figure: macro AUC is our choice there
-HEADLINE_METRICS = {"cancer": "auc", "lesion": "auc", "birads": "macro_f1", "density": "auc", "lesion_type": "auc"}
 SET_BY_SUITE = (
     "labels",
     "dataset",
@@ -41,6 +38,7 @@ SET_BY_SUITE = (
     "seed",
     "output_dir",
     "cache_dir",
+    "baselines",
 )
 
 
@@ -96,8 +94,12 @@ class Suite:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     finetune: dict[str, Any] = field(default_factory=dict)
     ours: str = ""  # the backbone that is compared with the best of the others; empty: the first
-    level: str = "image"  # of the tables: image, breast_mean, patient_max, ...
+    level: str = ""  # of the tables: image, breast_mean, patient_max, ...; empty: the headline level of each task
     num_resamples: int = 1000
+
+    @property
+    def ours_or_first(self) -> str:
+        return self.ours or self.backbones[0].name
 
     def jobs(self) -> Iterator[Job]:
         """Yield the runs in the order of the queue: seed by seed, so that a suite cut short has whole tables of fewer
@@ -117,6 +119,7 @@ class Suite:
                         seed=seed,
                         output_dir=str(folder),
                         cache_dir=str(self.output_dir / "features"),  # shared by tasks and seeds
+                        baselines=backbone.name == self.ours_or_first and seed == self.seeds[0],  # once a task
                         **self.finetune,
                     )
                     yield Job(task, backbone, seed, folder, settings)

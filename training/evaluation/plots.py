@@ -72,7 +72,7 @@ def draw_radar(scores: pd.DataFrame, ours: str, output: Path, caption: str) -> b
     axes.spines["polar"].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(caption, fontsize=10)
-    _save(figure, output, dpi=130)
+    save_figure(figure, output, dpi=130)
     return True
 
 
@@ -100,7 +100,7 @@ def draw_detections(
         f"above which there is about one box an image. {NOTICE}",
         fontsize=10,
     )
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def score_at(found: list[Found], boxes_per_image: float) -> float:
@@ -121,7 +121,7 @@ def draw_froc(curves: dict[str, FrocMarks], title: str, output: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right", fontsize=7)
     axis.set_title(f"{title}\n{NOTICE}", fontsize=8)
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def draw_heat_maps(image: LesionImage, maps: list[HeatMap], title: str, output: Path) -> None:
@@ -151,7 +151,7 @@ def draw_heat_maps(image: LesionImage, maps: list[HeatMap], title: str, output: 
         figure.colorbar(shown, ax=axis, location="bottom", shrink=0.8)
         axis.set_title(each.name, fontsize=9)
     figure.suptitle(f"{drawable(title)}\nFor a look: not validated to show lesions. {NOTICE}", fontsize=9)
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def _draw_boxes(axis: Axes, found: Found, file: str, renderer: LesionImageRenderer, threshold: float) -> None:
@@ -177,6 +177,6 @@ def _spread(found: list[Found], count: int) -> list[Found]:
     return [found[row] for row in np.unique(np.linspace(0, len(found) - 1, count).round().astype(int))] if found else []
 
 
-def _save(figure: Figure, output: Path, dpi: int = 90) -> None:
+def save_figure(figure: Figure, output: Path, dpi: int = 90) -> None:
     with atomic_file(output) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})

@@ -30,7 +30,8 @@ class RunSettings:
     REQUIRED: ClassVar[tuple[str, ...]]
     ALWAYS_SHOWN: ClassVar[tuple[str, ...]] = ("seed",)  # in the command line, also at their defaults
     PLACE_AND_SPEED: ClassVar[tuple[str, ...]] = (
-        "labels", "data_dir", "output_dir", "cache_dir", "dataloader_num_workers", "gradient_checkpointing"
+        "labels", "data_dir", "output_dir", "cache_dir", "dataloader_num_workers", "gradient_checkpointing",
+        "baselines", "external",
     )  # fmt: skip
 
     labels: str = setting("", "Own images: a label table, as docs/evaluation.md describes it. Or:")
@@ -135,6 +136,13 @@ class FinetuneSettings(RunSettings):
     lora_rank: int = setting(8, "Rank of the adapters.", low=1)
     lora_alpha: int = setting(16, "Their scale, over the rank.", low=1)
     lora_dropout: float = setting(0.0, "Dropout before them.", low=0, high=0.9)
+    baselines: bool = setting(
+        True, "Untrained and hand-crafted features in the trust sheet: read all images twice more."
+    )
+    external: str = setting(
+        "",
+        "Other data that the run is then tried on as it is: a label table, or DATASET=FOLDER; commas between several.",
+    )
     save_model: bool = setting(True, "Keep the model in output_dir/model, for training.predict.")
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from .run_settings import RunSettings
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"  # written last: where it exists, a run is done
+MODEL_FOLDER = "model"
 SETTINGS_FILE, PREDICTIONS_FILE = "settings.json", "predictions.parquet"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "scipy", "pandas")
 NOTICE = "Research use only: not a medical device."

@@ -6,13 +6,14 @@ Everything that a run predicts, of its own test part and of new files, goes thro
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from training.evaluation.calibration import Calibration, fit_calibration
+from training.evaluation.calibration import Calibration, fit_calibration, undo_weights
 from training.evaluation.run_settings import FinetuneSettings
 
 from .aggregation import GROUPS, bags_of, groups_of, level_rows, max_probabilities, mean_probabilities
@@ -25,6 +26,7 @@ from .heads import (
     balanced_weights,
     empty_pooling,
     fit_attention,
+    fit_linear_probe,
 )
 from .multiple_instance import MultipleInstanceHead, fit_head, image_probabilities
 from .tiles import Tiling
@@ -41,13 +43,13 @@ class Predictor:
         head: of images. A linear one is of slices: an image is their mean.
         ordered: whether a breast or patient has the class of its worst image.
         groups: attention over the slices of a breast and of a patient; none where the data set does not name them, and
-            none of tiles.
+            none of tiles; None: mean and maximum only.
         calibrations: by level.
     """
 
     head: nn.Module
     ordered: bool
-    groups: dict[str, AttentionPooling] = field(default_factory=dict)
+    groups: dict[str, AttentionPooling | None] = field(default_factory=dict)
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def predict(self, slices: SliceFeatures, tiles: SliceFeatures | None = None) -> pd.DataFrame:
@@ -73,15 +75,15 @@ class Predictor:
         found = [level_rows("image", slices.table, labels, probabilities)]
         for level in GROUPS:
             names, bags = bags_of(slices, level, self.ordered)
-            if not len(names) or not (self.groups.get(level) or isinstance(self.head, MultipleInstanceHead)):
+            if not len(names) or not (level in self.groups or isinstance(self.head, MultipleInstanceHead)):
                 continue
             _, group = groups_of(slices.table, level)
             chosen, own = probabilities[group >= 0], group[group >= 0]
             ways = {"max": max_probabilities(chosen, own, len(names), self.ordered)}
             if level in self.groups:
-                mean = mean_probabilities(chosen, own, len(names))
-                attention = attention_probabilities(self.groups[level], bags.features, bags.group)
-                ways = {"mean": mean, **ways, "attention": attention}
+                ways = {"mean": mean_probabilities(chosen, own, len(names)), **ways}
+            if pooling := self.groups.get(level):
+                ways["attention"] = attention_probabilities(pooling, bags.features, bags.group)
             of_groups = bags.labels if labels is not None else None
             found += [level_rows(f"{level}_{way}", names, of_groups, each) for way, each in ways.items()]
         rows = pd.concat(found, ignore_index=True)
@@ -95,17 +97,20 @@ class Predictor:
             calibrated[of_level] = calibration.apply(calibrated[of_level])
         return pd.DataFrame(calibrated, rows.index, [CALIBRATED + name[2:] for name in columns])
 
-    def calibrated_on(self, slices: SliceFeatures, tiles: SliceFeatures | None = None) -> "Predictor":
-        """Return the predictor calibrated on a validation part, level by level."""
-        calibrations = {}
+    def calibrated_on(
+        self, slices: SliceFeatures, tiles: SliceFeatures | None = None, prior: Calibration | None = None
+    ) -> "Predictor":
+        """Return the predictor calibrated on a validation part, images about `prior`, groups about them."""
+        calibrations: dict[str, Calibration] = {}
         for level, rows in self.predict(slices, tiles).groupby("level", sort=False):
             probabilities = rows[[name for name in rows if name.startswith("p_")]].to_numpy()
-            calibrations[str(level)] = fit_calibration(rows["label"].to_numpy(int), probabilities)
+            about = calibrations.get("image") or prior or Calibration(1.0, (0.0,) * probabilities.shape[1])
+            calibrations[str(level)] = fit_calibration(rows["label"].to_numpy(int), probabilities, about)
         return Predictor(self.head, self.ordered, self.groups, calibrations)
 
     def save(self, folder: Path) -> None:
         """Write all but the head of images into a folder of `save_classifier`."""
-        state = {f"{level}.{name}": each for level, pooling in self.groups.items()
+        state = {f"{level}.{name}": each for level, pooling in self.groups.items() if pooling
                  for name, each in pooling.state_dict().items()}  # fmt: skip
         if state:
             save_file(state, folder / GROUP_HEADS_FILE)
@@ -142,9 +147,11 @@ def fit_predictor(
     `class_imbalance` is none.
     """
     balanced, seed, num_classes = settings.class_imbalance != "none", settings.seed, len(probe.bias)
+    labels = slices.of("train").table["label"].to_numpy(int)
+    prior = undo_weights(labels, num_classes) if balanced else None
     if tiles is not None:
         predictor = Predictor(fit_head(slices, tiles, probe, tiling_of(settings), ordered, balanced, seed), ordered)
-        return predictor.calibrated_on(slices.of("validation"), tiles.of("validation"))
+        return predictor.calibrated_on(slices.of("validation"), tiles.of("validation"), prior)
     parts = {name: slices.of(name) for name in ("train", "validation")}
 
     def attention(bags: dict[str, Bags]) -> AttentionPooling:
@@ -164,7 +171,20 @@ def fit_predictor(
         bags = {name: bags_of(each, level, ordered)[1] for name, each in parts.items()}
         if all(len(each.labels) for each in bags.values()):  # else the data set does not say which breast
             groups[level] = attention(bags)
-    return Predictor(head, ordered, groups).calibrated_on(parts["validation"])
+    return Predictor(head, ordered, groups).calibrated_on(parts["validation"], prior=prior)
+
+
+def fit_probe(
+    features: SliceFeatures, num_classes: int, settings: FinetuneSettings
+) -> tuple[LinearHead, dict[str, Any]]:
+    """Fit the linear probe: every slice counts with the label of its image. Return it and what there is to say."""
+    parts = {name: features.of(name) for name in ("train", "validation")}
+    part = {name: (each.values, each.table["label"].to_numpy()[each.image]) for name, each in parts.items()}
+    balanced = settings.class_imbalance != "none"
+    weights = balanced_weights(part["train"][1], num_classes) if balanced else np.ones(num_classes)
+    probe = fit_linear_probe(*part["train"], *part["validation"], weights)
+    head = LinearHead.of(probe.head.layer())  # as it is saved
+    return head, {"penalty": probe.penalty, "validation_losses": probe.validation_losses}
 
 
 def encoding_of(settings: FinetuneSettings, tiling: Tiling | None = None) -> Encoding:
