@@ -254,10 +254,11 @@ def export_boxes(files: Sequence[Path], run: Path, settings: DetectionSettings, 
         found, refused = find_lesions(detector, [image], LesionImageRenderer(processor), settings)
         if refused:
             raise ValueError(refused[str(file)])
-        kept = found[0].scores >= min_score
+        (of_file,) = found
+        kept, path = of_file.scores >= min_score, output / f"{file.stem}.boxes.dcm"
         if kept.any():
-            path, parts = output / f"{file.stem}.boxes.dcm", (found[0].boxes, found[0].slices, found[0].scores)
-            write_sr(path, source_header(file), *(part[kept] for part in parts), algorithm)
+            parts = of_file.boxes[kept], of_file.slices[kept], of_file.scores[kept]
+            write_sr(path, source_header(file), *parts, algorithm)
             print(path)
         else:
             logger.info("%s: no box of score %g or more; no report", file, min_score)

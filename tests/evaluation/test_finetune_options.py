@@ -17,6 +17,7 @@ from training.evaluation.finetuning.tuning import ClassifierTrainer
 from training.evaluation.layer_decay import layer_multiplier
 from training.evaluation.seeded_trainer import prepare_encoder
 from training.finetune import finetune
+from training.probe import read_features
 
 from .small_runs import command_line, short_run
 from .test_finetune_training import make_training
@@ -136,14 +137,16 @@ def test_checkpointed_gradients_are_the_same_and_blocks_run_twice(folders, drawn
 
 
 def test_options_reach_the_encoder_of_a_run(folders, drawn_table, tmp_path, monkeypatch):
-    def stop(classifier, *_):
-        raise Stop(classifier)
+    def stop(classifier, train, *_):
+        raise Stop(classifier, train.labels)
 
     monkeypatch.setattr("training.finetune.train_classifier", stop)
     changes = {"mode": "lora", "drop_path_rate": 0.25, "gradient_checkpointing": True}
     with pytest.raises(Stop) as stopped:
         finetune(short_run(drawn_table, folders, tmp_path, **changes))
-    layers = [each for each in stopped.value.args[0].modules() if hasattr(each, "drop_path_rate")]
+    classifier, labels = stopped.value.args
+    np.testing.assert_allclose(classifier.class_weights * np.bincount(labels), len(labels) / 2)  # both weigh the same
+    layers = [each for each in classifier.modules() if hasattr(each, "drop_path_rate")]
     assert layers and all(each.drop_path_rate == 0.25 and each.gradient_checkpointing for each in layers)
 
 
@@ -193,6 +196,9 @@ def test_embedding_files_gives_the_same_class_tokens(drawn_table):
             with torch.inference_mode():
                 expected = backbone(**inputs)[:, : size * width]
             np.testing.assert_allclose(each.embeddings, expected, atol=1e-4)
+        table = pd.DataFrame({"file": [path.name for path in files]})
+        read = read_features(drawn_table / "index.csv", table, {"a": encoder, "b": encoder}, processor, pool, 4, 3)
+        assert read.by_model["b"].shape == (3, size * width)  # of training.probe
     with pytest.raises(ValueError, match="last_layers=4: must be 1 to 3"):
         embed_files(files, encoder, processor, last_layers=4)
 
