@@ -6,14 +6,13 @@ python -m training.features FILE... --model MODEL --output PNG [--slices_per_vol
 import argparse
 from pathlib import Path
 
-import cv2
 import torch
 
 from modeling_mammodino.tools.command import add_model_option, command_line, user_path
 from modeling_mammodino.tools.embed import open_encoder
+from modeling_mammodino.tools.figure import write_figure
 from modeling_mammodino.tools.files import check_output
-from modeling_mammodino.tools.visualize import write_png
-from training.pretraining.feature_images import draw_features
+from modeling_mammodino.tools.visualize import draw_features
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,8 +32,13 @@ def main(arguments: list[str] | None = None) -> None:
             for file in options.files
         ]
         inputs = {name: torch.cat([one[name] for one in each]) for name in ("pixel_values", "tissue_mask")}
-        drawing = draw_features(model, **inputs, title=Path(options.model).name)
-        write_png(cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR), options.output)
+        alike = len({file.name for file in options.files}) < len(set(options.files))
+        names = []
+        for file, one in zip(options.files, each, strict=True):
+            name, count = "/".join(file.parts[-2:]) if alike else file.name, len(one["tissue_mask"])
+            names += [f"{name}, slice {number} of {count}" if count > 1 else name for number in range(1, count + 1)]
+        title = f"What the patch features of {Path(options.model).name} see"
+        write_figure(draw_features(model, **inputs, title=title, names=names), options.output)
         print(options.output)
 
 

@@ -59,7 +59,9 @@ class Sheet:
             drawn += crops if kind == "global" else []
             fractions = [fraction for _, fraction in crops]
             axis.plot([], color=COLORS[kind], label=f"{kind}: {min(fractions):.0%} to {max(fractions):.0%} breast")
-        axis.legend(loc="upper right", fontsize=7, framealpha=0.8)
+        height, width = self.image.shape
+        axis.set(xlim=(0, width), ylim=(height, 0))  # boxes end at the image
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), fontsize=9, frameon=False)
         return drawn
 
     def draw_masked(self, axis: Axes, box: np.ndarray, aware: bool) -> None:
@@ -74,7 +76,7 @@ class Sheet:
         shown[large] = 0.45 * shown[large] + 0.55 * np.array(COLORS["mask"])
         axis.imshow(shown.astype(np.uint8))
         share = tissue[mask].mean() if mask.any() else float("nan")
-        axis.set_xlabel(f"masked patches: {share:.0%} breast", fontsize=8)
+        axis.set_xlabel(f"red: masked patches, {share:.0%} breast", fontsize=9)
 
 
 def draw_preview(source: str | Path, recipe: Recipe, seed: int) -> Figure:
@@ -86,18 +88,19 @@ def draw_preview(source: str | Path, recipe: Recipe, seed: int) -> Figure:
     image, tissue = rendered.image, rendered.tissue
     sheet = Sheet(image, tissue, recipe, seed)
 
-    figure = Figure(figsize=(17, 8.6), layout="constrained")
-    axes = figure.subplots(2, 5)
+    across = max(0.6, image.shape[1] / image.shape[0])
+    figure = Figure(figsize=(4.1 * (3 + 2 * across), 9.2), layout="constrained")
+    axes = figure.subplots(2, 5, width_ratios=(across, across, 1, 1, 1))
     axes[0, 0].imshow(image, cmap="gray", vmin=0)
-    axes[0, 0].set_title("as the encoder sees it")
+    axes[0, 0].set_title("as the encoder sees it", fontsize=10)
     axes[1, 0].imshow(tissue, cmap="gray")
-    axes[1, 0].set_title(f"breast tissue: {tissue.mean():.0%} of the image")
+    axes[1, 0].set_title(f"breast: {tissue.mean():.0%} of the image", fontsize=10)
     for row, (aware, word) in enumerate(((True, "tissue-aware"), (False, "plain random"))):
         boxes = sheet.draw_boxes(axes[row, 1], aware)
-        axes[row, 1].set_title(f"{word} crops")
+        axes[row, 1].set_title(f"{word} crops", fontsize=10)
         for column, (box, fraction) in enumerate(boxes, start=2):
             sheet.draw_masked(axes[row, column], box, aware)
-            axes[row, column].set_title(f"{word} mask on a global crop, {fraction:.0%} breast", fontsize=9)
+            axes[row, column].set_title(f"{word} mask on a global crop, {fraction:.0%} breast", fontsize=10)
     draw_neighbors(axes[:, 4], slices, position, recipe, sheet)
     for axis in axes.flat:
         axis.set_xticks([]), axis.set_yticks([])
@@ -125,7 +128,7 @@ def draw_neighbors(axes: np.ndarray, slices: list, position: int, recipe: Recipe
     )
     for axis, place, word in zip(axes, (position, other), ("student", "teacher"), strict=True):
         axis.imshow(cut(slices[place][1].image, crops.boxes[0], views.global_crop_size), cmap="gray", vmin=0)
-        axis.set_title(f"{word}: slice {slices[place][0].slice_index} of {mammogram.num_slices}")
+        axis.set_title(f"{word}: slice {slices[place][0].slice_index} of {mammogram.num_slices}", fontsize=10)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -140,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = load_recipe([options.recipe, "--corpus", "none", "--output_dir", "none"])
         figure = draw_preview(options.file, recipe, options.seed)
         with atomic_file(options.output) as temporary:
-            figure.savefig(temporary, format="png", dpi=90)
+            figure.savefig(temporary, format="png", dpi=200)
         print(options.output)
 
 

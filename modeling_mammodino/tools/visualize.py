@@ -7,12 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig
+import torch
+from transformers import PreTrainedModel
 
 from ..image_io import InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..rendering import Thumbnail
 from .command import add_model_option, user_path
+from .embed import open_encoder
+from .examine import examine, feature_colors, look
+from .figure import PANEL_PX, Key, Panel, draw_figure, even_columns, write_figure
 from .files import atomic_file, check_output, readable
 
 try:
@@ -20,45 +24,113 @@ try:
 except ImportError:
     cv2 = None  # type: ignore[assignment]
 
-OUTLINE, GRID, WHITE = (80, 220, 120), (90, 90, 90), (255, 255, 255)  # BGR
+OUTLINE, GRID, LEFT_OUT = (80, 220, 120), (214, 160, 60), (98, 98, 112)  # RGB
+WHITE = (255, 255, 255)
+PAIRS_A_ROW = 4  # an image and its features
 TILE_PX, CAPTION_PX = 200, 32  # side of the square for the image; height of the two lines below it
 TILES_PER_PAGE = 200
 FONT_SCALE, CAPTION_CHARACTERS = 0.36, 32
 
 
 def inspect_file(
-    path: str | Path, image_processor: MammoDinoImageProcessor, tissue_threshold: float = 0.0
+    path: str | Path, image_processor: MammoDinoImageProcessor, model: PreTrainedModel | None = None
 ) -> np.ndarray:
-    """Draw what the encoder sees of a file, (H, 3 * W + gaps, 3) uint8 BGR: the image on its canvas, the breast's
-    outline on it, and the patches that are encoded, those above the encoder's `tissue_threshold`. Of a volume, the
-    middle slice."""
-    inputs = image_processor(path, slices_per_volume=1, return_tensors="np")
-    (mean, std), tissue = image_processor.mean_and_std, inputs["tissue_mask"][0]  # (h, w)
-    values = inputs["pixel_values"][0, 0] * std + mean  # (H, W)
-    image = cv2.cvtColor(np.rint(values.clip(0, 1) * 255).astype(np.uint8), cv2.COLOR_GRAY2BGR)
-    height, width = image.shape[:2]
-    fraction = cv2.resize(tissue, (width, height), interpolation=cv2.INTER_LINEAR)
-    contours, _ = cv2.findContours((fraction >= 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    outlined = cv2.drawContours(image.copy(), contours, -1, OUTLINE, max(1, height // 300))
-    return side_by_side([image, outlined, encoded_patches(image, tissue > tissue_threshold)])
+    """Draw what the encoder sees of a file, a figure (H, W, 3) uint8 RGB: the image on its canvas, the outline of the
+    breast mask, the patches that are encoded, and of a `model` their features as colors. Of a volume, the middle
+    slice."""
+    examined = examine(path, model, image_processor) if model is not None else None
+    seen = examined.seen if examined else look(path, image_processor)
+    image, kept = enlarged(seen.image), examined.kept if examined else seen.tissue_mask > 0
+    height, width = seen.image.shape
+    warning = f", {seen.warning}" if seen.warning else ""
+    patch_px = f"{height // kept.shape[0]} x {width // kept.shape[1]}"
+    panels = [
+        Panel(image, f"Image on the encoder's canvas, {height} x {width} pixels"),
+        Panel(outlined(image, seen.breast), f"Breast mask, confidence {seen.confidence:.2f} of 1{warning}"),
+        Panel(
+            encoded_patches(image, kept),
+            f"Patches that are encoded: {kept.sum()} of {kept.size}, {kept.mean():.0%}; each {patch_px} pixels",
+        ),
+    ]
+    legend = [Key("outline of the mask", [OUTLINE], is_line=True), Key("background, left out", [LEFT_OUT])]
+    if examined:
+        words = "Patch features: first three principal components as red, green and blue"
+        panels.append(Panel(colored_patches(image, examined.colors(), kept), words))
+    if seen.px_per_mm:
+        legend.append(scale_bar(seen.px_per_mm * image.shape[0] / height, image.shape[1]))
+    place = f", slice {seen.slice_index} (0 to {seen.num_slices - 1})" if seen.num_slices > 1 else ""
+    return draw_figure(f"{Path(path).name}{place}: what the encoder sees", panels, legend)
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W) or (H, W, 3) uint8 as RGB, a whole number of times larger, so that it fills a panel; so
+    that patches stay squares, the number is the same for all images of a canvas."""
+    scale = -(-PANEL_PX // image.shape[0])
+    large = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    return large if large.ndim == 3 else cv2.cvtColor(large, cv2.COLOR_GRAY2RGB)
+
+
+def outlined(image: np.ndarray, breast: np.ndarray) -> np.ndarray:
+    """Draw the outline of a mask (H, W) bool on its image, `enlarged`."""
+    mask = cv2.resize(breast.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR) >= 0.5
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(image.copy(), contours, -1, OUTLINE, 3, cv2.LINE_AA)
 
 
 def encoded_patches(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Return the image (H, W, 3) with dropped patches of the grid (h, w) darkened and the kept ones ruled."""
+    """Return the image (H, W, 3) with dropped patches of the grid (h, w) painted over and the kept ones ruled."""
     height, width = image.shape[:2]
-    mask = cv2.resize(kept.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
-    shown = np.where(mask[..., None], image, image // 4 + np.array([40, 0, 0], np.uint8))
+    mask = on_pixels(kept, image).astype(bool)
+    shown = np.where(mask[..., None], image, np.uint8(LEFT_OUT))
     patch_height, patch_width = height // kept.shape[0], width // kept.shape[1]
     ruled = np.zeros_like(mask)
     ruled[::patch_height] = ruled[:, ::patch_width] = True
     shown[ruled & mask] = GRID
-    return shown.astype(np.uint8)
+    return shown
 
 
-def side_by_side(panels: list[np.ndarray], gap_px: int = 12) -> np.ndarray:
-    """Put panels of one height (H, W, 3) in a row, on white."""
-    padded = [np.pad(panel, ((0, 0), (0, gap_px), (0, 0)), constant_values=255) for panel in panels]
-    return np.hstack(padded)[:, :-gap_px]
+def colored_patches(image: np.ndarray, colors: np.ndarray, kept: np.ndarray, opacity: float = 1.0) -> np.ndarray:
+    """Return the image (H, W, 3) with the kept patches of the grid (h, w) in their colors (h, w, 3), 0 to 1, and the
+    dropped ones painted over."""
+    colors = on_pixels(np.rint(255 * colors).astype(np.uint8), image)
+    shown = np.where(on_pixels(kept, image)[..., None], (1 - opacity) * image + opacity * colors, LEFT_OUT)
+    return np.rint(shown).astype(np.uint8)
+
+
+def on_pixels(grid: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Return the values of patches, (h, w) or (h, w, 3), at each pixel of an image (H, W, 3)."""
+    values = grid.astype(np.uint8) if grid.dtype == bool else grid
+    return cv2.resize(values, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+
+
+def scale_bar(px_per_mm: float, width_px: int) -> Key:
+    """Return the legend's bar of 5 to 50 mm, by the pixel spacing of the file, which is that of the detector."""
+    lengths_mm = [mm for mm in (5, 10, 20, 50) if mm * px_per_mm <= width_px / 3]
+    mm = max(lengths_mm, default=5)
+    return Key(f"{mm} mm at the detector", length_px=round(mm * px_per_mm))
+
+
+def draw_features(
+    model: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    tissue_mask: torch.Tensor,
+    title: str,
+    names: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Draw images side by side with their `feature_colors`, under their names: a figure (H, W, 3) uint8 RGB."""
+    panels = []
+    shown = zip(pixel_values[:, 0].cpu().numpy(), feature_colors(model, pixel_values, tissue_mask), strict=True)
+    for number, (image, colors) in enumerate(shown):
+        unit = (image - image.min()) / max(float(np.ptp(image)), 1e-12)
+        gray = enlarged(np.rint(unit * 255).astype(np.uint8))[::2, ::2]
+        kept = tissue_mask[number].cpu().numpy() > model.config.tissue_threshold
+        pair = np.hstack((gray, np.full_like(gray[:, :4], 255), colored_patches(gray, colors, kept)))
+        panels.append(Panel(pair, names[number] if names else f"image {number + 1} of {len(pixel_values)}"))
+    legend = [
+        Key("patch features: first three principal components of all images together, as red, green, blue", ()),
+        Key("background, left out", [LEFT_OUT]),
+    ]
+    return draw_figure(title, panels, legend, even_columns(len(panels), PAIRS_A_ROW))
 
 
 def write_png(drawing: np.ndarray, output: Path) -> None:
@@ -84,7 +156,7 @@ def add_inspect_command(commands) -> None:
         "inspect",
         help="draw what a checkpoint sees of a file",
         description="Draws what a checkpoint sees of a file, of a volume the middle slice: the image, the breast's "
-        "outline, the patches that are encoded. Research use only.",
+        "outline, the patches that are encoded, their features as colors. Research use only.",
     )
     parser.add_argument("file", type=user_path, help="DICOM, PNG, JPEG, PGM or TIFF, or the folder of one volume")
     _add_options(parser)
@@ -92,10 +164,10 @@ def add_inspect_command(commands) -> None:
 
 
 def run_inspect(options: Namespace) -> None:
-    processor = _open_processor(options)
-    config = AutoConfig.from_pretrained(options.model) if options.model else None
-    threshold = getattr(config, "tissue_threshold", 0.0)
-    write_png(inspect_file(options.file, processor, threshold), options.output)
+    processor, model = _open_processor(options), None
+    if options.model:
+        model, processor = open_encoder(options.model)
+    write_figure(inspect_file(options.file, processor, model), options.output)
     print(options.output)
 
 

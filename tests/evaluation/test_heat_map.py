@@ -80,7 +80,7 @@ def test_the_command_draws_files(classifier_folder, phantom_archive, tmp_path):
         assert image.std() > 20
         widths.append(image.shape[1])
         (tmp_path / "out.png").unlink()
-    assert widths[0] == widths[1] == pytest.approx(5 * 3.2 * 90, abs=2)  # the image, three maps, evidence
+    assert widths[0] == widths[1] == pytest.approx(5 * 3.2 * 200, abs=2)  # the image, three maps, evidence
 
 
 def test_what_cannot_be_used_is_named_in_one_line(classifier_folder, phantom_archive, tmp_path):

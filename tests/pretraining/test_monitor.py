@@ -16,9 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino.tools.examine import feature_colors
+from modeling_mammodino.tools.visualize import draw_features
 from training import features
 from training.pretraining.export import published_recipe
-from training.pretraining.feature_images import corpus_images, draw_features, feature_colors
+from training.pretraining.feature_images import corpus_images
 from training.pretraining.monitoring import CollapseWatch, KnnProbe, feature_rank, read_warnings, target_statistics
 from training.pretraining.recipe import load_recipe
 

@@ -4,11 +4,14 @@ import cv2
 import numpy as np
 import pytest
 from made_inputs import draw_breast
+from PIL import Image
 
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import patch_tissue
 from modeling_mammodino.tools.cli import main as mammodino
-from modeling_mammodino.tools.visualize import inspect_file
+from modeling_mammodino.tools.examine import look
+from modeling_mammodino.tools.figure import Key, Panel, draw_figure, even_columns, write_figure
+from modeling_mammodino.tools.visualize import LEFT_OUT, colored_patches, encoded_patches, enlarged, scale_bar
 from training.demo import report
 from training.features import main as features
 from training.heat_map import main as heat_map
@@ -17,15 +20,48 @@ from training.pretraining.views.crops import TissueTable, tissue_aware_crops
 from training.preview import main as preview
 
 
-def test_inspect_darkens_exactly_the_patches_that_are_dropped(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.png"), draw_breast())
-    processor = MammoDinoImageProcessor(size={"height": 224, "width": 168}, patch_size=14)
-    drawing = inspect_file(str(tmp_path / "a.png"), processor)
-    image, patches = drawing[:, :168], drawing[:, -168:]
-    kept = processor(tmp_path / "a.png")["tissue_mask"][0] > 0
+def test_patches_that_are_dropped_are_painted_over_and_those_kept_are_not():
+    kept = np.random.default_rng(0).random((8, 6)) < 0.5
+    image = enlarged(draw_breast(112, 84).astype(np.uint8))
+    side, drawn, colored = (
+        image.shape[0] // 8,
+        encoded_patches(image, kept),
+        colored_patches(image, kept[..., None] * np.ones(3), kept),
+    )
     for row, column in np.ndindex(kept.shape):
-        middle = (slice(row * 14 + 3, row * 14 + 11), slice(column * 14 + 3, column * 14 + 11))
-        assert np.array_equal(patches[middle], image[middle]) == kept[row, column]
+        middle = tuple(slice(place * side + 3, (place + 1) * side - 3) for place in (row, column))
+        expected = image[middle] if kept[row, column] else np.uint8(LEFT_OUT)
+        assert (drawn[middle] == expected).all()
+        assert (colored[middle] == (255 if kept[row, column] else np.uint8(LEFT_OUT))).all()
+
+
+def test_the_scale_bar_is_as_long_as_the_detector_says(phantom_archive):
+    """A mammogram of 1.4 mm a pixel, its rows enlarged to the canvas: so many of its pixels are as long as the bar."""
+    file = next(phantom_archive.rglob("*_2d.dcm"))
+    processor = MammoDinoImageProcessor(size={"height": 224, "width": 168}, patch_size=14)
+    seen = look(str(file), processor)
+    ((_, rendered),) = processor.render_source(file, (224, 168), slices_per_volume=1)
+    assert seen.px_per_mm == pytest.approx(rendered.placement.scale_y / 1.4)
+    assert scale_bar(seen.px_per_mm, 1000).length_px == round(50 * seen.px_per_mm)
+    np.testing.assert_array_equal(patch_tissue(seen.breast, (16, 12)), seen.tissue_mask)
+
+
+def test_a_figure_holds_its_panels_and_the_longest_of_names(tmp_path):
+    panel = np.full((90, 120, 3), (1, 2, 3), np.uint8)
+    figure = draw_figure(
+        "t " * 400, [Panel(panel, "x" * 300), Panel(panel + 3, "K\udcf6ln.png")], [Key("words", [(9, 8, 7)])]
+    )
+    assert (figure == (1, 2, 3)).all(axis=2).sum() == (figure == (4, 5, 6)).all(axis=2).sum() == 90 * 120
+    assert (figure == (9, 8, 7)).all(axis=2).any() and (figure[:, -28:] == 255).all()
+    write_figure(figure, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").info["dpi"] == pytest.approx((200, 200), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "columns"), [(1, 4, 1), (2, 4, 2), (6, 4, 3), (8, 4, 4), (7, 4, 4), (5, 3, 3)]
+)
+def test_rows_of_panels_leave_few_places_empty(count, most, columns):
+    assert even_columns(count, most) == columns
 
 
 def test_the_commands_write_their_images(phantom_archive, tmp_path):

@@ -17,6 +17,7 @@ NUM_COMPONENTS = 8  # of a breast's patches, that count as usual; our choice
 class HeatMap(NamedTuple):
     name: str
     values: np.ndarray  # (h, w) float, NaN where there is no breast
+    scale: str  # what the numbers are
     is_signed: bool = False  # 0 has a meaning
 
 
@@ -57,15 +58,16 @@ def encode(model: MammoDinoModel, pixel_values: torch.Tensor, tissue_mask: torch
 def heat_maps(patches: Patches, classifier: nn.Linear | None = None, classes: tuple[str, ...] = ()) -> list[HeatMap]:
     """Return attention, distance from the mean patch, PCA residual, and with a classifier the evidence for its
     classes."""
-    maps = [
-        HeatMap("attention of the class token", _on_grid(patches.attention, patches)),
-        HeatMap("distance from the breast's mean patch", _on_grid(distance_from_mean(patches.breast), patches)),
-        HeatMap(f"outside the {NUM_COMPONENTS} main components", _on_grid(residual(patches.breast), patches)),
-    ]
+    drawn = (
+        ("attention of the class token", patches.attention, "times even attention"),
+        ("distance from the breast's mean patch", distance_from_mean(patches.breast), "1 - cosine"),
+        (f"outside the {NUM_COMPONENTS} main components", residual(patches.breast), "length of what is left"),
+    )
+    maps = [HeatMap(name, _on_grid(values, patches), scale) for name, values, scale in drawn]
     if classifier is not None:
         evidence = class_evidence(patches, classifier)  # (T, C)
         shown = [1] if len(classes) == 2 else range(len(classes))
-        maps += [HeatMap(f"evidence for {classes[k]}", _on_grid(evidence[:, k], patches), True) for k in shown]
+        maps += [HeatMap(f"evidence for {classes[k]}", _on_grid(evidence[:, k], patches), "logit", True) for k in shown]
     return maps
 
 

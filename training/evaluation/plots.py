@@ -128,14 +128,15 @@ def draw_heat_maps(image: LesionImage, maps: list[HeatMap], title: str, output: 
     """Draw the image as the encoder sees it, and each heat map over it."""
     height, width = image.image.shape
     count = len(maps) + 1
-    figure = Figure(figsize=(3.2 * count, 3.2 * height / width + 1.2), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)
+    figure = Figure(figsize=(3.2 * count, 3.2 * height / width + 1.5), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False, height_ratios=(3.2 * height / width, 0.12))  # bars below, in line
     place = f", slice {image.frame} of {image.num_frames}" if image.num_frames > 1 else ""
-    axes[0, 0].set_title(f"as the encoder sees it{place}", fontsize=9)
-    for axis in axes.flat:
+    axes[0, 0].set_title(f"as the encoder sees it{place}", fontsize=10)
+    for axis in axes[0]:
         axis.imshow(image.image, cmap="gray", vmin=0)
         axis.set_axis_off()
-    for axis, each in zip(axes[0, 1:], maps, strict=True):
+    axes[1, 0].set_axis_off()
+    for axis, bar, each in zip(axes[0, 1:], axes[1, 1:], maps, strict=True):
         low, high = np.nanpercentile(each.values, (1, 99))
         if each.is_signed:
             low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
@@ -148,10 +149,10 @@ def draw_heat_maps(image: LesionImage, maps: list[HeatMap], title: str, output: 
             extent=(0, width, height, 0),
             interpolation="nearest",
         )
-        figure.colorbar(shown, ax=axis, location="bottom", shrink=0.8)
-        axis.set_title(each.name, fontsize=9)
-    figure.suptitle(f"{drawable(title)}\nFor a look: not validated to show lesions. {NOTICE}", fontsize=9)
-    save_figure(figure, output)
+        figure.colorbar(shown, cax=bar, orientation="horizontal", label=each.scale, extend="both")
+        axis.set_title(each.name, fontsize=10)
+    figure.suptitle(f"{drawable(title)}\nFor a look: not validated to show lesions. {NOTICE}", fontsize=10)
+    save_figure(figure, output, dpi=200)
 
 
 def _draw_boxes(axis: Axes, found: Found, file: str, renderer: LesionImageRenderer, threshold: float) -> None:

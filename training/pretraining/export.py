@@ -185,12 +185,17 @@ def draw_log(log: Path, output: Path) -> None:
     panels = {title: keys for title, keys in panels.items() if all(key in lines[0] for key in keys)}
     if scores:
         panels["k-NN of the teacher"] = ["knn_auc"]
-    figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for key in keys:
             shown = scores if key == "knn_auc" else lines
-            axis.plot([line["step"] for line in shown], [line[key] for line in shown], label=key.removeprefix("loss_"))
+            name = key.removeprefix("loss_").replace("_", " ")
+            axis.plot([line["step"] for line in shown], [line[key] for line in shown], label=name)
         axis.set_title(title)
         axis.set_xlabel("step")
-        axis.legend(fontsize=7)
-    figure.savefig(output, dpi=110, metadata={"Software": None})  # nothing but the image
+        axis.set_ylabel("AUC" if key == "knn_auc" else "loss" if key.startswith("loss_") else "")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(keys) > 1:  # below the curves, not over them
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False)
+    figure.savefig(output, dpi=200, metadata={"Software": None})  # nothing but the image

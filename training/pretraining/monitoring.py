@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -30,15 +29,16 @@ from dataset_scripts.benchmarks.labels import class_names, read_labels
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.features import RenderedSlice, SliceReader, extract_features, read_files
+from modeling_mammodino.tools.figure import write_figure
 from modeling_mammodino.tools.files import write_text
-from modeling_mammodino.tools.visualize import write_png
+from modeling_mammodino.tools.visualize import draw_features
 from training.evaluation.metrics import auc
 from training.evaluation.probes import nearest_neighbors
 
 from .checkpoints import LOG_FILE, WARNINGS_FILE
 from .compute import matmul_peak, step_flops
 from .export import image_processor, published_recipe
-from .feature_images import corpus_images, draw_features
+from .feature_images import corpus_images
 from .networks import Network
 from .preflight import FIRST_STEPS, describe, learned_nothing, shared_information
 from .recipe import Recipe
@@ -396,10 +396,10 @@ class Monitor:
                 found["knn_auc"] = self.knn.auc(self.encoder)
         if self.images and self.is_due(step, self.run.visualization_steps):
             with torch.compiler.set_stance("force_eager"):
-                image = draw_features(self.encoder, **self.images, title=f"step {step}")
+                image = draw_features(self.encoder, **self.images, title=f"Step {step}: what patch features see")
             folder = Path(self.run.output_dir) / "images"
             folder.mkdir(parents=True, exist_ok=True)
-            write_png(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), folder / f"step-{step:06d}.png")
+            write_figure(image, folder / f"step-{step:06d}.png")
             log_image(self.accelerator, "features", image, step)
         return found
 
