@@ -4,7 +4,7 @@ VENV ?= .venv
 TESTS ?= tests
 BIN := $(VENV)/bin
 
-.PHONY: demo benchmark-demo release test test-fast test-oldest test-transformers lint format clean
+.PHONY: demo benchmark-demo release space test test-fast test-oldest test-transformers lint format clean
 
 # torch first and from the constraints, so that nothing pulls another build in
 $(VENV)/ready: setup.cfg constraints.txt
@@ -25,6 +25,16 @@ benchmark-demo: $(VENV)/ready
 # full precision and heads
 release: $(VENV)/ready
 	$(BIN)/python -m training.release $(RUN) model_cards/mammodino-small --archive dist/mammodino-small.tar.gz
+
+# dist/space: the page with all that it needs, as a Hub Space takes it (space/README.md)
+space:
+	rm -rf dist/space
+	mkdir -p dist/space/model_cards dist/space/dataset_scripts
+	cp space/app.py space/README.md space/requirements.txt dist/space
+	cp -r modeling_mammodino dist/space
+	cp -r dataset_scripts/__init__.py dataset_scripts/phantom dist/space/dataset_scripts
+	cp -rL model_cards/mammodino-small dist/space/model_cards
+	find dist/space -name __pycache__ -prune -exec rm -r {} +
 
 # two workers of one thread each: more threads than cores wait for each other
 test test-fast test-oldest: export OMP_NUM_THREADS = 1

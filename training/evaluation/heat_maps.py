@@ -17,8 +17,8 @@ NUM_COMPONENTS = 8  # of a breast's patches, that count as usual; our choice
 class HeatMap(NamedTuple):
     name: str
     values: np.ndarray  # (h, w) float, NaN where there is no breast
-    scale: str  # what the numbers are
     is_signed: bool = False  # 0 has a meaning
+    scale: str = ""  # what the numbers are
 
 
 class Patches(NamedTuple):
@@ -63,11 +63,11 @@ def heat_maps(patches: Patches, classifier: nn.Linear | None = None, classes: tu
         ("distance from the breast's mean patch", distance_from_mean(patches.breast), "1 - cosine"),
         (f"outside the {NUM_COMPONENTS} main components", residual(patches.breast), "length of what is left"),
     )
-    maps = [HeatMap(name, _on_grid(values, patches), scale) for name, values, scale in drawn]
+    maps = [HeatMap(name, _on_grid(values, patches), scale=scale) for name, values, scale in drawn]
     if classifier is not None:
         evidence = class_evidence(patches, classifier)  # (T, C)
         shown = [1] if len(classes) == 2 else range(len(classes))
-        maps += [HeatMap(f"evidence for {classes[k]}", _on_grid(evidence[:, k], patches), "logit", True) for k in shown]
+        maps += [HeatMap(f"evidence for {classes[k]}", _on_grid(evidence[:, k], patches), True, "logit") for k in shown]
     return maps
 
 

@@ -101,7 +101,7 @@ class MultipleInstanceHead(nn.Module):
             sums[covered] += weight * len(tiles)
             counts[covered] += 1
         values = np.where(tiled.tissue & (counts > 0), sums / np.maximum(counts, 1), np.nan)
-        return HeatMap("attention over tiles", values, "times even attention")
+        return HeatMap("attention over tiles", values, scale="times even attention")
 
 
 def fit_head(
