@@ -81,7 +81,7 @@ def encoded_patches(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Return the image (H, W, 3) with dropped patches of the grid (h, w) painted over and the kept ones ruled."""
     height, width = image.shape[:2]
     mask = on_pixels(kept, image).astype(bool)
-    shown = np.where(mask[..., None], image, np.uint8(LEFT_OUT))
+    shown = np.where(mask[..., None], image, np.array(LEFT_OUT, np.uint8))
     patch_height, patch_width = height // kept.shape[0], width // kept.shape[1]
     ruled = np.zeros_like(mask)
     ruled[::patch_height] = ruled[:, ::patch_width] = True
