@@ -137,8 +137,9 @@ class Page:
         colors = cv2.applyColorMap(np.rint(255 * levels).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1] / 255
         alike = colored_patches(image, colors, kept, opacity=0.65)
         side_y, side_x = image.shape[0] // kept.shape[0], image.shape[1] // kept.shape[1]
-        corner = np.multiply(opened.patch, (side_y, side_x))[::-1]
-        cv2.rectangle(alike, corner, corner + (side_x, side_y), (255, 255, 255), 4)
+        row, column = opened.patch
+        corners = (column * side_x, row * side_y), ((column + 1) * side_x, (row + 1) * side_y)
+        cv2.rectangle(alike, *corners, (255, 255, 255), 4)
         seen = outlined(encoded_patches(image, kept), examined.seen.breast)
         return (
             seen,

@@ -3,6 +3,8 @@
 import argparse
 import logging
 
+from transformers.utils import logging as transformers_logging
+
 from .. import __version__
 from .command import command_line
 from .convert import add_command as add_convert
@@ -24,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     with command_line(f"mammodino {options.command}"):
         logging.getLogger().setLevel(logging.WARNING)  # of other libraries, warnings only
         logging.getLogger("modeling_mammodino").setLevel(logging.INFO)
+        transformers_logging.disable_progress_bar()  # loading weights takes a moment
         options.run(options)
 
 

@@ -77,11 +77,11 @@ class Examined:
         so that alike colors mean alike features in both."""
         return self._on_grid((axes or self.axes).colors(self.patches), 0.0)
 
-    def similarity(self, row: int, column: int) -> np.ndarray | None:
-        """Return the cosine of each patch with that one, (h, w) float, NaN in the background; None where that is
-        background."""
+    def similarity(self, row: int, column: int) -> np.ndarray:
+        """Return the cosine of each patch with that one, (h, w) float, NaN in the background. Raises ValueError where
+        that is background."""
         if not self.kept[row, column]:
-            return None
+            raise ValueError(f"patch {row}, {column} is background, which is not encoded")
         units = self.patches / np.linalg.norm(self.patches, axis=1, keepdims=True).clip(1e-12)
         return self._on_grid(units @ units[self.kept[:row].sum() + self.kept[row, :column].sum()], np.nan)
 

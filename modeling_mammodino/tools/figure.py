@@ -1,7 +1,9 @@
 """Figures that explain themselves: panels in rows, each under its caption; above them a title, below a legend with the
 scale; on white, at 200 dots an inch. Drawn with Pillow, which every installation has. Research use only."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +78,7 @@ def even_columns(count: int, most: int) -> int:
     return max(range(2, most + 1), key=lambda columns: (-(-count % columns), columns))
 
 
+@cache
 def _font(size_px: int):
     return ImageFont.load_default(size_px)
 
@@ -96,7 +99,8 @@ def _wrapped(text: str, size_px: int, width: int) -> list[str]:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
         while _width(lines[-1], size_px) > width and len(lines[-1]) > 1:
-            fits = max(n for n in range(1, len(lines[-1])) if n == 1 or _width(lines[-1][:n], size_px) <= width)
+            lengths = range(1, len(lines[-1]))
+            fits = max(1, bisect_right(lengths, width, key=lambda length: _width(lines[-1][:length], size_px)))
             lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
     return lines
 
