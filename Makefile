@@ -46,17 +46,16 @@ test: $(VENV)/ready
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses 2 -m "not slow" $(TESTS)
 
-# the oldest transformers that setup.cfg allows, and a hub client of its time
+# the oldest transformers that setup.cfg allows, and a hub client of its time, before those of the environment
 OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
-$(VENV)-oldest/ready: setup.cfg constraints.txt
-	$(PYTHON) -m venv $(VENV)-oldest
+$(VENV)-oldest/ready: $(VENV)/ready
+	mkdir -p $(VENV)-oldest
 	grep -viE '^(transformers|huggingface[-_]hub)==' constraints.txt > $(VENV)-oldest/constraints.txt
-	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt torch
-	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt $(OLDEST) --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)-oldest --constraint $(VENV)-oldest/constraints.txt $(OLDEST)
 	touch $@
 
 test-oldest: $(VENV)-oldest/ready
-	$(VENV)-oldest/bin/python -m pytest --numprocesses 2 $(TESTS)
+	PYTHONPATH=$(abspath $(VENV)-oldest) $(BIN)/python -m pytest --numprocesses 2 $(TESTS)
 
 # transformers' own common tests, from the source distribution of the installed version, on our classes
 SUITE := $(VENV)/transformers_suite
