@@ -27,7 +27,7 @@ import pandas as pd
 import modeling_mammodino
 from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import atomic_folder
-from modeling_mammodino.tools.publish import upload
+from modeling_mammodino.tools.publish import upload, without_private
 
 from . import BENCHMARKS, get_benchmark
 from .builder import DEFAULT, BenchmarkBuilder, BenchmarkConfig
@@ -138,8 +138,8 @@ def export(
                 shards = sorted(built.glob(f"*-{split}*.parquet"))
                 for number, shard in enumerate(shards):
                     os.rename(shard, data / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
-            left_out = Counter(builder.left_out) + Counter(each["reason"] for each in builder.refused())
-        (folder / CARD).write_text(make_card(builder, data, left_out, place or output.name))
+            reasons = Counter(builder.left_out) + Counter(each["reason"] for each in builder.refused())
+        (folder / CARD).write_text(make_card(builder, data, without_private(reasons), place or output.name))
     return output
 
 

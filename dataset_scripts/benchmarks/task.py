@@ -257,14 +257,16 @@ def official_splits(index: pd.DataFrame) -> tuple[str, ...]:
 
 
 def find_files(table: pd.DataFrame, data_dir: Path, allow_missing: bool) -> pd.Series:
-    """Return whether the file of each row is there. Raises ValueError where one is not, unless `allow_missing`."""
+    """Return whether the file of each row is there. Raises ValueError where one is not, with `allow_missing` where none
+    is."""
     is_there = table["file"].map(lambda file: not pd.isna(file) and Path(file).is_file()).astype(bool)
-    if not is_there.all() and not allow_missing:
+    if not is_there.all() and not (allow_missing and is_there.any()):
         first = table[~is_there].iloc[0]
+        remedy = "complete the download, or leave them out with allow_missing"
+        remedy = "give the folder that holds them" if allow_missing else remedy
         where = f"of image {first['image_id']}" if pd.isna(first["file"]) else first["file"]
         raise ValueError(
-            f"{data_dir}: {int((~is_there).sum())} of {len(table)} image files are missing, first {where}; complete "
-            "the download, or leave them out with allow_missing"
+            f"{data_dir}: {int((~is_there).sum())} of {len(table)} image files are missing, first {where}; {remedy}"
         )
     return is_there
 

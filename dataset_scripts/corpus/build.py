@@ -34,6 +34,7 @@ from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools.command import command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, write_json
+from modeling_mammodino.tools.publish import check_text, without_private
 
 from .archive import ArchiveFile, is_address, list_archive
 from .engine import ENGINES, Stage, parse_arguments, run_stages
@@ -157,6 +158,8 @@ def build_corpus(
         raise ValueError(f"min_mask_confidence={min_mask_confidence}: must be from 0 to 1")
     if min(*fit, num_proc, rows_per_shard, tasks) < 1:
         raise ValueError("height, width, num_proc, rows_per_shard and tasks must be at least 1")
+    if complaint := next(check_text(collection), None):
+        raise ValueError(f"collection={collection!r}: {complaint}, for it is published")
     _provide_hash_key(hash_key_file)
     if engine == "ray" and not hash_key_file:
         raise ValueError(
@@ -334,16 +337,16 @@ class Finish:
             "files_refused": len(refused),
             "files_ignored": ignored,
             "folders_unlisted": len(unlisted),
-            "passed_over": dict(Counter(reason for _, reason, is_unlisted in left_out if not is_unlisted)),
+            "passed_over": without_private(Counter(reason for _, reason, is_unlisted in left_out if not is_unlisted)),
             "rows": sum(record["rows"] for record in records),
             "volumes": sum(record["volumes"] for record in records),
             "rows_by_kind": dict(sorted(_sum(record["kinds"] for record in records).items())),
             "doubtful_masks": sum(record["doubtful_masks"] for record in records),
             "burned_in_annotations": dict(_sum(record["burned_in_annotations"] for record in records)),
-            "refused_by_reason": dict(
-                Counter(re.sub(r"file \d+", "another file", reason) for _, reason in refused).most_common(20)
+            "refused_by_reason": _most_frequent(
+                Counter(re.sub(r"file \d+", "another file", reason) for _, reason in refused)
             ),
-            "notes": dict(_sum(record["notes"] for record in records).most_common(20)),
+            "notes": _most_frequent(_sum(record["notes"] for record in records)),
             "shards": shards,
         }
         write_json(output / MANIFEST, manifest)
@@ -361,6 +364,10 @@ class Finish:
             for file in (ArchiveFile(*line) for line in read_lines(self.job.listing)):
                 if file.number in reasons:
                     writer.writerow([file.number, file.path, reasons[file.number]])
+
+
+def _most_frequent(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(list(without_private(counts).items())[:20])
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:

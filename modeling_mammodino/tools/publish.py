@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -186,6 +187,16 @@ def check_text(text: str) -> Iterator[str]:
             # a token itself is not repeated: this message may be logged
             shown = "" if "token" in name else f" ({_around(text, match)!r})"
             yield f"line {line} holds {name}{shown}; take it out"
+
+
+def without_private(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return counts by text, most frequent first; what `check_text` finds in a text is replaced by what it is."""
+    public: Counter[str] = Counter()
+    for text, count in counts.items():
+        for name, pattern in PRIVATE.items():
+            text = re.sub(rf"(?:{pattern.pattern})[^\s,;()]*", f"({name})", text)
+        public[text] += count
+    return dict(public.most_common())
 
 
 def read_settings(data: bytes) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataset_scripts.benchmarks.cdd_cesm import (
     locate,
     read_index,
 )
+from dataset_scripts.benchmarks.export import main as export
 
 LOW = FOLDERS["DM"]
 
@@ -94,6 +95,11 @@ def test_the_older_name_and_other_spellings_of_columns(tmp_path):
     columns = [*COLUMNS[:4], "ACR", *COLUMNS[5:8], "Pathology"]
     index = read_index(write(tmp_path, columns=columns, name=ANNOTATIONS[1]))
     assert list(index["density"].fillna("-")) == ["C", "C", "B", "B", "-"] and index["cancer"].sum() == 2
+
+
+def test_without_any_image_there_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"export: .*: 5 of 5 image files are missing, first .*jpg; give the folder"):
+        export(["cdd_cesm", "--data-dir", str(write(tmp_path)), "--output", str(tmp_path / "out"), "--allow-missing"])
 
 
 @pytest.mark.parametrize("place", ["", "cdd_cesm/"])

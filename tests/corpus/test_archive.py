@@ -191,6 +191,21 @@ def make_others(folder: Path) -> None:
     mammogram(folder, "smuggled.dcm", 9, seed=9, SOPClassUID=CAPTURE, Modality="DOE^JANE")
 
 
+def test_a_reason_that_holds_a_uid_is_private_and_the_corpus_can_be_published(tmp_path):
+    mammogram(tmp_path / "in", "mg.dcm", 1)
+    odd = mammogram(tmp_path / "in", "odd.dcm", 2, seed=2)
+    content, known = odd.read_bytes(), uid.ExplicitVRLittleEndian.encode() + bytes(1)
+    unknown = b"1.2.840.10008.99.9.1"  # of the same length
+    assert content.count(known) == 1 and len(known) == len(unknown)
+    odd.write_bytes(content.replace(known, unknown))
+    manifest = make([tmp_path / "in"], tmp_path / "out")
+    assert unknown.decode() in refusals(tmp_path / "out")["odd.dcm"]
+    assert list(manifest["refused_by_reason"].values()) == [1] and "(a DICOM UID)" in str(manifest)
+    assert verify_corpus(tmp_path / "out") == []
+    with pytest.raises(ValueError, match="collection='/data/site': .* a path of a local machine"):
+        make([tmp_path / "in"], tmp_path / "other", collection="/data/site")
+
+
 def test_other_modalities_do_not_enter(tmp_path):
     make_others(tmp_path / "in")
     manifest = make([tmp_path / "in"], tmp_path / "out")
