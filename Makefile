@@ -4,7 +4,7 @@ VENV ?= .venv
 TESTS ?= tests
 BIN := $(VENV)/bin
 
-.PHONY: demo benchmark-demo release space test test-fast test-oldest test-transformers lint format clean
+.PHONY: docs wheel demo benchmark-demo release space test test-fast test-oldest test-transformers lint format clean
 
 # torch first and from the constraints, so that nothing pulls another build in
 $(VENV)/ready: setup.cfg constraints.txt
@@ -70,6 +70,15 @@ test-transformers: $(SUITE)/ready
 	cp -r tests/transformers_suite/stand_ins/. $(SUITE)/source
 	TRANSFORMERS_SOURCE=$(abspath $(SUITE))/source RUN_SLOW=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -o addopts="-q -rf" -W ignore tests/transformers_suite
+
+# the site, in build/site; a broken link or reference stops it
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# what is uploaded: dist/*.whl, checked as the index checks it
+wheel: $(VENV)/ready
+	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python -m twine check --strict dist/*.whl
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

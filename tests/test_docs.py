@@ -1,6 +1,10 @@
-"""README, docs and cards name what is there: modules that run, files that links lead to, recipes."""
+"""README, docs and cards name what is there: modules that run, their options, files that links lead to, recipes."""
 
+import argparse
+import json
 import re
+import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +14,65 @@ ROOT = Path(__file__).parents[1]
 PATTERNS = ("*.md", "docs/*.*", "model_cards/*.md", "performance/*.md", "training/**/*.yaml", "Makefile", ".ci/run")
 PAGES = [path for pattern in PATTERNS for path in ROOT.glob(pattern)]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES if path.suffix != ".png"}
+for notebook in ROOT.glob("docs/notebooks/*.ipynb"):
+    cells = json.loads(notebook.read_text())["cells"]
+    TEXTS[str(notebook.relative_to(ROOT))] = "\n".join("".join(cell["source"]) + "\n" for cell in cells)
+
+
+RUN = re.compile(
+    r"(?:-m ((?:training|dataset_scripts|performance)(?:\.\w+)+)|(?:^ *|`)(mammodino [a-z]\w*))([^`#&\n]*)",
+    re.MULTILINE,
+)
+
+
+def commands_in(text: str) -> set[tuple[str, ...]]:
+    """What a text runs: a module or `mammodino COMMAND`, and its options. A line that ends in a backslash goes on."""
+    found = RUN.findall(re.sub(r"\\\n\s*", " ", text))
+    return {(module or command, *re.findall(r"(?<!\S)--\w[\w-]*", words)) for module, command, words in found}
+
+
+class Parsed(Exception):
+    """Carries the parser of a command whose arguments are about to be parsed."""
+
+
+def known_options(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Every option of the parser that the command makes."""
+
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def stop(parser, *arguments, **options):
+        if not parser.add_help:  # looks ahead for one option
+            return parse(parser, *arguments, **options)
+        raise Parsed(parser)
+
+    name, *rest = command.split()
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        patch.setattr(sys, "argv", [name])
+        module = "modeling_mammodino.tools.cli" if rest else name
+        if find_spec(module).submodule_search_locations:
+            module = f"{module}.__main__"
+        with pytest.raises(Parsed) as parsed:
+            import_module(module).main()
+    parser = parsed.value.args[0]
+    if rest:
+        (commands,) = [each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+        assert rest[0] in commands, command
+        parser = commands[rest[0]]
+    return set(parser._option_string_actions)
+
+
+@pytest.mark.slow
+def test_options_that_are_named_are_known_to_their_commands(monkeypatch):
+    used: dict[str, set[tuple[str, str]]] = {}
+    for page, text in TEXTS.items():
+        if page != "CHANGELOG.md":
+            for command, *options in commands_in(text):
+                used.setdefault(command, set()).update((option, page) for option in options)
+    assert {"mammodino embed", "training.pretrain", "dataset_scripts.corpus"} <= used.keys()
+    for command, options in used.items():
+        known = known_options(command, monkeypatch)
+        assert {each for each in options if each[0] not in known} == set(), command
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -36,7 +99,9 @@ def test_files_that_are_named_exist():
         "README.md",
         "CONTRIBUTING.md",
         "docs/corpus.md",
-        "docs/evaluation.md",
+        "docs/compare.md",
+        "docs/finetuning.md",
+        "docs/localize.md",
         "docs/pretraining.md",
         ".ci/run",
     ):

@@ -4,7 +4,7 @@
 
 RUN is the output_dir of a finished run: frozen, attention, mil, lora, full or detection. FILES are images, folders, or
 tables with a column `file` (relative to the table) and, where breasts and patients are to be predicted, `patient` with
-`laterality` or `breast`, as label tables have them (docs/evaluation.md). The output, .parquet or .csv, has a row an
+`laterality` or `breast`, as label tables have them (docs/finetuning.md). The output, .parquet or .csv, has a row an
 image, and for each way of aggregation a row a breast and a patient: `class`, the most probable one, p_CLASS, calibrated
 on the run's validation part, uncalibrated_CLASS, as the head says, and how far the breast mask can be trusted. Of
 detection a row a box, in pixels of the file, and the highest score of images, breasts and patients. A file that cannot

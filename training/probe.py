@@ -2,7 +2,7 @@
 
     python -m training.probe --models NAME=FOLDER... --labels LABELS.csv --tasks density lesion --output PROBE.json
 
-LABELS.csv is a label table (docs/evaluation.md); empty cells are left out. Without --test_labels patients are held out:
+LABELS.csv is a label table (docs/finetuning.md); empty cells are left out. Without --test_labels patients are held out:
 those of its `split`, or else a part. An untrained encoder of the first model's architecture is always evaluated beside.
 """
 

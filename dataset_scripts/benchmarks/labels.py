@@ -1,6 +1,6 @@
 """The label table: one's own images and labels, in one form for every command that learns or measures.
 
-A CSV or Parquet file with a row an image. docs/evaluation.md describes it, and every error points there. As a data set
+A CSV or Parquet file with a row an image. docs/finetuning.md describes it, and every error points there. As a data set
 it is called `table`: `load_task("table", "labels.csv", "finding")` knows each column of classes as a task.
 
     file,patient,laterality,view,finding
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 TABLE = "table"
 FILES = ("labels.csv", "labels.parquet", "index.csv", "index.parquet")  # of a folder
-ABOUT = 'see "Label tables" in docs/evaluation.md'
+ABOUT = 'see "Label tables" in docs/finetuning.md'
 NEEDED = ("file", "patient")
 # column: how it is called in the index, and may be in a table
 IDENTITY = {

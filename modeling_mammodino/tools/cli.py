@@ -10,6 +10,7 @@ from .command import command_line
 from .convert import add_command as add_convert
 from .demo_page import add_command as add_demo
 from .embed import add_command as add_embed
+from .environment import add_command as add_env
 from .publish import add_command as add_push
 from .visualize import add_contact_sheet_command as add_contact_sheet
 from .visualize import add_inspect_command as add_inspect
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="mammodino", description=__doc__)
     parser.add_argument("--version", action="version", version=f"mammodino {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add_command in (add_demo, add_inspect, add_contact_sheet, add_embed, add_convert, add_push):
+    for add_command in (add_demo, add_inspect, add_contact_sheet, add_embed, add_convert, add_push, add_env):
         add_command(commands)
     options = parser.parse_args(arguments)
     with command_line(f"mammodino {options.command}"):

@@ -1,9 +1,12 @@
 """The command line: what every subcommand shares."""
 
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from modeling_mammodino import __version__
 from modeling_mammodino.tools.command import command_line
@@ -29,7 +32,17 @@ def test_the_commands_are_these(mammodino, capsys):
     with pytest.raises(SystemExit):
         mammodino("--help")
     text = capsys.readouterr().out
-    assert all(f"\n    {command}" in text for command in COMMANDS)
+    assert all(f"\n    {command}" in text for command in (*COMMANDS, "env"))
+
+
+def test_env_prints_versions_and_devices_and_nothing_of_the_user(mammodino, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    mammodino("env")
+    text = capsys.readouterr().out
+    lines = dict(line.split(": ", 1) for line in text.splitlines())
+    assert lines["mammodino"].startswith(__version__) and lines["torch"] == torch.__version__ and lines["GPU"]
+    for private in ("hf_secret", "/", str(Path.home()), str(Path.cwd()), platform.node()):
+        assert private not in text
 
 
 @pytest.mark.slow

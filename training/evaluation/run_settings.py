@@ -34,7 +34,7 @@ class RunSettings:
         "baselines", "external",
     )  # fmt: skip
 
-    labels: str = setting("", "Own images: a label table, as docs/evaluation.md describes it. Or:")
+    labels: str = setting("", "Own images: a label table, as docs/finetuning.md describes it. Or:")
     dataset: str = setting("", "A benchmark of dataset_scripts.benchmarks, such as vindr_mammo or phantom.")
     data_dir: str = setting("", "Its folder as downloaded.")
     output_dir: str = setting("", "Where result.json, predictions.parquet and the model go.")

@@ -216,7 +216,7 @@ class KnnProbe:
     """k-NN on the labeled files of one task: whether features become useful, long before the losses say so. A volume is
     its middle slice.
 
-    labels: a label table (docs/evaluation.md); rows without a label are left out.
+    labels: a label table (docs/finetuning.md); rows without a label are left out.
     Each of several processes reads and encodes its share, so that none waits for another. Raises ValueError for what
     cannot be used, a file included: a curve of other files is another curve.
     """

@@ -216,7 +216,7 @@ class RunRecipe:
     )
     visualization_steps: int = setting(1250, "Steps between images of the teacher's features; 0: none.", low=0)
     knn_steps: int = setting(0, "Steps between k-NN scores of the teacher on knn_labels; 0: none.", low=0)
-    knn_labels: str = setting("", "Label table (docs/evaluation.md) with the column knn_task.")
+    knn_labels: str = setting("", "Label table (docs/finetuning.md) with the column knn_task.")
     knn_task: str = setting("", "Column of knn_labels that is predicted.")
     preflight: bool = setting(
         True, "Before the first step, estimate what views share, and warn of a run that cannot learn."

@@ -1,0 +1,39 @@
+"""The notebooks of docs/ run as they are, in a folder of the test's, and are kept without outputs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def run_notebook(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a notebook with `folder` in place of its runs/. Raises nbclient's error with the cell that failed."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    notebook = nbformat.reads(path.read_text().replace("runs/", f"{folder}/"), as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_its_first_cell_to_its_last(path, tmp_path, monkeypatch):
+    run_notebook(path, tmp_path, monkeypatch)
+    if path.stem == "pretrain_small":
+        documented = (ROOT / "docs" / "log.md").read_text()
+        line = json.loads((tmp_path / "notebook_pretrained/logs/log.jsonl").read_text().splitlines()[-1])
+        plain = {name for name in line if not name.startswith(("loss_breast", "loss_patient"))}
+        assert {name for name in plain if f"`{name}`" not in documented} == set()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs_and_says_first_what_one_needs(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    assert "**What you need:**" in "".join(cells[0]["source"])
