@@ -31,7 +31,7 @@ COLUMNS = ("density", "view", *SOURCES, "age")
 AGES = {0: "under 50", 50: "50 to 59", 60: "60 to 69", 70: "70 and over"}
 IN_ORDER = {name: start for start, name in AGES.items()}
 MIN_PATIENTS = 10  # of a group that is scored
-MIN_OF_CLASS = 5  # patients of each class in a group, and among the others
+MIN_OF_CLASS = 3  # patients of each class in it
 MIN_OF_SOURCE = {"train": 5, "validation": 2, "test": 5}  # patients of a source
 
 
@@ -99,7 +99,7 @@ def score_subgroups(
     """Return a dict a group: column, group, level, units, patients, score and gap as [value, low, high].
 
     At `level`, or at that of images where a breast or patient has images of several groups, as views are. Groups of
-    few patients, altogether or of one of the classes, have no score.
+    few patients, altogether or of one of the classes, have no score, and beside such others no gap.
     """
     found = []
     for column, group in groups_known(table, task).items():
@@ -117,15 +117,18 @@ def score_subgroups(
             outside = own.notna().to_numpy() & ~inside
             about = {"column": column, "group": name, "level": of_level, "units": int(inside.sum())}
             about["patients"] = len(set(patients[inside]))
-            num_classes = probabilities.shape[1]
-            if about["patients"] >= MIN_PATIENTS and all(
-                _least_of_class(labels[part], patients[part], num_classes) >= MIN_OF_CLASS for part in (inside, outside)
-            ):
-                both = [
-                    _score_part(labels[part], probabilities[part], [weights[:, part] for weights in blocks], metric)
-                    for part in (inside, outside)
-                ]
+            enough = [
+                len(set(patients[part])) >= MIN_PATIENTS
+                and _least_of_class(labels[part], patients[part], probabilities.shape[1]) >= MIN_OF_CLASS
+                for part in (inside, outside)
+            ]
+            both = [
+                _score_part(labels[part], probabilities[part], [weights[:, part] for weights in blocks], metric)
+                for part in (inside, outside)
+            ]
+            if enough[0]:
                 about["score"] = list(interval(*both[0]))
+            if all(enough):
                 about["gap"] = list(interval(both[0][0] - both[1][0], both[0][1] - both[1][1]))
             found.append(about)
     return found

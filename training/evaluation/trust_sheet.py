@@ -79,7 +79,8 @@ HOW = (
     "Scores are of the head's probabilities as they are; calibration (temperature and a bias a class, bias-corrected "
     "temperature scaling) was fitted on the validation part. ECE: bins of equal counts, ten at most. Brier: the mean "
     "squared error of the probabilities. A gap is a group's score less that of all others on the same resamples of "
-    "patients; the groups were not chosen by the result, and of several intervals one in twenty misses by chance. "
+    "patients; the groups were not chosen by the result, those of few patients (ten, or three of a class) are not "
+    "scored, and of several intervals one in twenty misses by chance. "
     "Untrained: the same architecture with random weights, where nothing else is said; hand-crafted: some hundred "
     "statistics of brightness and texture; both under a linear probe on the same patients. External: this run as it is "
     "on other data, nothing fitted there."
@@ -117,10 +118,13 @@ def verdicts(trust: dict[str, Any]) -> list[tuple[str, str]]:
     for name, each in trust["external"].items():
         kept = each["score"][0] is not None and each["score"][0] >= (head["score"][1] or 0)
         words = "holds: not below the interval here" if kept else "does not hold: below the interval here"
-        about = f"{format_interval(each['score'])}, {each['patients']} patients"
+        about = f"{format_interval(each['score'])}, {each['patients']} patients; its probabilities are off by "
+        about += f"{each['calibration']['ece'][0]:.3f} there"
         found.append((yes if kept else no, f"On other data ({name}), as it is, it {words}, {about}."))
     found.append(calibration_sentence(trust["calibration"]["after"]))
     scored = [each for each in trust["subgroups"] if each.get("gap")]
+    few = len(trust["subgroups"]) - len(scored)
+    untold = f" Of {few} further groups there are too few patients." if few else ""
     worse = [each for each in scored if each["gap"][2] is not None and each["gap"][2] < 0]
     if worse:
         named = "; ".join(
@@ -128,14 +132,14 @@ def verdicts(trust: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_interval(each['gap'], True)}"
             for each in worse
         )
-        found.append((no, f"Of {len(scored)} groups it is worse in {named}."))
+        found.append((no, f"Of {len(scored)} groups it is worse in {named}.{untold}"))
     elif scored:
         least = min(scored, key=lambda each: each["score"][0])
         found.append(
             (
                 yes,
                 f"No group of {len(scored)} is shown to be worse than the others; the lowest is {least['column']} "
-                f"{least['group']}, {format_interval(least['score'])}.",
+                f"{least['group']}, {format_interval(least['score'])}.{untold}",
             )
         )
     else:
@@ -236,7 +240,8 @@ def draw_sheet(trust: dict[str, Any], output: Path) -> None:
     for each in shown:
         level = "" if each["level"] == head["level"] else f", {each['level']}"
         name = f"{each['column']} {each['group']} ({each['patients']}{level})"
-        worse = each["gap"][2] is not None and each["gap"][2] < 0
+        gap = each.get("gap")
+        worse = bool(gap) and gap[2] is not None and gap[2] < 0
         groups.append((name, each["score"], BAD if worse else GOOD))
     _forest(right, groups, head, "subgroups (patients); red: worse than the others")
     figure.suptitle(f"{drawable(trust['title'])}: {metric} {format_interval(head['score'])}. {NOTICE}", fontsize=11)
