@@ -227,7 +227,7 @@ def draw_sheet(trust: dict[str, Any], output: Path) -> None:
     """Draw the scores beside each other, the reliability plot, and the subgroups."""
     head = trust["headline"]
     shown = [each for each in trust["subgroups"] if each.get("score")]
-    height = max(4.2, 1.6 + 0.26 * len(shown))
+    height = max(4.8, 1.6 + 0.26 * len(shown))
     figure = Figure(figsize=(15, height), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     metric = metric_in_words(head)
@@ -282,5 +282,5 @@ def _reliability(axis: Any, trust: dict[str, Any]) -> None:
     name = list(trust["headline"]["classes"])[1] if two else "the most probable class"
     axis.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"probability of {drawable(name)}", ylabel="how often it was so")
     axis.set_title("reliability, bins of equal counts", fontsize=10)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     axis.grid(alpha=0.3)
