@@ -75,10 +75,10 @@ test-transformers: $(SUITE)/ready
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# what is uploaded: dist/*.whl, checked as the index checks it
+# what is uploaded, checked as the index checks it; the wheel is built of the source archive, so nothing old gets in
 wheel: $(VENV)/ready
-	$(BIN)/python -m build --wheel --outdir dist
-	$(BIN)/python -m twine check --strict dist/*.whl
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/mammodino-*.whl dist/mammodino-*.tar.gz
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

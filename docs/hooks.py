@@ -60,6 +60,9 @@ def notebook_page(path: Path) -> str:
     parts = []
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
-        parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        language, code = (
+            ("bash", source.removeprefix("%%bash\n")) if source.startswith("%%bash") else ("python", source)
+        )
+        parts.append(f"```{language}\n{code}\n```" if cell["cell_type"] == "code" else source)
     title, *rest = parts
     return "\n\n".join([title, f"The page shows the cells; [notebook]({path.name}) to run it.", *rest])

@@ -109,6 +109,17 @@ def test_files_that_are_named_exist():
             assert (ROOT / path).exists(), f"{page}: {path}"
 
 
+@pytest.mark.slow
+def test_the_detr_example_has_the_encoders_weights():
+    from modeling_mammodino.tools.command import shipped_model
+
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", TEXTS["docs/export.md"], re.S) if "Detr" in code]
+    names: dict = {}
+    exec(example.replace("model_cards/mammodino-small", str(shipped_model())), names)
+    own, loaded = names["backbone"].state_dict(), names["detector"].model.backbone.state_dict()
+    assert own and all((loaded[f"model.{name}"] == value).all() for name, value in own.items())
+
+
 def test_every_recipe_is_in_the_readme():
     for recipe in (ROOT / "training" / "recipes").glob("*.yaml"):
         assert f"`{recipe.stem}`" in TEXTS["README.md"]
