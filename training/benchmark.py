@@ -7,9 +7,7 @@ same suite, and a killed one is started again with the same command. Then writes
 (everything), report.md (tables, significance, the paper's results beside ours) and radar.png. Research use only.
 """
 
-import argparse
-
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from training.evaluation.benchmark_report import read_done, write_report
 from training.evaluation.benchmark_suite import read_suite
 from training.evaluation.runs import run_jobs
@@ -18,7 +16,7 @@ from .finetune import finetune
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--config", type=user_path, required=True, help="YAML of the suite, such as training/suites/*.yaml"
     )

@@ -6,7 +6,6 @@ PROBE.json is what training.probe wrote. NAME says in public what the labeled da
 are called that, by the name `phantom`.
 """
 
-import argparse
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, model_folder, user_path
 from modeling_mammodino.tools.files import atomic_file
 from training.evaluation.reports import format_interval, markdown_table
 from training.pretraining.export import PHANTOM
@@ -27,8 +26,8 @@ HEADS = {"knn": "k-NN", "logistic": "logistic regression"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.card", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=user_path, help="an exported encoder")
+    parser = CommandParser(prog="python -m training.card", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=model_folder, help="an exported encoder")
     parser.add_argument("--results", type=user_path, required=True, help="JSON file of training.probe")
     parser.add_argument("--dataset", required=True, help="public name of the labeled data, `phantom` if simulated")
     parser.add_argument("--model", help="the encoder's name in the results (default: found by its folder)")

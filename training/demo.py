@@ -9,7 +9,6 @@ lists the commands. The benchmark demo: every task and every baseline under one 
 have small random weights, so that it shows that the suite runs and says nothing about the published models.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import jinja2
 import yaml
 
 from dataset_scripts.benchmarks.index import TASKS as BENCHMARK_TASKS
-from modeling_mammodino.tools.command import SHIPPED, command_line, user_path
+from modeling_mammodino.tools.command import SHIPPED, CommandParser, command_line, user_path
 from training.evaluation.backbones.small_checkpoints import write_small_checkpoints
 from training.evaluation.reports import excludes_zero, format_interval
 
@@ -48,7 +47,7 @@ Command = tuple[str | Path | int, ...]  # a module and its arguments
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=user_path, help="default: runs/demo, runs/benchmark_demo")
     parser.add_argument("--seed", type=int, default=0, help="of phantom and pretraining (not with --benchmark)")
     parser.add_argument("--benchmark", action="store_true", help="the benchmark demo")

@@ -12,7 +12,6 @@ refers to its SOP instance. **It carries the patient and study of the file, as v
 research use only. Needs the extra `clinical`.
 """
 
-import argparse
 import copy
 import logging
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ import modeling_mammodino
 from modeling_mammodino.dicom import open_dicom
 from modeling_mammodino.dicom_header import laterality, num_frames
 from modeling_mammodino.image_io import InvalidImageError
-from modeling_mammodino.tools.command import command_line, user_model, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_model, user_path
 from modeling_mammodino.tools.embed import find_device
 from modeling_mammodino.tools.features import find_files
 from modeling_mammodino.tools.files import atomic_file
@@ -299,7 +298,7 @@ def open_maps(run: str, source: str | None) -> tuple[Backbone, nn.Module | None,
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.export_dicom", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.export_dicom", description=__doc__.splitlines()[0])
     parser.add_argument(
         "run", type=user_model, help="output_dir of training.detect or training.finetune; or an encoder"
     )

@@ -3,12 +3,11 @@
 python -m training.features FILE... --model MODEL --output PNG [--slices_per_volume N]
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from modeling_mammodino.tools.command import add_model_option, command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, add_model_option, command_line, user_path
 from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.figure import write_figure
 from modeling_mammodino.tools.files import check_output
@@ -16,7 +15,7 @@ from modeling_mammodino.tools.visualize import draw_features
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.features", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.features", description=__doc__.splitlines()[0])
     parser.add_argument(
         "files", nargs="+", type=user_path, metavar="FILE", help="DICOM or image files, colored together"
     )

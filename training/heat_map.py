@@ -8,7 +8,6 @@ evidence for its classes, too. With a head of tissue tiles (--head mil of that r
 the tiles instead.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from transformers import AutoConfig
 from modeling_mammodino import MammoDinoForImageClassification, MammoDinoModel
 from modeling_mammodino.dicom import spread
 from modeling_mammodino.rendering import UNPLACED
-from modeling_mammodino.tools.command import command_line, user_model, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_model, user_path
 from modeling_mammodino.tools.features import extract_features
 from modeling_mammodino.tools.files import check_output
 from training.evaluation.backbones.preprocessing import MammoDinoImages
@@ -104,7 +103,7 @@ def own_classifier(model_name: str) -> tuple[nn.Linear | None, tuple[str, ...]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.heat_map", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.heat_map", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=user_path, help="DICOM or image")
     parser.add_argument(
         "--model", type=user_model, required=True, help="checkpoint folder or Hub id, with its image processor"

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from dataset_scripts.benchmarks.labels import read_labels
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, write_json, write_text
 from training.evaluation.backbones.efficientnet_lite0 import Lite0Reader
 from training.evaluation.backbones.registry import PROVENANCE
@@ -62,7 +62,7 @@ UNTRAINED, TEACHER = "untrained:", "teacher.safetensors"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.leaderboard", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.leaderboard", description=__doc__.splitlines()[0])
     parser.add_argument("--labels", type=user_path, help="CSV of held-out patients")
     parser.add_argument("--tasks", type=user_path, help="YAML of what is predicted")
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME=SOURCE", help="rows to evaluate")

@@ -11,7 +11,6 @@ detection a row a box, in pixels of the file, and the highest score of images, b
 be used has a row with the reason; the others go on.
 """
 
-import argparse
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +21,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from dataset_scripts.benchmarks.labels import read_images
-from modeling_mammodino.tools.command import command_line, user_model, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_model, user_path
 from modeling_mammodino.tools.embed import find_device
 from modeling_mammodino.tools.features import find_files
 from modeling_mammodino.tools.files import atomic_file, check_output
@@ -48,7 +47,7 @@ IMAGES_AT_ONCE = 256  # whose tiles are in memory
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.predict", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.predict", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=user_path, help="output_dir of training.finetune or training.detect")
     parser.add_argument("files", nargs="+", type=user_path, help="images, folders, or tables with a column `file`")
     parser.add_argument("--output", type=user_path, required=True, help=".parquet or .csv to write")

@@ -3,7 +3,6 @@
 python -m training.preview FILE --output PNG [--recipe RECIPE] [--seed N]
 """
 
-import argparse
 from pathlib import Path
 
 import cv2
@@ -15,7 +14,7 @@ from matplotlib.patches import Rectangle
 from dataset_scripts.corpus.reader import TISSUE_CELL_PX
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import patch_tissue
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, check_output
 from training.evaluation.plots import drawable
 from training.pretraining.recipe import Recipe, load_recipe
@@ -132,7 +131,7 @@ def draw_neighbors(axes: np.ndarray, slices: list, position: int, recipe: Recipe
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.preview", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.preview", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=user_path, help="DICOM, PNG, JPEG or PGM, or the folder of one volume")
     parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--recipe", default="mammodino", help="whose crops and masks (default: mammodino)")

@@ -16,12 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.model_selection import StratifiedGroupKFold
-from tqdm import tqdm
 
 from dataset_scripts.benchmarks.labels import ABOUT, class_names, read_labels
 from dataset_scripts.benchmarks.task import find_files
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.command import command_line, user_model, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, show_progress, user_model, user_path
 from modeling_mammodino.tools.features import POOLS, embed_files
 from modeling_mammodino.tools.files import check_output, write_text
 from training.evaluation.metrics import bootstrap_auc
@@ -42,7 +41,7 @@ class Features(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.probe", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.probe", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="encoders to evaluate")
     parser.add_argument(
         "--labels", type=user_path, required=True, help="CSV of the patients that the probes learn from"
@@ -160,7 +159,7 @@ def read_features(
         last_layers=last_layers,
     )
     rows, kept = [], []
-    for result in tqdm(files, desc="features", unit="file", total=len(paths)):
+    for result in show_progress(files, desc="features", unit="file", total=len(paths)):
         kept.append(result.refused is None)
         if result.refused is None:
             rows.append(result.embeddings.mean(axis=0))  # (F,), the models side by side

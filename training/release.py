@@ -9,7 +9,6 @@ that is there says of data, limits and license is written by hand, and stays. Th
 encoder in full precision, and what the last checkpoint has beside it: student, heads, targets. Research use only.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -29,7 +28,7 @@ from dataset_scripts.phantom.acquisition import acquire_2d
 from dataset_scripts.phantom.anatomy import PhantomParameters
 from dataset_scripts.phantom.archive import simulate_breast
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, atomic_folder, write_json
 from modeling_mammodino.tools.publish import CARD, CONFIG, PROCESSOR, RECIPE, check_folder, model_code
 from training.evaluation.reports import format_interval, markdown_table
@@ -49,7 +48,7 @@ how each task is read, and has more encoders."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.release", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.release", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=user_path, help="output_dir of training.pretrain")
     parser.add_argument("folder", type=user_path, help="folder to make anew; what its card says by hand stays")
     parser.add_argument("--results", nargs="+", type=user_path, default=[], help="JSON files of training.leaderboard")

@@ -7,8 +7,18 @@ from dataclasses import field, fields
 from typing import Any
 
 import numpy as np
+from transformers import HfArgumentParser
 
-from modeling_mammodino.tools.command import user_path
+from modeling_mammodino.tools.command import CommandParser, user_model, user_path
+
+MODELS = ("source", "encoder", "init_from")  # settings that name a checkpoint
+
+
+class SettingsParser(CommandParser, HfArgumentParser):
+    """The options that dataclasses of settings are. Raises ValueError for what it cannot take."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
 
 
 class Range:
@@ -42,10 +52,15 @@ def setting(
 
 
 def check_values(section: Any) -> None:
-    """Expand `~` in paths. Raise ValueError naming the first field whose value it may not take, and what it may be."""
+    """Expand `~` in paths, and a run's folder to its encoder.
+
+    Raise ValueError naming the first field whose value it may not take, and what it may be.
+    """
     for each in fields(section):
         if str(getattr(section, each.name)).startswith("~"):
             setattr(section, each.name, str(user_path(getattr(section, each.name))))
+        if each.name in MODELS and isinstance(getattr(section, each.name), str):
+            setattr(section, each.name, user_model(getattr(section, each.name)))
         value, allowed = getattr(section, each.name), each.metadata.get("choices")
         for element in value if isinstance(value, list) else [value]:
             kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in str(each.type))

@@ -7,7 +7,6 @@ are evaluated on held-out simulated patients and, with --real_slices, on real on
 and several processes share the work. `--only "MammoDINO" --output ANOTHER` remakes one row. Research use only.
 """
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -26,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from dataset_scripts.corpus.reader import Corpus
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import write_json
 from training.evaluation.readout import EncoderReader, Reader, whole_features
 from training.evaluation.runs import PREDICTIONS_FILE, RESULT_FILE, is_done, run_jobs, write_parquet
@@ -211,7 +210,7 @@ def run_while_wanted(job: Run) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     names = [each.name for each in configurations()]
-    parser = argparse.ArgumentParser(prog="python -m training.study", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.study", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--size", choices=SIZES, default="hour", help="an hour, an evening: on two cores; a night: a GPU"
     )

@@ -7,7 +7,6 @@ other data with the same task and classes, a label table or a data set of datase
 figure beside the internal one.
 """
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import nn
 from dataset_scripts.benchmarks.labels import TABLE
 from dataset_scripts.benchmarks.task import TaskTable, labeled_images
 from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.embed import find_device
 from training.evaluation.backbones.preprocessing import MammoDinoImages
 from training.evaluation.backbones.registry import Backbone, load_backbone
@@ -181,7 +180,7 @@ def evaluate_external(run: Path, external: str, allow_missing: bool = False) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.trust", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m training.trust", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=user_path, help="output_dir of training.finetune")
     parser.add_argument("--external", nargs="+", default=[], help="other data: label tables, or DATASET=FOLDER")
     parser.add_argument("--allow_missing", action="store_true", help="leave images out whose file is not there")

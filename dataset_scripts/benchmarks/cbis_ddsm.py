@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from modeling_mammodino.dicom import iter_slices
 from modeling_mammodino.dicom_header import number, text
 from modeling_mammodino.dicom_pixels import AS_STORED
 from modeling_mammodino.image_io import InvalidImageError
+from modeling_mammodino.tools.command import show_progress
 from modeling_mammodino.tools.files import write_text
 
 from .index import (
@@ -142,7 +142,9 @@ def read_boxes(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
     known = _read_cache(data_dir / CACHE)
     before = dict(known)
     try:
-        for image, path in tqdm(zip(index["image_id"], index["path"], strict=True), "masks", len(index), disable=None):
+        for image, path in show_progress(
+            zip(index["image_id"], index["path"], strict=True), "masks", len(index), disable=None
+        ):
             of_image: list[Box] = []
             for subject, kind in abnormalities[image]:
                 corners, reason = _corners(subject, files_of.get(subject), data_dir / path, known)

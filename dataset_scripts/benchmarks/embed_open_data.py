@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from modeling_mammodino.dicom_header import number, text
+from modeling_mammodino.tools.command import show_progress
 
 from .index import DENSITIES, Benchmark, Box, MetadataTable, find_file, make_box, make_index, read_csv, read_headers
 
@@ -185,7 +185,7 @@ def read_boxes(index: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
     }
     boxes: list[list[Box] | None] = []
     absent = 0
-    for image in tqdm(index.itertuples(), "boxes", len(index), disable=None):
+    for image in show_progress(index.itertuples(), "boxes", len(index), disable=None):
         of_image = _boxes(images, "ROI_coords", rows[image.image_id], image.lesion_types)
         path = Path(data_dir) / image.path
         header = read_headers([path]).get(path) if of_image and path.is_file() else None

@@ -25,7 +25,7 @@ import jinja2
 import pandas as pd
 
 import modeling_mammodino
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import atomic_folder
 from modeling_mammodino.tools.publish import upload, without_private
 
@@ -153,7 +153,7 @@ def check_sharing(name: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m dataset_scripts.benchmarks.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

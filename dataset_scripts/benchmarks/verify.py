@@ -5,14 +5,13 @@
 Exit status 1 where there are faults.
 """
 
-import argparse
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_mammodino.image_io import DICOM_SUFFIXES, IMAGE_SUFFIXES
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.walk import walk
 
 from . import BENCHMARKS
@@ -114,7 +113,7 @@ def _first(names: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m dataset_scripts.benchmarks.verify", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("name", help=f"data set: {', '.join(BENCHMARKS)}")

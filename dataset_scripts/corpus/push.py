@@ -6,7 +6,6 @@ Nothing is sent where `dataset_scripts.corpus.verify` finds a fault. Shards go f
 a corpus is not taken for one; the same command goes on, and does not send again what is there. Research use only.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import jinja2
 
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.publish import upload
 
 from .reader import MANIFEST
@@ -78,7 +77,7 @@ def _card(manifest: dict, repo_id: str, license: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dataset_scripts.corpus.push", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m dataset_scripts.corpus.push", description=__doc__.splitlines()[0])
     parser.add_argument("corpus", type=user_path)
     parser.add_argument("repo_id", help="OWNER/NAME of the dataset; made where it does not exist")
     parser.add_argument("--license", default="", help="required: by the Hub's identifier, such as cc-by-nc-4.0")

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from modeling_mammodino.breast_segmentation import LOW_CONFIDENCE
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.publish import check_image_processor, check_text, png_chunks, read_settings
 
 from .reader import FEATURES, MANIFEST, TISSUE_CELL_PX, decode_png
@@ -364,7 +364,7 @@ def _reports(folder: Path, manifest: dict[str, Any], num_proc: int) -> Iterator[
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m dataset_scripts.corpus.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

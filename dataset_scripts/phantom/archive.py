@@ -12,7 +12,6 @@ Axes: D slices from the compression paddle to the detector, H rows along the che
 its chest wall on the left side of the image, a right breast on the right.
 """
 
-import argparse
 import csv
 import multiprocessing
 from collections.abc import Iterator, Sequence
@@ -25,9 +24,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, show_progress, user_path
 from modeling_mammodino.tools.files import atomic_file
 
 from .acquisition import GEOMETRIES, acquire_2d, acquire_dbt
@@ -139,7 +137,7 @@ def write_archive(
         output=output,
         transfer_syntax=transfer_syntax,
     )
-    show = partial(tqdm, total=len(exposures), unit="breast")
+    show = partial(show_progress, total=len(exposures), unit="breast")
     if num_proc > 1:  # spawn: safe beside threads of the caller
         with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
             rows = list(show(pool.map(write, exposures, chunksize=4)))
@@ -187,7 +185,7 @@ def _write_exposure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m dataset_scripts.phantom",
         description="Write an archive of simulated mammograms and DBT with labels.",
     )

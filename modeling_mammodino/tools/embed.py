@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import __version__
 from ..image_processing_mammodino import MammoDinoImageProcessor
-from .command import SHIPPED, add_model_option, user_path
+from .command import SHIPPED, add_model_option, show_progress, user_path
 from .convert import load_encoder, own_processor, processor_settings
 from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
 from .files import atomic_file, check_output, readable, write_json
@@ -283,7 +283,7 @@ def run(options: Namespace) -> None:
 def _watch(results: Iterable[FileEmbeddings], num_files: int, num_done: int) -> Iterator[FileEmbeddings]:
     """Yield the results, with progress on stderr; refused files are logged."""
     images = refused = 0
-    with tqdm(total=num_files, initial=num_done, desc="embed", unit="file") as progress:
+    with show_progress(total=num_files, initial=num_done, desc="embed", unit="file") as progress:
         for result in results:
             if result.refused is not None:
                 logger.warning("refused: %s", readable(result.refused))

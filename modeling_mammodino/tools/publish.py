@@ -39,7 +39,7 @@ from ..configuration_mammodino import MammoDinoConfig
 from ..dicom import is_dicom
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..modeling_mammodino import MammoDinoPreTrainedModel
-from .command import user_path
+from .command import model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -379,7 +379,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """Add the subcommand `push`; `commands` is argparse's action of subparsers."""
     summary = "publish a model folder on the Hub, after a check of every file"
     parser = commands.add_parser("push", help=summary, description=f"{summary.capitalize()}. Research use only.")
-    parser.add_argument("folder", type=user_path, help="folder with weights, settings, code, card and figures")
+    parser.add_argument("folder", type=model_folder, help="folder with weights, settings, code, card and figures")
     parser.add_argument("repo_id", help="OWNER/NAME on the Hub; made where it does not exist")
     parser.add_argument("--private", action="store_true", help="only with access: refused where REPO_ID is public")
     parser.add_argument("--revision", help="branch (default: main); made where it does not exist")

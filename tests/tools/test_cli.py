@@ -1,15 +1,18 @@
 """The command line: what every subcommand shares."""
 
 import platform
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from modeling_mammodino import __version__
-from modeling_mammodino.tools.command import command_line
+from modeling_mammodino.tools.command import command_line, show_progress, user_model
+from training.evaluation.run_settings import DetectionSettings
 
 COMMANDS = ("inspect", "contact_sheet", "embed", "convert", "push")
 
@@ -66,7 +69,7 @@ def test_an_error_is_one_line_and_status_1(mammodino, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_list_of_faults_keeps_its_lines_and_any_other_message_is_one():
+def test_a_list_of_faults_keeps_its_lines_and_any_other_message_is_one(capsys):
     for raised, shown in (
         (ValueError("cannot\nbe   read"), "program: cannot be read"),
         (FileExistsError("refused.\n  a: bad\n  b: worse"), "program: refused.\n  a: bad\n  b: worse"),
@@ -78,4 +81,35 @@ def test_a_list_of_faults_keeps_its_lines_and_any_other_message_is_one():
         raise KeyError("a fault of ours")
     with pytest.raises(SystemExit) as stop, command_line("program"):
         raise KeyboardInterrupt
-    assert stop.value.code == 130
+    assert stop.value.code == 130 and capsys.readouterr().err == "\nprogram: stopped\n"
+
+
+def test_a_misspelled_option_is_named_with_the_one_that_may_be_meant(mammodino, capsys):
+    for given in (["x.dcm", "--outptu", "a.parquet"], ["x.dcm", "--output", "a.parquet", "--outptu=b"]):
+        with pytest.raises(SystemExit) as stop:
+            mammodino("embed", *given)
+        assert stop.value.code == 2
+        assert "mammodino embed: error: unknown option --outptu; did you mean '--output'?" in capsys.readouterr().err
+
+
+def test_all_commands_share_the_parser():
+    folders = ("modeling_mammodino", "training", "dataset_scripts")
+    files = [file for folder in folders for file in (Path(__file__).parents[2] / folder).rglob("*.py")]
+    plain = [file.name for file in files if re.search(r"(?<!Hf)ArgumentParser\((?!\)|add_help)", file.read_text())]
+    assert len(files) > 100 and plain == []
+
+
+def test_of_a_run_the_encoder_is_meant(tmp_path):
+    encoder = tmp_path / "run" / "encoder"
+    encoder.mkdir(parents=True)
+    assert user_model(str(tmp_path / "run")) == str(tmp_path / "run")
+    (encoder / "config.json").touch()
+    assert user_model(str(tmp_path / "run")) == user_model(str(encoder)) == str(encoder)
+    settings = DetectionSettings(labels="a.csv", encoder=str(tmp_path / "run"), output_dir="out")
+    assert settings.encoder == str(encoder)
+
+
+def test_a_bar_in_a_log_file_is_drawn_once_a_minute(capsys):
+    for _ in show_progress(range(3)):
+        time.sleep(0.15)
+    assert capsys.readouterr().err.count("\r") <= 2  # the beginning and the end; on a terminal one a step

@@ -8,10 +8,8 @@ import shlex
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
-from transformers import HfArgumentParser
-
 from dataset_scripts.benchmarks.labels import TABLE
-from training.settings import check_values, setting
+from training.settings import SettingsParser, check_values, setting
 
 from .backbones.registry import BACKBONES
 from .detection.lesion_metrics import HITS
@@ -90,7 +88,7 @@ class RunSettings:
         """Read `--name value ...`. Raises ValueError naming the field and what it may be."""
         required = " ".join(f"--{name} {name.upper()}" for name in ("labels", *cls.REQUIRED))
         usage = f"python -m training.{cls.PROGRAM} {required} [--name value ...]"
-        parser = HfArgumentParser(cls, prog=cls.PROGRAM, usage=usage)  # type: ignore[arg-type]
+        parser = SettingsParser(cls, prog=cls.PROGRAM, usage=usage)  # type: ignore[arg-type]
         return parser.parse_args_into_dataclasses(args=arguments)[0]
 
 

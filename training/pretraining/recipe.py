@@ -5,7 +5,6 @@ names of `transformers.TrainingArguments` where it has one.
 """
 
 import argparse
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
-from training.settings import check_values, setting
+from modeling_mammodino.tools.command import did_you_mean
+from training.settings import SettingsParser, check_values, setting
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 IN_STEPS = "in steps, or below 1 as a fraction of max_steps"
@@ -283,7 +282,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
 
     Raises ValueError naming the field and what it may be.
     """
-    parser = HfArgumentParser(SECTIONS, prog="pretrain", usage="python -m training.pretrain RECIPE [--name value ...]")
+    parser = SettingsParser(SECTIONS, prog="pretrain", usage="python -m training.pretrain RECIPE [--name value ...]")
     parser.add_argument("recipe", help="a YAML file, or the name of one in training/recipes")
     known = [each.name for section in SECTIONS for each in fields(section)]
     if arguments and not arguments[0].startswith("-"):
@@ -315,10 +314,7 @@ def _read_yaml(name: str, known: list[str]) -> dict[str, Any]:
         raise ValueError(f"recipe {path}: must be lines of `name: value`")
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(
-                f"recipe {path}: unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-            )
+            raise ValueError(f"recipe {path}: unknown field {key!r}{did_you_mean(str(key), known)}")
     return values
 
 

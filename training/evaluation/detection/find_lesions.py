@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import RTDetrForObjectDetection
 
+from modeling_mammodino.tools.command import show_progress
 from modeling_mammodino.tools.features import read_files
 from training.evaluation.run_settings import DetectionSettings
 
@@ -33,7 +33,7 @@ def find_lesions(
     of_files = read_files([image.file for image in images], read, settings.dataloader_num_workers)
     detector.eval()
     found, refused = [], {}
-    for image, slices in zip(tqdm(images, desc="detect", unit="image"), of_files, strict=True):
+    for image, slices in zip(show_progress(images, desc="detect", unit="image"), of_files, strict=True):
         if isinstance(slices, str):
             logger.warning("left out: %s", slices)
             refused[image.image_id] = slices
