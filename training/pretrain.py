@@ -1,4 +1,5 @@
-"""Self-supervised pretraining: `accelerate launch -m training.pretrain RECIPE --corpus DIR --output_dir RUN`.
+"""Self-supervised pretraining: `python -m training.pretrain RECIPE --corpus DIR --output_dir RUN`; several processes by
+`accelerate launch --quiet -m training.pretrain ...`, without --quiet that hides what is wrong behind its traceback.
 
 RECIPE is a YAML file or the name of one in training/recipes; every field can be overridden as `--name value`. Started
 again with the same output_dir, a run goes on from its last good checkpoint.
@@ -19,7 +20,7 @@ from dataset_scripts.corpus.reader import Corpus, local_corpus
 from modeling_mammodino.tools.command import command_line
 from training.pretraining import checkpoints
 from training.pretraining.canvas_objective import VIEW_KINDS, canvas_losses, prepare_canvas, view_weight
-from training.pretraining.checkpoints import FiniteWatch
+from training.pretraining.checkpoints import FiniteWatch, asked_to_stop
 from training.pretraining.compute import keep_freed_memory
 from training.pretraining.export import export_encoder
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
@@ -166,38 +167,44 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     watch = FiniteWatch(views, run, accelerator)
     batches = monitor.wait((load or load_batches)(views, recipe, step, accelerator))
     wrapped.train()
-    while step < run.max_steps:
-        now = {name: float(values[step]) for name, values in schedules.items()}
-        set_learning_rates(optimizer, now)
-        gram = gram_teacher and gram_teacher.at(step, teacher)
-        for forward in range(run.gradient_accumulation_steps):
-            batch = next(batches)
-            seed_forward(run.seed, step, forward, accelerator.process_index)
-            with accelerator.accumulate(wrapped):
-                with accelerator.autocast():
-                    losses, shown = compute_losses(
-                        batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe, gram, dense_targets
-                    )
-                    total = weighted_sum(losses, recipe)
-                watch.note(total, step * run.gradient_accumulation_steps + forward)
-                accelerator.backward(total)
-        for part in student.children():  # backbone and heads apart
-            norm = accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm or math.inf)
-            watch.note_gradient(norm, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_teacher(teacher, student, now["teacher_momentum"])
-        step += 1
+    with asked_to_stop(can_agree=accelerator.num_processes == 1) as asked:
+        while step < run.max_steps:
+            now = {name: float(values[step]) for name, values in schedules.items()}
+            set_learning_rates(optimizer, now)
+            gram = gram_teacher and gram_teacher.at(step, teacher)
+            for forward in range(run.gradient_accumulation_steps):
+                batch = next(batches)
+                seed_forward(run.seed, step, forward, accelerator.process_index)
+                with accelerator.accumulate(wrapped):
+                    with accelerator.autocast():
+                        losses, shown = compute_losses(
+                            batch, wrapped, teacher, targets_of, now["teacher_temperature"], recipe, gram, dense_targets
+                        )
+                        total = weighted_sum(losses, recipe)
+                    watch.note(total, step * run.gradient_accumulation_steps + forward)
+                    accelerator.backward(total)
+            for part in student.children():  # backbone and heads apart
+                norm = accelerator.clip_grad_norm_(part.parameters(), recipe.optimizer.max_grad_norm or math.inf)
+                watch.note_gradient(norm, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            update_teacher(teacher, student, now["teacher_momentum"])
+            step += 1
 
-        if monitor.step(step):
-            watch.check()
-            values = monitor.gather(losses, total, batch)
-            monitor.log(step, values | now, **shown)
-        if step % run.save_steps == 0 or step == run.max_steps:
-            watch.check()
-            where, is_main = Path(run.output_dir), accelerator.is_main_process
-            checkpoints.save_checkpoint(where, step, modules, optimizer, recipe, global_batch, is_main)
-            accelerator.wait_for_everyone()
+            if monitor.step(step):
+                watch.check()
+                values = monitor.gather(losses, total, batch)
+                monitor.log(step, values | now, **shown)
+            is_stopped = asked.is_set() and step < run.max_steps
+            if step % run.save_steps == 0 or step == run.max_steps or is_stopped:
+                watch.check()
+                where, is_main = Path(run.output_dir), accelerator.is_main_process
+                saved = checkpoints.save_checkpoint(where, step, modules, optimizer, recipe, global_batch, is_main)
+                accelerator.wait_for_everyone()
+            if is_stopped:
+                monitor.close()
+                accelerator.end_training()
+                raise KeyboardInterrupt(f"stopped, and saved as {saved}; the same command goes on")
     monitor.close()
     encoder = Path(run.output_dir) / "encoder"
     export_encoder(teacher.backbone, corpus, recipe, step, encoder, accelerator.is_main_process)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,12 +64,21 @@ def test_the_first_loss_is_the_closed_form_of_copied_heads(phantom_corpus, tmp_p
     )
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(run, phantom_corpus, tmp_path):
+def test_a_run_that_ctrl_c_stopped_is_resumed_as_the_uninterrupted_run(run, phantom_corpus, tmp_path, monkeypatch):
     whole = weights(run / "checkpoint-20")
     half = recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10")
-    train(half)
-    for path in (tmp_path / "checkpoint-20", tmp_path / "encoder"):
-        subprocess.run(["rm", "-r", str(path)], check=True)
+    update, updates = pretrain.update_teacher, []
+
+    def interrupted(*given):
+        updates.append(update(*given))
+        if len(updates) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="saved as .*-7; the same command"):
+        patched.setattr(pretrain, "update_teacher", interrupted)
+        train(half)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-7"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     half.run.dataloader_num_workers = 1  # may change: it changes nothing
     train(half)
     resumed = weights(tmp_path / "checkpoint-20")
@@ -96,6 +106,8 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(run, phantom_corpus
 def test_another_recipe_does_not_go_on_silently(run, phantom_corpus):
     with pytest.raises(ValueError, match="ibot_weight"):
         train(recipe(phantom_corpus, run, "--max_steps", "20", "--save_steps", "10", "--ibot_weight", "0.5"))
+    with pytest.raises(ValueError, match=r"max_steps \(20 -> 30\).*--init_from_checkpoint .*checkpoint-20 to train"):
+        train(recipe(phantom_corpus, run, "--max_steps", "30", "--save_steps", "10"))
 
 
 def test_a_damaged_checkpoint_is_named(run, phantom_corpus, tmp_path):

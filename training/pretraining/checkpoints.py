@@ -9,6 +9,10 @@ import logging
 import math
 import re
 import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +88,33 @@ def save_checkpoint(
     for old in list_checkpoints(directory)[: -recipe.run.save_total_limit]:
         shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def asked_to_stop(can_agree: bool) -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C sets, so that the step is finished and saved; a second one breaks it off.
+
+    A process that is forked within takes the first Ctrl-C, which a terminal sends to all, as calmly.
+    can_agree: false of several processes, which would stop at different steps: the first breaks off.
+    """
+    asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    ours = can_agree and is_main_thread and before is not signal.SIG_IGN  # as it is in a shell's background
+
+    def ask(*_: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if ours:
+        signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or "stopped; the same command goes on from the last checkpoint") from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def load_module(module: nn.Module, file: Path) -> None:
@@ -163,9 +194,11 @@ def check_same_run(recipe: Recipe, global_batch_size: int, path: Path) -> None:
         if name not in MAY_CHANGE_ON_RESUME and name in saved and saved[name] != wanted[name]
     ]
     if changed:
+        is_longer = wanted["max_steps"] != saved["max_steps"]  # schedules end where a run does
+        longer = f", with --init_from_checkpoint {path} to train its weights longer" if is_longer else ""
         raise ValueError(
             f"{path}: was made with another recipe: {', '.join(changed)}; give the same values to go on, or another "
-            "--output_dir to start afresh"
+            f"--output_dir to start afresh{longer}"
         )
 
 
