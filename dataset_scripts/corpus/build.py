@@ -7,7 +7,6 @@ pretraining and inference see the same thing. A file that cannot be used is refu
 built. Shards are written atomically; the same command goes on after a stop. What names files stays in DIR.private.
 """
 
-import argparse
 import csv
 import json
 import logging
@@ -26,13 +25,12 @@ from typing import Any
 
 import datasets
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 import modeling_mammodino
 from modeling_mammodino.breast_segmentation import TISSUE_FINDERS
 from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.tools.command import command_line, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, show_progress, user_path
 from modeling_mammodino.tools.files import atomic_file, write_json
 from modeling_mammodino.tools.publish import check_text, without_private
 
@@ -41,6 +39,7 @@ from .engine import ENGINES, Stage, parse_arguments, run_stages
 from .plan import (
     HASH_KEY_VARIABLE,
     MODALITIES,
+    ROWS_PER_SHARD,
     Job,
     MakePlan,
     ReadHeaders,
@@ -53,7 +52,6 @@ from .shards import RenderShards
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_SHARD = 1000  # some 200 MB
 TASKS = 64
 LOCK_SECONDS = 5  # for the processes of a build that was killed just now
 SHORT_KEY_BYTES = 16
@@ -66,7 +64,7 @@ here is needed.
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dataset_scripts.corpus", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m dataset_scripts.corpus", description=__doc__.splitlines()[0])
     parser.add_argument("source", nargs="+", help="folders, files, or fsspec addresses such as s3://bucket/folder")
     parser.add_argument("--output", required=True, type=user_path, help="folder of the corpus")
     parser.add_argument("--height", type=int, default=1024, help="images are fitted into this height (default 1024)")
@@ -96,7 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--hash_key_file", type=user_path, help=f"key of the patient hashes (default: ${HASH_KEY_VARIABLE})"
     )
-    parser.add_argument("--rows_per_shard", type=int, default=ROWS_PER_SHARD, help=f"(default {ROWS_PER_SHARD})")
+    parser.add_argument(
+        "--rows_per_shard",
+        type=int,
+        help=f"at which a shard is full; volumes stay whole (default {ROWS_PER_SHARD}, less where tasks lacked work)",
+    )
     parser.add_argument(
         "--num_proc", type=int, default=os.cpu_count() or 1, help="processes at a time (default: cores)"
     )
@@ -142,7 +144,7 @@ def build_corpus(
     modalities: Sequence[str] | None = None,
     min_mask_confidence: float = 0.0,
     num_proc: int = 1,
-    rows_per_shard: int = ROWS_PER_SHARD,
+    rows_per_shard: int | None = None,
     tasks: int = TASKS,
     engine: str = "local",
     engine_arguments: dict[str, Any] | None = None,
@@ -156,7 +158,7 @@ def build_corpus(
     """
     if not 0 <= min_mask_confidence <= 1:
         raise ValueError(f"min_mask_confidence={min_mask_confidence}: must be from 0 to 1")
-    if min(*fit, num_proc, rows_per_shard, tasks) < 1:
+    if min(*fit, num_proc, 1 if rows_per_shard is None else rows_per_shard, tasks) < 1:
         raise ValueError("height, width, num_proc, rows_per_shard and tasks must be at least 1")
     if complaint := next(check_text(collection), None):
         raise ValueError(f"collection={collection!r}: {complaint}, for it is published")
@@ -270,6 +272,7 @@ def _begin(job: Job) -> Job:
                 "set of them: choose another --output, or give the same settings and the same key"
             )
         logger.info("going on with the %d files that were listed at the start", saved["files"])
+        _tell_later_files(job)
         return replace(job, tasks=saved["tasks"], rows_per_shard=saved["rows_per_shard"])
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: not empty, and no build of ours to go on with; choose another --output")
@@ -292,14 +295,24 @@ def _begin(job: Job) -> Job:
     return job
 
 
+def _tell_later_files(job: Job) -> None:
+    """Say how many files came into the archive after it was listed: they are none of this corpus."""
+    try:
+        found = {(file.source, file.path) for file in list_archive(job.sources).files}
+    except OSError:  # what is to be read is known; an archive that is gone is said where a file is read
+        return
+    if later := found - {(file.source, file.path) for file in (ArchiveFile(*each) for each in read_lines(job.listing))}:
+        logger.warning("%d files are new in the archive and do not enter: build them into another --output", len(later))
+
+
 def _bar(name: str, unit: str, folder: Path, count: Callable[[], int]) -> Callable[[], None]:
     """Return what shows a bar by the files of `folder`, so that it begins where a stopped build was."""
-    bars: list[tqdm] = []
+    bars: list[Any] = []
 
     def show() -> None:
         total, done = count(), len(list(folder.glob("[!.]*")))
         if not bars:
-            bars.append(tqdm(total=total, initial=done, unit=unit, desc=name))
+            bars.append(show_progress(total=total, initial=done, unit=unit, desc=name))
         bars[0].update(done - bars[0].n)
         if done == total:
             bars[0].close()

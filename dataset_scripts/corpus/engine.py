@@ -67,6 +67,7 @@ def run_stages(stages: Sequence[Stage], engine: str, workers: int, logs: Path, a
         elif engine == "slurm":
             paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CHECKOUT}
             environment = "export " + " ".join(f"{name}={path}:${name}" for name, path in paths.items())
+            environment += " SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"  # which srun takes from nowhere else
             options |= {"depends": before, "job_name": f"mammodino_{stage.name}", "env_command": environment}
         before = executor(engine)(
             pipeline=[stage.step],

@@ -33,6 +33,7 @@ NO_MODALITY = "NONE"  # stands for an element that is missing
 SELECTION = ("modalities", "min_mask_confidence")
 CUTOUTS = ("CROPPED IMAGES", "ROI MASK IMAGES")
 ODD_SHAPE = "another size than most slices of its series, as a scout has; leave it out"
+ROWS_PER_SHARD = 1000  # some 200 MB
 LEAST_ROWS_PER_SHARD = 16  # a small archive is shared out to all tasks, but not in crumbs
 
 
@@ -62,6 +63,7 @@ class Job:
         metadata: CSV tables of files without a header (`metadata.FileMetadata`).
         modalities: of DICOM images that enter; see `why_foreign`.
         min_mask_confidence: of an image, of a volume's slices in the median, below which it is left out.
+        rows_per_shard: of whole volumes, at which a shard is full; None: ROWS_PER_SHARD, less where tasks lacked work.
         tasks: in which the work is shared out; fixed for the life of a build.
     """
 
@@ -72,7 +74,7 @@ class Job:
     collection: str
     hash_key_file: str | None
     bcs_dbt_paths: tuple[str, ...]
-    rows_per_shard: int
+    rows_per_shard: int | None
     tasks: int
     metadata: tuple[str, ...] = ()
     modalities: tuple[str, ...] = ("MG",)
@@ -216,7 +218,8 @@ class MakePlan:
         volumes, odd = join_volumes(found, self.job.hash_key)
         refused += [(each.file.number, ODD_SHAPE) for each in odd]
         rows = sum(volume.num_slices for volume in volumes)
-        rows_per_shard = min(self.job.rows_per_shard, max(LEAST_ROWS_PER_SHARD, -(-rows // self.job.tasks)))
+        shared_out = min(ROWS_PER_SHARD, max(LEAST_ROWS_PER_SHARD, -(-rows // self.job.tasks)))
+        rows_per_shard = self.job.rows_per_shard or shared_out
         shards = list(into_shards(volumes, rows_per_shard))
         for place, shard in enumerate(shards):
             write_lines(self.job.shard_plan(place), shard)

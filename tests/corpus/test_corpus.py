@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import datasets
@@ -117,7 +118,8 @@ def test_processes_change_nothing(phantom_archive, phantom_corpus, tmp_path):
     assert images(tmp_path / "two") == images(phantom_corpus)
 
 
-def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corpus, tmp_path, monkeypatch):
+def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corpus, tmp_path, monkeypatch, caplog):
+    archive = Path(shutil.copytree(phantom_archive, tmp_path / "archive"))
     render, made = corpus_shards.render_shard, []
 
     def stop_in_the_middle(job, shard, noted):
@@ -128,17 +130,19 @@ def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corp
 
     monkeypatch.setattr(corpus_shards, "render_shard", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
-        build([phantom_archive], tmp_path / "out", "phantom", rows_per_shard=16)
+        build([archive], tmp_path / "out", "phantom", rows_per_shard=16)
     assert len(list((tmp_path / "out").glob("*.arrow"))) == 2 and not list((tmp_path / "out").glob(".*"))
     with pytest.raises(FileNotFoundError, match="unfinished"):
         Corpus(tmp_path / "out")
 
     monkeypatch.setattr(corpus_shards, "render_shard", lambda *given: made.append(given[1]) or render(*given))
-    build([phantom_archive], tmp_path / "out", "phantom", rows_per_shard=16)
+    build([archive], tmp_path / "out", "phantom", rows_per_shard=16)
     assert len(made) == len(set(made)) > 2  # what was finished is not made again
     assert images(tmp_path / "out") == images(phantom_corpus)
-    build([phantom_archive], tmp_path / "out", "phantom", rows_per_shard=16)  # nothing is left to do
-    assert len(made) == len(set(made))
+    later = cv2.imwrite(str(archive / "later.png"), draw_breast())
+    build([archive], tmp_path / "out", "phantom", rows_per_shard=16)  # nothing is left to do
+    assert later and len(made) == len(set(made))
+    assert [each[:30] for each in caplog.messages if " new " in each] == ["1 files are new in the archive"]
 
 
 @pytest.mark.slow
@@ -244,7 +248,7 @@ def test_a_worker_that_dies_stops_the_stage(tmp_path, request, interrupts):
 SBATCH = """\
 #!/bin/sh
 # Slurm on this machine, at once: every task of the array one after the other
-export RUN_OFFSET=0 SLURM_NODELIST=here SLURM_NODEID=0 SLURM_JOB_ID=7
+export RUN_OFFSET=0 SLURM_CPUS_PER_TASK=3 SLURM_NODELIST=here SLURM_NODEID=0 SLURM_JOB_ID=7
 for script; do :; done
 array=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
 for task in $(seq 0 "${array:-0}"); do
@@ -252,7 +256,7 @@ for task in $(seq 0 "${array:-0}"); do
 done
 echo "Submitted batch job 7"
 """
-SRUN = '#!/bin/sh\nshift 3\nexec "$@"\n'  # without -l -n 1
+SRUN = '#!/bin/sh\n[ "$SRUN_CPUS_PER_TASK" = 3 ] || exit 1\nshift 3\nexec "$@"\n'  # without -l -n 1
 SCONTROL = '#!/bin/sh\necho "$3"\n'  # show hostnames: the one node
 
 

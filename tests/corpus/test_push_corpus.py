@@ -20,7 +20,7 @@ from modeling_mammodino.tools import publish
 @pytest.fixture(scope="module")
 def four_shards(phantom_archive, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four") / "corpus"
-    build_corpus([phantom_archive], folder, (64, 48), MammoDinoImageProcessor(), "phantom", rows_per_shard=30, tasks=4)
+    build_corpus([phantom_archive], folder, (64, 48), MammoDinoImageProcessor(), "phantom", rows_per_shard=21, tasks=4)
     return folder
 
 

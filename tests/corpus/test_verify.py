@@ -212,7 +212,7 @@ def test_damage_and_its_remedy(phantom_archive, tmp_path, capsys):
 
     def build():
         build_corpus(
-            [phantom_archive], corpus, (128, 96), MammoDinoImageProcessor(), "phantom", rows_per_shard=30, tasks=3
+            [phantom_archive], corpus, (128, 96), MammoDinoImageProcessor(), "phantom", rows_per_shard=28, tasks=3
         )
 
     build()
