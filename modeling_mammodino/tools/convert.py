@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from ..configuration_mammodino import MammoDinoConfig
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..modeling_mammodino import MammoDinoForImageClassification, MammoDinoModel, as_pair
-from .command import user_path
+from .command import user_model, user_path
 from .dinov2_checkpoints import read_reference_checkpoint
 from .files import atomic_folder
 
@@ -304,6 +304,8 @@ def processor_settings(source: str | Path) -> dict[str, Any] | None:
     """Return preprocessor_config.json of a folder or Hub id; None where it has none, as a `.pth`."""
     if Path(source).is_file():
         return None
+    if not Path(source).is_dir():
+        cached_file(str(source), "config.json")  # says whether the Hub is out of reach, or knows no such repository
     if cached_file(str(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None:
         return None
     return MammoDinoImageProcessor.get_image_processor_dict(str(source))[0]
@@ -375,7 +377,9 @@ def add_command(commands: Any) -> None:
         description="Converts DINOv2 weights to a MammoDINO folder, or either to a folder that plain transformers "
         "opens as dinov2_with_registers. Research use only.",
     )
-    parser.add_argument("source", help="Hub id or folder (dinov2, dinov2_with_registers, mammodino), or DINOv2's .pth")
+    parser.add_argument(
+        "source", type=user_model, help="Hub id or folder (dinov2, dinov2_with_registers, mammodino), or DINOv2's .pth"
+    )
     parser.add_argument("output", type=user_path, help="folder to write; must not exist or be empty")
     parser.add_argument("--to", choices=TARGETS, default=TARGETS[0], help="type of the folder (default: %(default)s)")
     parser.add_argument("--num_channels", type=int, default=1, help="1, or as many as the source has (default: 1)")

@@ -502,6 +502,13 @@ def test_encoders_of_every_kind_of_folder(archive, model, processor, tmp_path):
     assert torch.equal(opened.layernorm.weight, classifier.dinov2_with_registers.layernorm.weight)
 
 
+def test_a_hub_out_of_reach_is_said_and_not_taken_for_a_missing_file(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit, match="mammodino embed: We couldn't connect to"):
+        main(["embed", str(archive), "--model", "someone/far", "--output", str(tmp_path / "a.parquet")])
+
+
 def test_what_does_not_fit_is_refused_before_any_work(archive, checkpoint, model, processor, tmp_path):
     other = MammoDinoImageProcessor(size={"height": 98, "width": 98}, patch_size=14)
     with pytest.raises(ValueError, match="patch_size: 16 in the encoder, 14"):
