@@ -18,6 +18,7 @@ from modeling_mammodino import MammoDinoModel, __version__  # noqa: E402
 from modeling_mammodino.tools.publish import check_folder  # noqa: E402
 from training.card import add_results, main  # noqa: E402
 from training.pretraining.export import (  # noqa: E402
+    curves,
     export_encoder,  # noqa: E402
     git_commit,
     recipe_name,
@@ -218,3 +219,13 @@ def test_the_commit_is_that_of_the_checkout(tmp_path):
     assert git_commit(tmp_path) == f"`{git('rev-parse', 'HEAD')}`, with uncommitted changes"
     (tmp_path / "inside").mkdir()
     assert git_commit(tmp_path / "inside") == "unknown (not a checkout)"
+
+
+def test_a_loss_that_is_off_or_that_a_batch_had_no_pairs_for_is_no_point_of_a_curve():
+    names = ("step", "loss_adjacent_slice", "loss_gram", "feature_rank")
+    lines = [{"step": 0, "knn_auc": 0.5}, *(dict(zip(names, of, strict=True)) for of in ((1, 4, 0, 9), (2, 0, 0, 0)))]
+    assert curves(lines) == {
+        "losses (unweighted)": {"loss_adjacent_slice": [(1, 4)]},
+        "feature rank (RankMe)": {"feature_rank": [(1, 9), (2, 0)]},
+        "k-NN of the teacher": {"knn_auc": [(0, 0.5)]},
+    }

@@ -171,31 +171,41 @@ def git_commit(checkout: Path) -> str:
         return "unknown (not a checkout)"
 
 
-def draw_log(log: Path, output: Path) -> None:
-    """Draw losses and signs of collapse over steps, from the run's log."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    scores = [line for line in lines if "knn_auc" in line]  # from step 0 on, where there are no losses yet
-    lines = [line for line in lines if "feature_rank" in line]
+def was_computed(name: str, value: float) -> bool:
+    """Tell whether a value of the log was: a loss of 0 is of a batch without what it compares, or not yet begun."""
+    return value != 0 or not name.startswith("loss_")
+
+
+def curves(lines: list[dict[str, float]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return (step, value) of what a run's log tells, by panel and name; without losses that were never computed."""
     panels = {
-        "losses (unweighted)": [key for key in lines[0] if key.startswith("loss_")],
+        "losses (unweighted)": [key for line in lines for key in line if key.startswith("loss_")],
         "entropy over ln K": ["target_entropy", "prototype_entropy"],
         "feature rank (RankMe)": ["feature_rank"],
         "breast fraction": ["tissue_in_crops", "tissue_in_masks"],
+        "k-NN of the teacher": ["knn_auc"],
     }
-    panels = {title: keys for title, keys in panels.items() if all(key in lines[0] for key in keys)}
-    if scores:
-        panels["k-NN of the teacher"] = ["knn_auc"]
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for title, keys in panels.items():
+        for key in dict.fromkeys(keys):
+            points = [(line["step"], line[key]) for line in lines if key in line and was_computed(key, line[key])]
+            if points:
+                found.setdefault(title, {})[key] = points
+    return found
+
+
+def draw_log(log: Path, output: Path) -> None:
+    """Draw losses and signs of collapse over steps, from the run's log."""
+    panels = curves([json.loads(line) for line in log.read_text().splitlines()])
     figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
-    for axis, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for key in keys:
-            shown = scores if key == "knn_auc" else lines
-            name = key.removeprefix("loss_").replace("_", " ")
-            axis.plot([line["step"] for line in shown], [line[key] for line in shown], label=name)
+    for axis, (title, of) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for key, points in of.items():
+            axis.plot(*zip(*points, strict=True), label=key.removeprefix("loss_").replace("_", " "))
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.set_ylabel("AUC" if key == "knn_auc" else "loss" if key.startswith("loss_") else "")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        if len(keys) > 1:  # below the curves, not over them
+        if len(of) > 1:  # below the curves, not over them
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False)
     figure.savefig(output, dpi=200, metadata={"Software": None})  # nothing but the image

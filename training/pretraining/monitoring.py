@@ -23,11 +23,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-from tqdm import tqdm
 
 from dataset_scripts.benchmarks.labels import class_names, read_labels
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
+from modeling_mammodino.tools.command import show_progress
 from modeling_mammodino.tools.features import RenderedSlice, SliceReader, extract_features, read_files
 from modeling_mammodino.tools.figure import write_figure
 from modeling_mammodino.tools.files import write_text
@@ -37,7 +37,7 @@ from training.evaluation.probes import nearest_neighbors
 
 from .checkpoints import LOG_FILE, WARNINGS_FILE
 from .compute import matmul_peak, step_flops
-from .export import image_processor, published_recipe
+from .export import image_processor, published_recipe, was_computed
 from .feature_images import corpus_images
 from .networks import Network
 from .preflight import FIRST_STEPS, describe, learned_nothing, shared_information
@@ -308,7 +308,7 @@ class Monitor:
         self.peak_teraflops = float(accelerator.gather(peak).sum())  # of all devices
         if first_step == 0 and (first_look := self.look(0)) and self.is_main:
             self.write(0, first_look)
-        self.progress = tqdm(
+        self.progress = show_progress(
             total=run.max_steps, initial=first_step, unit="step", disable=not self.is_main, desc="pretrain"
         )
         self.data_seconds, self.steps_since_log = 0.0, 0
@@ -383,7 +383,7 @@ class Monitor:
                 if still := learned_nothing([json.loads(line) for line in log.splitlines()]):
                     self.warn(step, still)
             shown = {key: f"{values[key]:.3g}" for key in ("loss", "images_per_second", "mfu")}
-            self.progress.set_postfix(shown)
+            self.progress.set_postfix(shown, refresh=False)
         self.data_seconds, self.steps_since_log = 0.0, 0
         looked = time.monotonic() - now  # a look is no part of the speed
         self.started, self.last_log = self.started + looked, now + looked
@@ -405,7 +405,7 @@ class Monitor:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         append_line(Path(self.run.output_dir) / LOG_FILE, {"step": step, **values})
-        self.accelerator.log(values, step=step)
+        self.accelerator.log({name: value for name, value in values.items() if was_computed(name, value)}, step=step)
 
     def warn(self, step: int, message: str) -> None:
         """Log a warning, and append it to the run's WARNINGS_FILE, which `read_warnings` reads."""
