@@ -375,7 +375,7 @@ MAX_TEXT_BYTES = 2**20
 LISTED_FILES = 20  # of a folder that should not be there
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands) -> None:
     """Add the subcommand `push`; `commands` is argparse's action of subparsers."""
     summary = "publish a model folder on the Hub, after a check of every file"
     parser = commands.add_parser("push", help=summary, description=f"{summary.capitalize()}. Research use only.")
