@@ -350,7 +350,7 @@ def describe(page: Page, opened: Opened) -> str:
 
 
 def serve(model_name: str, **options: Any) -> None:
-    """Open the page; `options` are those of `gradio.Blocks.launch`. Returns where it is told not to block."""
+    """Run the page until Ctrl-C; `options` are those of `gradio.Blocks.launch`."""
     model, image_processor = open_encoder(model_name)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # files are removed then, too
     with TemporaryDirectory(prefix="mammodino-") as folder:
@@ -358,7 +358,7 @@ def serve(model_name: str, **options: Any) -> None:
         blocks = build(Page(model, image_processor, Path(folder) / "examples"))
         font = ("system-ui", "sans-serif")  # of the machine: none is fetched
         theme = gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace"), primary_hue="emerald")
-        blocks.launch(
+        _, url, _ = blocks.launch(
             theme=theme,
             css=CSS,
             footer_links=[],
@@ -366,8 +366,12 @@ def serve(model_name: str, **options: Any) -> None:
             ssr_mode=False,
             share=False,
             enable_monitoring=False,
+            quiet=True,
+            prevent_thread_lock=True,
             **options,
         )
+        print(f"page: {url} (Ctrl-C ends it)", flush=True)
+        blocks.block_thread()
 
 
 if __name__ == "__main__":
