@@ -164,6 +164,7 @@ class Page:
             num_slices=seen.num_slices,
             embeddings=opened.examined.embedding[None],
             tissue_fraction=np.array([seen.tissue_mask.mean()], np.float32),
+            mask_confidence=np.array([seen.confidence], np.float32),
         )
         with TemporaryDirectory() as folder:
             write_table([row], file := Path(folder) / "features.parquet", {})

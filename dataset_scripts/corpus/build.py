@@ -30,14 +30,13 @@ import modeling_mammodino
 from modeling_mammodino.breast_segmentation import TISSUE_FINDERS
 from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.tools.command import CommandParser, command_line, show_progress, user_path
+from modeling_mammodino.tools.command import HASH_KEY_VARIABLE, CommandParser, command_line, show_progress, user_path
 from modeling_mammodino.tools.files import atomic_file, write_json
 from modeling_mammodino.tools.publish import check_text, without_private
 
 from .archive import ArchiveFile, is_address, list_archive
 from .engine import ENGINES, Stage, parse_arguments, run_stages
 from .plan import (
-    HASH_KEY_VARIABLE,
     MODALITIES,
     ROWS_PER_SHARD,
     Job,

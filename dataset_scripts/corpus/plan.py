@@ -22,12 +22,12 @@ from modeling_mammodino.dicom import Instance, keyed_hash, open_dicom, open_if_d
 from modeling_mammodino.dicom_header import kind, number, text
 from modeling_mammodino.image_io import IMAGE_SUFFIXES, InvalidImageError, suffix
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.tools.command import HASH_KEY_VARIABLE
 from modeling_mammodino.tools.files import atomic_file, write_json
 
 from .archive import ArchiveFile, opened
 from .engine import die_with_parent
 
-HASH_KEY_VARIABLE = "MAMMODINO_HASH_KEY"
 MODALITIES = {"breast": ("MG",), "body": ("CT", "MR")}  # by the finder of the tissue
 NO_MODALITY = "NONE"  # stands for an element that is missing
 SELECTION = ("modalities", "min_mask_confidence")

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "mammodino-small"  # in a checkout
+HASH_KEY_VARIABLE = "MAMMODINO_HASH_KEY"  # of the environment: the secret that patients are hashed with
 LOG_SECONDS = 60  # between two states of a bar in a log file
 
 

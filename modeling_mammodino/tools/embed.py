@@ -1,4 +1,17 @@
-"""The command `mammodino embed`: features of files in a Parquet table. Research use only."""
+"""The command `mammodino embed`: features of files in a Parquet table. Research use only.
+
+Columns of the table, a row an image:
+
+- path, volume (string): the file, and the first file of its volume, its own for a 2-D image or a volume in one file
+- slice, num_slices (int32): place of the slice in its volume, 0-based, null in a pooled volume; slices of the volume
+- embedding (F float32): the feature
+- tissue_fraction (float32): share of the canvas that is breast
+- mask_confidence (float32): of the breast mask, 0 to 1; look at files below 0.5 with `mammodino inspect`
+- laterality, view (string): L or R, CC, MLO and so on, of the header; null where it does not say
+- patient (string): keyed hash of PatientID, the same as in a corpus of that key, with $MAMMODINO_HASH_KEY; else null
+
+The table's own metadata say what the features come from (`provenance`), the SHA-256 of the weights among it.
+"""
 
 import csv
 import hashlib
@@ -24,7 +37,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import __version__
 from ..image_processing_mammodino import MammoDinoImageProcessor
-from .command import SHIPPED, add_model_option, show_progress, user_path
+from .command import HASH_KEY_VARIABLE, SHIPPED, add_model_option, show_progress, user_path
 from .convert import load_encoder, own_processor, processor_settings
 from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
 from .files import atomic_file, check_output, readable, write_json
@@ -40,6 +53,7 @@ logger = logging.getLogger(__name__)
 ROW_GROUP_BYTES = 16 * 2**20  # of features
 MAX_DEFAULT_WORKERS = 8
 PART_SECONDS = 60  # of work at most are lost with a run
+ABOUT_FILE = ("laterality", "view", "patient")
 NO_ROWS = FileEmbeddings("", embeddings=np.empty((0, 1), np.float32))
 
 
@@ -51,9 +65,7 @@ def require_pyarrow() -> None:
 def write_table(results: Iterable[FileEmbeddings], output: Path, metadata: Mapping[str, str]) -> int:
     """Write the rows of all files to `output`, atomically, and return their number; without any nothing is written.
 
-    Columns: path, volume (string), slice (int32, null in a pooled volume), num_slices (int32), embedding (F float32),
-    tissue_fraction (float32).
-    """
+    Columns: see the module."""
     require_pyarrow()
     tables = _row_groups(results)
     if (first := next(tables, None)) is None:
@@ -92,7 +104,11 @@ def _to_arrow(results: list[FileEmbeddings]):
         "num_slices": pyarrow.array(np.repeat([each.num_slices for each in results], counts), pyarrow.int32()),
         "embedding": pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1]),
         "tissue_fraction": np.concatenate([each.tissue_fraction for each in results]),
+        "mask_confidence": np.concatenate([each.mask_confidence for each in results]),
     }
+    for name in ABOUT_FILE:
+        values = [getattr(each, name) for each, count in zip(results, counts, strict=True) for _ in range(count)]
+        columns[name] = pyarrow.array(values, pyarrow.string())
     return pyarrow.table(columns)
 
 
@@ -168,10 +184,10 @@ class Parts:
         for path in self._paths:
             table = pyarrow.parquet.read_table(path)
             refused |= json.loads(table.schema.metadata[b"refused"])
-            columns = {name: table[name].to_pylist() for name in ("path", "volume", "slice", "num_slices")}
+            columns = {name: table[name].to_pylist() for name in ("path", "volume", "slice", "num_slices", *ABOUT_FILE)}
             width = table.schema.field("embedding").type.list_size
             embeddings = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-            fractions = table["tissue_fraction"].to_numpy()
+            fractions, confidences = (table[name].to_numpy() for name in ("tissue_fraction", "mask_confidence"))
             starts = [row for row, path in enumerate(columns["path"]) if not row or path != columns["path"][row - 1]]
             for start, end in pairwise([*starts, len(table)]):
                 yield FileEmbeddings(
@@ -181,12 +197,18 @@ class Parts:
                     num_slices=columns["num_slices"][start],
                     embeddings=embeddings[start:end],
                     tissue_fraction=fractions[start:end],
+                    mask_confidence=confidences[start:end],
+                    **{name: columns[name][start] for name in ABOUT_FILE},
                 )
 
 
-def checksum(model: PreTrainedModel) -> str:
-    """Return what tells the weights of one model from those of another."""
-    return repr([float(parameter.detach().double().sum()) for parameter in model.parameters()])
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Return the SHA-256 of names and values of a model's weights, as they are in memory, in order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\n".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def stamp(files: Iterable[Path]) -> str:
@@ -256,10 +278,10 @@ def run(options: Namespace) -> None:
     num_workers = options.num_workers
     if num_workers is None:  # on the CPU the encoder is the slower part, and takes all cores
         num_workers = 0 if device.type == "cpu" else min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
-    model = model.to(device=device, dtype=getattr(torch, options.dtype))  # type: ignore[call-arg]
     about = provenance(options, model, image_processor)
+    model = model.to(device=device, dtype=getattr(torch, options.dtype))  # type: ignore[call-arg]
     refused = dict(unlisted)
-    with Parts.open(output, {**about, "weights": checksum(model), "files": stamp(files)}) as parts:
+    with Parts.open(output, {**about, "files": stamp(files)}) as parts:
         results = embed_files(
             files,
             model,
@@ -269,6 +291,7 @@ def run(options: Namespace) -> None:
             slices_per_volume=options.slices_per_volume,
             num_workers=num_workers,
             skip=parts.num_files,
+            hash_key=os.environ.get(HASH_KEY_VARIABLE, "").encode() or None,
         )
         parts.keep(_watch(results, len(files), parts.num_files))
         results = parts.read(refused)
@@ -334,6 +357,7 @@ def provenance(options: Namespace, model: PreTrainedModel, image_processor: Mamm
     return {
         "notice": "Research use only: not a medical device.",
         "model": SHIPPED.name if options.model == str(SHIPPED) else options.model,
+        "weights_sha256": weights_sha256(model),
         "model_revision": getattr(model.config, "_commit_hash", None) or "",
         "mammodino_version": __version__,
         "image_processor": json.dumps(image_processor.to_dict(), sort_keys=True),

@@ -182,6 +182,10 @@ class RenderedSlice(NamedTuple):
     num_slices: int  # of the volume
     pixel_values: np.ndarray  # (1, H, W) float32
     tissue_mask: np.ndarray  # (h, w) float32
+    mask_confidence: float  # 0 to 1
+    laterality: str | None  # as `dicom.Mammogram` has it, and so the next two
+    view: str | None
+    patient: str | None
 
     @property
     def inputs(self) -> Inputs:
@@ -194,10 +198,12 @@ class SliceReader:
 
     Attributes:
         slices_per_volume: evenly spaced slices of a multi-frame file; 0 takes all.
+        hash_key: of the patients' hashes; None: patients are not told.
     """
 
     image_processor: MammoDinoImageProcessor
     slices_per_volume: int = 0
+    hash_key: bytes | None = None
 
     def __call__(
         self, file: str | Path | Sequence[Path], slices: Sequence[int] | None = None
@@ -213,9 +219,19 @@ class SliceReader:
             settings.canvas,
             slices_per_volume=self.slices_per_volume if not isinstance(file, (list, tuple)) else 0,
             slices=slices,
+            hash_key=self.hash_key,
         ):
             placed = place_on_canvas(rendered.image, rendered.tissue, settings, rendered.placement)
-            yield RenderedSlice(mammogram.slice_index, mammogram.num_slices, placed.pixel_values, placed.tissue_mask)
+            yield RenderedSlice(
+                mammogram.slice_index,
+                mammogram.num_slices,
+                placed.pixel_values,
+                placed.tissue_mask,
+                rendered.small.confidence,
+                mammogram.laterality,
+                mammogram.view,
+                mammogram.patient if self.hash_key else None,
+            )
 
 
 @dataclass(frozen=True)
@@ -374,6 +390,10 @@ class FileEmbeddings(NamedTuple):
     num_slices: int = 0  # of the volume
     embeddings: np.ndarray = np.empty((0, 0), np.float32)  # (S, F) float32
     tissue_fraction: np.ndarray = np.empty(0, np.float32)  # (S,) float32: mean of `tissue_mask`
+    mask_confidence: np.ndarray = np.empty(0, np.float32)  # (S,) float32, 0 to 1
+    laterality: str | None = None  # L, R; of the header, and so the next two
+    view: str | None = None  # CC, MLO, ...
+    patient: str | None = None  # keyed hash, where there is a key
 
 
 def embed_files(
@@ -387,6 +407,7 @@ def embed_files(
     num_workers: int = 0,
     skip: int = 0,
     last_layers: int = 1,
+    hash_key: bytes | None = None,
 ) -> Iterator[FileEmbeddings]:
     """Return the features of DICOM, PNG, JPEG, PGM and TIFF files, a `FileEmbeddings` each, in the order of `paths`.
 
@@ -404,6 +425,7 @@ def embed_files(
             them keeps its own work under `if __name__ == "__main__":`.
         skip: files at the start of `paths` whose features are there already, and do not come again.
         last_layers: see `extract_features`.
+        hash_key: of the patients' hashes; None: patients are not told.
 
     Raises ValueError for arguments out of range, and for a model that does not fit the image processor.
     """
@@ -423,7 +445,8 @@ def embed_files(
                 f"last_layers={last_layers}: must be 1 to {each.config.num_hidden_layers}, of this encoder"
             )
     files = [Path(path) for path in paths]
-    return _embed(files, SliceReader(image_processor, count), models, pool, batch_size, num_workers, skip, last_layers)
+    reader = SliceReader(image_processor, count, hash_key)
+    return _embed(files, reader, models, pool, batch_size, num_workers, skip, last_layers)
 
 
 def check_fit(model: PreTrainedModel, image_processor: MammoDinoImageProcessor) -> None:
@@ -493,6 +516,10 @@ def _of_file(path: str, volume: str, rows: Sequence[tuple[RenderedSlice, np.ndar
         num_slices=slices[0].num_slices,
         embeddings=np.stack([feature for _, feature in rows]),
         tissue_fraction=np.array([each.tissue_mask.mean() for each in slices], np.float32),
+        mask_confidence=np.array([each.mask_confidence for each in slices], np.float32),
+        laterality=slices[0].laterality,
+        view=slices[0].view,
+        patient=slices[0].patient,
     )
 
 
@@ -513,15 +540,18 @@ def pool_volumes(results: Iterable[FileEmbeddings]) -> Iterator[FileEmbeddings]:
             slices=result.slices if result.num_slices == 1 else [None],
             embeddings=result.embeddings.sum(axis=0, keepdims=True, dtype=np.float64),
             tissue_fraction=result.tissue_fraction.sum(keepdims=True, dtype=np.float64),
+            mask_confidence=result.mask_confidence.sum(keepdims=True, dtype=np.float64),
         )
         if before := sums.get(result.volume):
             total = before._replace(
                 embeddings=before.embeddings + total.embeddings,
                 tissue_fraction=before.tissue_fraction + total.tissue_fraction,
+                mask_confidence=before.mask_confidence + total.mask_confidence,
             )
         sums[result.volume] = total
     for volume, total in sums.items():
         yield total._replace(
             embeddings=(total.embeddings / counts[volume]).astype(np.float32),
             tissue_fraction=(total.tissue_fraction / counts[volume]).astype(np.float32),
+            mask_confidence=(total.mask_confidence / counts[volume]).astype(np.float32),
         )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..image_io import InvalidImageError
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from ..rendering import Thumbnail
-from .command import add_model_option, user_path
+from .command import add_model_option, show_progress, user_path
 from .embed import open_encoder
 from .examine import examine, feature_colors, look
 from .figure import PANEL_PX, Key, Panel, draw_figure, even_columns, write_figure
@@ -258,7 +258,8 @@ def run_contact_sheet(options: Namespace) -> None:
     volumes = [[files[place] for place in places] for places in group_paths(files)]
     for number, first in enumerate(range(0, len(volumes), TILES_PER_PAGE)):
         page = []
-        for tile, refused in tiles(volumes[first : first + TILES_PER_PAGE], processor):
+        of_page = volumes[first : first + TILES_PER_PAGE]
+        for tile, refused in show_progress(tiles(of_page, processor), "contact_sheet", len(of_page), unit="image"):
             page.append(tile)
             if refused is not None:
                 print(readable(refused), file=sys.stderr)

@@ -36,6 +36,7 @@ def test_a_tile_for_every_file(mammodino, folder, tmp_path, capsys):
     mammodino("contact_sheet", folder, "--output", tmp_path / "sheet.png", "--columns", "3")
     said = capsys.readouterr()
     assert said.out.strip() == str(tmp_path / "sheet.png") and "broken.png" in said.err and "breast" not in said.err
+    assert "contact_sheet: 100%" in said.err
     sheet = cv2.imread(str(tmp_path / "sheet.png"))
     assert sheet.shape == (2 * TILE_HEIGHT, 3 * TILE_PX, 3)
     shown = [sheet[y : y + TILE_HEIGHT, x : x + TILE_PX] for y in (0, TILE_HEIGHT) for x in (0, TILE_PX, 2 * TILE_PX)]

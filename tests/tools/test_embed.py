@@ -16,7 +16,7 @@ import pydicom
 import pytest
 import torch
 from dicom_builders import CT, RAMP, build, save
-from made_inputs import draw_breast
+from made_inputs import HASH_KEY, draw_breast
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import RLELossless, generate_uid
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -32,7 +32,7 @@ from modeling_mammodino.dicom import frame_order, open_dicom
 from modeling_mammodino.tools import embed as table_module
 from modeling_mammodino.tools import features as features_module
 from modeling_mammodino.tools.cli import main
-from modeling_mammodino.tools.embed import open_encoder
+from modeling_mammodino.tools.embed import open_encoder, weights_sha256
 from modeling_mammodino.tools.features import (
     FileEmbeddings,
     FileEnd,
@@ -110,9 +110,11 @@ def run(archive: Path, checkpoint: Path, output: Path, *options: str) -> pd.Data
     return pd.read_parquet(output)
 
 
-def test_a_row_is_what_processor_and_model_give_by_hand(archive, checkpoint, model, processor, tmp_path):
+def test_a_row_is_what_processor_and_model_give_by_hand(archive, checkpoint, model, processor, tmp_path, monkeypatch):
+    monkeypatch.setenv("MAMMODINO_HASH_KEY", HASH_KEY)
     frame = run(archive, checkpoint, tmp_path / "features.parquet", "--pool", "both", "--num_workers", "0")
-    assert list(frame) == ["path", "volume", "slice", "num_slices", "embedding", "tissue_fraction"]
+    about = ["mask_confidence", "laterality", "view", "patient"]
+    assert list(frame) == ["path", "volume", "slice", "num_slices", "embedding", "tissue_fraction", *about]
     assert frame["path"].drop_duplicates().tolist() == [str(archive / name) for name in GOOD]
     assert frame["volume"].tolist() == frame["path"].tolist()
     for name in GOOD:
@@ -121,6 +123,12 @@ def test_a_row_is_what_processor_and_model_give_by_hand(archive, checkpoint, mod
         assert rows["slice"].tolist() == list(range(len(expected))) and set(rows["num_slices"]) == {len(expected)}
         np.testing.assert_allclose(np.stack(rows["embedding"]), expected, atol=1e-6)
         np.testing.assert_allclose(rows["tissue_fraction"], tissue, atol=1e-6)
+        slices = list(processor.render_source(archive / name, (128, 96), hash_key=HASH_KEY.encode()))
+        assert rows["mask_confidence"].tolist() == [np.float32(rendered.small.confidence) for _, rendered in slices]
+        for column in about[1:]:
+            known = [None if pd.isna(value) else value for value in rows[column]]
+            assert known == [getattr(mammogram, column) for mammogram, _ in slices]
+    assert frame["patient"].notna().any() and frame["patient"].isna().any()  # a DICOM file, and a JPEG
 
 
 @pytest.mark.slow
@@ -426,7 +434,7 @@ def test_without_a_good_file_the_command_fails_and_says_where(archive, checkpoin
 
 def made_up(path: str, rows: int = 3, features: int = 5) -> FileEmbeddings:
     values = np.random.default_rng(rows).normal(size=(rows, features)).astype(np.float32)
-    return FileEmbeddings(path, None, path, list(range(rows)), rows, values, values[:, 0])
+    return FileEmbeddings(path, None, path, list(range(rows)), rows, values, values[:, 0], values[:, 0])
 
 
 def test_the_table_is_written_atomically(tmp_path, monkeypatch):
@@ -474,6 +482,7 @@ def test_the_table_opens_everywhere_and_says_where_it_comes_from(archive, checkp
     assert schema.field("embedding").type == pyarrow.list_(pyarrow.float32(), 24)
     metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
     assert "Research use only" in metadata["notice"] and metadata["model"] == str(checkpoint)
+    assert metadata["weights_sha256"] == weights_sha256(open_encoder(str(checkpoint))[0])
     assert (metadata["pool"], metadata["dtype"], metadata["slices_per_volume"]) == ("class", "bfloat16", "2")
     assert metadata["image_processor"] == json.dumps(processor.to_dict(), sort_keys=True)
     patient = pydicom.dcmread(archive / "b.dcm", stop_before_pixels=True)
