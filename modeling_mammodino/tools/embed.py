@@ -4,7 +4,8 @@ Columns of the table, a row an image:
 
 - path, volume (string): the file, and the first file of its volume, its own for a 2-D image or a volume in one file
 - slice, num_slices (int32): place of the slice in its volume, 0-based, null in a pooled volume; slices of the volume
-- embedding (F float32): the feature
+- embedding (F float32): the feature; with --patches the features of all patches, F = h * w * D, row by row, of the
+  grid (h, w) that the table's metadata give
 - tissue_fraction (float32): share of the canvas that is breast
 - mask_confidence (float32): of the breast mask, 0 to 1; look at files below 0.5 with `mammodino inspect`
 - laterality, view (string): L or R, CC, MLO and so on, of the header; null where it does not say
@@ -39,7 +40,7 @@ from .. import __version__
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from .command import HASH_KEY_VARIABLE, SHIPPED, add_model_option, show_progress, user_path
 from .convert import load_encoder, own_processor, processor_settings
-from .features import POOLS, FileEmbeddings, embed_files, find_files, pool_volumes
+from .features import POOLS, TOKENS, FileEmbeddings, embed_files, find_files, pool_volumes
 from .files import atomic_file, check_output, readable, write_json
 
 try:
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 ROW_GROUP_BYTES = 16 * 2**20  # of features
 MAX_DEFAULT_WORKERS = 8
 PART_SECONDS = 60  # of work at most are lost with a run
+PART_BYTES = 256 * 2**20  # of features are held in memory
 ABOUT_FILE = ("laterality", "view", "patient")
 NO_ROWS = FileEmbeddings("", embeddings=np.empty((0, 1), np.float32))
 
@@ -158,15 +160,16 @@ class Parts:
         return sum(int(pyarrow.parquet.read_schema(path).metadata[b"files"]) for path in self._paths)
 
     def keep(self, results: Iterable[FileEmbeddings]) -> None:
-        """Write all results, every PART_SECONDS, and what there is where they break off."""
+        """Write all results, every PART_SECONDS or PART_BYTES, and what there is where they break off."""
         held: list[FileEmbeddings] = []
-        written = time.monotonic()
+        written, num_bytes = time.monotonic(), 0
         try:
             for result in results:
                 held.append(result)
-                if time.monotonic() - written > PART_SECONDS:
+                num_bytes += result.embeddings.nbytes
+                if time.monotonic() - written > PART_SECONDS or num_bytes > PART_BYTES:
                     self._write(held)
-                    held, written = [], time.monotonic()
+                    held, written, num_bytes = [], time.monotonic(), 0
         finally:
             if held:
                 self._write(held)
@@ -250,6 +253,8 @@ def add_command(commands) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
     parser.add_argument("--pool", choices=POOLS, default="class", help="class token, tissue-weighted mean of patch "
                         "tokens, or both side by side (default class)")  # fmt: skip
+    parser.add_argument("--patches", action="store_true", help="in place of a pool the features of all patches, row by "
+                        "row; megabytes an image")  # fmt: skip
     parser.add_argument("--pool_volumes", action="store_true", help="one row a volume: the mean over its slices")
     parser.add_argument("--slices_per_volume", type=int, help="evenly spaced slices of a volume, 0 for all (default: "
                         "as the checkpoint's image processor says)")  # fmt: skip
@@ -286,7 +291,7 @@ def run(options: Namespace) -> None:
             files,
             model,
             image_processor,
-            pool=options.pool,
+            pool=TOKENS if options.patches else options.pool,
             batch_size=options.batch_size,
             slices_per_volume=options.slices_per_volume,
             num_workers=num_workers,
@@ -361,7 +366,8 @@ def provenance(options: Namespace, model: PreTrainedModel, image_processor: Mamm
         "model_revision": getattr(model.config, "_commit_hash", None) or "",
         "mammodino_version": __version__,
         "image_processor": json.dumps(image_processor.to_dict(), sort_keys=True),
-        "pool": options.pool,
+        "pool": TOKENS if options.patches else options.pool,
+        "grid": json.dumps([side // image_processor.patch_size for side in image_processor.render_settings.canvas]),
         "pool_volumes": json.dumps(options.pool_volumes),
         "slices_per_volume": str(image_processor.slices_per_volume if slices is None else slices),
         "dtype": options.dtype,

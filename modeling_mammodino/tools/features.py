@@ -45,6 +45,7 @@ Item = TypeVar("Item")
 Key = TypeVar("Key")
 Inputs = Mapping[str, np.ndarray]  # of a model's forward, for one image
 POOLS = ("class", "patches", "both")
+TOKENS = "tokens"  # in place of a pool
 PREFETCHED_IMAGES = 8
 MANY_FILES = 2000  # headers of fewer are read sooner than workers start
 
@@ -270,7 +271,8 @@ def extract_features(
             A further entry `weights` (h, w) float32 pools in place of the tissue mask, and is not given to the model.
         pool: of MammoDINO's tokens, "class", the class token, F = D; "patches", the mean of the patch tokens weighted
             by breast tissue, F = D; "both", one beside the other, F = 2 * D; "all", and beside these the maximum of
-            the patch tokens with a weight above 0, F = 3 * D. None: the model's own output is the feature, (B, F).
+            the patch tokens with a weight above 0, F = 3 * D; "tokens", the patch tokens themselves, row by row,
+            F = h * w * D. None: the model's own output is the feature, (B, F).
         batch_size: images that a model takes at a time, of whichever files; the last batch is what is left.
         bf16: autocast to bfloat16.
         last_layers: with 2 or more, and a `pool`, the class tokens of the layers before the last stand before the
@@ -328,6 +330,8 @@ def _pool(
     tokens: torch.Tensor, config: Any, tissue: torch.Tensor | None, weights: torch.Tensor | None, pool: str
 ) -> torch.Tensor:
     """(B, 1 + R + N, D) -> (B, F); see `extract_features`."""
+    if pool == TOKENS:
+        return tokens[:, 1 + config.num_register_tokens :].flatten(1)
     registers, width, threshold = config.num_register_tokens, config.hidden_size, config.tissue_threshold
     if weights is None:
         weights = tissue
@@ -417,7 +421,7 @@ def embed_files(
 
     Args:
         model: a MammoDINO encoder, or several whose features stand side by side; each file is read once for all.
-        pool: "class", "patches" or "both"; see `extract_features`.
+        pool: "class", "patches", "both" or "tokens"; see `extract_features`.
         batch_size: images that an encoder takes at a time, of whichever files.
         slices_per_volume: evenly spaced slices of a multi-frame file; 0 takes all, None what `image_processor` says. Of
             files that hold one slice each all are taken.
@@ -429,8 +433,8 @@ def embed_files(
 
     Raises ValueError for arguments out of range, and for a model that does not fit the image processor.
     """
-    if pool not in POOLS:
-        raise ValueError(f"pool={pool!r}: must be one of {', '.join(POOLS)}")
+    if pool not in (*POOLS, TOKENS):
+        raise ValueError(f"pool={pool!r}: must be one of {', '.join((*POOLS, TOKENS))}")
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("skip", skip, 0)):
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")

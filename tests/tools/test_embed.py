@@ -511,6 +511,18 @@ def test_encoders_of_every_kind_of_folder(archive, model, processor, tmp_path):
     assert torch.equal(opened.layernorm.weight, classifier.dinov2_with_registers.layernorm.weight)
 
 
+def test_patches_are_the_tokens_of_the_grid(archive, checkpoint, model, processor, tmp_path):
+    main(["embed", str(archive / "a.jpg"), "--model", str(checkpoint), "--output", str(tmp_path / "a.pq"), "--patches"])
+    metadata = pyarrow.parquet.read_schema(tmp_path / "a.pq").metadata
+    (feature,) = pd.read_parquet(tmp_path / "a.pq")["embedding"]
+    with torch.inference_mode():
+        tokens = model(**processor(archive / "a.jpg", return_tensors="pt")).last_hidden_state
+    grid = json.loads(metadata[b"grid"])
+    expected = tokens[0, 1 + model.config.num_register_tokens :].reshape(*grid, -1)
+    assert grid == [8, 6] and metadata[b"pool"] == b"tokens"
+    np.testing.assert_allclose(feature.reshape(8, 6, 24), expected.numpy(), atol=1e-6)
+
+
 def test_a_hub_out_of_reach_is_said_and_not_taken_for_a_missing_file(archive, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
