@@ -102,10 +102,10 @@ def verdicts(trust: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     if head["metric"] in CHANCE:
         value, low, high = (np.nan if each is None else each for each in head["score"])
-        few = f" {head['patients']} patients tell it to about {(high - low) / 2:.2f}."
+        width = f" {head['patients']} patients tell it to about {(high - low) / 2:.2f}."
         better = low > CHANCE[head["metric"]]
         found.append(
-            (yes, "Better than chance." + few) if better else (no, "Not shown to be better than chance." + few)
+            (yes, "Better than chance." + width) if better else (no, "Not shown to be better than chance." + width)
         )
     for name, row in trust["rows"].items():
         gap, is_better = row["gap"], row["gap"][1] is not None and row["gap"][1] > 0

@@ -396,7 +396,8 @@ class Monitor:
                 found["knn_auc"] = self.knn.auc(self.encoder)
         if self.images and self.is_due(step, self.run.visualization_steps):
             with torch.compiler.set_stance("force_eager"):
-                image = draw_features(self.encoder, **self.images, title=f"Step {step}: what patch features see")
+                title = f"Step {step}: what patch features see"
+                image = draw_features(self.encoder, self.images["pixel_values"], self.images["tissue_mask"], title)
             folder = Path(self.run.output_dir) / "images"
             folder.mkdir(parents=True, exist_ok=True)
             write_figure(image, folder / f"step-{step:06d}.png")

@@ -4,6 +4,7 @@ Everything that a run predicts, of its own test part and of new files, goes thro
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Predictor:
 
     head: nn.Module
     ordered: bool
-    groups: dict[str, AttentionPooling | None] = field(default_factory=dict)
+    groups: Mapping[str, AttentionPooling | None] = field(default_factory=dict)
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def predict(self, slices: SliceFeatures, tiles: SliceFeatures | None = None) -> pd.DataFrame:

@@ -45,7 +45,9 @@ class LabeledImages(Dataset):
         """Return its slices and its label. Raises InvalidImageError where the file, once usable, no longer is."""
         position, draw = index if isinstance(index, tuple) else (index, None)
         try:
-            slices = list(self.preprocess(self.files[position], slices_per_volume=self.slices_per_volume))
+            slices: list[dict[str, np.ndarray]] = [
+                *self.preprocess(self.files[position], slices_per_volume=self.slices_per_volume)
+            ]
         except OSError as error:
             raise InvalidImageError(self.files[position], f"cannot be read ({error.strerror})") from error
         if draw is not None:
