@@ -256,10 +256,15 @@ def official_splits(index: pd.DataFrame) -> tuple[str, ...]:
     return tuple(split for split in SPLITS if (index["split"] == split).any())
 
 
+def files_there(table: pd.DataFrame) -> pd.Series:
+    """Return whether the file of each row is there, bool."""
+    return table["file"].map(lambda file: not pd.isna(file) and Path(file).is_file()).astype(bool)
+
+
 def find_files(table: pd.DataFrame, data_dir: Path, allow_missing: bool) -> pd.Series:
     """Return whether the file of each row is there. Raises ValueError where one is not, with `allow_missing` where none
     is."""
-    is_there = table["file"].map(lambda file: not pd.isna(file) and Path(file).is_file()).astype(bool)
+    is_there = files_there(table)
     if not is_there.all() and not (allow_missing and is_there.any()):
         first = table[~is_there].iloc[0]
         remedy = "complete the download, or leave them out with allow_missing"

@@ -16,7 +16,7 @@ from modeling_mammodino.tools.walk import walk
 
 from . import BENCHMARKS
 from .index import Benchmark
-from .task import find_files, located, open_benchmark
+from .task import files_there, located, open_benchmark
 
 SHOWN = 5
 
@@ -85,7 +85,7 @@ def verify_benchmark(benchmark: str | Benchmark, data_dir: str | Path) -> Benchm
         benchmark = open_benchmark(benchmark, data_dir)
     counts = benchmark.count(data_dir)
     index = located(benchmark, data_dir)
-    is_there = find_files(index, data_dir, allow_missing=True)  # as a task does
+    is_there = files_there(index)
     paths = index["path"].fillna("")
     found = paths[is_there]
     root = data_dir if data_dir.is_dir() else data_dir.parent
