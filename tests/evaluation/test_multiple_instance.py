@@ -244,7 +244,7 @@ def test_a_run_of_tiles_predicts_again_from_its_folder_and_is_drawn(folders, dra
         np.testing.assert_allclose([row.p_0, row.p_1], p, atol=2e-3)  # tiles were kept in float16
     heat_map([str(file), "--model", str(folders["mammodino"]), "--head", str(tmp_path / "run" / "model"), "--output",
               str(tmp_path / "map.png")])  # fmt: skip
-    assert cv2.imread(str(tmp_path / "map.png")).shape[1] == pytest.approx(2 * 3.2 * 90, abs=2)
+    assert cv2.imread(str(tmp_path / "map.png")).shape[1] == pytest.approx(2 * 3.2 * 200, abs=2)
 
 
 def test_attention_over_the_slices_of_an_image_starts_as_their_mean(folders, phantom_archive, tmp_path):

@@ -75,10 +75,11 @@ def test_images_are_of_the_same_breasts_and_of_other_features(run):
     names = sorted(path.name for path in (run / "images").iterdir())
     assert names == ["step-000000.png", "step-000004.png", "step-000005.png"]
     first, last = (cv2.imread(str(run / "images" / name)) for name in (names[0], names[-1]))
-    assert first.shape == last.shape and len(first) == 2 * (320 + 8) + 22  # six pairs in two rows, and the caption
-    width = first.shape[1] // 6
-    assert (first[:320, :width] == last[:320, :width]).all()  # the gray image
-    assert (first[:320, width : 2 * width] != last[:320, width : 2 * width]).any()
+    assert first.shape == last.shape
+    below_title = [each[80:].astype(int) for each in (first, last)]
+    colored = np.logical_or(*(np.ptp(each, axis=-1) > 20 for each in below_title))
+    differs = (below_title[0] != below_title[1]).any(axis=-1)
+    assert not differs[~colored].any() and differs[colored].mean() > 0.2  # the gray images, and their features
 
 
 def test_labels_and_their_task_stay_at_home(run, labels):
