@@ -28,7 +28,7 @@ from .leaderboard import score_table
 
 PATIENTS = {"train": 120, "test": 300}
 VIEWS = 2  # of a breast to learn from: they have its density and lesion in common, and not the exact tissue
-STEPS, BENCHMARK_STEPS = 120, 40
+STEPS, BENCHMARK_STEPS = 280, 40
 FIRST_TEST_PATIENT = 10_000
 SUITE_PROCESSES = 2
 # the phantom's breasts are small: patches of 6 mm, and a short run
