@@ -3,7 +3,7 @@
     mammodino demo          # on this machine
     python space/app.py     # the same, as a Space runs it; MAMMODINO_MODEL names another checkpoint
 
-An upload is read into memory and its file removed; the pictures that a browser fetches go within minutes, all else when
+An upload is read into memory and its file removed; the images that a browser fetches go within minutes, all else when
 the server ends. Nothing is logged of an image, and nothing is sent elsewhere.
 
 `Page` answers what a visitor does; `build` lays it out; `serve` runs it.
@@ -121,12 +121,12 @@ class Page:
         return Opened(name, files, examined, tuple(warnings), patch, examined.axes)
 
     def choose_patch(self, opened: Opened, x: int, y: int) -> Opened:
-        """Choose the patch at a pixel of a picture; the background changes nothing."""
+        """Choose the patch at a pixel of an image; the background changes nothing."""
         (height, width), kept = enlarged(opened.examined.seen.image).shape[:2], opened.examined.kept
         patch = min(y * len(kept) // height, len(kept) - 1), min(x * kept.shape[1] // width, kept.shape[1] - 1)
         return replace(opened, patch=patch) if kept[patch] else opened
 
-    def pictures(self, opened: Opened) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float]]:
+    def drawings(self, opened: Opened) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float]]:
         """Return what the encoder sees, features as colors, and how alike each patch is to the one chosen, (H, W, 3)
         uint8 RGB; and the least and the most similarity that the last one's colors tell apart."""
         examined, kept = opened.examined, opened.examined.kept
@@ -195,9 +195,9 @@ SEEN = "<b>What the encoder sees.</b> Green: the breast mask. Ruled: the patches
 COLORS = "<b>Patch features.</b> Alike colors, alike features: first three principal components as red, green, blue."
 ALIKE = (
     "<b>Similarity</b> to the patch in the white square, cosine {low:.2f} <span class='ramp'></span> {high:.2f}. "
-    "<b>Click or tap another patch</b>, in any picture."
+    "<b>Click or tap another patch</b>, in any image."
 )
-# one screen: the pictures in a row; on a phone two by two, the tapped one beside the answer
+# one screen: the images in a row; on a phone two by two, the tapped one beside the answer
 CSS = """
 .gradio-container {padding: 4px 8px !important} .main.app {max-width: 1280px; padding: 8px !important}
 .html-container {padding: 0 !important}
@@ -240,8 +240,8 @@ h1 {font-size: 21px; margin: 0 0 4px; font-weight: 650} h1 span {font-weight: 40
 def build(page: Page) -> gr.Blocks:
     """Lay the page out and connect it."""
     thumbnails = [(example.thumbnail, example.label) for example in page.examples]
-    # pictures are outputs that can be clicked; nothing is kept of them
-    picture: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": [], "container": False}
+    # images are outputs that can be clicked; nothing is kept of them
+    image_options: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": [], "container": False}
     gallery: dict[str, Any] = {"show_label": False, "allow_preview": False, "buttons": [], "elem_classes": "thumbs",
                                "object_fit": "cover", "interactive": False}  # fmt: skip
     blocks = gr.Blocks(title="MammoDINO", analytics_enabled=False, delete_cache=CLEAN_SECONDS, fill_width=True)
@@ -261,7 +261,7 @@ def build(page: Page) -> gr.Blocks:
                     cells = []
                     for name in ("seen", "colors", "alike"):
                         with gr.Column(elem_classes=["cell", name], min_width=150):
-                            cells.append((gr.Image(elem_id=name, **picture), gr.HTML(padding=False)))
+                            cells.append((gr.Image(elem_id=name, **image_options), gr.HTML(padding=False)))
                     with gr.Column(elem_classes=["cell", "facts-cell"], min_width=150):
                         facts = gr.HTML(elem_id="facts", padding=False)
                         gr.HTML('<div class="heading">Nearest simulated images</div>', padding=False)
@@ -272,10 +272,10 @@ def build(page: Page) -> gr.Blocks:
 
         def show(found: Opened, moves: bool = True) -> dict[Any, Any]:
             """What follows from an image or slice that was opened."""
-            *pictures, (low, high) = page.pictures(found)
+            *drawings, (low, high) = page.drawings(found)
             captions = (SEEN, COLORS, ALIKE.format(low=low, high=high))
             answer: dict[Any, Any] = {opened: found, problem: gr.update(visible=False)}
-            for (image, caption), drawn, words in zip(cells, pictures, captions, strict=True):
+            for (image, caption), drawn, words in zip(cells, drawings, captions, strict=True):
                 answer |= {image: drawn, caption: f'<div class="caption">{words}</div>'}
             if moves:
                 ranked = page.nearest(found)
@@ -331,7 +331,7 @@ def build(page: Page) -> gr.Blocks:
 
 
 def describe(page: Page, opened: Opened) -> str:
-    """Say what the pictures do not, and offer the embedding."""
+    """Say what the images do not, and offer the embedding."""
     examined, seen = opened.examined, opened.examined.seen
     size = " x ".join(map(str, seen.image.shape))
     rows = {

@@ -31,10 +31,10 @@ from modeling_mammodino.dicom import open_dicom
 from modeling_mammodino.dicom_header import laterality, num_frames
 from modeling_mammodino.image_io import InvalidImageError
 from modeling_mammodino.tools.command import CommandParser, command_line, user_model, user_path
-from modeling_mammodino.tools.embed import find_device
+from modeling_mammodino.tools.embed import find_device, weights_sha256
 from modeling_mammodino.tools.features import find_files
 from modeling_mammodino.tools.files import atomic_file
-from training.evaluation.backbones.registry import Backbone, hash_weights, load_backbone
+from training.evaluation.backbones.registry import Backbone, load_backbone
 from training.evaluation.detection.boxes import BoxedImage
 from training.evaluation.detection.data import LesionImage, LesionImageRenderer
 from training.evaluation.detection.detector import load_detector
@@ -246,7 +246,7 @@ def export_boxes(files: Sequence[Path], run: Path, settings: DetectionSettings, 
     """Write the boxes of at least `min_score` that a detector finds, a report a file that has any."""
     detector: Any
     detector, processor = load_detector(run / MODEL_FOLDER)
-    algorithm = Algorithm("MammoDINO lesion detector", hash_weights(detector))
+    algorithm = Algorithm("MammoDINO lesion detector", weights_sha256(detector))
     detector.to(find_device("auto"))
     for file in files:
         image = BoxedImage(str(file), "", str(file), np.empty((0, 4)), np.empty(0, int))

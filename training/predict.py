@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from dataset_scripts.benchmarks.labels import read_images
-from modeling_mammodino.tools.command import CommandParser, command_line, user_model, user_path
+from modeling_mammodino.tools.command import CommandParser, command_line, show_progress, user_model, user_path
 from modeling_mammodino.tools.embed import find_device
 from modeling_mammodino.tools.features import find_files
 from modeling_mammodino.tools.files import atomic_file, check_output
@@ -153,7 +152,9 @@ def predict_classes(
     probabilities: list[np.ndarray] = []
     refused: dict[str, str] = {}
     masks: dict[str, tuple[float, str]] = {}
-    for start in tqdm(range(0, len(table), IMAGES_AT_ONCE), "predict", unit_scale=IMAGES_AT_ONCE, disable=None):
+    for start in show_progress(
+        range(0, len(table), IMAGES_AT_ONCE), "predict", unit_scale=IMAGES_AT_ONCE, disable=None
+    ):
         rows = table[start : start + IMAGES_AT_ONCE]
         (whole,) = encode_images(backbone, rows["file"].tolist(), encoding_of(settings))
         names = rows["image_id"].tolist()
@@ -175,7 +176,7 @@ def predict_classes(
     everything = SliceFeatures([each for shard in shards for each in shard.rows], known, refused)
     rows = predictor.levels(everything, np.concatenate(probabilities))
     if maps is not None:
-        for number, file in enumerate(tqdm(known["file"], "heat maps", disable=None)):
+        for number, file in enumerate(show_progress(known["file"], "heat maps", disable=None)):
             image, of_file = map_file(file, None, backbone, head, tuple(classes))
             draw_heat_maps(image, of_file, Path(file).name, maps / f"{number:05d}_{Path(file).stem}.png")
     return rows, refused, masks

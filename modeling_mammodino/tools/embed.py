@@ -205,11 +205,12 @@ class Parts:
                 )
 
 
-def weights_sha256(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of names and values of a model's weights, as they are in memory, in order of their names."""
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Return the SHA-256 of names, types, shapes and values of a model's parameters and buffers, as in memory, in order
+    of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}\n".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 

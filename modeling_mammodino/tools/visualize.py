@@ -164,9 +164,8 @@ def add_inspect_command(commands) -> None:
 
 
 def run_inspect(options: Namespace) -> None:
-    processor, model = _open_processor(options), None
-    if options.model:
-        model, processor = open_encoder(options.model)
+    check_output(options.output, ".png")
+    model, processor = open_encoder(options.model) if options.model else (None, MammoDinoImageProcessor())
     write_figure(inspect_file(options.file, processor, model), options.output)
     print(options.output)
 

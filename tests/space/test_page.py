@@ -117,7 +117,7 @@ def test_similarity_is_the_cosine_with_the_patch_that_was_clicked(page):
     assert np.isnan(found[~examined.kept]).all()
     row, column = np.argwhere(~examined.kept)[0]
     assert page.choose_patch(opened, int(column * 14 * scale), int(row * 14 * scale)) is opened  # background
-    *pictures, (low, high) = page.pictures(chosen)
+    *pictures, (low, high) = page.drawings(chosen)
     assert {picture.shape for picture in pictures} == {(112 * scale, 84 * scale, 3)} and low < high == pytest.approx(1)
     corner = chosen.patch[0] * 14 * scale, chosen.patch[1] * 14 * scale
     assert (pictures[2][corner] == 255).all()

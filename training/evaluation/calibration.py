@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-from .metrics import Score, bootstrap_weights, interval
+from .metrics import Score, bootstrap_weights, interval, score_resamples
 
 MAX_BINS, SCORES_PER_BIN = 10, 15
 LEAST = 1e-12  # probability under a logarithm
@@ -104,9 +104,7 @@ def measure(
     blocks = list(bootstrap_weights(patients, num_resamples, seed))
     found: dict[str, Any] = {}
     for name, score in MEASURES.items():
-        value = float(score(labels, probabilities, np.ones((1, len(labels))))[0])
-        resampled = np.concatenate([score(labels, probabilities, weights) for weights in blocks])
-        found[name] = list(interval(value, resampled))
+        found[name] = list(interval(*score_resamples(score, labels, probabilities, blocks)))
     rng = np.random.default_rng(seed)
     cumulative = probabilities.cumsum(axis=1)[:, :-1]
     draws = [(rng.random((len(labels), 1)) > cumulative).sum(axis=1) for _ in range(NUM_SIMULATIONS)]

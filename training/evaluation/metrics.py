@@ -4,7 +4,7 @@ A score takes the weight of each image, so that a resample is a row of weights, 
 thousand resamples are one pass over sorted arrays. Weights of one give scikit-learn's scores.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +166,14 @@ def interval(value: float, resampled: np.ndarray) -> Interval:
         return Interval(value, float("nan"), float("nan"))
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     return Interval(value, float(low), float(high))
+
+
+def score_resamples(
+    score: Score, labels: np.ndarray, probabilities: np.ndarray, blocks: Iterable[np.ndarray]
+) -> tuple[float, np.ndarray]:
+    """Return a score of all images, and (R,) of the resamples whose weights come in blocks (of R, n)."""
+    value = float(score(labels, probabilities, np.ones((1, len(labels))))[0])
+    return value, np.concatenate([score(labels, probabilities, weights) for weights in blocks])
 
 
 def bootstrap_auc(

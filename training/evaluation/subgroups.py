@@ -5,6 +5,8 @@ all others, on the same resamples of patients. That features tell which machine 
 but where the label goes with the machine, a score may be the machine's.
 """
 
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from scipy.special import softmax
 from .finetuning.aggregation import GROUPS, mean_probabilities
 from .finetuning.feature_cache import SliceFeatures
 from .finetuning.heads import balanced_weights, fit_linear_probe
-from .metrics import METRICS, bootstrap_weights, interval
+from .metrics import METRICS, bootstrap_weights, interval, score_resamples
 
 # what the tables show of a task. The paper gives AUC for cancer and lesion and F1 for BI-RADS; for density it names
 # no metric, and lesion type has no published figure: macro AUC is our choice there
@@ -59,18 +61,13 @@ def score_headline(
     rows, labels, probabilities = at_level(predictions, level, "p_")
     key = ["patient_id", "breast_id", "image_id"]
     blocks = list(bootstrap_weights(rows["patient_id"].to_numpy(str), num_resamples, seed))
-    score, ones = METRICS[metric], np.ones((1, len(rows)))
-
-    def of(found: np.ndarray) -> tuple[float, np.ndarray]:
-        resampled = np.concatenate([score(labels, found, weights) for weights in blocks])
-        return float(score(labels, found, ones)[0]), resampled
-
-    value, resampled = of(probabilities)
+    value, resampled = score_resamples(METRICS[metric], labels, probabilities, blocks)
     compared = {}
     for name, each in others.items():
         their_rows, _, theirs = at_level(each, level, "p_")
         place = rows[key].fillna("").merge(their_rows[key].fillna("").reset_index(), on=key, how="left")["index"]
-        their_value, their_resampled = of(theirs[place.to_numpy(int)])
+        theirs = theirs[place.to_numpy(int)]
+        their_value, their_resampled = score_resamples(METRICS[metric], labels, theirs, blocks)
         compared[name] = {
             "score": list(interval(their_value, their_resampled)),
             "gap": list(interval(value - their_value, resampled - their_resampled)),
@@ -112,39 +109,28 @@ def score_subgroups(
             continue
         patients = rows["patient_id"].to_numpy(str)
         blocks = list(bootstrap_weights(patients, num_resamples, seed))
+        are_enough = partial(_are_enough, labels, patients, probabilities.shape[1])
         for name in sorted(own.dropna().unique(), key=lambda name: (IN_ORDER.get(name, 0), name)):
             inside = (own == name).fillna(False).to_numpy(bool)
             outside = own.notna().to_numpy() & ~inside
             about = {"column": column, "group": name, "level": of_level, "units": int(inside.sum())}
             about["patients"] = len(set(patients[inside]))
-            enough = [
-                len(set(patients[part])) >= MIN_PATIENTS
-                and _least_of_class(labels[part], patients[part], probabilities.shape[1]) >= MIN_OF_CLASS
-                for part in (inside, outside)
+            scored = [
+                score_resamples(METRICS[metric], labels[part], probabilities[part], [each[:, part] for each in blocks])
+                for part in takewhile(are_enough, (inside, outside))
             ]
-            both = [
-                _score_part(labels[part], probabilities[part], [weights[:, part] for weights in blocks], metric)
-                for part in (inside, outside)
-            ]
-            if enough[0]:
-                about["score"] = list(interval(*both[0]))
-            if all(enough):
-                about["gap"] = list(interval(both[0][0] - both[1][0], both[0][1] - both[1][1]))
+            if scored:
+                about["score"] = list(interval(*scored[0]))
+            if len(scored) == 2:
+                about["gap"] = list(interval(scored[0][0] - scored[1][0], scored[0][1] - scored[1][1]))
             found.append(about)
     return found
 
 
-def _least_of_class(labels: np.ndarray, patients: np.ndarray, num_classes: int) -> int:
-    """Return the number of patients of the class that has the fewest."""
-    return min(len(set(patients[labels == number])) for number in range(num_classes))
-
-
-def _score_part(
-    labels: np.ndarray, probabilities: np.ndarray, blocks: list[np.ndarray], metric: str
-) -> tuple[float, np.ndarray]:
-    score = METRICS[metric]
-    value = float(score(labels, probabilities, np.ones((1, len(labels))))[0])
-    return value, np.concatenate([score(labels, probabilities, weights) for weights in blocks])
+def _are_enough(labels: np.ndarray, patients: np.ndarray, num_classes: int, part: np.ndarray) -> bool:
+    """Tell whether a part (n,) bool has patients enough, altogether and of the class that has the fewest."""
+    of_class = [len(set(patients[part & (labels == number)])) for number in range(num_classes)]
+    return len(set(patients[part])) >= MIN_PATIENTS and min(of_class) >= MIN_OF_CLASS
 
 
 def identifier_of(level: str) -> str:
@@ -185,7 +171,7 @@ def probe_source(features: SliceFeatures, num_resamples: int, seed: int) -> dict
     names = table["patient_id"].to_numpy(str)[test]
     blocks = list(bootstrap_weights(names, num_resamples, seed))
     scores = [
-        list(interval(*_score_part(source[test], each, blocks, "auc")))
+        list(interval(*score_resamples(METRICS["auc"], source[test], each, blocks)))
         for each in (head.probabilities(means[test]), by_label)
     ]
     about = {"column": column, "classes": classes, "images": len(test), "patients": len(set(names))}

@@ -9,7 +9,6 @@ Weights come by Hub id, folder or file; a Hub id may name one file, OWNER/NAME/P
 read in the code or the card that was published with it; no published weights were at hand. Research use only.
 """
 
-import hashlib
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from transformers.utils import cached_file
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel, pool_tokens
 from modeling_mammodino.tools.convert import INTERPOLATION, own_processor, processor_settings
 from modeling_mammodino.tools.dinov2_checkpoints import read_reference_checkpoint
-from modeling_mammodino.tools.embed import open_encoder
+from modeling_mammodino.tools.embed import open_encoder, weights_sha256
 from modeling_mammodino.tools.features import beside_earlier_tokens
 
 from .checkpoint_files import check_report, find_file, first_line, quiet_transformers, read_tensors
@@ -264,21 +263,11 @@ class Backbone(nn.Module):
         config = {name: value for name, value in self.model.config.to_dict().items() if name not in PROVENANCE}
         return {
             "kind": self.kind,
-            "weights": hash_weights(self.model),
+            "weights": weights_sha256(self.model),
             "config": config,
             "images": self.preprocess.settings(),
             **({"last_layers": self.last_layers} if self.last_layers > 1 else {}),
         }
-
-
-def hash_weights(model: nn.Module) -> str:
-    """Return the SHA-256 of names and values of parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(values)  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 def load_backbone(
