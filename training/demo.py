@@ -81,7 +81,7 @@ def demo(output: Path, seed: int) -> None:
 def benchmark_demo(output: Path) -> None:
     phantom, encoder, suite = output / "phantom", output / "mammodino" / "encoder", output / "suite.yaml"
     run_all(
-        *phantom_and_corpus(output, phantom, {"train": 240, "test": 160}),
+        *phantom_and_corpus(output, phantom, {"train": 160, "test": 120}),
         ("training.pretrain", *RECIPE, "--corpus", output / "corpus", "--visualization_steps", 0,
          "--output_dir", output / "mammodino", "--max_steps", BENCHMARK_STEPS),
     )  # fmt: skip
