@@ -24,9 +24,10 @@ import numpy as np
 import pydicom
 
 from dataset_scripts.corpus.archive import ArchiveFile
-from dataset_scripts.corpus.plan import HASH_KEY_VARIABLE, Job, Volume, write_lines
+from dataset_scripts.corpus.plan import HASH_KEY_VARIABLE, Job, Volume
 from dataset_scripts.corpus.shards import render_shard
 from dataset_scripts.phantom.dicom import BreastInfo, mammogram_dataset, save, tomosynthesis_dataset
+from modeling_mammodino.tools.files import write_lines
 
 from .encoder import resident_bytes
 from .images import example_images

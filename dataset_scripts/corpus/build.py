@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +30,12 @@ import modeling_mammodino
 from modeling_mammodino.breast_segmentation import TISSUE_FINDERS
 from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.tools.command import HASH_KEY_VARIABLE, CommandParser, command_line, show_progress, user_path
-from modeling_mammodino.tools.files import atomic_file, write_json
+from modeling_mammodino.tools.command import HASH_KEY_VARIABLE, CommandParser, command_line, user_path
+from modeling_mammodino.tools.engine import ENGINES, Stage, parse_arguments, progress_bar, run_stages
+from modeling_mammodino.tools.files import atomic_file, read_lines, write_json, write_lines
 from modeling_mammodino.tools.publish import check_text, without_private
 
 from .archive import ArchiveFile, is_address, list_archive
-from .engine import ENGINES, Stage, parse_arguments, run_stages
 from .plan import (
     MODALITIES,
     ROWS_PER_SHARD,
@@ -43,8 +43,6 @@ from .plan import (
     MakePlan,
     ReadHeaders,
     read_hash_key,
-    read_lines,
-    write_lines,
 )
 from .reader import FEATURES, MANIFEST, TISSUE_CELL_PX
 from .shards import RenderShards
@@ -187,8 +185,8 @@ def build_corpus(
     )
     with _one_at_a_time(job):
         job = _begin(job)
-        headers = _bar("headers", "task", job.work / "headers", lambda: job.tasks)
-        images = _bar("images", "shard", job.work / "shards", lambda: len(list(job.work.glob("plan/*"))))
+        headers = progress_bar("headers", "task", job.work / "headers", lambda: job.tasks)
+        images = progress_bar("images", "shard", job.work / "shards", lambda: len(list(job.work.glob("plan/*"))))
         stages = [
             Stage("headers", ReadHeaders(job), job.tasks, headers),
             Stage("plan", MakePlan(job), 1),
@@ -300,23 +298,10 @@ def _tell_later_files(job: Job) -> None:
         found = {(file.source, file.path) for file in list_archive(job.sources).files}
     except OSError:  # what is to be read is known; an archive that is gone is said where a file is read
         return
-    if later := found - {(file.source, file.path) for file in (ArchiveFile(*each) for each in read_lines(job.listing))}:
-        logger.warning("%d files are new in the archive and do not enter: build them into another --output", len(later))
-
-
-def _bar(name: str, unit: str, folder: Path, count: Callable[[], int]) -> Callable[[], None]:
-    """Return what shows a bar by the files of `folder`, so that it begins where a stopped build was."""
-    bars: list[Any] = []
-
-    def show() -> None:
-        total, done = count(), len(list(folder.glob("[!.]*")))
-        if not bars:
-            bars.append(show_progress(total=total, initial=done, unit=unit, desc=name))
-        bars[0].update(done - bars[0].n)
-        if done == total:
-            bars[0].close()
-
-    return show
+    for file in (ArchiveFile(*each) for each in read_lines(job.listing)):
+        found.discard((file.source, file.path))
+    if found:
+        logger.warning("%d files are new in the archive and do not enter: build them into another --output", len(found))
 
 
 @dataclass

@@ -12,21 +12,25 @@ import json
 import os
 import re
 import statistics
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from modeling_mammodino.dicom import Instance, keyed_hash, open_dicom, open_if_dicom, read_instance, split_stacks
-from modeling_mammodino.dicom_header import kind, number, text
+from modeling_mammodino.dicom_header import kind, text
 from modeling_mammodino.image_io import IMAGE_SUFFIXES, InvalidImageError, suffix
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools.command import HASH_KEY_VARIABLE
-from modeling_mammodino.tools.files import atomic_file, write_json
+from modeling_mammodino.tools.engine import die_with_parent
+from modeling_mammodino.tools.files import Lines, read_lines, write_json, write_lines
 
 from .archive import ArchiveFile, opened
-from .engine import die_with_parent
 
 MODALITIES = {"breast": ("MG",), "body": ("CT", "MR")}  # by the finder of the tissue
 NO_MODALITY = "NONE"  # stands for an element that is missing
@@ -41,7 +45,8 @@ class Volume(NamedTuple):
     """A line of a shard's plan: one image, or the slices of one volume."""
 
     volume_id: str
-    places: list[list[ArchiveFile]]  # one, or one a slice in their order; each with its copies, the likeliest first
+    # one, or one a slice in their order; each with its copies, the likeliest first; numbers until files are put in
+    places: list[list[Any]]
     num_slices: int
     slice_spacing_mm: float | None  # by the positions of such files
 
@@ -49,6 +54,10 @@ class Volume(NamedTuple):
     def from_json(cls, fields: list[Any]) -> "Volume":
         volume_id, places, *others = fields
         return cls(volume_id, [[ArchiveFile(*file) for file in copies] for copies in places], *others)
+
+    def with_files(self, listing: "Lines") -> "Volume":
+        """Put files in the place of their numbers."""
+        return self._replace(places=[[listing[number] for number in copies] for copies in self.places])
 
 
 @dataclass(frozen=True)
@@ -132,18 +141,6 @@ def read_hash_key(path: str | Path | None) -> bytes:
     return Path(path).read_bytes().strip() if path else os.environ.get(HASH_KEY_VARIABLE, "").encode()
 
 
-def read_lines(path: Path) -> Iterator[Any]:
-    """Yield the values of a JSON lines file."""
-    with path.open() as stream:
-        yield from map(json.loads, stream)
-
-
-def write_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write a JSON lines file, atomically."""
-    with atomic_file(path) as temporary, temporary.open("w") as stream:
-        stream.writelines(json.dumps(value) + "\n" for value in values)
-
-
 @dataclass
 class ReadHeaders:
     """A task reads the headers of every n-th file: what it is, or why it is refused."""
@@ -153,27 +150,25 @@ class ReadHeaders:
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         die_with_parent()
         key = self.job.hash_key
-        files = (ArchiveFile(*each) for each in read_lines(self.job.listing))
-        mine = (file for file in files if file.number % world_size == rank)
+        mine = (ArchiveFile(*each) for each in read_lines(self.job.listing, rank, world_size))
         write_lines(self.job.headers(rank), (read_header(file, key, self.job.modalities) for file in mine))
 
 
 def read_header(file: ArchiveFile, key: bytes, modalities: Sequence[str]) -> dict[str, Any]:
-    """Return {"file"} of what is no image, {"file", "refused"}, or {"file", "size", "instance", "shape"}."""
+    """Return {"file"} of what is no image, {"file", "refused"}, or {"file", "size", "instance"}."""
     found: dict[str, Any] = {"file": file}
     try:
         size = file.size()
         with opened([file]) as (image,):
             if suffix(image) in IMAGE_SUFFIXES:
                 own = keyed_hash(image.identity, key)
-                return {**found, "size": size, "instance": Instance(own, own, 1, None, None), "shape": None}
+                return {**found, "size": size, "instance": Instance(own, own, 1, None, None)}
             dicom = open_dicom(image) if suffix(image) else open_if_dicom(image)
             if dicom is not None:
                 instance = read_instance(dicom, key)
                 if foreign := why_foreign(dicom.header, instance.num_slices, modalities):
                     return {**found, "refused": foreign}
-                shape = [number(dicom.header, side) for side in ("Rows", "Columns")]
-                return {**found, "size": size, "instance": instance, "shape": shape}
+                return {**found, "size": size, "instance": instance}
     except InvalidImageError as refusal:
         return {**found, "refused": refusal.reason}
     return found
@@ -203,62 +198,90 @@ class MakePlan:
     job: Job
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        found: list[Found] = []
         refused: list[tuple[int, str]] = []
         ignored: Counter[str] = Counter()
+        found = np.fromiter(self._images(refused, ignored), IMAGE)
+        volumes, odd = join_volumes(found, self.job.hash_key)
+        refused += [(number, ODD_SHAPE) for number in odd]
+        rows = sum(volume.num_slices for volume in volumes)
+        shared_out = min(ROWS_PER_SHARD, max(LEAST_ROWS_PER_SHARD, -(-rows // self.job.tasks)))
+        shards, listing = 0, Lines(self.job.listing)
+        for shard in into_shards(volumes, self.job.rows_per_shard or shared_out):
+            write_lines(self.job.shard_plan(shards), (volume.with_files(listing) for volume in shard))
+            shards += 1
+        plan = {"shards": shards, "rows": rows, "refused": sorted(refused), "ignored": dict(ignored.most_common())}
+        write_json(self.job.plan, plan)
+
+    def _images(self, refused: list[tuple[int, str]], ignored: Counter[str]) -> Iterator[tuple[Any, ...]]:
+        """Yield IMAGE of each image; the other files go to `refused` and `ignored`."""
         for task in range(self.job.tasks):
             for header in read_lines(self.job.headers(task)):
                 file = ArchiveFile(*header["file"])
                 if "instance" in header:
-                    found.append(Found(file, header["size"], Instance(*header["instance"]), header["shape"]))
+                    yield file.number, header["size"], *header["instance"]
                 elif "refused" in header:
-                    refused.append((file.number, header["refused"]))
+                    refused.append((file.number, sys.intern(header["refused"])))
                 else:
                     ignored[PurePosixPath(file.path).suffix.lower() or "no suffix"] += 1
-        volumes, odd = join_volumes(found, self.job.hash_key)
-        refused += [(each.file.number, ODD_SHAPE) for each in odd]
-        rows = sum(volume.num_slices for volume in volumes)
-        shared_out = min(ROWS_PER_SHARD, max(LEAST_ROWS_PER_SHARD, -(-rows // self.job.tasks)))
-        rows_per_shard = self.job.rows_per_shard or shared_out
-        shards = list(into_shards(volumes, rows_per_shard))
-        for place, shard in enumerate(shards):
-            write_lines(self.job.shard_plan(place), shard)
-        plan = {"shards": len(shards), "rows": rows, "refused": sorted(refused), "ignored": dict(ignored.most_common())}
-        write_json(self.job.plan, plan)
+
+
+# An image whose header was read: number and size in bytes of its file, and the fields of Instance, NaN for None.
+IMAGE = np.dtype(
+    [
+        *(("number", int), ("size", int), ("sop_instance", "S32"), ("volume_id", "S32"), ("num_slices", np.int32)),
+        *(("slice_position_mm", float), ("instance_number", float), ("shape", "S24")),
+    ]
+)
 
 
 class Found(NamedTuple):
-    """An image whose header was read."""
+    """IMAGE of one image."""
 
-    file: ArchiveFile
-    size: int  # in bytes
+    number: int
+    size: int
     instance: Instance
-    shape: list[float] | None  # rows, columns; None without a header
+
+    @classmethod
+    def from_row(cls, row: tuple[Any, ...]) -> "Found":
+        number, size, own, volume_id, num_slices, position, instance_number, shape = row
+        position, instance_number = (None if value != value else value for value in (position, instance_number))
+        instance = Instance(own.decode(), volume_id.decode(), num_slices, position, instance_number, shape.decode())
+        return cls(number, size, instance)
 
 
-def join_volumes(found: list[Found], key: bytes) -> tuple[list[Volume], list[Found]]:
-    """Return volumes in the order of their first files; and slices of another size than the rest of their series.
+def join_volumes(found: np.ndarray, key: bytes) -> tuple[list[Volume], list[int]]:
+    """Return volumes in the order of their first files, a file by its number; and the files of slices of another size
+    than the rest of their series. found: (n,) of IMAGE.
 
     Files of one identity, a SOP instance or a path without one, share a place: which of them is whole, and whether they
     are copies at all, shows when they are rendered.
     """
-    places: dict[tuple[Any, ...], list[Found]] = defaultdict(list)
-    for each in sorted(found, key=lambda each: each.file.number):
-        places[_identity(each.instance)].append(each)
-    together: dict[str, list[list[Found]]] = defaultdict(list)
-    for copies in places.values():
-        copies.sort(key=lambda each: -each.size)  # a copy that was cut off is smaller
-        together[copies[0].instance.volume_id].append(copies)
-    volumes, odd = [], []
-    for volume_id, members in together.items():
-        shapes = Counter(str(copies[0].shape) for copies in members)
-        usual = shapes.most_common(1)[0][0]  # a scout is one among many
-        odd += [each for copies in members if str(copies[0].shape) != usual for each in copies]
-        members = [copies for copies in members if str(copies[0].shape) == usual]
-        for phase, stack in enumerate(split_stacks([copies[0].instance for copies in members])):
-            own = volume_id if phase == 0 else keyed_hash(f"{volume_id} {phase}", key)
-            volumes.append(_volume(own, [members[place] for place in stack]))
+    found = found[np.argsort(found["number"])]
+    _, first, which = np.unique(found["volume_id"], return_index=True, return_inverse=True)
+    order = np.argsort(first[which], kind="stable")
+    ends = np.cumsum(np.bincount(which)[np.argsort(first)])
+    volumes: list[Volume] = []
+    odd: list[int] = []
+    for start, end in pairwise([0, *ends.tolist()]):
+        members = map(Found.from_row, found[order[start:end]].tolist())
+        volumes += _volumes(list(members), key, odd)
     return volumes, odd
+
+
+def _volumes(found: list[Found], key: bytes, odd: list[int]) -> Iterator[Volume]:
+    """Yield what images of one volume_id are, several volumes where they are several stacks."""
+    places: dict[tuple[Any, ...], list[Found]] = defaultdict(list)
+    for each in found:
+        places[_identity(each.instance)].append(each)
+    members = [sorted(copies, key=lambda each: -each.size) for copies in places.values()]  # cut off, it is smaller
+    shapes = Counter(copies[0].instance.shape for copies in members)
+    usual = shapes.most_common(1)[0][0]  # a scout is one among many
+    odd += [each.number for copies in members if copies[0].instance.shape != usual for each in copies]
+    members = [copies for copies in members if copies[0].instance.shape == usual]
+    volume_id = found[0].instance.volume_id
+    for phase, stack in enumerate(split_stacks([copies[0].instance for copies in members])):
+        own = volume_id if phase == 0 else keyed_hash(f"{volume_id} {phase}", key)
+        yield _volume(own, [members[place] for place in stack])
 
 
 def _identity(instance: Instance) -> tuple[Any, ...]:
@@ -272,7 +295,7 @@ def _volume(volume_id: str, ordered: list[list[Found]]) -> Volume:
     steps = [high - low for low, high in zip(known, known[1:], strict=False)] if len(known) == len(positions) else []
     num_slices = sum(copies[0].instance.num_slices for copies in ordered)
     spacing = statistics.median(steps) if steps else 0
-    return Volume(volume_id, [[each.file for each in copies] for copies in ordered], num_slices, spacing or None)
+    return Volume(volume_id, [[each.number for each in copies] for copies in ordered], num_slices, spacing or None)
 
 
 def into_shards(volumes: Iterable[Volume], rows_per_shard: int) -> Iterator[list[Volume]]:

@@ -4,12 +4,15 @@ import hashlib
 import json
 import logging
 import os
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 from fsspec.core import url_to_fs
 from huggingface_hub.constants import HF_HOME
@@ -46,7 +49,9 @@ FEATURES = datasets.Features(
     }
 )
 TISSUE_CELL_PX = 4
-MANIFEST = "manifest.json"
+OF_VOLUME = ("kind", "laterality", "view", "patient", "source")
+INDEXED = ("volume_id", "slice_index", "slice_spacing_mm", *OF_VOLUME)  # read at opening; no image
+MANIFEST, STATE = "manifest.json", "state.json"
 CACHE_VARIABLE = "MAMMODINO_CACHE"
 
 
@@ -76,6 +81,9 @@ def _annotation(mammogram: Mammogram, rendered: Rendered) -> str | None:
 class Corpus:
     """A corpus opened for training. Rows of one volume stand together, in the order of its slices.
 
+    Shards are memory-mapped. What is held of a row are two numbers, and where its record batch lies: opening reads no
+    image, and a corpus of millions of rows costs some bytes each, which worker processes share.
+
     Raises FileNotFoundError or ValueError, with the remedy, where `directory` is not a finished corpus.
     """
 
@@ -87,30 +95,48 @@ class Corpus:
                 "with python -m dataset_scripts.corpus"
             )
         self.manifest = json.loads((self.directory / MANIFEST).read_text())
-        rows = datasets.load_from_disk(str(self.directory))
-        if len(rows) == 0:
+        names = [each["filename"] for each in json.loads((self.directory / STATE).read_text())["_data_files"]]
+        self._shards = [map_file(self.directory / name) for name in names]
+        parts = list(map(read_index, self._shards))
+        rows = np.concatenate([part.batch_rows for part in parts]) if parts else np.empty(0, int)
+        if not rows.sum():
             raise ValueError(
                 f"{self.directory}: the corpus has no rows; refused.csv in {self.directory}.private says why"
             )
-        self.rows = rows.cast_column("image", datasets.Image(decode=False)).cast_column(
-            "tissue", datasets.Image(decode=False)
-        )
-        volume_ids = np.asarray(self.rows.data.column("volume_id"))
-        starts = np.flatnonzero(np.r_[True, volume_ids[1:] != volume_ids[:-1]])
-        self.volume_bounds = np.r_[starts, len(volume_ids)]
-        self.kinds = np.asarray(self.rows.data.column("kind").take(starts))  # (num_volumes,) str
-        self._starts = starts
-        self._slice_indices = np.asarray(self.rows.data.column("slice_index"))
-        self._slice_spacing_mm = np.asarray(self.rows.data.column("slice_spacing_mm"), dtype=float)
+        self._batch_rows = np.r_[0, np.cumsum(rows)]  # first row of each record batch, and the number of rows
+        self._batch_shard = np.repeat(np.arange(len(parts)), [len(part.batch_rows) for part in parts])
+        self._batch_offset = np.concatenate([part.batch_offsets for part in parts])
+        self._schemas = [part.schema for part in parts]
+        self._slice_indices = np.concatenate([part.slice_indices for part in parts])
+        self._slice_spacing_mm = np.concatenate([part.slice_spacing_mm for part in parts])
+        shard_rows = np.r_[0, np.cumsum([len(part.slice_indices) for part in parts])]
+        starts = np.concatenate([part.starts + first for part, first in zip(parts, shard_rows, strict=False)])
+        volumes = pa.concat_tables([part.volumes for part in parts])
+        is_new = changes(volumes.column("volume_id"))  # not so where a volume goes on in the next shard
+        self.volume_bounds = np.r_[starts[is_new], shard_rows[-1]]
+        self._of_volume = {name: shared_strings(volumes.column(name).filter(pa.array(is_new))) for name in OF_VOLUME}
         self.image_processor = MammoDinoImageProcessor(**self.manifest["image_processor"])
+
+    def __reduce__(self) -> Any:  # a process that is spawned opens it anew
+        return Corpus, (self.directory,)
+
+    @cached_property
+    def rows(self) -> datasets.Dataset:
+        """All columns, images as PNG, for a look: as `datasets` holds them, which costs memory by the row."""
+        stored = datasets.Image(decode=False)
+        return datasets.load_from_disk(str(self.directory)).cast_column("image", stored).cast_column("tissue", stored)
 
     @property
     def num_volumes(self) -> int:
         return len(self.volume_bounds) - 1
 
-    def volume_column(self, name: str) -> list[str | None]:
-        """Return a column of FEATURES by volume, (num_volumes,), such as `patient`."""
-        return self.rows.data.column(name).take(self._starts).to_pylist()
+    @property
+    def kinds(self) -> np.ndarray:
+        return self.volume_column("kind")
+
+    def volume_column(self, name: str) -> np.ndarray:
+        """Return a column of OF_VOLUME by volume, (num_volumes,) str or None, such as `patient`."""
+        return self._of_volume[name]
 
     def rows_of(self, volume: int) -> range:
         """Return the rows of a volume, by its place in the corpus."""
@@ -125,9 +151,73 @@ class Corpus:
 
     def image(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the image (H, W) uint8 or uint16 and the breast fraction (h, w) float32 of its cells."""
-        record = self.rows[row]
-        pixels, tissue = (decode_png(record[name]["bytes"]) for name in ("image", "tissue"))
+        batch = int(np.searchsorted(self._batch_rows, row, side="right")) - 1
+        shard = self._shards[self._batch_shard[batch]]
+        message = pa.ipc.read_message(shard.slice(self._batch_offset[batch]))
+        columns = pa.ipc.read_record_batch(message, self._schemas[self._batch_shard[batch]])
+        place = row - int(self._batch_rows[batch])
+        pixels, tissue = (
+            decode_png(columns.column(name).field("bytes")[place].as_buffer()) for name in ("image", "tissue")
+        )
         return pixels, tissue.astype(np.float32) / 255
+
+
+class ShardIndex(NamedTuple):
+    """What is read of a shard at its opening."""
+
+    schema: pa.Schema
+    batch_rows: np.ndarray  # rows of each record batch
+    batch_offsets: np.ndarray  # where it begins in the file, in bytes
+    starts: np.ndarray  # first row of each volume
+    volumes: pa.Table  # volume_id and OF_VOLUME of each
+    slice_indices: np.ndarray  # of each row, int32
+    slice_spacing_mm: np.ndarray  # of each row, float32
+
+
+def map_file(path: Path) -> pa.Buffer:
+    """Map a file into memory, which is read where it is looked at. No descriptor stays open: a corpus may have more
+    shards than a process may have files."""
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()
+
+
+def read_index(shard: pa.Buffer) -> ShardIndex:
+    """Read the small columns of a shard, and where its record batches lie."""
+    schema = pa.ipc.read_schema(shard)
+    options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in INDEXED])
+    source = pa.BufferReader(shard)
+    offsets, batches = [], []
+    with pa.ipc.open_stream(source, options=options) as stream:
+        while True:
+            offset = source.tell()
+            try:
+                batches.append(stream.read_next_batch())
+            except StopIteration:
+                break
+            offsets.append(offset)
+    rows = pa.Table.from_batches(batches, stream.schema)
+    starts = np.flatnonzero(changes(rows.column("volume_id")))
+    return ShardIndex(
+        schema,
+        batch_rows=np.array([len(each) for each in batches], int),
+        batch_offsets=np.array(offsets, int),
+        starts=starts,
+        volumes=rows.select(["volume_id", *OF_VOLUME]).take(starts),
+        slice_indices=rows.column("slice_index").to_numpy(),
+        slice_spacing_mm=rows.column("slice_spacing_mm").to_numpy(),
+    )
+
+
+def changes(column: pa.ChunkedArray) -> np.ndarray:
+    """Return (n,) bool: whether a value is another than the one before it."""
+    return np.r_[True, pc.not_equal(column[1:], column[:-1]).to_numpy()][: len(column)]
+
+
+def shared_strings(column: pa.ChunkedArray) -> np.ndarray:
+    """Return an array of str or None in which equal values are one object."""
+    encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    words = np.array([*encoded.dictionary.to_pylist(), None], object)
+    return words[encoded.indices.fill_null(len(words) - 1).to_numpy()]
 
 
 def local_corpus(address: str | Path) -> Path:
@@ -151,7 +241,7 @@ def local_corpus(address: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         # the manifest last: it says that all is there
-        for name in (*sha256_of, "state.json", "dataset_info.json", MANIFEST):
+        for name in (*sha256_of, STATE, "dataset_info.json", MANIFEST):
             if Path(name).name != name:
                 raise ValueError(
                     f"{MANIFEST}: a shard is named {name!r}, which is no plain file name; leave this corpus alone"
@@ -177,7 +267,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def decode_png(data: bytes) -> np.ndarray:
+def decode_png(data: Any) -> np.ndarray:
     """Return the pixels (H, W) or (H, W, C). Raises ValueError where they cannot be decoded."""
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:

@@ -17,13 +17,13 @@ from datasets.arrow_writer import ArrowWriter
 from modeling_mammodino.breast_segmentation import LOW_CONFIDENCE
 from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.image_io import InvalidImageError
-from modeling_mammodino.tools.files import atomic_file, write_json
+from modeling_mammodino.tools.engine import die_with_parent
+from modeling_mammodino.tools.files import atomic_file, read_lines, write_json
 
 from .archive import ArchiveFile, opened, unreadable
 from .bcs_dbt_volumes import BcsDbtViews
-from .engine import die_with_parent
 from .metadata import FileMetadata
-from .plan import Job, Volume, read_lines
+from .plan import Job, Volume
 from .reader import FEATURES, make_row
 
 logger = logging.getLogger("modeling_mammodino.corpus")  # below that of the reader, whose notes are kept

@@ -2,13 +2,17 @@
 
 import json
 import math
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def readable(name: object) -> str:
@@ -81,6 +85,31 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically; numpy scalars become numbers, NaN and infinities null."""
     write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path, first: int = 0, step: int = 1) -> Iterator[Any]:
+    """Yield the values of a JSON lines file, of every `step`-th line from `first` on."""
+    with path.open() as stream:
+        yield from map(json.loads, islice(stream, first, None, step))
+
+
+class Lines:
+    """The values of a JSON lines file by the number of the line; held in memory is only where each begins."""
+
+    def __init__(self, path: Path):
+        with path.open("rb") as stream:
+            self.ends = np.fromiter(accumulate(map(len, stream)), int)
+            self.content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __getitem__(self, number: int) -> Any:
+        start = self.ends[number - 1] if number else 0
+        return json.loads(self.content[start : self.ends[number]])
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write a JSON lines file, atomically."""
+    with atomic_file(path) as temporary, temporary.open("w") as stream:
+        stream.writelines(json.dumps(value) + "\n" for value in values)
 
 
 def _plain(content: Any) -> Any:

@@ -19,13 +19,13 @@ import pytest
 from datasets.arrow_writer import ArrowWriter
 from made_inputs import HASH_KEY, draw_breast
 
-from dataset_scripts.corpus import engine as corpus_engine
 from dataset_scripts.corpus import shards as corpus_shards
 from dataset_scripts.corpus.build import build_corpus, main
-from dataset_scripts.corpus.engine import Stage, parse_arguments, run_stages
 from dataset_scripts.corpus.reader import FEATURES, Corpus
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.dicom import keyed_hash
+from modeling_mammodino.tools import engine as engine_module
+from modeling_mammodino.tools.engine import Stage, parse_arguments, run_stages
 
 FIT = (128, 96)
 KEY = HASH_KEY.encode()
@@ -288,7 +288,7 @@ def test_ray_is_given_each_stage(tmp_path, monkeypatch):
         def run(self):
             ran.append(self.told)
 
-    monkeypatch.setattr(corpus_engine, "executor", lambda engine: Executor)
+    monkeypatch.setattr(engine_module, "executor", lambda engine: Executor)
     steps = [KillsItself(), KillsItself()]
     assert run_stages([Stage("a", steps[0], 3), Stage("b", steps[1], 1)], "ray", 2, tmp_path, {"num_cpus": 1})
     assert ran == [([steps[0]], 3, 2, 1), ([steps[1]], 1, 1, 1)]

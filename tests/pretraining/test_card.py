@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from huggingface_hub import ModelCard  # noqa: E402
@@ -85,14 +86,17 @@ def test_an_export_can_be_published_as_it_is(encoder, phantom_corpus):
 
 
 def test_a_corpus_of_patients_is_not_called_simulated(phantom_corpus, encoder, tmp_path):
-    corpus = Corpus(phantom_corpus)
-    corpus.rows = corpus.rows.map(
-        lambda row, number: {"source": "phantom" if number < 5 else "site"}, with_indices=True, keep_in_memory=True
-    )
+    rows = datasets.load_from_disk(str(phantom_corpus))
+    number = Corpus(phantom_corpus).rows_of(0).stop
+    rows = rows.map(lambda row, place: {"source": "phantom" if place < number else "site"}, with_indices=True,
+                    keep_in_memory=True, features=rows.features)  # fmt: skip
+    rows.save_to_disk(tmp_path / "corpus")
+    shutil.copy(phantom_corpus / "manifest.json", tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus")
     recipe = load_recipe(["mammodino", "--corpus", str(phantom_corpus), "--output_dir", str(encoder.parent)])
     export_encoder(MammoDinoModel.from_pretrained(encoder), corpus, recipe, 5, tmp_path / "encoder")
     text = (tmp_path / "encoder" / "README.md").read_text()
-    assert "| simulated (collection `phantom`) | 5 |" in text and "simulated breasts only" not in text
+    assert f"| simulated (collection `phantom`) | {number} |" in text and "simulated breasts only" not in text
 
 
 @pytest.mark.parametrize("former", [False, True])

@@ -95,7 +95,7 @@ def write_card(
         num_images=manifest["rows"],
         num_volumes=manifest["volumes"],
         kinds=", ".join(f"{count} {kind}" for kind, count in manifest["rows_by_kind"].items()),
-        simulated_images=int(np.sum(np.asarray(corpus.rows.data.column("source")) == PHANTOM)),
+        simulated_images=int(np.diff(corpus.volume_bounds)[corpus.volume_column("source") == PHANTOM].sum()),
         results="Not evaluated yet.",
         recipe_name=recipe_name(recipe),
         initial_weights=initial_weights(recipe),

@@ -60,7 +60,7 @@ def shared_information(views: PretrainingViews, recipe: Recipe) -> dict[str, flo
 def view_pairs(views: PretrainingViews, recipe: Recipe) -> Iterator[tuple[str, list[tuple[Seen, Seen]]]]:
     """Yield kinds of views that agree, and both views of each of NUM_PAIRS images."""
     loss, group = recipe.loss, recipe.views.views_per_patient
-    images = len(views.patients.patients) if views.patients else views.corpus.num_volumes
+    images = views.patients.num_patients if views.patients else views.corpus.num_volumes
     if (count := min(NUM_PAIRS, images)) < FEWEST_PAIRS:
         logger.info("preflight: %d images are too few to say what two views share", images)
         return

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from training.settings import PATIENT_STREAM, SOURCE_STREAM, generator
 
+Column = Sequence[str | None] | np.ndarray  # by volume, by its place in the corpus; None where unknown
 STEPS_PER_BLOCK = 256  # in which each source has its share of the steps
 
 
@@ -19,16 +21,30 @@ class Place(NamedTuple):
     repeat: int  # how often this patient's volume came earlier in the group: another slice, another transform
 
 
-def number_breasts(
-    patients: Sequence[str | None], lateralities: Sequence[str | None], sources: Sequence[str | None]
-) -> list[int]:
+def number_groups(is_alone: np.ndarray, *columns: Column) -> np.ndarray:
+    """Number the volumes (n,) by what they are in all columns, in order of first appearance; each of `is_alone` is a
+    group of its own."""
+    codes = np.zeros(len(is_alone), int)
+    for column in columns:
+        values, distinct = pd.factorize(np.asarray(column), use_na_sentinel=False)
+        codes = codes * len(distinct) + values
+    codes[is_alone] = -1 - np.flatnonzero(is_alone)
+    return pd.factorize(codes)[0]
+
+
+def is_unknown(column: Column) -> np.ndarray:
+    return ~np.asarray(column, object).astype(bool)  # None, or empty
+
+
+def number_breasts(patients: Column, lateralities: Column, sources: Column) -> np.ndarray:
     """Return a number for the breast of each volume: equal for all images of one breast of one patient of a source; of
     an unknown patient or side each volume is a breast of its own."""
-    numbers: dict[tuple, int] = {}
-    return [
-        numbers.setdefault((source, patient, side) if patient and side else (volume,), len(numbers))
-        for volume, (patient, side, source) in enumerate(zip(patients, lateralities, sources, strict=True))
-    ]
+    return number_groups(is_unknown(patients) | is_unknown(lateralities), sources, patients, lateralities)
+
+
+def run_starts(values: np.ndarray) -> np.ndarray:
+    """Return where each run of equal values begins, and where the last one ends."""
+    return np.r_[np.flatnonzero(np.r_[True, values[1:] != values[:-1]]), len(values)]
 
 
 class PatientOrder:
@@ -47,10 +63,10 @@ class PatientOrder:
     def __init__(
         self,
         seed: int,
-        patients: Sequence[str | None],
-        lateralities: Sequence[str | None],
-        views: Sequence[str | None],
-        sources: Sequence[str | None],
+        patients: Column,
+        lateralities: Column,
+        views: Column,
+        sources: Column,
         views_per_patient: int,
         patients_per_step: int,
         single_source: bool = True,
@@ -58,18 +74,18 @@ class PatientOrder:
         if views_per_patient % 2:
             raise ValueError(f"views_per_patient={views_per_patient}: must be even, half of them of each breast")
         self.seed, self.views_per_patient, self.patients_per_step = seed, views_per_patient, patients_per_step
-        breasts: dict[tuple[str | None, str], dict[str, list[int]]] = {}
-        for volume, (patient, side, source) in enumerate(zip(patients, lateralities, sources, strict=True)):
-            of_patient = breasts.setdefault((source, patient or f"unknown {volume}"), {})
-            of_patient.setdefault(side or f"unknown {volume}", []).append(volume)
-        self.views = [view or "" for view in views]
-        self.patients = [list(sides.values()) for sides in breasts.values()]
-        self.first_breast = np.r_[0, np.cumsum([len(sides) for sides in self.patients])]
-        of_source: dict[str | None, list[int]] = {}
-        for number, (source, _) in enumerate(breasts):
-            of_source.setdefault(source if single_source else "", []).append(number)
-        self.groups = [np.array(numbers) for numbers in of_source.values()]
-        shares = np.array([len(group) for group in self.groups]) * STEPS_PER_BLOCK / len(self.patients)
+        numbers = number_groups(is_unknown(patients), sources, patients)  # of the patient of each volume
+        breasts = number_groups(is_unknown(lateralities), numbers, lateralities)
+        self.volumes = np.lexsort((breasts, numbers))  # by patient, then by breast
+        numbers, breasts = numbers[self.volumes], breasts[self.volumes]
+        self.first_volume = run_starts(breasts)  # of each breast, among `volumes`
+        self.first_breast = run_starts(numbers[self.first_volume[:-1]])  # of each patient
+        self.num_patients = len(self.first_breast) - 1
+        self.views = np.where(is_unknown(views), "", np.asarray(views, object))
+        source = np.asarray(sources, object)[self.volumes[self.first_volume[self.first_breast[:-1]]]]
+        of_patient = number_groups(np.zeros(self.num_patients, bool), *([source] if single_source else []))
+        self.groups = [np.flatnonzero(of_patient == group) for group in range(of_patient.max() + 1)]
+        shares = np.array([len(group) for group in self.groups]) * STEPS_PER_BLOCK / self.num_patients
         counts = np.floor(shares).astype(int)
         counts[np.argsort(counts - shares, kind="stable")[: STEPS_PER_BLOCK - counts.sum()]] += 1  # largest remainders
         self.block = np.repeat(np.arange(len(self.groups)), counts)  # source of each step, sorted
@@ -81,19 +97,20 @@ class PatientOrder:
         slot, view = divmod(index, self.views_per_patient)
         patient = self.patient_of(slot)
         rng = generator(self.seed, PATIENT_STREAM, slot)
-        sides = [self.patients[patient][each] for each in rng.permutation(len(self.patients[patient]))[:2]]
+        first, end = map(int, self.first_breast[patient : patient + 2])
+        breasts = [first + int(each) for each in rng.permutation(end - first)[:2]]
+        sides = [self.volumes[self.first_volume[each] : self.first_volume[each + 1]] for each in breasts]
         drawn: list[tuple[int, int]] = []  # every view of the slot, to know what this one repeats
         for number in range(self.views_per_patient):
             side = number * 2 // self.views_per_patient % len(sides)
             done = len([each for each, _ in drawn if each == side])
             if done % len(sides[side]) == 0:
                 order = rng.permutation(len(sides[side]))
-            drawn.append((side, sides[side][order[done % len(order)]]))
+            drawn.append((side, int(sides[side][order[done % len(order)]])))
         drawn.sort(key=lambda each: (each[0], self.views[each[1]]))  # the same view of both breasts at the same place
         side, volume = drawn[view]
-        breast = next(number for number, volumes in enumerate(self.patients[patient]) if volumes is sides[side])
         repeat = len([each for _, each in drawn[:view] if each == volume])
-        return Place(volume, patient, int(self.first_breast[patient]) + breast, repeat)
+        return Place(volume, patient, breasts[side], repeat)
 
     def patient_of(self, slot: int) -> int:
         """The patient of a slot."""

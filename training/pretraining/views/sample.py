@@ -140,7 +140,7 @@ class PretrainingViews(Dataset):
         rng, volume, rows, position = self.place(index)
         pixels, tissue = self.corpus.image(rows[position])
         sample: dict[str, Any] = {"index": index, "row": rows[position], "volume": volume}
-        sample["breast"] = self.breasts[volume]
+        sample["breast"] = int(self.breasts[volume])
         if self.patients:
             sample["patient"] = self.patients.patient_of(index // self.recipe.views_per_patient)
         if self.with_crops:

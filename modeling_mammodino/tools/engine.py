@@ -1,4 +1,5 @@
-"""Stages of a build on datatrove's executors: processes of this machine, Slurm or Ray. Finished tasks are skipped."""
+"""Stages of work over files on datatrove's executors: processes of this machine, Slurm or Ray. Finished tasks are
+skipped. A corpus is built so, and a large archive embedded."""
 
 import ctypes
 import importlib
@@ -12,11 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import loguru
-import multiprocess
-import yaml
+from .command import show_progress
 
-loguru.logger.disable("datatrove")  # its tracebacks print the values of variables, and so paths
+try:
+    import loguru
+    import multiprocess
+    import yaml
+
+    loguru.logger.disable("datatrove")  # its tracebacks print the values of variables, and so paths
+except ImportError:  # comes with datatrove; said where an engine is asked for
+    multiprocess = None
 
 ENGINES = {
     "local": ("datatrove.executor.local", "LocalPipelineExecutor"),
@@ -38,6 +44,8 @@ class Stage(NamedTuple):
 
 def executor(engine: str) -> Any:
     """Return datatrove's class of executor. Raises ImportError where it needs what is not installed."""
+    if multiprocess is None:
+        raise ImportError("--engine needs datatrove: pip install 'mammodino[train]'")
     module, name = ENGINES[engine]
     return getattr(importlib.import_module(module), name)
 
@@ -52,6 +60,21 @@ def parse_arguments(engine: str, given: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--engine_args {each}: {engine} takes NAME=VALUE, where NAME is {', '.join(known)}")
         arguments[name] = yaml.safe_load(value)
     return arguments
+
+
+def progress_bar(name: str, unit: str, folder: Path, count: Callable[[], int]) -> Callable[[], None]:
+    """Return what shows a bar by the files of `folder`, so that it begins where a stopped run was."""
+    bars: list[Any] = []
+
+    def show() -> None:
+        total, done = count(), len(list(folder.glob("[!.]*")))
+        if not bars:
+            bars.append(show_progress(total=total, initial=done, unit=unit, desc=name))
+        bars[0].update(done - bars[0].n)
+        if done == total:
+            bars[0].close()
+
+    return show
 
 
 def run_stages(stages: Sequence[Stage], engine: str, workers: int, logs: Path, arguments: dict[str, Any]) -> bool:
@@ -126,7 +149,7 @@ _helpers_are_bound = threading.Event()
 
 def die_with_parent() -> None:
     """Bind the life of a worker process to that of the process that started it, so that none goes on alone."""
-    if sys.platform == "linux" and multiprocess.parent_process() is not None:
+    if sys.platform == "linux" and multiprocess and multiprocess.parent_process() is not None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
