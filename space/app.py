@@ -33,8 +33,9 @@ from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from modeling_mammodino.image_io import ImageFile, InvalidImageError
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools.command import shipped_model
-from modeling_mammodino.tools.embed import open_encoder, write_table
+from modeling_mammodino.tools.embed import open_encoder
 from modeling_mammodino.tools.examine import Examined, PrincipalAxes, examine, nearest
+from modeling_mammodino.tools.feature_table import write_table
 from modeling_mammodino.tools.features import FileEmbeddings, group_paths
 from modeling_mammodino.tools.files import readable
 from modeling_mammodino.tools.visualize import colored_patches, encoded_patches, enlarged, outlined

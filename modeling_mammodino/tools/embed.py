@@ -1,208 +1,40 @@
-"""The command `mammodino embed`: features of files in a Parquet table. Research use only.
+"""The command `mammodino embed`: features of files in a Parquet table (`feature_table`), here or on an engine that
+shares out a large archive to processes, Slurm or Ray. Research use only."""
 
-Columns of the table, a row an image:
-
-- path, volume (string): the file, and the first file of its volume, its own for a 2-D image or a volume in one file
-- slice, num_slices (int32): place of the slice in its volume, 0-based, null in a pooled volume; slices of the volume
-- embedding (F float32): the feature; with --patches the features of all patches, F = h * w * D, row by row, of the
-  grid (h, w) that the table's metadata give
-- tissue_fraction (float32): share of the canvas that is breast
-- mask_confidence (float32): of the breast mask, 0 to 1; look at files below 0.5 with `mammodino inspect`
-- laterality, view (string): L or R, CC, MLO and so on, of the header; null where it does not say
-- patient (string): keyed hash of PatientID, the same as in a corpus of that key, with $MAMMODINO_HASH_KEY; else null
-
-The table's own metadata say what the features come from (`provenance`), the SHA-256 of the weights among it.
-"""
-
-import csv
 import hashlib
 import json
 import logging
 import os
 import shutil
-import time
+import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, zip_longest
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import __version__
+from ..dicom import Instance, group_files, instance_of, keyed_hash
 from ..image_processing_mammodino import MammoDinoImageProcessor
 from .command import HASH_KEY_VARIABLE, SHIPPED, add_model_option, show_progress, user_path
 from .convert import load_encoder, own_processor, processor_settings
-from .features import POOLS, TOKENS, FileEmbeddings, embed_files, find_files, pool_volumes
-from .files import atomic_file, check_output, readable, write_json
-
-try:
-    import pyarrow
-    import pyarrow.parquet
-except ImportError:
-    pyarrow = None
+from .engine import ENGINES, Stage, die_with_parent, parse_arguments, progress_bar, run_stages
+from .feature_table import Parts, require_pyarrow, stamp, unfinished, write_refused, write_table
+from .features import MANY_FILES, POOLS, TOKENS, FileEmbeddings, embed_files, find_files, pool_volumes
+from .files import Lines, check_output, read_lines, readable, write_json, write_lines
 
 logger = logging.getLogger(__name__)
 
-ROW_GROUP_BYTES = 16 * 2**20  # of features
 MAX_DEFAULT_WORKERS = 8
-PART_SECONDS = 60  # of work at most are lost with a run
-PART_BYTES = 256 * 2**20  # of features are held in memory
-ABOUT_FILE = ("laterality", "view", "patient")
-NO_ROWS = FileEmbeddings("", embeddings=np.empty((0, 1), np.float32))
-
-
-def require_pyarrow() -> None:
-    if pyarrow is None:
-        raise ImportError("writing a table of features needs pyarrow: pip install mammodino[embed]")
-
-
-def write_table(results: Iterable[FileEmbeddings], output: Path, metadata: Mapping[str, str]) -> int:
-    """Write the rows of all files to `output`, atomically, and return their number; without any nothing is written.
-
-    Columns: see the module."""
-    require_pyarrow()
-    tables = _row_groups(results)
-    if (first := next(tables, None)) is None:
-        return 0
-    num_rows, schema = 0, first.schema.with_metadata(dict(metadata))
-    with (
-        atomic_file(output) as temporary,
-        pyarrow.parquet.ParquetWriter(temporary, schema, use_dictionary=["path", "volume"]) as writer,
-    ):
-        for table in chain((first,), tables):
-            writer.write_table(table)
-            num_rows += len(table)
-    return num_rows
-
-
-def _row_groups(results: Iterable[FileEmbeddings]):
-    """Yield Arrow tables of about ROW_GROUP_BYTES of features, files whole."""
-    held: list[FileEmbeddings] = []
-    for result in results:
-        if result.refused is None:
-            held.append(result)
-        if sum(each.embeddings.nbytes for each in held) >= ROW_GROUP_BYTES:
-            yield _to_arrow(held)
-            held = []
-    if held:
-        yield _to_arrow(held)
-
-
-def _to_arrow(results: list[FileEmbeddings]):
-    embeddings = np.concatenate([each.embeddings for each in results])  # (n, F)
-    counts = [len(each.slices) for each in results]
-    columns = {
-        "path": np.repeat([each.path for each in results], counts),
-        "volume": np.repeat([each.volume for each in results], counts),
-        "slice": pyarrow.array([index for each in results for index in each.slices], pyarrow.int32()),
-        "num_slices": pyarrow.array(np.repeat([each.num_slices for each in results], counts), pyarrow.int32()),
-        "embedding": pyarrow.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1]),
-        "tissue_fraction": np.concatenate([each.tissue_fraction for each in results]),
-        "mask_confidence": np.concatenate([each.mask_confidence for each in results]),
-    }
-    for name in ABOUT_FILE:
-        values = [getattr(each, name) for each, count in zip(results, counts, strict=True) for _ in range(count)]
-        columns[name] = pyarrow.array(values, pyarrow.string())
-    return pyarrow.table(columns)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The finished files of a run, in a folder beside the table that they will become, so that a run that was stopped
-    goes on: each part, whole or not at all, holds the next files of the list."""
-
-    folder: Path
-
-    @classmethod
-    @contextmanager
-    def open(cls, output: Path, run: dict[str, str]) -> Iterator["Parts"]:
-        """Yield the parts of a table; they go when the block ends without error.
-
-        Raises ValueError where those of another `run` are there, or where another process is at work on them.
-        """
-        parts = cls(output.with_name(f"{output.name}.parts"))
-        parts.folder.mkdir(exist_ok=True)
-        try:
-            with FileLock(parts.folder / "lock").acquire(timeout=0):
-                noted = parts.folder / "run.json"
-                if parts.num_files and json.loads(noted.read_text()) != run:
-                    raise ValueError(
-                        f"{parts.folder}: holds the beginning of a run with other files or options; give the same to "
-                        "go on, or remove the folder"
-                    )
-                write_json(noted, run)
-                try:
-                    yield parts
-                except BaseException:
-                    if parts.num_files:
-                        logger.warning("what is finished stands in %s; the same command goes on", parts.folder)
-                    else:
-                        shutil.rmtree(parts.folder)
-                    raise
-        except Timeout as error:
-            raise ValueError(f"{output}: another process is writing it; wait for it, or give another") from error
-        shutil.rmtree(parts.folder)
-
-    @property
-    def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*.parquet"))
-
-    @property
-    def num_files(self) -> int:
-        return sum(int(pyarrow.parquet.read_schema(path).metadata[b"files"]) for path in self._paths)
-
-    def keep(self, results: Iterable[FileEmbeddings]) -> None:
-        """Write all results, every PART_SECONDS or PART_BYTES, and what there is where they break off."""
-        held: list[FileEmbeddings] = []
-        written, num_bytes = time.monotonic(), 0
-        try:
-            for result in results:
-                held.append(result)
-                num_bytes += result.embeddings.nbytes
-                if time.monotonic() - written > PART_SECONDS or num_bytes > PART_BYTES:
-                    self._write(held)
-                    held, written, num_bytes = [], time.monotonic(), 0
-        finally:
-            if held:
-                self._write(held)
-
-    def _write(self, results: list[FileEmbeddings]) -> None:
-        refused = {result.path: readable(result.refused) for result in results if result.refused is not None}
-        rows = [result for result in results if result.refused is None]
-        table = _to_arrow(rows or [NO_ROWS])
-        table = table.replace_schema_metadata({"files": str(len(results)), "refused": json.dumps(refused)})
-        with atomic_file(self.folder / f"{len(self._paths):06d}.parquet") as temporary:
-            pyarrow.parquet.write_table(table, temporary)
-
-    def read(self, refused: dict[str, str]) -> Iterator[FileEmbeddings]:
-        """Yield the results of all parts in order; refused files are noted in `refused`."""
-        for path in self._paths:
-            table = pyarrow.parquet.read_table(path)
-            refused |= json.loads(table.schema.metadata[b"refused"])
-            columns = {name: table[name].to_pylist() for name in ("path", "volume", "slice", "num_slices", *ABOUT_FILE)}
-            width = table.schema.field("embedding").type.list_size
-            embeddings = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-            fractions, confidences = (table[name].to_numpy() for name in ("tissue_fraction", "mask_confidence"))
-            starts = [row for row, path in enumerate(columns["path"]) if not row or path != columns["path"][row - 1]]
-            for start, end in pairwise([*starts, len(table)]):
-                yield FileEmbeddings(
-                    columns["path"][start],
-                    volume=columns["volume"][start],
-                    slices=columns["slice"][start:end],
-                    num_slices=columns["num_slices"][start],
-                    embeddings=embeddings[start:end],
-                    tissue_fraction=fractions[start:end],
-                    mask_confidence=confidences[start:end],
-                    **{name: columns[name][start] for name in ABOUT_FILE},
-                )
+IMAGES_PER_SHARE = 2000  # of --engine
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -213,28 +45,6 @@ def weights_sha256(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def stamp(files: Iterable[Path]) -> str:
-    """Return what changes with a list of files, their sizes and their times."""
-    digest = hashlib.sha256()
-    for file in files:
-        found = file.stat()
-        digest.update(f"{readable(file)}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def write_refused(path: Path, refused: Mapping[str, str]) -> None:
-    """Write a CSV of files and reasons; without any an earlier run's list goes."""
-    if not refused:
-        path.unlink(missing_ok=True)
-        return
-    with (
-        atomic_file(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as stream,
-    ):
-        rows = ((readable(file), readable(reason)) for file, reason in refused.items())
-        csv.writer(stream).writerows([("file", "reason"), *rows])
 
 
 def add_command(commands) -> None:
@@ -250,7 +60,8 @@ def add_command(commands) -> None:
         "paths", nargs="+", type=user_path, metavar="PATH", help="DICOM or image files, or folders of them"
     )
     add_model_option(parser)
-    parser.add_argument("--output", type=user_path, required=True, help="Parquet file to write, NAME.parquet")
+    parser.add_argument("--output", type=user_path, required=True, help="Parquet file to write, NAME.parquet; with "
+                        "--engine a folder of them")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
     parser.add_argument("--pool", choices=POOLS, default="class", help="class token, tissue-weighted mean of patch "
                         "tokens, or both side by side (default class)")  # fmt: skip
@@ -265,27 +76,65 @@ def add_command(commands) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the encoder")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the checkpoint brings")
+    parser.add_argument("--engine", choices=ENGINES, help="share out the files to processes of this machine, Slurm or "
+                        "Ray (default: one process, one table)")  # fmt: skip
+    parser.add_argument("--num_proc", type=int, help="shares of --engine at a time (default: one a GPU, "
+                        f"on the CPU one a core up to {MAX_DEFAULT_WORKERS})")  # fmt: skip
+    parser.add_argument("--engine_args", nargs="+", default=[], metavar="NAME=VALUE", help="of datatrove's executor")
     parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> None:
     require_pyarrow()
     output: Path = options.output
-    check_output(output, ".parquet", ".pq")
-    if output.exists() and not options.overwrite:
-        raise FileExistsError(f"{output} exists; give another --output, or --overwrite")
+    if options.engine:
+        check_folder(output, options.overwrite)
+    else:
+        check_output(output, ".parquet", ".pq")
+        if output.exists() and not options.overwrite:
+            raise FileExistsError(f"{output} exists; give another --output, or --overwrite")
     files, ignored, unlisted = find_files(options.paths)
     if ignored:
         logger.info("ignored: %s", ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common()))
     if not files:
         raise ValueError(f"{', '.join(map(str, options.paths))}: no DICOM file or image found")
-    device = find_device(options.device)
-    model, image_processor = open_encoder(options.model, options.trust_remote_code)
+    if options.engine:
+        found = embed_archive(files, unlisted, options)
+        if found is None:
+            print(f"sent off; {output} is complete when it is there")
+            return
+        rows, refused = found
+    else:
+        device = find_device(options.device)
+        model, image_processor = open_encoder(options.model, options.trust_remote_code)
+        about = provenance(options, model, image_processor)
+        model = model.to(device=device, dtype=getattr(torch, options.dtype))  # type: ignore[call-arg]
+        rows, refused = write_features(files, output, model, image_processor, about, options, unlisted)
+    refused_path = output.with_suffix(".refused.csv")
+    if not rows:
+        raise ValueError(f"none of {len(files)} files could be used: the reasons are in {refused_path}")
+    print(f"{output}: {rows} rows of {len(files) + len(unlisted) - len(refused)} files; {len(refused)} refused"
+          + (f", see {refused_path}" if refused else ""))  # fmt: skip
+
+
+def write_features(
+    files: Sequence[Path],
+    output: Path,
+    model: PreTrainedModel,
+    image_processor: MammoDinoImageProcessor,
+    about: dict[str, str],
+    options: Namespace,
+    unlisted: Mapping[str, str] = MappingProxyType({}),
+    volumes: Sequence[Sequence[int]] | None = None,
+) -> tuple[int, dict[str, str]]:
+    """Write the table of some files and the list of the refused ones, or go on with them; return the number of rows,
+    and what was refused, with reasons.
+
+    unlisted: folders that were refused before. volumes: places in `files` of each volume's, where they are known.
+    """
     num_workers = options.num_workers
     if num_workers is None:  # on the CPU the encoder is the slower part, and takes all cores
-        num_workers = 0 if device.type == "cpu" else min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
-    about = provenance(options, model, image_processor)
-    model = model.to(device=device, dtype=getattr(torch, options.dtype))  # type: ignore[call-arg]
+        num_workers = 0 if model.device.type == "cpu" else min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
     refused = dict(unlisted)
     with Parts.open(output, {**about, "files": stamp(files)}) as parts:
         results = embed_files(
@@ -297,22 +146,220 @@ def run(options: Namespace) -> None:
             slices_per_volume=options.slices_per_volume,
             num_workers=num_workers,
             skip=parts.num_files,
-            hash_key=os.environ.get(HASH_KEY_VARIABLE, "").encode() or None,
+            hash_key=_hash_key() or None,
+            volumes=volumes,
         )
-        parts.keep(_watch(results, len(files), parts.num_files))
+        parts.keep(_watch(results, len(files), parts.num_files, is_shown=not options.engine))
         results = parts.read(refused)
         rows = write_table(pool_volumes(results) if options.pool_volumes else results, output, about)
-        write_refused(refused_path := output.with_suffix(".refused.csv"), refused)
-    if not rows:
-        raise ValueError(f"none of {len(files)} files could be used: the reasons are in {refused_path}")
-    print(f"{output}: {rows} rows of {len(files) + len(unlisted) - len(refused)} files; {len(refused)} refused"
-          + (f", see {refused_path}" if refused else ""))  # fmt: skip
+        write_refused(output.with_suffix(".refused.csv"), refused)
+    return rows, refused
 
 
-def _watch(results: Iterable[FileEmbeddings], num_files: int, num_done: int) -> Iterator[FileEmbeddings]:
+def _hash_key() -> bytes:
+    return os.environ.get(HASH_KEY_VARIABLE, "").encode()
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive that is embedded on an engine: what all its tasks know, and the folder in which it goes on.
+
+    Attributes:
+        options: of the command.
+        about: what the features come from; a task that finds another checkpoint or key refuses.
+        files: `stamp` of the listing.
+    """
+
+    options: Namespace
+    about: dict[str, str]
+    files: str
+    folder: Path
+
+    @property
+    def listing(self) -> Path:
+        return self.folder / "files.jsonl"
+
+    @property
+    def shares(self) -> Path:
+        """Whole volumes of some IMAGES_PER_SHARE images: a line a share, of the numbers of each volume's files."""
+        return self.folder / "shares.jsonl"
+
+    def instances(self, task: int, tasks: int) -> Path:
+        return self.folder / "headers" / f"{task:05d}-of-{tasks:05d}.jsonl"
+
+    def table(self, share: int) -> Path:
+        return self.folder / "table" / f"part-{share:05d}.parquet"
+
+    def record(self, share: int) -> Path:
+        """Tells that a share is done, its rows, and what was refused."""
+        return self.folder / "done" / f"{share:05d}.json"
+
+
+@dataclass
+class ReadPlaces:
+    """A task reads of every n-th file which volume it belongs to."""
+
+    archive: Archive
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        die_with_parent()
+        key = self.archive.files.encode()  # the same in all tasks; these hashes stay in the folder
+        files = map(Path, read_lines(self.archive.listing, rank, world_size))
+        write_lines(self.archive.instances(rank, world_size), (instance_of(file, key) for file in files))
+
+
+@dataclass
+class ShareOut:
+    """The one task that knows all files' places: whole volumes in the order of their first files make shares."""
+
+    archive: Archive
+    tasks: int
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        of_tasks = [read_lines(self.archive.instances(task, self.tasks)) for task in range(self.tasks)]
+        in_turn = chain.from_iterable(zip_longest(*of_tasks, fillvalue=...))
+        found = [each and Instance(*map(_interned, each)) for each in in_turn if each is not ...]
+        shares: list[list[list[int]]] = []
+        images = IMAGES_PER_SHARE
+        for volume in group_files(found):
+            if images >= IMAGES_PER_SHARE:
+                shares.append([])
+                images = 0
+            shares[-1].append(volume)
+            images += sum(instance.num_slices if (instance := found[place]) else 1 for place in volume)
+        write_lines(self.archive.shares, shares)
+
+
+def _interned(value: Any) -> Any:
+    return sys.intern(value) if isinstance(value, str) else value
+
+
+@dataclass
+class EmbedShares:
+    """A task embeds every n-th share, but for those that are done. Tasks of one machine take its GPUs in turn."""
+
+    archive: Archive
+    at_a_time: int  # on one machine
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        die_with_parent()
+        archive, options = self.archive, self.archive.options
+        mine = range(rank, sum(1 for _ in archive.shares.open()), world_size)
+        if all(archive.record(share).exists() for share in mine):
+            return
+        device = find_device(options.device)
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // self.at_a_time))
+        elif device.index is None:  # Slurm shows each task its own
+            device = torch.device(device.type, rank % torch.accelerator.device_count())
+        model, image_processor = open_encoder(options.model, options.trust_remote_code)
+        if provenance(options, model, image_processor) | _key_check() != archive.about:
+            raise ValueError(f"{options.model} or ${HASH_KEY_VARIABLE}: not what it was when the run began")
+        model = model.to(device=device, dtype=getattr(torch, options.dtype))  # type: ignore[call-arg]
+        about = {name: value for name, value in archive.about.items() if name not in _key_check()}
+        listing, shares = Lines(archive.listing), Lines(archive.shares)
+        for share in mine:
+            if archive.record(share).exists():
+                continue
+            numbers = sorted(chain.from_iterable(shares[share]))
+            places = {number: place for place, number in enumerate(numbers)}
+            volumes = [[places[number] for number in volume] for volume in shares[share]]
+            files = [Path(listing[number]) for number in numbers]
+            table = archive.table(share)
+            table.parent.mkdir(exist_ok=True)
+            rows, refused = write_features(files, table, model, image_processor, about, options, volumes=volumes)
+            write_json(archive.record(share), {"rows": rows, "refused": refused})
+
+
+@dataclass
+class Gather:
+    """The last task, when all shares are done: the tables become the data set."""
+
+    archive: Archive
+    unlisted: dict[str, str]
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        output: Path = self.archive.options.output
+        records = [json.loads(path.read_text()) for path in sorted(self.archive.record(0).parent.glob("[0-9]*.json"))]
+        refused = self.unlisted | dict(chain.from_iterable(record["refused"].items() for record in records))
+        tables = self.archive.table(0).parent
+        for path in tables.glob("*.refused.csv"):
+            path.unlink()
+        write_refused(output.with_suffix(".refused.csv"), refused)
+        rows = sum(record["rows"] for record in records)
+        write_json(self.archive.folder / "all.json", {"rows": rows, "refused": refused})
+        if rows:
+            if output.exists():  # was asked for with --overwrite, and holds tables alone
+                shutil.rmtree(output)
+            tables.rename(output)
+
+
+def embed_archive(
+    files: Sequence[Path], unlisted: dict[str, str], options: Namespace
+) -> tuple[int, dict[str, str]] | None:
+    """Embed files on an engine; return the number of rows and what was refused, or None where jobs were sent off."""
+    arguments = parse_arguments(options.engine, options.engine_args)
+    options.output = options.output.absolute()
+    if options.engine == "ray":
+        if _hash_key():
+            raise ValueError(f"--engine ray: nodes do not share ${HASH_KEY_VARIABLE}; take it out, or another engine")
+        if not all(file.is_absolute() for file in files) or Path(options.model).is_dir() and options.model[0] != "/":
+            raise ValueError("--engine ray: nodes do not share a working directory; give absolute paths")
+    tasks = options.num_proc or torch.accelerator.device_count() or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+    about = provenance(options, *open_encoder(options.model, options.trust_remote_code)) | _key_check()
+    files_stamp = stamp(files)
+    with unfinished(
+        options.output, {**about, "files": files_stamp}, lambda folder: (folder / "files.jsonl").exists()
+    ) as folder:
+        archive = Archive(
+            Namespace(**{name: value for name, value in vars(options).items() if name != "run"}),
+            about,
+            files_stamp,
+            folder,
+        )
+        if not archive.listing.exists():
+            write_lines(archive.listing, map(str, files))
+        readers = tasks if len(files) > MANY_FILES else 1
+        stages = [
+            Stage(f"headers-{readers}", ReadPlaces(archive), readers),
+            Stage("shares", ShareOut(archive, readers), 1),
+            Stage(
+                f"embed-{tasks}",
+                EmbedShares(archive, tasks if options.engine == "local" else 1),
+                tasks,
+                progress_bar("embed", "part", archive.record(0).parent, lambda: sum(1 for _ in archive.shares.open())),
+            ),
+            Stage("gather", Gather(archive, unlisted), 1),
+        ]
+        if archive.shares.exists():
+            del stages[:2]
+        if not run_stages(stages, options.engine, tasks, folder / "engine", arguments):
+            return None
+        found = json.loads((folder / "all.json").read_text())
+    shutil.rmtree(folder)
+    return found["rows"], found["refused"]
+
+
+def _key_check() -> dict[str, str]:
+    """Return what tells two keys apart and reveals neither."""
+    return {"hash_key_check": keyed_hash("embed", _hash_key())}
+
+
+def check_folder(output: Path, overwrite: bool) -> None:
+    """See to it that a data set can be written as a folder. Raises FileExistsError where something is in its place."""
+    if output.exists() and not (
+        overwrite and output.is_dir() and all(path.suffix == ".parquet" for path in output.iterdir())
+    ):
+        raise FileExistsError(f"{output} exists; give another --output, or --overwrite for a folder of Parquet files")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _watch(
+    results: Iterable[FileEmbeddings], num_files: int, num_done: int, is_shown: bool
+) -> Iterator[FileEmbeddings]:
     """Yield the results, with progress on stderr; refused files are logged."""
     images = refused = 0
-    with show_progress(total=num_files, initial=num_done, desc="embed", unit="file") as progress:
+    with show_progress(total=num_files, initial=num_done, desc="embed", unit="file", disable=not is_shown) as progress:
         for result in results:
             if result.refused is not None:
                 logger.warning("refused: %s", readable(result.refused))

@@ -412,6 +412,7 @@ def embed_files(
     skip: int = 0,
     last_layers: int = 1,
     hash_key: bytes | None = None,
+    volumes: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[FileEmbeddings]:
     """Return the features of DICOM, PNG, JPEG, PGM and TIFF files, a `FileEmbeddings` each, in the order of `paths`.
 
@@ -430,6 +431,7 @@ def embed_files(
         skip: files at the start of `paths` whose features are there already, and do not come again.
         last_layers: see `extract_features`.
         hash_key: of the patients' hashes; None: patients are not told.
+        volumes: places in `paths` of each volume's files, as `group_paths` finds them; None: by their headers.
 
     Raises ValueError for arguments out of range, and for a model that does not fit the image processor.
     """
@@ -450,7 +452,7 @@ def embed_files(
             )
     files = [Path(path) for path in paths]
     reader = SliceReader(image_processor, count, hash_key)
-    return _embed(files, reader, models, pool, batch_size, num_workers, skip, last_layers)
+    return _embed(files, reader, models, pool, batch_size, num_workers, skip, last_layers, volumes)
 
 
 def check_fit(model: PreTrainedModel, image_processor: MammoDinoImageProcessor) -> None:
@@ -479,8 +481,9 @@ def _embed(
     num_workers: int,
     skip: int,
     last_layers: int,
+    volumes: Sequence[Sequence[int]] | None,
 ) -> Iterator[FileEmbeddings]:
-    volumes = [places for places in group_paths(files, num_workers) if max(places) >= skip]
+    volumes = [places for places in volumes or group_paths(files, num_workers) if max(places) >= skip]
     sources = [[files[place] for place in places] if len(places) > 1 else files[places[0]] for places in volumes]
     images = stream_images(sources, reader, num_workers, num_ahead=batch_size)
 
@@ -505,7 +508,9 @@ def _embed(
             ready |= {place: _of_file(paths[place], volume, [row]) for place, row in zip(places, rows, strict=True)}
         else:
             ready[places[0]] = _of_file(volume, volume, rows)
-        ready = {place: result for place, result in ready.items() if place >= turn}
+        for place in places:
+            if place < skip:
+                del ready[place]
         while turn in ready:
             yield ready.pop(turn)
             turn += 1

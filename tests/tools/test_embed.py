@@ -29,7 +29,7 @@ from modeling_mammodino import (
     pool_tokens,
 )
 from modeling_mammodino.dicom import frame_order, open_dicom
-from modeling_mammodino.tools import embed as table_module
+from modeling_mammodino.tools import feature_table as table_module
 from modeling_mammodino.tools import features as features_module
 from modeling_mammodino.tools.cli import main
 from modeling_mammodino.tools.embed import open_encoder, weights_sha256
