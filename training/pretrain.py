@@ -20,9 +20,9 @@ from dataset_scripts.corpus.reader import Corpus, local_corpus
 from modeling_mammodino.tools.command import command_line
 from training.pretraining import checkpoints
 from training.pretraining.canvas_objective import VIEW_KINDS, canvas_losses, prepare_canvas, view_weight
-from training.pretraining.checkpoints import FiniteWatch, asked_to_stop
+from training.pretraining.checkpoints import FiniteWatch, Saver
 from training.pretraining.compute import keep_freed_memory
-from training.pretraining.export import export_encoder
+from training.pretraining.export import export_checkpoint
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
 from training.pretraining.losses.dense_regression import DenseTargets
 from training.pretraining.losses.dino import dino_loss
@@ -41,6 +41,7 @@ from training.pretraining.networks import (
     update_teacher,
 )
 from training.pretraining.optimization import make_schedules, param_groups, set_learning_rates
+from training.pretraining.processes import STOPPED, Processes, StopSignals
 from training.pretraining.recipe import Recipe, load_recipe
 from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch, PretrainingViews, load_batches
 
@@ -141,7 +142,9 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     dense_targets = prepare_canvas(student.backbone, views, recipe, accelerator.device) if recipe.uses_canvas else None
     teacher, targets_of = make_teacher(student), TeacherTargets(recipe).to(accelerator.device)
     if run.fsdp:
-        shard([student, teacher], accelerator.device)
+        # a CPU's layer norm takes no weights of another type than its input's, and autocast leaves it as it is
+        has_bf16_weights = accelerator.mixed_precision == "bf16" and accelerator.device.type != "cpu"
+        shard([student, teacher], accelerator.device, torch.bfloat16 if has_bf16_weights else None)
     optimizer = torch.optim.AdamW(
         param_groups(student, recipe.model.num_hidden_layers, recipe.optimizer),
         betas=(recipe.optimizer.adam_beta1, recipe.optimizer.adam_beta2),
@@ -162,13 +165,14 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     wrapped = student if run.fsdp else accelerator.prepare(student)
 
     schedules = make_schedules(recipe, global_batch)
-    monitor = Monitor(recipe, accelerator, corpus, teacher, step, global_batch)
+    processes = Processes()
+    monitor = Monitor(recipe, accelerator, processes, corpus, teacher, step, global_batch)
     monitor.preflight(views)
     watch = FiniteWatch(views, run, accelerator)
     batches = monitor.wait((load or load_batches)(views, recipe, step, accelerator))
     wrapped.train()
-    with asked_to_stop(can_agree=accelerator.num_processes == 1) as asked:
-        while step < run.max_steps:
+    with StopSignals(processes) as stop, Saver(recipe, modules, optimizer, global_batch, processes) as saver:
+        while step < run.max_steps and not stop.is_agreed():
             now = {name: float(values[step]) for name, values in schedules.items()}
             set_learning_rates(optimizer, now)
             gram = gram_teacher and gram_teacher.at(step, teacher)
@@ -195,21 +199,20 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
                 watch.check()
                 values = monitor.gather(losses, total, batch)
                 monitor.log(step, values | now, **shown)
-            is_stopped = asked.is_set() and step < run.max_steps
-            if step % run.save_steps == 0 or step == run.max_steps or is_stopped:
+            if saver.is_due(step):
                 watch.check()
-                where, is_main = Path(run.output_dir), accelerator.is_main_process
-                saved = checkpoints.save_checkpoint(where, step, modules, optimizer, recipe, global_batch, is_main)
-                accelerator.wait_for_everyone()
-            if is_stopped:
-                monitor.close()
-                accelerator.end_training()
-                raise KeyboardInterrupt(f"stopped, and saved as {saved}; the same command goes on")
+                saver.save(step)
+        watch.check()
+        checkpoint = saver.finish(step)
     monitor.close()
-    encoder = Path(run.output_dir) / "encoder"
-    export_encoder(teacher.backbone, corpus, recipe, step, encoder, accelerator.is_main_process)
-    accelerator.print(f"encoder: {encoder}")
+    encoder, is_finished = Path(run.output_dir) / "encoder", step == run.max_steps
+    if is_finished and processes.is_main:
+        export_checkpoint(checkpoint, encoder, corpus, replace=True)
+        print(f"encoder: {encoder}")
     accelerator.end_training()
+    if not is_finished:
+        stopped = KeyboardInterrupt(f"stopped, and saved as {checkpoint}; the same command goes on")
+        raise stopped if processes.is_main else SystemExit(STOPPED)
     return encoder
 
 

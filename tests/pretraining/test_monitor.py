@@ -22,6 +22,7 @@ from training import features
 from training.pretraining.export import published_recipe
 from training.pretraining.feature_images import corpus_images
 from training.pretraining.monitoring import CollapseWatch, KnnProbe, feature_rank, read_warnings, target_statistics
+from training.pretraining.processes import Processes
 from training.pretraining.recipe import load_recipe
 
 
@@ -126,20 +127,16 @@ def test_recipes_refuse_half_of_a_knn_and_unknown_trackers(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_refused_by_name(labels, tmp_path):
-    table = pandas.read_csv(labels)
+    table, size = pandas.read_csv(labels), {"size": {"height": 64, "width": 48}, "patch_size": 16}
     (tmp_path / "broken.png").write_bytes(b"no image")
     table.loc[3, "file"] = str(tmp_path / "broken.png")
     table.to_csv(tmp_path / "labels.csv", index=False)
     with pytest.raises(ValueError, match=r"labels.csv: .*broken.png"):
-        KnnProbe(
-            tmp_path / "labels.csv", "kind", MammoDinoImageProcessor(size={"height": 64, "width": 48}, patch_size=16)
-        )
+        KnnProbe(tmp_path / "labels.csv", "kind", MammoDinoImageProcessor(**size), Processes())
     table.loc[3, "file"] = "gone.png"
     table.to_csv(tmp_path / "labels.csv", index=False)
     with pytest.raises(ValueError, match="1 of its files do not exist, .*gone.png first"):
-        KnnProbe(
-            tmp_path / "labels.csv", "kind", MammoDinoImageProcessor(size={"height": 64, "width": 48}, patch_size=16)
-        )
+        KnnProbe(tmp_path / "labels.csv", "kind", MammoDinoImageProcessor(**size), Processes())
 
 
 def test_knn_finds_what_images_show_and_nothing_that_they_do_not(tmp_path, monkeypatch):
@@ -157,12 +154,12 @@ def test_knn_finds_what_images_show_and_nothing_that_they_do_not(tmp_path, monke
     encoder = MammoDinoModel(MammoDinoConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=64,
                                              patch_size=16, layerscale_value=1.0)).eval()  # fmt: skip
     processor = MammoDinoImageProcessor(size={"height": 64, "width": 48}, patch_size=16)
-    probe = KnnProbe(tmp_path / "labels.csv", "bright", processor)
+    probe = KnnProbe(tmp_path / "labels.csv", "bright", processor, Processes())
     assert all(not set(probe.patients[a]) & set(probe.patients[b]) for a, b in probe.folds)
     score = probe.auc(encoder)
-    assert score > 0.95 and 0.3 < KnnProbe(tmp_path / "labels.csv", "drawn", processor).auc(encoder) < 0.7
+    assert score > 0.95 and 0.3 < KnnProbe(tmp_path / "labels.csv", "drawn", processor, Processes()).auc(encoder) < 0.7
     monkeypatch.setattr("training.pretraining.monitoring.MAX_CACHE_BYTES", 0)
-    streamed = KnnProbe(tmp_path / "labels.csv", "bright", processor)
+    streamed = KnnProbe(tmp_path / "labels.csv", "bright", processor, Processes())
     assert not isinstance(streamed.images, list) and streamed.auc(encoder) == pytest.approx(score)
 
 
@@ -260,15 +257,15 @@ def test_features_of_files_are_drawn_by_command(encoder, phantom_archive, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_files_of_the_knn(phantom_corpus, labels, tmp_path):
-    """So that none waits in a collective, until it is given up, while another encodes them all."""
+def test_two_processes_share_the_files_of_the_knn_and_wait_for_the_slower(phantom_corpus, labels, tmp_path):
+    """One of them takes longer over its share than a collective of the training waits."""
     scores = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
         arguments = [CROPS, "--corpus", str(phantom_corpus), "--output_dir", str(output), *TINY, "--max_steps", "2"]
         arguments += ["--per_device_train_batch_size", str(8 // processes), "--drop_path_rate", "0"]
         arguments += ["--knn_labels", str(labels), "--knn_task", "kind", "--knn_steps", "2"]
-        launch(processes, *arguments)
+        launch(processes, *arguments, module="tests.slow_process")
         scores.append([line["knn_auc"] for line in log(output) if "knn_auc" in line])
     assert len(scores[0]) == 2 and scores[0] == pytest.approx(scores[1], abs=0.02)
 

@@ -1,5 +1,6 @@
 """A pretraining run: it learns, resumes exactly, survives bad ends, and its export opens anywhere."""
 
+import filecmp
 import json
 import os
 import shutil
@@ -18,8 +19,8 @@ from pretrain_runs import CROPS, ROOT, TINY, launch, log, main, recipe, train, w
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from training import pretrain
+from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
+from training import export, pretrain
 from training.pretraining import checkpoints
 from training.pretraining.checkpoints import list_checkpoints
 from training.pretraining.recipe import RECIPES, load_recipe
@@ -64,21 +65,26 @@ def test_the_first_loss_is_the_closed_form_of_copied_heads(phantom_corpus, tmp_p
     )
 
 
-def test_a_run_that_ctrl_c_stopped_is_resumed_as_the_uninterrupted_run(run, phantom_corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_a_signal_stopped_is_resumed_as_the_uninterrupted_run(
+    run, phantom_corpus, tmp_path, monkeypatch, sent
+):
     whole = weights(run / "checkpoint-20")
     half = recipe(phantom_corpus, tmp_path, "--max_steps", "20", "--save_steps", "10")
     update, updates = pretrain.update_teacher, []
+    default = signal.default_int_handler if sent == signal.SIGINT else signal.SIG_DFL
+    signal.signal(sent, default)  # Ctrl-C is ignored where the tests run in a shell's background
 
     def interrupted(*given):
         updates.append(update(*given))
         if len(updates) == 7:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), sent)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="saved as .*-7; the same command"):
         patched.setattr(pretrain, "update_teacher", interrupted)
         train(half)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-7"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(sent) is default
     half.run.dataloader_num_workers = 1  # may change: it changes nothing
     train(half)
     resumed = weights(tmp_path / "checkpoint-20")
@@ -187,11 +193,9 @@ def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_chosen(run, phan
     assert "checkpoint-20 is passed over: teacher.safetensors backbone.layernorm.weight is not finite" in caplog.text
     whole, resumed = weights(run / "checkpoint-20"), weights(tmp_path / "checkpoint-20")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    modules = {"student": torch.nn.Linear(1, 1), "targets": torch.nn.Linear(1, 1)}
-    torch.nn.init.constant_(modules["targets"].bias, float("nan"))
-    optimizer = torch.optim.AdamW(modules["student"].parameters())
+    files = {"targets": {"bias": torch.tensor([float("nan")])}}
     with pytest.raises(RuntimeError, match="step 30: targets bias is not finite, so no checkpoint is written"):
-        checkpoints.save_checkpoint(tmp_path, 30, modules, optimizer, named, 8, is_main=True)
+        checkpoints.write_checkpoint(files, MammoDinoConfig(), named, 30, 8)
     assert not (tmp_path / "checkpoint-30").exists()
 
 
@@ -294,6 +298,39 @@ print(json.dumps(output.pooler_output[0].tolist()))
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, rtol=1e-4, atol=1e-5)
 
 
+def same_files(folder: Path, other: Path) -> bool:
+    names = sorted(path.name for path in folder.iterdir())
+    return (
+        names == sorted(path.name for path in other.iterdir()) and not filecmp.cmpfiles(folder, other, names, False)[1]
+    )
+
+
+@pytest.mark.slow
+def test_any_checkpoint_is_exported_in_a_fresh_process_as_the_run_does_it(run, tmp_path):
+    """Of a run's folder the last; of an earlier one its own teacher, and a figure that ends with it."""
+    command = [sys.executable, "-m", "training.export"]
+    done = subprocess.run([*command, run, "--output", tmp_path / "last"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"encoder: {tmp_path / 'last'}\n", done.stderr
+    assert same_files(run / "encoder", tmp_path / "last")
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied, ignore=shutil.ignore_patterns("checkpoint-20", "encoder"))
+    export.main([str(copied)])
+    teacher = load_file(run / "checkpoint-10" / "teacher.safetensors")
+    exported = load_file(copied / "encoder-10" / "model.safetensors")
+    assert all(torch.equal(teacher[f"backbone.{key}"], value) for key, value in exported.items())
+    assert "| steps | 10 |" in (copied / "encoder-10" / "README.md").read_text()
+    lines = (run / "logs" / "log.jsonl").read_text().splitlines(keepends=True)
+    (copied / "logs" / "log.jsonl").write_text("".join(lines[:10]))
+    export.main([str(copied / "checkpoint-10"), "--output", str(tmp_path / "at_10")])
+    assert same_files(copied / "encoder-10", tmp_path / "at_10")
+    for wrong, reason in (
+        (tmp_path, "neither is a checkpoint-N nor holds one"),
+        (copied, "exists and is not an empty"),
+    ):
+        with pytest.raises(SystemExit, match=f"export: .*{reason}"):
+            export.main([str(wrong)])
+
+
 def test_the_export_is_the_teacher_with_card_recipe_and_figure(run):
     names = {path.name for path in (run / "encoder").iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml",
@@ -344,9 +381,8 @@ def test_sharded_is_the_same_run(phantom_corpus, tmp_path):
         for key, value in whole.items():
             if "key.bias" not in key:  # attention does not depend on it: its gradient is rounding, which Adam scales up
                 torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
-    exported = load_file(tmp_path / "fsdp" / "encoder" / "model.safetensors")
-    teacher = load_file(tmp_path / "fsdp" / "checkpoint-4" / "teacher.safetensors")
-    assert all(torch.equal(teacher[f"backbone.{key}"], value) for key, value in exported.items())
+    export.main([str(tmp_path / "fsdp" / "checkpoint-4")])
+    assert same_files(tmp_path / "fsdp" / "encoder", tmp_path / "fsdp" / "encoder-4")
 
 
 def test_sharding_one_process_is_refused(phantom_corpus, tmp_path):

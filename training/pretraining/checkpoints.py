@@ -9,10 +9,7 @@ import logging
 import math
 import re
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +28,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from transformers import PreTrainedConfig
 
 from modeling_mammodino.tools.files import atomic_folder
 from training.pretraining.views.sample import PretrainingViews
 
+from .processes import Processes
 from .recipe import MAY_CHANGE_ON_RESUME, Recipe, RunRecipe
 
 logger = logging.getLogger(__name__)
@@ -44,77 +43,103 @@ LOG_FILE, WARNINGS_FILE = "logs/log.jsonl", "logs/warnings.jsonl"  # in a run's 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, however it is spread
 
 
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    modules: dict[str, nn.Module],
-    optimizer: Optimizer,
-    recipe: Recipe,
-    global_batch_size: int,
-    is_main: bool,
-) -> Path:
-    """Write `directory/checkpoint-{step}` atomically: one safetensors file a module, the optimizer, the recipe, the
-    step, the images of a step, and the encoder's configuration, by which another run can go on from it.
+class Saver:
+    """Writes checkpoints while training goes on: a save holds the run up for a copy to the host's memory, as large as
+    its files, which a thread of the main process then writes, one at a time. Leaving `with` waits for it."""
 
-    Every process calls it, for sharded tensors are gathered, and the main one writes. Raises OSError where it cannot,
-    and RuntimeError, before it writes, where a tensor is not finite.
-    """
-    final = directory / f"checkpoint-{step}"
-    student: Any = modules["student"]
-    files: dict[str, dict[str, Any]] = {
-        name: get_model_state_dict(module, options=WHOLE) for name, module in modules.items()
-    }
+    def __init__(
+        self,
+        recipe: Recipe,
+        modules: dict[str, nn.Module],
+        optimizer: Optimizer,
+        global_batch_size: int,
+        processes: Processes,
+    ):
+        self.recipe, self.modules, self.optimizer, self.processes = recipe, modules, optimizer, processes
+        self.global_batch_size, self.last_step = global_batch_size, 0
+        self.writer, self.writing = ThreadPoolExecutor(1, "checkpoint"), Future[None]()
+        self.writing.set_result(None)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.writer.shutdown()
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether a checkpoint is. Raises what went wrong in writing the one before."""
+        if self.writing.done():
+            self.writing.result()
+        return step % self.recipe.run.save_steps == 0
+
+    def save(self, step: int) -> None:
+        """Copy the run's state, to be written as `checkpoint-{step}`. Every process calls it, for sharded tensors are
+        gathered. Raises what went wrong in writing the one before, for which it waits."""
+        self.writing.result()
+        files = host_copy(self.modules, self.optimizer)
+        if self.processes.is_main:
+            student: Any = self.modules["student"]
+            about = (student.backbone.config, self.recipe, step, self.global_batch_size)
+            self.writing = self.writer.submit(write_checkpoint, files, *about)
+        self.last_step = step
+
+    def finish(self, step: int) -> Path:
+        """Save the last step, unless it is saved; return its folder when it is on disk, in every process."""
+        if self.last_step != step:
+            self.save(step)
+        self.writing.result()
+        self.processes.wait()
+        return checkpoint_folder(self.recipe, step)
+
+
+def host_copy(modules: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of modules and optimizer by the name of their file, copies in host memory that training does
+    not change: whole, however they are spread, on the main process, and nothing on others."""
+    student = modules["student"]
+    files: dict[str, Any] = {name: get_model_state_dict(module, options=WHOLE) for name, module in modules.items()}
     files["optimizer"] = _flatten(get_optimizer_state_dict(student, optimizer, options=WHOLE))
-    if not is_main:
-        return final
+    if next(student.parameters()).device.type == "cpu":  # where nothing was copied yet
+        files = {name: {key: each.clone() for key, each in tensors.items()} for name, tensors in files.items()}
+    return files
+
+
+def write_checkpoint(
+    files: dict[str, dict[str, torch.Tensor]],
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    step: int,
+    global_batch_size: int,
+) -> None:
+    """Write `checkpoint-{step}` atomically: a safetensors file each of `files`, the recipe, the step, the images of a
+    step, and the encoder's configuration, by which another run can go on from it.
+
+    Raises OSError where it cannot, and RuntimeError, before it writes, where a tensor is not finite.
+    """
+    final = checkpoint_folder(recipe, step)
     for name, tensors in files.items():
         if wrong := not_finite(tensors):
             raise RuntimeError(
-                f"step {step}: {name} {wrong} is not finite, so no checkpoint is written; the last one in {directory} "
-                "stands. Lower learning_rate or max_grad_norm"
+                f"step {step}: {name} {wrong} is not finite, so no checkpoint is written; the last one in "
+                f"{final.parent} stands. Lower learning_rate or max_grad_norm"
             )
     try:
         with atomic_folder(final, replace=True) as folder:
             for name, tensors in files.items():
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
             recipe.save(folder / RECIPE_FILE)
-            student.backbone.config.to_json_file(folder / CONFIG_FILE)
+            config.to_json_file(folder / CONFIG_FILE)
             state = {"global_step": step, "global_batch_size": global_batch_size}
             (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"{final}: cannot be written ({error}); what was saved before stands. Make room, and give the same command"
         ) from error
-    for old in list_checkpoints(directory)[: -recipe.run.save_total_limit]:
+    for old in list_checkpoints(final.parent)[: -recipe.run.save_total_limit]:
         shutil.rmtree(old)
-    return final
 
 
-@contextmanager
-def asked_to_stop(can_agree: bool) -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C sets, so that the step is finished and saved; a second one breaks it off.
-
-    A process that is forked within takes the first Ctrl-C, which a terminal sends to all, as calmly.
-    can_agree: false of several processes, which would stop at different steps: the first breaks off.
-    """
-    asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    ours = can_agree and is_main_thread and before is not signal.SIG_IGN  # as it is in a shell's background
-
-    def ask(*_: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    if ours:
-        signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(str(stop) or "stopped; the same command goes on from the last checkpoint") from None
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
+def checkpoint_folder(recipe: Recipe, step: int) -> Path:
+    return Path(recipe.run.output_dir) / f"checkpoint-{step}"
 
 
 def load_module(module: nn.Module, file: Path) -> None:

@@ -16,15 +16,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from matplotlib.figure import Figure
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from safetensors import SafetensorError, safe_open
 
 from dataset_scripts.corpus.reader import Corpus
-from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel, __version__
+from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel, __version__
 from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.files import atomic_folder
 from modeling_mammodino.tools.publish import LOCAL_RECIPE_FIELDS
 
-from .checkpoints import LOG_FILE, RECIPE_FILE, WHOLE
+from .checkpoints import CONFIG_FILE, LOG_FILE, RECIPE_FILE, STATE_FILE
 from .recipe import MAY_CHANGE_ON_RESUME, RECIPES, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -34,25 +34,42 @@ UNPUBLISHED = "UNPUBLISHED"  # in place of a local file's name
 PHANTOM = "phantom"  # the collection of simulated breasts
 
 
+def export_checkpoint(checkpoint: Path, folder: Path, corpus: Corpus, replace: bool = False) -> None:
+    """Write the encoder of a run's checkpoint-N folder, its teacher's; see `export_encoder`.
+
+    Raises ValueError where it is no checkpoint, or damaged.
+    """
+    try:
+        step = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
+        encoder = MammoDinoModel(MammoDinoConfig.from_json_file(checkpoint / CONFIG_FILE))
+        with safe_open(checkpoint / "teacher.safetensors", "pt") as file:
+            names = {name: f"backbone.{name}" for name in encoder.state_dict()}
+            encoder.load_state_dict({name: file.get_tensor(stored) for name, stored in names.items()})
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{checkpoint}: cannot be read ({error}); give a run's checkpoint-N folder") from error
+    export_encoder(encoder, corpus, checkpoint_recipe(checkpoint), step, folder, replace)
+
+
+def checkpoint_recipe(checkpoint: Path) -> Recipe:
+    """Return a checkpoint's recipe, with the run's folder as it is now."""
+    return load_recipe([str(checkpoint / RECIPE_FILE), "--output_dir", str(checkpoint.parent)])
+
+
 def export_encoder(
-    encoder: MammoDinoModel, corpus: Corpus, recipe: Recipe, step: int, folder: Path, is_main: bool = True
+    encoder: MammoDinoModel, corpus: Corpus, recipe: Recipe, step: int, folder: Path, replace: bool = False
 ) -> None:
     """Write `folder` atomically; AutoModel and AutoImageProcessor open it with trust_remote_code=True.
 
-    Every process calls it, and the main one writes.
+    Raises FileExistsError, before any work, where it holds files already and `replace` is not set.
     """
-    weights = get_model_state_dict(encoder, options=WHOLE)
-    if not is_main:
-        return
-    model, processor = MammoDinoModel(encoder.config), image_processor(corpus, recipe)
-    model.load_state_dict(weights)
-    model.config.drop_path_rate = 0.0
-    with atomic_folder(folder, replace=True) as temporary:
-        model.save_pretrained(temporary)
+    processor = image_processor(corpus, recipe)
+    encoder.config.drop_path_rate = 0.0
+    with atomic_folder(folder, replace) as temporary:
+        encoder.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         (temporary / RECIPE_FILE).write_text(yaml.safe_dump(published_recipe(recipe), sort_keys=False))
-        draw_log(Path(recipe.run.output_dir) / LOG_FILE, temporary / FIGURE)
-        write_card(temporary / "README.md", model, processor, corpus, recipe, step)
+        draw_log(Path(recipe.run.output_dir) / LOG_FILE, step, temporary / FIGURE)
+        write_card(temporary / "README.md", encoder, processor, corpus, recipe, step)
 
 
 def image_processor(corpus: Corpus, recipe: Recipe) -> MammoDinoImageProcessor:
@@ -194,9 +211,10 @@ def curves(lines: list[dict[str, float]]) -> dict[str, dict[str, list[tuple[floa
     return found
 
 
-def draw_log(log: Path, output: Path) -> None:
-    """Draw losses and signs of collapse over steps, from the run's log."""
-    panels = curves([json.loads(line) for line in log.read_text().splitlines()])
+def draw_log(log: Path, step: int, output: Path) -> None:
+    """Draw losses and signs of collapse up to a step, from the run's log."""
+    lines = map(json.loads, log.read_text().splitlines())
+    panels = curves([line for line in lines if line["step"] <= step])
     figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
     for axis, (title, of) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for key, points in of.items():

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from dataset_scripts.benchmarks.labels import class_names, read_labels
@@ -41,6 +40,7 @@ from .export import image_processor, published_recipe, was_computed
 from .feature_images import corpus_images
 from .networks import Network
 from .preflight import FIRST_STEPS, describe, learned_nothing, shared_information
+from .processes import Processes
 from .recipe import Recipe
 from .views.sample import Batch, PretrainingViews
 
@@ -217,13 +217,11 @@ class KnnProbe:
     its middle slice.
 
     labels: a label table (docs/finetuning.md); rows without a label are left out.
-    Each of several processes reads and encodes its share, so that none waits for another. Raises ValueError for what
-    cannot be used, a file included: a curve of other files is another curve.
+    Each of several processes reads and encodes its share. Raises ValueError for what cannot be used, a file included: a
+    curve of other files is another curve.
     """
 
-    def __init__(
-        self, labels: Path, task: str, image_processor: MammoDinoImageProcessor, process: int = 0, processes: int = 1
-    ):
+    def __init__(self, labels: Path, task: str, image_processor: MammoDinoImageProcessor, processes: Processes):
         try:
             table = read_labels(labels, [task])
         except (ValueError, FileNotFoundError) as error:
@@ -242,8 +240,9 @@ class KnnProbe:
             )
         folds = StratifiedGroupKFold(min(MAX_FOLDS, *num_patients), shuffle=True, random_state=0)
         self.folds = list(folds.split(self.y, self.y, self.patients))
-        self.paths, self.reader = paths[process::processes], SliceReader(image_processor, slices_per_volume=1)
-        self.places = range(process, len(paths), processes)  # of the own paths among all
+        self.places = range(processes.index, len(paths), processes.count)  # of the own paths among all
+        self.paths, self.processes = [paths[place] for place in self.places], processes
+        self.reader = SliceReader(image_processor, slices_per_volume=1)
         fits = 4 * len(self.paths) * image_processor.size["height"] * image_processor.size["width"] <= MAX_CACHE_BYTES
         self.images = list(self._images()) if fits else None
         if not fits:  # all are read once, so that a bad file is refused now
@@ -256,7 +255,7 @@ class KnnProbe:
         images = self._images() if self.images is None else self.images
         keyed = ((None, image.inputs) for image in images)
         own = [row for _, row in extract_features(encoder, keyed, pool="both", batch_size=KNN_BATCH_SIZE)]
-        placed = dict(gather_object(list(zip(self.places, own, strict=True))))
+        placed = dict(self.processes.gather(list(zip(self.places, own, strict=True))))
         rows = [placed[place] for place in range(len(self.y))]
         classifier = nearest_neighbors(min(len(learn) for learn, _ in self.folds))
         probabilities = cross_val_predict(classifier, np.stack(rows), self.y, cv=self.folds, method="predict_proba")
@@ -270,7 +269,7 @@ class KnnProbe:
 
 
 class Monitor:
-    """Meters of one process.
+    """Meters of one process. What one does alone, or takes long over, all wait for.
 
     Raises ValueError, before the first step, where the labeled set of the recipe cannot be used.
     """
@@ -279,20 +278,21 @@ class Monitor:
         self,
         recipe: Recipe,
         accelerator: Accelerator,
+        processes: Processes,
         corpus: Corpus,
         teacher: Network,
         first_step: int,
         global_batch_size: int,
     ):
         run = recipe.run
-        self.recipe, self.run, self.accelerator, self.encoder = recipe, run, accelerator, teacher.backbone
+        self.recipe, self.run, self.encoder = recipe, run, teacher.backbone
+        self.accelerator, self.processes = accelerator, processes
         self.first_step, self.global_batch_size = first_step, global_batch_size
         self.is_main = accelerator.is_main_process
         self.watch = CollapseWatch(round(PATIENCE_FRACTION * run.max_steps))
         self.knn = self.images = None
         if run.knn_steps:
-            own = (accelerator.process_index, accelerator.num_processes)
-            self.knn = KnnProbe(Path(run.knn_labels), run.knn_task, image_processor(corpus, recipe), *own)
+            self.knn = KnnProbe(Path(run.knn_labels), run.knn_task, image_processor(corpus, recipe), processes)
         if self.is_main:
             for file in (LOG_FILE, WARNINGS_FILE):
                 forget_after(Path(run.output_dir) / file, first_step)
@@ -302,6 +302,7 @@ class Monitor:
                 )
             elif run.visualization_steps:
                 self.images = corpus_images(corpus, image_processor(corpus, recipe))
+        processes.wait()
         start_tracker(accelerator, recipe)
         dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
         peak = torch.tensor([matmul_peak(accelerator.device, dtype) / 1e12], device=accelerator.device)
@@ -322,6 +323,7 @@ class Monitor:
                 self.write(0, values)
             for message in warnings:
                 self.warn(0, message)
+        self.processes.wait()
 
     def wait(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
         """Yield from the iterator, with the time spent waiting for it counted."""
@@ -402,6 +404,8 @@ class Monitor:
             folder.mkdir(parents=True, exist_ok=True)
             write_figure(image, folder / f"step-{step:06d}.png")
             log_image(self.accelerator, "features", image, step)
+        if self.is_due(step, self.run.knn_steps) or self.is_due(step, self.run.visualization_steps):
+            self.processes.wait()
         return found
 
     def write(self, step: int, values: dict[str, float]) -> None:

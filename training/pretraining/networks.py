@@ -15,7 +15,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.parametrizations import weight_norm
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
@@ -372,18 +372,21 @@ def resize_patches(patches: torch.Tensor, grid: tuple[int, ...], wanted: tuple[i
     return nn.functional.interpolate(maps, size=wanted, mode="bicubic").flatten(2).transpose(1, 2)
 
 
-def shard(networks: list[Network], device: torch.device) -> None:
+def shard(networks: list[Network], device: torch.device, gathered: torch.dtype | None = None) -> None:
     """Shard in place over all processes, block by block, before the optimizer is made.
 
-    Raises ValueError where there is one process only.
+    gathered: what weights of blocks and heads are gathered in, autocast's type, so that they are half the bytes; the
+    shards, optimizer, moving average and sums of gradients stay float32, as what blocks hand on to one another does by
+    autocast. Raises ValueError where there is one process only.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         raise ValueError("fsdp=True: there is one process; start several with torchrun or accelerate launch")
     # its networks return views of their logits; nothing here writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for network in networks:
         heads = [part for part in network.children() if part is not network.backbone]
         for part in (*network.backbone.encoder.layer, *heads):
-            fully_shard(part, mesh=mesh)
+            fully_shard(part, mesh=mesh, mp_policy=policy)
         fully_shard(network, mesh=mesh, reshard_after_forward=True)  # a root keeps its own whole until a backward

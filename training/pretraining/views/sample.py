@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 
 from dataset_scripts.corpus.reader import Corpus
+from training.pretraining.processes import leave_process_group
 from training.pretraining.recipe import Recipe, ViewsRecipe, parse_kind_weights
 from training.settings import CANVAS_STREAM, MASK_STREAM, VIEWS_STREAM, generator
 
@@ -314,6 +315,7 @@ def load_batches(views: PretrainingViews, recipe: Recipe, first_step: int, accel
         batch_sampler=StepSampler(recipe, first_step, accelerator.process_index, accelerator.num_processes),
         num_workers=recipe.run.dataloader_num_workers,
         collate_fn=collate,
+        worker_init_fn=leave_process_group,
         pin_memory=accelerator.device.type == "cuda",
     )
     for batch in loader:

@@ -1,0 +1,35 @@
+"""A pretraining run whose main process takes longer over a k-NN than collectives of the training wait for a process:
+`python -m tests.slow_process RECIPE ...`."""
+
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+
+import torch
+from accelerate.utils import InitProcessGroupKwargs
+
+from training import pretrain
+from training.pretraining.monitoring import KnnProbe
+
+TIMEOUT_SECONDS, SLOW_SECONDS = 6, 9
+
+
+def main(arguments: list[str]) -> None:
+    auc, calls = KnnProbe.auc, []
+
+    def slow(probe, encoder):
+        calls.append(1)
+        if probe.processes.is_main and len(calls) == 2:  # once is enough
+            time.sleep(SLOW_SECONDS)
+        return auc(probe, encoder)
+
+    KnnProbe.auc = slow
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    pretrain.Accelerator = partial(pretrain.Accelerator, kwargs_handlers=[timeout])
+    torch.set_num_threads(1)
+    pretrain.main(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
