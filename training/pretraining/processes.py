@@ -52,8 +52,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         is_main_thread = threading.current_thread() is threading.main_thread()
         before = {each: signal.getsignal(each) for each in SIGNALS if is_main_thread}
-        # ignored is Ctrl-C in a shell's background
-        self.before = {each: handler for each, handler in before.items() if handler is not signal.SIG_IGN}
+        # ignored is Ctrl-C in a shell's background; None is what Python did not set, so cannot set again
+        self.before = {each: handler for each, handler in before.items() if handler not in (signal.SIG_IGN, None)}
         for each in self.before:
             signal.signal(each, self._ask)
         return self
