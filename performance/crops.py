@@ -9,7 +9,6 @@ the same sample again at each repeat, in turn; shown is the mean over images of 
 
 import argparse
 import io
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -23,19 +22,14 @@ import PIL
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from dataset_scripts.corpus.build import corpus_settings
-from dataset_scripts.corpus.reader import FEATURES, MANIFEST, Corpus, make_row
-from modeling_mammodino import MammoDinoImageProcessor
-from modeling_mammodino.dicom import Mammogram
-from modeling_mammodino.rendering import make_thumbnail, plan_rendering, render
+from dataset_scripts.corpus.reader import Corpus
 from training.pretraining.recipe import ViewsRecipe, load_recipe
 from training.pretraining.views.crops import sample_boxes
 from training.pretraining.views.sample import NUM_GLOBAL_CROPS, PretrainingViews
 from training.settings import VIEWS_STREAM, generator
 
-from .images import example_images
+from .images import write_corpus
 
-FIT_PX = (1024, 1024)  # of the corpus builder
 BARS_MS = {"views": 5.0, "views and decode": 12.0}
 
 
@@ -83,22 +77,6 @@ def main() -> None:
         bar = BARS_MS.get(name)
         verdict = f"{'within' if times.mean() <= bar else 'OVER'} {bar:g}" if bar else ""
         print(f"| {name} | {times.mean():.2f} ({times.min():.2f}, {times.max():.2f}) | {ratio} | {verdict} |")
-
-
-def write_corpus(folder: Path, count: int) -> str:
-    """A corpus of `count` volumes: each image, as a corpus has it, stands for two slices. Returns what they are."""
-    processor = MammoDinoImageProcessor()
-    what, planes = example_images(count)
-    rows = []
-    for number, plane in enumerate(planes):
-        small = make_thumbnail(plane)
-        settings = processor.render_settings
-        rendered = render(plane, small, plan_rendering([small], settings), settings, FIT_PX)
-        row = make_row(Mammogram.from_image(str(number), plane, b"benchmark"), rendered, "benchmark")
-        rows += [{**row, "kind": "dbt", "slice_index": index, "num_slices": 2} for index in range(2)]
-    datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(folder)
-    (folder / MANIFEST).write_text(json.dumps({"image_processor": corpus_settings(processor)}))
-    return "phantoms" if what == "phantoms" else "real DBT slices"
 
 
 def measure(steps: dict[str, Callable[[int], object]], images: int, repeats: int) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ import transformers
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tissue_tokens import select_tokens
+from modeling_mammodino.tissue_tokens import TissueTokens, select_tokens
 from modeling_mammodino.tools.command import user_path
 from training.pretraining.compute import block_flops, matmul_peak, synchronize
 
@@ -33,6 +33,7 @@ MODELS = {  # width, blocks, heads
     "vits14": (384, 12, 6),
     "vitb14": (768, 12, 12),
     "vitl14": (1024, 24, 16),
+    "tiny14": (64, 2, 2),  # to try a script
 }
 FRAMINGS = {"whole slice": False, "cropped to breast": True}
 NUM_IMAGES = 8
@@ -75,7 +76,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, inputs: dict, batch_size: int, dtype: torch.dtype, peak: float) -> str:
     """One row of the table, from `tissue patches` on."""
     device = torch.device(options.device)
-    ours, theirs = (make(options.model, device, dtype) for make in (make_ours, make_theirs))
+    ours, theirs = (make(options.model).to(device, dtype) for make in (make_ours, make_theirs))
     pixels = inputs["pixel_values"].to(device, dtype).split(batch_size)
     tissue = inputs["tissue_mask"].to(device).split(batch_size)
     ways: dict[str, Callable] = {
@@ -83,13 +84,7 @@ def measure(options: argparse.Namespace, inputs: dict, batch_size: int, dtype: t
         "ours": lambda x, mask: ours(x, tissue_mask=mask),
         "padded": partial(encode_padded, ours),
     }
-    seconds = {way: [] for way in ways}
-    with torch.inference_mode():
-        for repeat in range(options.repeats + 1):
-            for way, encode in ways.items():
-                elapsed = sum(stopwatch(encode, device, *batch) for batch in zip(pixels, tissue, strict=True))
-                if repeat:  # the first warms up
-                    seconds[way].append(elapsed)
+    seconds = take_turns(ways, list(zip(pixels, tissue, strict=True)), options.repeats)
     kept = (inputs["tissue_mask"] > 0).flatten(1).sum(dim=1) + 1 + ours.config.num_register_tokens
     images_per_second = {way: len(kept) / np.median(times) for way, times in seconds.items()}
     useful = sum(block_flops(ours.config, int(length)) for length in kept) / np.median(seconds["ours"])
@@ -108,14 +103,14 @@ def measure(options: argparse.Namespace, inputs: dict, batch_size: int, dtype: t
     )
 
 
-def make_ours(name: str, device: torch.device, dtype: torch.dtype) -> MammoDinoModel:
+def make_ours(name: str, **changes) -> MammoDinoModel:
     torch.manual_seed(0)
-    return MammoDinoModel(MammoDinoConfig(**architecture(name))).eval().to(device, dtype)
+    return MammoDinoModel(MammoDinoConfig(**{**architecture(name), **changes})).eval()
 
 
-def make_theirs(name: str, device: torch.device, dtype: torch.dtype) -> Dinov2WithRegistersModel:
+def make_theirs(name: str) -> Dinov2WithRegistersModel:
     torch.manual_seed(0)
-    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**architecture(name))).eval().to(device, dtype)
+    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**architecture(name))).eval()
 
 
 def architecture(name: str) -> dict:
@@ -126,14 +121,39 @@ def architecture(name: str) -> dict:
 
 def encode_padded(model: MammoDinoModel, pixels: torch.Tensor, tissue: torch.Tensor) -> torch.Tensor:
     """What the model would cost if images of unequal length were padded instead of packed."""
+    return encode_kept(model, pixels, select_tokens(tissue, 0.0, 1 + model.config.num_register_tokens, pack=False))
+
+
+def encode_kept(model: MammoDinoModel, pixels: torch.Tensor, kept: TissueTokens) -> torch.Tensor:
+    """Encode a selection of tokens in a form of one's choice."""
     embeddings = model.embeddings(pixels)
-    kept = select_tokens(tissue, 0.0, 1 + model.config.num_register_tokens, pack=False)
     states = model.encoder(kept.gather(embeddings), **kept.attention_arguments(embeddings.dtype)).last_hidden_state
     return kept.scatter(model.layernorm(states))
 
 
-def stopwatch(encode: Callable, device: torch.device, *batch: torch.Tensor) -> float:
+def take_turns(ways: dict[str, Callable], batches: list[tuple], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way for all batches, of each repeat after a first that warms up, in turn."""
+    seconds = {way: [] for way in ways}
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            for way, encode in ways.items():
+                elapsed = sum(stopwatch(encode, *batch) for batch in batches)
+                if repeat:
+                    seconds[way].append(elapsed)
+    return seconds
+
+
+def stopwatch(encode: Callable, *batch: torch.Tensor) -> float:
+    """Seconds of one call, by the device's own clock on CUDA."""
+    device = batch[0].device
     synchronize(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        encode(*batch)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
     started = time.perf_counter()
     encode(*batch)
     synchronize(device)
@@ -156,7 +176,7 @@ def forward_peak(
     kind: str, name: str, device_name: str, pixels: np.ndarray, tissue: np.ndarray, dtype_name: str
 ) -> int:
     device, dtype = torch.device(device_name), getattr(torch, dtype_name)
-    model = (make_ours if kind == "ours" else make_theirs)(name, device, dtype)
+    model = (make_ours if kind == "ours" else make_theirs)(name).to(device, dtype)
     mask = {"tissue_mask": torch.from_numpy(tissue).to(device)} if kind == "ours" else {}
     images = torch.from_numpy(pixels).to(device, dtype)
     with torch.inference_mode():

@@ -5,11 +5,12 @@
 `training.pretrain.train` itself, on a batch that stands in memory: 2 crops of 224 px and 8 of 98, half of the global
 ones masked, 65,536 prototypes, one head, no registers, no stochastic depth, centered targets: the peers' arithmetic.
 Each line in a fresh process, beside the matmul peak measured there. The ways: plain (float32), compiled (blocks
-compiled), bf16 (autocast, compiled), sinkhorn (Sinkhorn-Knopp instead of centring), dense and tissue (crops of real
-slices where they are at hand, without and with tissue tokens).
+compiled), bf16 (autocast, compiled), sinkhorn (Sinkhorn-Knopp instead of centring), dense and tissue (masks keep to the
+breast, as the peers' do not; without and with tissue tokens).
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -20,30 +21,27 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from accelerate import Accelerator
 
-from dataset_scripts.corpus.build import build_corpus
-from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor
+from modeling_mammodino import MammoDinoConfig
 from training.pretrain import train
+from training.pretraining.checkpoints import LOG_FILE
 from training.pretraining.compute import matmul_peak, step_flops, synchronize
 from training.pretraining.recipe import Recipe, load_recipe
-from training.pretraining.views.sample import collate
+from training.pretraining.views.sample import Batch, PretrainingViews, load_batches
 
 from .encoder import MODELS, resident_bytes
-from .images import example_images
+from .images import write_corpus
 
 WAYS = {
     "plain": [],
     "compiled": ["--torch_compile", "true"],
     "bf16": ["--torch_compile", "true", "--bf16", "true"],
     "sinkhorn": ["--teacher_targets", "sinkhorn_knopp"],
-    "dense": [],
-    "tissue": ["--tissue_tokens", "true"],
+    "dense": ["--tissue_aware_masks", "true"],
+    "tissue": ["--tissue_aware_masks", "true", "--tissue_tokens", "true"],
 }
-REAL = ("dense", "tissue")  # on crops of slices, not of noise
 # measured in 2026 on two cores of an AMD EPYC, float32, ViT-S/14, torch 2.13; matmul peak 186 GFLOP/s
 PEERS = {
     "facebookresearch/dinov2, batch 4": (0.76, 0.70, 3.4),
@@ -98,66 +96,83 @@ def table_row(batch: int, found: dict) -> str:
 
 def measure(model: str, way: str, batch_size: int, steps: int) -> dict:
     """Seconds of each step, the matmul peak in the step's precision, and the process' peak memory in bytes."""
-    times: list[float] = []
-    batch: dict = {}
     with tempfile.TemporaryDirectory() as folder:
-        _, planes = example_images(batch_size)
-        archive = write_archive(Path(folder, "archive"), planes)
-        build_corpus([archive], Path(folder, "corpus"), (1024, 1024), MammoDinoImageProcessor(), "benchmark")
+        write_corpus(Path(folder, "corpus"), batch_size)
         recipe = make_recipe(model, way, batch_size, steps + 3, Path(folder))
-
-        def one_batch(views, recipe: Recipe, first_step: int, accelerator) -> Iterator[dict]:
-            batch.update(collate_one(views, recipe, way in REAL, accelerator))
-            while True:
-                synchronize(accelerator.device)
-                times.append(time.perf_counter())
-                yield batch
-
-        train(recipe, load=one_batch)
-        memory = peak_memory()
-        config = MammoDinoConfig.from_pretrained(Path(folder, "run", "encoder"))
-    flops = step_flops(batch, config, recipe)
+        timed = TimedRun(recipe, from_loader=1)
     dtype = torch.bfloat16 if recipe.run.bf16 else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    peak = matmul_peak(torch.device(device), dtype)
-    return {"seconds": np.diff(times)[2:].tolist(), "flops": flops, "peak": peak, "memory": memory}
+    peak = matmul_peak(timed.device, dtype)
+    return {"seconds": timed.seconds[2:], "flops": timed.flops, "peak": peak, "memory": timed.memory}
+
+
+class TimedRun:
+    """One run of a recipe, on batches of the loader, after `from_loader` of them on the last one again and again.
+
+    seconds, waits: of each step, and how long its batch was waited for; a step ends where the next batch is asked for,
+    by the device's own clock on CUDA, so that nothing waits that would not. flops: of a step on the last batch. memory:
+    peak in bytes. losses: of each step that the recipe logs.
+    """
+
+    def __init__(self, recipe: Recipe, from_loader: int):
+        self.ticks: list = []
+        self.waits: list[float] = []
+        self.device, self.batch = torch.device("cpu"), {}
+
+        def load(views: PretrainingViews, recipe: Recipe, first_step: int, accelerator: Accelerator) -> Iterator[Batch]:
+            self.device = accelerator.device
+            batches = load_batches(views, recipe, first_step, accelerator)
+            while True:
+                self.tick()
+                started = time.perf_counter()
+                if len(self.waits) < from_loader:
+                    self.batch = next(batches)
+                self.waits.append(time.perf_counter() - started)
+                yield self.batch
+
+        encoder = train(recipe, load=load)
+        self.memory = peak_memory(self.device)
+        config = MammoDinoConfig.from_pretrained(
+            encoder, drop_path_rate=recipe.model.drop_path_rate
+        )  # an export has none
+        self.flops = step_flops(self.batch, config, recipe)
+        log = (Path(recipe.run.output_dir) / LOG_FILE).read_text().splitlines()
+        self.losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]
+
+    def tick(self) -> None:
+        if self.device.type == "cuda":
+            self.ticks.append(torch.cuda.Event(enable_timing=True))
+            self.ticks[-1].record()
+        else:
+            self.ticks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:  # less the last, after which checkpoint and encoder are written
+        synchronize(self.device)
+        pairs = itertools.pairwise(self.ticks)
+        if self.device.type == "cuda":
+            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        return [after - before for before, after in pairs]
 
 
 def make_recipe(model: str, way: str, batch_size: int, steps: int, folder: Path) -> Recipe:
     width, blocks, heads = MODELS[model]
     settings = {
-        **{"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads},
+        **{"model_size": "", "hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads},
         **{"num_register_tokens": 0, "drop_path_rate": 0, "adjacent_slice_weight": 0, "adjacent_patch_weight": 0},
+        **{"dense_statistics_weight": 0, "dense_components_weight": 0, "breast_weight": 0, "patient_weight": 0},
+        **{"views_per_patient": 0, "whiten_patch_embeddings": "false", "dataloader_num_workers": 0},
         **{"teacher_targets": "centering", "bf16": "false", "per_device_train_batch_size": batch_size},
         **{"max_steps": steps, "save_steps": steps, "logging_steps": steps, "report_to": "none"},
-        "visualization_steps": 0,
+        **{"visualization_steps": 0, "preflight": "false", "tissue_aware_masks": "false"},
         **{"corpus": folder / "corpus", "output_dir": folder / "run"},
     }
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     return load_recipe(["mammodino", *arguments, *WAYS[way]])
 
 
-def write_archive(folder: Path, planes: list[np.ndarray]) -> Path:
-    folder.mkdir()
-    for number, plane in enumerate(planes):
-        cv2.imwrite(str(folder / f"{number}.png"), plane)
-    return folder
-
-
-def collate_one(views, recipe: Recipe, real: bool, accelerator) -> dict:
-    """A batch as the loader makes it; of noise all over, with masks that know no breast, unless `real`."""
-    if not real:
-        views.recipe.tissue_aware_masks = False
-    batch = collate([views[index] for index in range(recipe.run.per_device_train_batch_size)])
-    if not real:
-        batch |= {name: torch.randn_like(batch[name]) for name in ("global_crops", "local_crops")}
-    return send_to_device(batch, accelerator.device)
-
-
-def peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resident_bytes("VmHWM")
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator, on a CPU of the process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
 
 
 if __name__ == "__main__":
