@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, Dinov2WithRegistersModel
 from modeling_mammodino import MammoDinoModel
 from modeling_mammodino.tools.command import SHIPPED, shipped_model
 from modeling_mammodino.tools.convert import convert, load_checkpoint
-from modeling_mammodino.tools.publish import check_folder
+from modeling_mammodino.tools.model_files import check_folder
 
 ALONE = """
 import sys

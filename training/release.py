@@ -30,7 +30,7 @@ from dataset_scripts.phantom.archive import simulate_breast
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, atomic_folder, write_json
-from modeling_mammodino.tools.publish import CARD, CONFIG, PROCESSOR, RECIPE, check_folder, model_code
+from modeling_mammodino.tools.model_files import CARD, CONFIG, PROCESSOR, RECIPE, check_folder, model_code
 from training.evaluation.reports import format_interval, markdown_table
 from training.pretraining.checkpoints import list_checkpoints
 from training.pretraining.export import FIGURE, ROOT

@@ -27,7 +27,8 @@ import pandas as pd
 import modeling_mammodino
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import atomic_folder
-from modeling_mammodino.tools.publish import upload, without_private
+from modeling_mammodino.tools.privacy import without_private
+from modeling_mammodino.tools.publish import upload
 
 from . import BENCHMARKS, get_benchmark
 from .builder import DEFAULT, BenchmarkBuilder, BenchmarkConfig

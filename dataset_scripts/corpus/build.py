@@ -33,7 +33,7 @@ from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcesso
 from modeling_mammodino.tools.command import HASH_KEY_VARIABLE, CommandParser, command_line, user_path
 from modeling_mammodino.tools.engine import ENGINES, Stage, parse_arguments, progress_bar, run_stages
 from modeling_mammodino.tools.files import atomic_file, read_lines, write_json, write_lines
-from modeling_mammodino.tools.publish import check_text, without_private
+from modeling_mammodino.tools.privacy import check_text, without_private
 
 from .archive import ArchiveFile, is_address, list_archive
 from .plan import (

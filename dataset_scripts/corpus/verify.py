@@ -30,7 +30,8 @@ import pyarrow as pa
 
 from modeling_mammodino.breast_segmentation import LOW_CONFIDENCE
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
-from modeling_mammodino.tools.publish import check_image_processor, check_text, png_chunks, read_settings
+from modeling_mammodino.tools.model_files import check_image_processor, read_settings
+from modeling_mammodino.tools.privacy import check_text, png_chunks
 
 from .reader import FEATURES, MANIFEST, TISSUE_CELL_PX, decode_png
 

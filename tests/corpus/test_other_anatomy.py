@@ -12,7 +12,7 @@ from dataset_scripts.corpus.reader import Corpus
 from dataset_scripts.corpus.verify import verify_corpus
 from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from modeling_mammodino.breast_segmentation import find_body
-from modeling_mammodino.tools.publish import check_recipe
+from modeling_mammodino.tools.model_files import check_recipe
 from training.pretrain import train
 from training.pretraining.recipe import ViewsRecipe, load_recipe
 from training.pretraining.views.order import neighbor_reach, sample_neighbor

@@ -16,7 +16,7 @@ from pretrain_runs import exported_run
 
 from dataset_scripts.corpus.reader import Corpus  # noqa: E402
 from modeling_mammodino import MammoDinoModel, __version__  # noqa: E402
-from modeling_mammodino.tools.publish import check_folder  # noqa: E402
+from modeling_mammodino.tools.model_files import check_folder  # noqa: E402
 from training.card import add_results, main  # noqa: E402
 from training.pretraining.export import (  # noqa: E402
     curves,

@@ -15,7 +15,8 @@ from pretrain_runs import exported_run
 from safetensors.torch import load_file
 
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.publish import check_folder, push_folder
+from modeling_mammodino.tools.model_files import check_folder
+from modeling_mammodino.tools.publish import push_folder
 from training.card import section
 from training.release import main, pack
 

@@ -16,7 +16,8 @@ from model_folder import CARD, TINY
 from PIL import Image
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoForImageClassification, MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tools.publish import check_folder, push_folder, upload
+from modeling_mammodino.tools.model_files import check_folder
+from modeling_mammodino.tools.publish import push_folder, upload
 
 ROOT = Path(__file__).parents[2]
 

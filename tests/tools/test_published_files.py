@@ -10,7 +10,9 @@ from model_folder import CARD, encode, figure
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from modeling_mammodino.tools.publish import check_folder, check_text, push_folder
+from modeling_mammodino.tools.model_files import check_folder
+from modeling_mammodino.tools.privacy import check_text
+from modeling_mammodino.tools.publish import push_folder
 
 
 def exif() -> Image.Exif:

@@ -22,7 +22,7 @@ from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel, __version__
 from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.files import atomic_folder
-from modeling_mammodino.tools.publish import LOCAL_RECIPE_FIELDS
+from modeling_mammodino.tools.model_files import LOCAL_RECIPE_FIELDS
 
 from .checkpoints import CONFIG_FILE, LOG_FILE, RECIPE_FILE, STATE_FILE
 from .recipe import MAY_CHANGE_ON_RESUME, RECIPES, Recipe, load_recipe
