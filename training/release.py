@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file, save_file
 
 from dataset_scripts.phantom.acquisition import acquire_2d
@@ -30,12 +30,12 @@ from dataset_scripts.phantom.archive import simulate_breast
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import atomic_file, atomic_folder, write_json
-from modeling_mammodino.tools.model_files import CARD, CONFIG, PROCESSOR, RECIPE, check_folder, model_code
+from modeling_mammodino.tools.model_files import CARD, CONFIG, EVAL_RESULTS, PROCESSOR, RECIPE, check_folder, model_code
 from training.evaluation.reports import format_interval, markdown_table
 from training.pretraining.checkpoints import list_checkpoints
 from training.pretraining.export import FIGURE, ROOT
 
-from .card import section
+from .card import evaluation, index, section
 
 WEIGHTS = "model.safetensors"
 BY_HAND = ("Data", "Limits", "License")
@@ -103,10 +103,14 @@ def ship(encoder: Path, folder: Path, rows: dict[str, dict[str, Any]]) -> None:
         if rows:
             text = f"{results_section(rows)}\n\n{rounding(encoder, temporary)}"
             card.text = section("Results").sub(lambda _: f"\n{text}\n\n", card.text)
+            index(card, evaluations(next(iter(rows.values()))))
         elif before and (folder / WEIGHTS).is_file():
             if (folder / WEIGHTS).read_bytes() != (temporary / WEIGHTS).read_bytes():
                 raise ValueError(f"{folder}: its results are of other weights; give --results and --row")
             keep(("Results",), card, before, folder / CARD)
+            index(card, before.data.eval_results or [])
+            if (folder / EVAL_RESULTS).is_dir():
+                shutil.copytree(folder / EVAL_RESULTS, temporary / EVAL_RESULTS)
         card.save(temporary / CARD)
         if complaints := check_folder(temporary):
             listed = "\n".join(f"  {complaint}" for complaint in complaints)
@@ -114,8 +118,8 @@ def ship(encoder: Path, folder: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def keep(names: Iterable[str], card: ModelCard, before: ModelCard, file: Path) -> None:
-    """Take over sections and license of an earlier card. Raises ValueError where one is missing, or where its data are
-    others than the run's, by the number of images."""
+    """Take over sections, license and emissions of an earlier card. Raises ValueError where a section is missing, or
+    where its data are others than the run's, by the number of images."""
     count = re.search(r"\| pretraining data \| (\d+) images", card.text)
     for name in names:
         if not (found := section(name).search(before.text)):
@@ -125,8 +129,8 @@ def keep(names: Iterable[str], card: ModelCard, before: ModelCard, file: Path) -
         if place := section(name).search(card.text):
             card.text = card.text[: place.start()] + found[0] + card.text[place.end() :]
     for name, value in before.data.to_dict().items():
-        if name.startswith("license"):
-            setattr(card.data, name, value)
+        if name.startswith(("license", "co2_eq_emissions")):
+            card.data[name] = value
 
 
 def results_section(rows: dict[str, dict[str, Any]]) -> str:
@@ -137,6 +141,16 @@ def results_section(rows: dict[str, dict[str, Any]]) -> str:
         lines.append([task, f"{of_task['images']} images, {of_task['patients']} patients", *cells])
     table = markdown_table(["task", "evaluated on", "this encoder", *others], lines)
     return "\n".join([RESULTS, "", *table])
+
+
+def evaluations(scores: dict[str, dict[str, Any]]) -> list[EvalResult]:
+    """Return an encoder's AUCs as the Hub's model-index takes them, but for those without an interval, and those of
+    which less is better, which an index cannot say."""
+    return [
+        evaluation(task, "AUC", of_task["auc"], of_task["patients"])
+        for task, of_task in scores.items()
+        if None not in of_task["auc"] and "lower is better" not in task
+    ]
 
 
 def rounding(encoder: Path, shipped: Path) -> str:

@@ -28,7 +28,7 @@ import modeling_mammodino
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import atomic_folder
 from modeling_mammodino.tools.privacy import without_private
-from modeling_mammodino.tools.publish import upload
+from modeling_mammodino.tools.publish import size_category, upload
 
 from . import BENCHMARKS, get_benchmark
 from .builder import DEFAULT, BenchmarkBuilder, BenchmarkConfig
@@ -53,6 +53,7 @@ def make_card(builder: BenchmarkBuilder, data: Path, left_out: dict[str, int], p
         benchmark=builder.benchmark,
         license_id=license_id(builder.benchmark.license),
         version=modeling_mammodino.__version__,
+        size_category=size_category(len(rows)),
         place=place,
         splits={split: _counts(of) for split, of in split_rows.items()},
         config=builder.config,

@@ -11,15 +11,18 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-import jinja2
+import datasets
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
-from modeling_mammodino.tools.publish import upload
+from modeling_mammodino.tools.publish import size_category, upload
 
-from .reader import MANIFEST
+from .reader import FEATURES, MANIFEST
 from .verify import CARD, INFO, STATE, listed, verify_corpus
 
+SHARDS = "data-*.arrow"
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "corpus_template.md"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")  # the Hub's identifiers
 LICENSE_NEEDED = (
@@ -56,12 +59,13 @@ def push_corpus(
     # read once, by name: what is sent is what was checked, and a file that appears from now on is not sent
     documents = {name: (folder / name).read_bytes() for name in (INFO, STATE, MANIFEST)}
     manifest = json.loads(documents[MANIFEST])
-    documents[CARD] = _card(manifest, repo_id, license).encode()
+    size = sum((folder / shard["name"]).stat().st_size for shard in manifest["shards"])
+    documents[CARD] = str(make_card(manifest, size, repo_id, license)).encode()
     commit = upload(
         repo_id,
         documents,
         shards={shard["name"]: (folder / shard["name"], shard["sha256"]) for shard in manifest["shards"]},
-        shard_pattern="data-*.arrow",  # what load_dataset reads: the shards of two corpora would be read as one
+        shard_pattern=SHARDS,  # what load_dataset reads: the shards of two corpora would be read as one
         repo_type="dataset",
         private=not public,
         revision=revision,
@@ -71,9 +75,20 @@ def push_corpus(
     return str(commit.repo_url)
 
 
-def _card(manifest: dict, repo_id: str, license: str) -> str:
-    template = jinja2.Template(TEMPLATE.read_text(), keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    return template.render(manifest, repo_id=repo_id, license=license)
+def make_card(manifest: dict[str, Any], size: int, repo_id: str, license: str) -> DatasetCard:
+    """Return the card of a corpus of `size` bytes; its metadata tell the Hub's viewer what to show before it reads."""
+    split = datasets.SplitInfo("train", size, manifest["rows"])
+    info = datasets.DatasetInfo(features=FEATURES, splits={"train": split}, download_size=size, dataset_size=size)
+    data = DatasetCardData(
+        license=license,
+        pretty_name=f"{manifest['collection']}, a MammoDINO pretraining corpus",
+        size_categories=size_category(manifest["rows"]),
+        task_categories=["image-feature-extraction"],
+        tags=["mammography", "tomosynthesis", "medical-imaging", "research-use-only", "mammodino"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": SHARDS}]}],
+        dataset_info=info._to_yaml_dict(),
+    )
+    return DatasetCard.from_template(data, template_path=str(TEMPLATE), repo_id=repo_id, **manifest)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ A check yields what is wrong, each with its remedy; nothing is repaired here.
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml, parse_eval_result_entries
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -27,6 +29,7 @@ from .privacy import check_figure, check_text
 CARD, CONFIG, PROCESSOR, RECIPE = "README.md", "config.json", "preprocessor_config.json", "recipe.yaml"
 WEIGHTS, INDEX = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors"), "model.safetensors.index.json"
 FIGURE = re.compile(r"[\w-]+(\.png|\.jpg|\.jpeg|\.svg)")
+EVAL_RESULTS, RESULTS_FILE = ".eval_results", re.compile(r"[\w-]+(\.[\w-]+)*\.yaml")  # as the Hub reads them
 MAX_TEXT_BYTES = 2**20
 LISTED_FILES = 20  # of a folder that should not be there
 # fields of a recipe that name places of the machine it ran on, or mean nothing without them
@@ -58,7 +61,9 @@ def _check_folder(folder: Path) -> Iterator[tuple[str, str]]:
             pass  # said below, in its turn
     code = model_code(config)
     for path in sorted(folder.iterdir()):
-        if complaint := _does_not_belong(path, code):
+        if path.name == EVAL_RESULTS and path.is_dir() and not path.is_symlink():
+            yield from _check_results(path)
+        elif complaint := _does_not_belong(path, code):
             yield path.name, complaint
         elif path.is_dir():
             yield from _check_subfolder(folder, path)
@@ -257,6 +262,37 @@ def check_card(text: str, figures: list[str]) -> Iterator[str]:
         yield f"shows {name[:60]}, which is not in the folder; add it or take it out of the card"
     for name in sorted(set(figures) - names):
         yield f"does not show {name}; remove that figure, or show it"
+
+
+def _check_results(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_file() or not RESULTS_FILE.fullmatch(path.name):
+            complaints = iter(["no YAML file of results; remove it"])
+        else:
+            complaints = check_results(path.read_bytes())
+        yield from ((f"{EVAL_RESULTS}/{path.name}", complaint) for complaint in complaints)
+
+
+def results_yaml(entries: list[EvalResultEntry]) -> str:
+    """Return a file of `.eval_results`, which the Hub shows beside a model and in the leaderboard of its data sets."""
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+
+
+def check_results(data: bytes) -> Iterator[str]:
+    """Check a file of `.eval_results`: entries in the Hub's form, finite numbers on data sets there, nothing else."""
+    try:
+        text = data.decode()
+        entries = parse_eval_result_entries(yaml.safe_load(text))
+        if yaml.safe_load(text) != yaml.safe_load(results_yaml(entries)) or re.search(r"(?:^|\s)#", text):
+            raise ValueError("other fields, or comments")
+        for each in entries:
+            validate_repo_id(each.dataset_id)
+            if "/" not in each.dataset_id or not math.isfinite(each.value):
+                raise ValueError(f"{each.task_id}: needs a data set OWNER/NAME and a finite value")
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        yield f"not results in the Hub's form ({_one_line(error)}); write them with training.card --hub_dataset"
+        return
+    yield from check_text(text)
 
 
 def model_code(config: dict[str, Any]) -> dict[str, bytes]:

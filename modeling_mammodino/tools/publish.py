@@ -69,11 +69,20 @@ def push_folder(
         raise ValueError(f"{folder}: nothing was sent.\n{listed}")
     # by name, never a whole folder: a file that appears from now on is not sent
     files = {
-        path.name: path if WEIGHTS.fullmatch(path.name) else path.read_bytes() for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): path if WEIGHTS.fullmatch(path.name) else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
     return upload(
         repo_id, files, private=private or None, revision=revision, commit_message=commit_message, token=token
     )
+
+
+def size_category(rows: int) -> str:
+    """Return the Hub's category of a data set's size, such as 1K<n<10K."""
+    bounds = ["1K", "10K", "100K", "1M", "10M", "100M"]
+    place = next((place for place in range(len(bounds)) if rows < 10 ** (place + 3)), len(bounds) - 1)
+    return f"n<{bounds[0]}" if place == 0 else f"{bounds[place - 1]}<n<{bounds[place]}"
 
 
 def upload(

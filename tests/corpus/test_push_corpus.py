@@ -7,6 +7,7 @@ import sys
 import datasets
 import pytest
 from hub_server import HubServer
+from huggingface_hub import DatasetCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from dataset_scripts.corpus import push as module
@@ -15,6 +16,20 @@ from dataset_scripts.corpus.push import main, push_corpus
 from dataset_scripts.corpus.reader import FEATURES
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools import publish
+
+# the steps by which the Hub's viewer shows a data set: names and sizes of the card, then the first rows as a stream
+AS_THE_VIEWER = """
+import datasets
+name = "someone/corpus"
+info = datasets.load_dataset_builder(name).info
+assert set(info.features) == set(datasets.load_dataset(name, split="train", streaming=True).features)
+print(datasets.get_dataset_config_names(name), datasets.get_dataset_split_names(name), end=" ")
+print(info.splits["train"].num_examples)
+row = next(iter(datasets.load_dataset(name, split="train", streaming=True)))
+print(row["image"].mode, row["tissue"].mode)
+rows = datasets.load_dataset(name, split="train")
+print(len(rows), list(rows.features))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +48,12 @@ def test_a_corpus_is_published_and_opens(phantom_corpus, hub: HubServer, tmp_pat
     assert hub.repos["dataset/someone/corpus"]["private"]
     card = files["README.md"].decode()
     assert "license: cc0-1.0" in card and "Research use only" in card and "84 images of 24" in card
-    command = "import datasets; rows = datasets.load_dataset('someone/corpus', split='train')"
-    command += "; print(len(rows), list(rows.features))"
-    shown = subprocess.run(
-        [sys.executable, "-c", command], env=hub.environment(tmp_path), capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", AS_THE_VIEWER]
+    shown = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr[-2000:]
-    assert shown.stdout.split(" ", 1) == ["84", f"{list(FEATURES)}\n"]
+    assert shown.stdout.splitlines() == ["['default'] ['train'] 84", "L L", f"84 {list(FEATURES)}"]
+    data = DatasetCard(card).data
+    assert data.size_categories == "n<1K" and data.task_categories == ["image-feature-extraction"]
 
     hub.requests.clear()
     push_corpus(phantom_corpus, "someone/corpus", "cc0-1.0")  # what is there is not sent again

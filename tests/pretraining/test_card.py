@@ -11,20 +11,22 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from huggingface_hub import ModelCard  # noqa: E402
+from huggingface_hub import ModelCard, parse_eval_result_entries  # noqa: E402
 from pretrain_runs import exported_run
 
 from dataset_scripts.corpus.reader import Corpus  # noqa: E402
 from modeling_mammodino import MammoDinoModel, __version__  # noqa: E402
 from modeling_mammodino.tools.model_files import check_folder  # noqa: E402
+from modeling_mammodino.tools.publish import push_folder  # noqa: E402
 from training.card import add_results, main  # noqa: E402
 from training.pretraining.export import (  # noqa: E402
     curves,
     export_encoder,  # noqa: E402
     git_commit,
+    hub_corpora,
     recipe_name,
 )
-from training.pretraining.recipe import load_recipe  # noqa: E402
+from training.pretraining.recipe import Recipe, load_recipe  # noqa: E402
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -178,6 +180,57 @@ def test_results_enter_the_card_and_the_index_again_and_again(copy, tmp_path):
     assert "0.750" not in second and "0.500 [0.438, 0.531]" in second and "Phantom results" not in second
     assert first.partition("## Results")[0].partition("# A MammoDINO")[2] in second
     assert first.partition("## Limits")[2] == second.partition("## Limits")[2]
+
+
+def test_results_on_a_data_set_of_the_hub_and_emissions_are_published_as_the_hub_reads_them(copy, tmp_path, hub):
+    results, emissions = tmp_path / "probe.json", tmp_path / "emissions.csv"
+    results.write_text(json.dumps(probe(copy)))
+    rows = [("0.002", "3.0.4", "Germany", "", "1 x NVIDIA H200"), ("0.0015", "3.0.4", "Germany", "", "1 x NVIDIA H200")]
+    columns = "emissions,codecarbon_version,country_name,region,gpu_model"
+    emissions.write_text("\n".join([columns, *map(",".join, rows)]))
+    arguments = [
+        "--results",
+        str(results),
+        "--dataset",
+        "CMMD",
+        "--hub_dataset",
+        "me/cmmd",
+        "--emissions",
+        str(emissions),
+    ]
+    main([str(copy), *arguments])
+    push_folder(copy, "me/with_results")
+    files = hub.files("me/with_results")
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/me--cmmd.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("me/cmmd", "cancer", 0.75)
+    assert entry.notes.endswith("95 % interval 0.6875 to 0.7812 over 200 held-out patients")
+    data = ModelCard(files["README.md"].decode()).data
+    assert [each.dataset_config for each in data.eval_results] == ["cancer", "cancer"]  # two heads, in the model-index
+    assert data["co2_eq_emissions"] == {
+        "emissions": 3.5, "source": "CodeCarbon 3.0.4", "training_type": "pre-training",
+        "geographical_location": "Germany", "hardware_used": "1 x NVIDIA H200",
+    }  # fmt: skip
+    for spoiled, more, message in (
+        (probe(copy), ["--hub_dataset", "cmmd"], "--hub_dataset cmmd: .* OWNER/NAME"),
+        ({}, ["--emissions", str(results)], "not a table of CodeCarbon"),
+    ):
+        results.write_text(json.dumps(spoiled))
+        given = ["--results", str(results), "--dataset", "CMMD"] if spoiled else []
+        with pytest.raises(SystemExit, match=message):
+            main([str(copy), *given, *more])
+    assert files[".eval_results/me--cmmd.yaml"] == (copy / ".eval_results" / "me--cmmd.yaml").read_bytes()
+
+
+def test_corpora_of_the_hub_are_named_and_those_of_a_folder_are_not(tmp_path):
+    def made(corpus: str, *more: str) -> Recipe:
+        return load_recipe(["mammodino", "--corpus", corpus, "--output_dir", str(tmp_path), *more])
+
+    assert hub_corpora(made(str(tmp_path))) == hub_corpora(made("s3://bucket/corpus")) == []
+    of_the_hub = made("hf://datasets/clinic/screening@v2/data")
+    assert hub_corpora(of_the_hub) == ["clinic/screening"]
+    of_the_hub.save(tmp_path / "recipe.yaml")
+    continued = made("hf://datasets/clinic/other", "--init_from_checkpoint", str(tmp_path))
+    assert hub_corpora(continued) == ["clinic/other", "clinic/screening"]
 
 
 def test_an_undefined_score_is_said_and_not_indexed(copy, tmp_path):

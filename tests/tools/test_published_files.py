@@ -64,6 +64,17 @@ def subfolder(folder: Path) -> None:
 
 
 DICOM = bytes(128) + b"DICM" + bytes(200)
+ENTRY = "- dataset:\n    id: me/data\n    task_id: cancer\n  value: 0.75\n  notes: frozen features\n"
+
+
+def results(content: str, name: str = "data.yaml"):
+    def change(folder: Path) -> None:
+        (folder / ".eval_results").mkdir()
+        (folder / ".eval_results" / name).write_text(content)
+
+    return change
+
+
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path d="M0 0L9 9"/>%s</svg>'
 SHOWN = "---\nlicense: mit\n---\nResearch use only\n![a](losses.png)\n![b](%s)\n"
 
@@ -122,6 +133,16 @@ REFUSALS = {
     "recipe table": (write("recipe.yaml", "\nrows: {a: 1}\n", add=True), "recipe.yaml: rows: holds a dict"),
     "recipe home": (write("recipe.yaml", "\nweights: ~/x\n", add=True), "recipe.yaml: line 5 holds a path of a local"),
     "recipe comment": (write("recipe.yaml", "# of Dr. A\n", add=True), "recipe.yaml: holds comments; take them out"),
+    # evaluation results
+    "no results": (
+        results("seen by Dr. A", "notes.txt"),
+        ".eval_results/notes.txt: no YAML file of results; remove it",
+    ),
+    "results field": (results(ENTRY + "  reader: Dr. A\n"), "data.yaml: not results in the Hub's form (other fields"),
+    "results comment": (results(ENTRY + "# of Dr. A\n"), "data.yaml: not results in the Hub's form"),
+    "results nowhere": (results(ENTRY.replace("me/", "")), "needs a data set OWNER/NAME and a finite value"),
+    "results nan": (results(ENTRY.replace("0.75", ".nan")), "needs a data set OWNER/NAME and a finite value"),
+    "results path": (results(ENTRY.replace("frozen", "/home/anna")), ".eval_results/data.yaml: line 5 holds a path"),
     # card
     "no card": (lambda folder: (folder / "README.md").unlink(), "README.md: missing"),
     "no license": (write("README.md", CARD.replace("license:", "terms:")), "README.md: states no license"),

@@ -4,6 +4,7 @@ Every value in the card is read from the run, the corpus or the checkout.
 """
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def write_card(
             library_name="transformers",
             pipeline_tag="image-feature-extraction",
             base_model=base_model(recipe),
+            datasets=hub_corpora(recipe) or None,
             tags=["mammography", "tomosynthesis", "medical-imaging", "self-supervised", "research-use-only"],
         ),
         template_path=str(TEMPLATE),
@@ -152,12 +154,23 @@ def initial_weights(recipe: Recipe) -> str:
     return f"a former run's, which started from: {origin}" if recipe.model.init_from_checkpoint else origin
 
 
+def history(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the fields of the run and of the former runs that it goes on from, the first run last."""
+    fields = [recipe.flat()]
+    while former := fields[-1].get("init_from_checkpoint"):
+        fields.append(yaml.safe_load((Path(former) / RECIPE_FILE).read_text()))
+    return fields
+
+
 def first_source(recipe: Recipe) -> str:
     """Return `init_from` of the run, or of the first of the former runs that it goes on from."""
-    fields = recipe.flat()
-    while former := fields.get("init_from_checkpoint"):
-        fields = yaml.safe_load((Path(former) / RECIPE_FILE).read_text())
-    return fields.get("init_from", "")
+    return history(recipe)[-1].get("init_from", "")
+
+
+def hub_corpora(recipe: Recipe) -> list[str]:
+    """Return the repositories of the corpora of the run and of its former ones, where they are on the Hub."""
+    found = [re.match(r"hf://datasets/([^/@]+/[^/@]+)", fields["corpus"]) for fields in history(recipe)]
+    return sorted({match[1] for match in found if match})
 
 
 def recipe_name(recipe: Recipe) -> str:
