@@ -4,7 +4,8 @@
 
 SOURCE is a folder, a file or any fsspec address. The images are made by the image processor's own steps, so that
 pretraining and inference see the same thing. A file that cannot be used is refused with its reason and the rest is
-built. Shards are written atomically; the same command goes on after a stop. What names files stays in DIR.private.
+built. Shards are written atomically; the same command goes on after a stop, and with --extend adds what is new. What
+names files stays in DIR.private.
 """
 
 import csv
@@ -32,10 +33,11 @@ from modeling_mammodino.dicom import keyed_hash
 from modeling_mammodino.image_processing_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools.command import HASH_KEY_VARIABLE, CommandParser, command_line, user_path
 from modeling_mammodino.tools.engine import ENGINES, Stage, parse_arguments, progress_bar, run_stages
-from modeling_mammodino.tools.files import atomic_file, read_lines, write_json, write_lines
+from modeling_mammodino.tools.files import atomic_file, read_lines, write_json
 from modeling_mammodino.tools.privacy import check_text, without_private
 
-from .archive import ArchiveFile, is_address, list_archive
+from . import extension
+from .archive import is_address, list_archive
 from .plan import (
     MODALITIES,
     ROWS_PER_SHARD,
@@ -52,11 +54,11 @@ logger = logging.getLogger(__name__)
 TASKS = 64
 LOCK_SECONDS = 5  # for the processes of a build that was killed just now
 SHORT_KEY_BYTES = 16
+PLACES = ("sources", "bcs_dbt_paths", "metadata")  # of this machine, among the settings
 SETTINGS = ("tissue_", "do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std")
 README = """\
 This folder names files of an archive, and so perhaps patients: do not share it. From it a stopped build of the corpus
-beside it goes on. refused.csv says which files were left out, and why. Once the corpus is complete, nothing else in
-here is needed.
+beside it goes on, and a finished one is extended. refused.csv says which files were left out, and why.
 """
 
 
@@ -100,6 +102,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--num_proc", type=int, default=os.cpu_count() or 1, help="processes at a time (default: cores)"
     )
     parser.add_argument("--tasks", type=int, default=TASKS, help=f"parts that the work is shared out in ({TASKS})")
+    parser.add_argument(
+        "--extend", action="store_true", help="add the files that are new to a finished corpus; what stands stays"
+    )
     parser.add_argument("--engine", default="local", choices=ENGINES, help="where tasks run (default: this machine)")
     parser.add_argument("--engine_args", nargs="+", default=[], metavar="NAME=VALUE", help="of datatrove's executor")
     options = vars(parser.parse_args(arguments))
@@ -143,10 +148,13 @@ def build_corpus(
     num_proc: int = 1,
     rows_per_shard: int | None = None,
     tasks: int = TASKS,
+    extend: bool = False,
     engine: str = "local",
     engine_arguments: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Build or go on with the corpus in `output`; return its manifest, None where a cluster has yet to make it.
+
+    extend: of a finished corpus, add what is new in `sources`, which may be other folders than those it was built of.
 
     Images are as large as `fit` = (height, width) in pixels allows, never enlarged. The key of the hashes is in
     `hash_key_file` or $MAMMODINO_HASH_KEY. `modalities` and `min_mask_confidence` say what enters, see `Job`. Raises
@@ -184,7 +192,7 @@ def build_corpus(
         tasks=tasks,
     )
     with _one_at_a_time(job):
-        job = _begin(job)
+        job = _begin(job, extend)
         headers = progress_bar("headers", "task", job.work / "headers", lambda: job.tasks)
         images = progress_bar("images", "shard", job.work / "shards", lambda: len(list(job.work.glob("plan/*"))))
         stages = [
@@ -201,7 +209,7 @@ def build_corpus(
         others = "; ignored: " + ", ".join(f"{count} {suffix}" for suffix, count in ignored.items()) if ignored else ""
         raise ValueError(
             f"none of {manifest['files_found']} files could be used: {manifest['files_refused']} were refused, the "
-            f"reasons are in {job.work / 'refused.csv'}{others}"
+            f"reasons are in {job.private / 'refused.csv'}{others}"
         )
     return manifest
 
@@ -210,9 +218,9 @@ def build_corpus(
 def _one_at_a_time(job: Job) -> Iterator[None]:
     """Hold the folder of a build. Raises ValueError where another process has it, which would delete what this one
     writes."""
-    is_new = not job.work.exists()
-    job.work.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = FileLock(job.work / ".lock")
+    is_new = not job.private.exists()
+    job.private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(job.private / ".lock")
     try:
         lock.acquire(timeout=LOCK_SECONDS)  # released by the system when the process dies
     except Timeout as error:
@@ -224,7 +232,7 @@ def _one_at_a_time(job: Job) -> Iterator[None]:
     finally:
         lock.release()
         if is_new and not job.begun.exists():  # refused before it began
-            shutil.rmtree(job.work, ignore_errors=True)
+            shutil.rmtree(job.private, ignore_errors=True)
 
 
 def corpus_settings(image_processor: MammoDinoImageProcessor) -> dict[str, Any]:
@@ -257,20 +265,31 @@ def _absolute(source: str | Path) -> str:
     return text if is_address(text) else str(user_path(text).absolute())
 
 
-def _begin(job: Job) -> Job:
-    """List the archive, or find the listing of the build that is gone on with."""
-    output, begun = Path(job.output), job.begun
+def _begin(job: Job, extend: bool) -> Job:
+    """List the archive, or find the part of the corpus that is gone on with."""
+    output = Path(job.output)
     wanted = {"mammodino": modeling_mammodino.__version__, **job.settings()}
-    if begun.exists():
-        saved = json.loads(begun.read_text())
-        if differing := [name for name, value in wanted.items() if saved["settings"].get(name) != value]:
+    if parts := extension.all_parts(job):
+        is_new = extend and all(map(extension.is_finished, parts))
+        part = parts[-1] if extend else parts[0]
+        saved = json.loads(part.begun.read_text())["settings"]
+        differing = [name for name in wanted if saved.get(name) != wanted[name] and not (is_new and name in PLACES)]
+        if differing:
             raise ValueError(
                 f"{output}: holds a corpus made with other settings ({', '.join(differing)}), and one corpus has one "
                 "set of them: choose another --output, or give the same settings and the same key"
             )
-        logger.info("going on with the %d files that were listed at the start", saved["files"])
-        _tell_later_files(job)
-        return replace(job, tasks=saved["tasks"], rows_per_shard=saved["rows_per_shard"])
+        if not is_new:
+            logger.info("going on with the %d files that were listed at the start", part.files)
+            _tell_later_files(job, extend)
+            return part
+        job = replace(job, rows_per_shard=job.rows_per_shard or part.rows_per_shard)
+        listing = extension.new_files(job)
+        if not listing.files:
+            logger.info("nothing in the archive is new")
+            return part
+        logger.info("%d files are new, or were refused and are tried again", len(listing.files))
+        return extension.begin(job, wanted, listing)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: not empty, and no build of ours to go on with; choose another --output")
     listing = list_archive(job.sources)
@@ -280,28 +299,23 @@ def _begin(job: Job) -> Job:
     if not files:
         raise ValueError(f"{', '.join(job.sources)}: nothing to read; give folders with DICOM, PNG, JPEG or PGM files")
     output.mkdir(parents=True, exist_ok=True)
-    (job.work / "README.txt").write_text(README)
-    job = replace(job, tasks=min(job.tasks, len(files)))
-    write_lines(job.listing, files)
-    left_out = [(path, reason, True) for path, reason in sorted(listing.unlisted.items())]
-    left_out += [(path, reason, False) for path, reason in sorted(listing.passed_over.items())]
-    write_lines(job.left_out, left_out)
-    counts = {"files": len(files), "tasks": job.tasks, "rows_per_shard": job.rows_per_shard}
-    write_json(begun, {"settings": wanted, **counts})
+    (job.private / "README.txt").write_text(README)
+    (job.private / ".gitignore").write_text("*\n")
     logger.info("%d files listed", len(files))
-    return job
+    return extension.begin(job, wanted, listing)
 
 
-def _tell_later_files(job: Job) -> None:
-    """Say how many files came into the archive after it was listed: they are none of this corpus."""
+def _tell_later_files(job: Job, extend: bool) -> None:
+    """Say how many files came into the archive after it was listed, and whether an extension by such was stopped."""
+    parts = extension.all_parts(job)
+    if len(parts) > 1 and not extend and not extension.is_finished(parts[-1]):
+        logger.warning("an extension was stopped: --extend goes on with it")
     try:
-        found = {(file.source, file.path) for file in list_archive(job.sources).files}
+        later = len(extension.new_files(job, tried_again=False).files)
     except OSError:  # what is to be read is known; an archive that is gone is said where a file is read
         return
-    for file in (ArchiveFile(*each) for each in read_lines(job.listing)):
-        found.discard((file.source, file.path))
-    if found:
-        logger.warning("%d files are new in the archive and do not enter: build them into another --output", len(found))
+    if later:
+        logger.warning("%d files are new in the archive and do not enter: --extend adds them, afterwards", later)
 
 
 @dataclass
@@ -312,45 +326,49 @@ class Finish:
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         job, output = self.job, Path(self.job.output)
-        plan = json.loads(job.plan.read_text())
-        records = [json.loads(job.shard_record(shard).read_text()) for shard in range(plan["shards"])]
-        refused = sorted(plan["refused"] + [each for record in records for each in record["refused"]])
-        left_out = list(read_lines(job.left_out))
-        unlisted = [(path, reason) for path, reason, is_unlisted in left_out if is_unlisted]
-        self._write_refused(dict(map(tuple, refused)), unlisted)
+        parts = [part for part in extension.all_parts(job) if part.part == job.part or extension.is_finished(part)]
+        records, refused = list(extension.records(parts)), extension.refused_files(parts)
+        left_out = {path: of for part in parts for path, *of in read_lines(part.left_out)}
+        unlisted = [(path, reason) for path, (reason, is_folder) in left_out.items() if is_folder]
+        self._write_refused(unlisted, refused.values())
         for leftover in output.glob(".*.tmp"):  # of tasks that were killed
             leftover.unlink(missing_ok=True)
-        files, ignored = json.loads(job.begun.read_text())["files"], sum(plan["ignored"].values())
+        ignored = sum(sum(json.loads(part.plan.read_text())["ignored"].values()) for part in parts)
+        read = sum(part.files for part in parts) - ignored - len(extension.refusals(parts))
         shards = [{name: record[name] for name in ("name", "rows", "sha256")} for record in records if record["name"]]
+        if job.part:
+            for shard in job.shard(0).parent.glob("data-*.arrow"):
+                shard.replace(output / shard.name)
         settings = {"tissue_cell_px": TISSUE_CELL_PX, **job.settings()}
-        del settings["sources"], settings["bcs_dbt_paths"], settings["metadata"]  # places of this machine
+        for place in PLACES:
+            del settings[place]
         _write_state(output, [shard["name"] for shard in shards], settings)
         manifest = {
             "complete": True,
             "mammodino": modeling_mammodino.__version__,
             **settings,
-            "files_found": files,
-            "files_read": files - ignored - len(refused),
+            "files_found": read + len(refused) + ignored,
+            "files_read": read,
             "files_refused": len(refused),
             "files_ignored": ignored,
             "folders_unlisted": len(unlisted),
-            "passed_over": without_private(Counter(reason for _, reason, is_unlisted in left_out if not is_unlisted)),
+            "passed_over": without_private(Counter(reason for reason, is_folder in left_out.values() if not is_folder)),
             "rows": sum(record["rows"] for record in records),
             "volumes": sum(record["volumes"] for record in records),
             "rows_by_kind": dict(sorted(_sum(record["kinds"] for record in records).items())),
             "doubtful_masks": sum(record["doubtful_masks"] for record in records),
             "burned_in_annotations": dict(_sum(record["burned_in_annotations"] for record in records)),
             "refused_by_reason": _most_frequent(
-                Counter(re.sub(r"file \d+", "another file", reason) for _, reason in refused)
+                Counter(re.sub(r"file \d+", "another file", reason) for _, _, reason in refused.values())
             ),
             "notes": _most_frequent(_sum(record["notes"] for record in records)),
             "shards": shards,
         }
         write_json(output / MANIFEST, manifest)
 
-    def _write_refused(self, reasons: dict[int, str], unlisted: list[tuple[str, str]]) -> None:
+    def _write_refused(self, unlisted: list[tuple[str, str]], refused: Iterable[tuple[int, str, str]]) -> None:
         """Write the private list; a folder has no number, and a name that is not UTF-8 is escaped."""
-        target = self.job.work / "refused.csv"
+        target = self.job.private / "refused.csv"
         with (
             atomic_file(target) as temporary,
             temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
@@ -358,9 +376,7 @@ class Finish:
             writer = csv.writer(stream)
             writer.writerow(["number", "file", "reason"])
             writer.writerows(("", *each) for each in unlisted)
-            for file in (ArchiveFile(*line) for line in read_lines(self.job.listing)):
-                if file.number in reasons:
-                    writer.writerow([file.number, file.path, reasons[file.number]])
+            writer.writerows(sorted(refused))
 
 
 def _most_frequent(counts: Mapping[str, int]) -> dict[str, int]:

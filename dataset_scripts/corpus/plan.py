@@ -16,7 +16,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from modeling_mammodino.tools.engine import die_with_parent
 from modeling_mammodino.tools.files import Lines, read_lines, write_json, write_lines
 
 from .archive import ArchiveFile, opened
+from .former_volumes import LATE, SHARD, FormerVolumes
 
 MODALITIES = {"breast": ("MG",), "body": ("CT", "MR")}  # by the finder of the tissue
 NO_MODALITY = "NONE"  # stands for an element that is missing
@@ -49,6 +50,7 @@ class Volume(NamedTuple):
     places: list[list[Any]]
     num_slices: int
     slice_spacing_mm: float | None  # by the positions of such files
+    is_known: bool = False  # the corpus that is extended holds one of this volume_id
 
     @classmethod
     def from_json(cls, fields: list[Any]) -> "Volume":
@@ -74,6 +76,7 @@ class Job:
         min_mask_confidence: of an image, of a volume's slices in the median, below which it is left out.
         rows_per_shard: of whole volumes, at which a shard is full; None: ROWS_PER_SHARD, less where tasks lacked work.
         tasks: in which the work is shared out; fixed for the life of a build.
+        part: 0, the build itself, or the number of an extension; of what it makes, the other fields are the ranges.
     """
 
     output: str
@@ -88,10 +91,19 @@ class Job:
     metadata: tuple[str, ...] = ()
     modalities: tuple[str, ...] = ("MG",)
     min_mask_confidence: float = 0.0
+    part: int = 0
+    first_file: int = 0
+    files: int = 0
+    first_shard: int = 0
+
+    @property
+    def private(self) -> Path:
+        return Path(f"{self.output}.private")
 
     @property
     def work(self) -> Path:
-        return Path(f"{self.output}.private")
+        """Of the part."""
+        return self.private / f"extension-{self.part:03d}" if self.part else self.private
 
     @property
     def begun(self) -> Path:
@@ -100,7 +112,8 @@ class Job:
 
     @property
     def listing(self) -> Path:
-        return self.work / "files.jsonl"
+        """Of all parts; the line of a file is its number."""
+        return self.private / "files.jsonl"
 
     @property
     def plan(self) -> Path:
@@ -115,11 +128,25 @@ class Job:
     def headers(self, task: int) -> Path:
         return self.work / "headers" / f"{task:05d}.jsonl"
 
+    def shard(self, shard: int) -> Path:
+        """A shard of an extension enters the corpus at the end, with all others."""
+        return (self.work / "data" if self.part else Path(self.output)) / SHARD.format(shard)
+
     def shard_plan(self, shard: int) -> Path:
         return self.work / "plan" / f"{shard:05d}.jsonl"
 
     def shard_record(self, shard: int) -> Path:
         return self.work / "shards" / f"{shard:05d}.json"
+
+    def own_files(self, first: int = 0, step: int = 1) -> Iterator[ArchiveFile]:
+        """Yield every `step`-th file of the part, from its `first` on."""
+        lines = islice(read_lines(self.listing, self.first_file + first, step), max(0, -((first - self.files) // step)))
+        yield from (ArchiveFile(*each) for each in lines)
+
+    @property
+    def former(self) -> FormerVolumes:
+        """What the parts before this one made."""
+        return FormerVolumes(Path(self.output), self.first_shard)
 
     @property
     def hash_key(self) -> bytes:
@@ -150,7 +177,7 @@ class ReadHeaders:
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         die_with_parent()
         key = self.job.hash_key
-        mine = (ArchiveFile(*each) for each in read_lines(self.job.listing, rank, world_size))
+        mine = self.job.own_files(rank, world_size)
         write_lines(self.job.headers(rank), (read_header(file, key, self.job.modalities) for file in mine))
 
 
@@ -200,14 +227,18 @@ class MakePlan:
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         refused: list[tuple[int, str]] = []
         ignored: Counter[str] = Counter()
-        found = np.fromiter(self._images(refused, ignored), IMAGE)
-        volumes, odd = join_volumes(found, self.job.hash_key)
+        found, known = np.fromiter(self._images(refused, ignored), IMAGE), self.job.former.places
+        late = np.isin(found["volume_id"], np.array(list(known), "S32")) & (found["volume_id"] != found["sop_instance"])
+        refused += [(number, LATE) for number in found["number"][late].tolist()]
+        volumes, odd = join_volumes(found[~late], self.job.hash_key)
         refused += [(number, ODD_SHAPE) for number in odd]
+        if known:
+            volumes = [volume._replace(is_known=volume.volume_id in known) for volume in volumes]
         rows = sum(volume.num_slices for volume in volumes)
         shared_out = min(ROWS_PER_SHARD, max(LEAST_ROWS_PER_SHARD, -(-rows // self.job.tasks)))
-        shards, listing = 0, Lines(self.job.listing)
+        shards, first, listing = 0, self.job.first_shard, Lines(self.job.listing)
         for shard in into_shards(volumes, self.job.rows_per_shard or shared_out):
-            write_lines(self.job.shard_plan(shards), (volume.with_files(listing) for volume in shard))
+            write_lines(self.job.shard_plan(first + shards), (volume.with_files(listing) for volume in shard))
             shards += 1
         plan = {"shards": shards, "rows": rows, "refused": sorted(refused), "ignored": dict(ignored.most_common())}
         write_json(self.job.plan, plan)

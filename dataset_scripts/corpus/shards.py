@@ -22,6 +22,7 @@ from modeling_mammodino.tools.files import atomic_file, read_lines, write_json
 
 from .archive import ArchiveFile, opened, unreadable
 from .bcs_dbt_volumes import BcsDbtViews
+from .former_volumes import IN_CORPUS, LATE, digest_of
 from .metadata import FileMetadata
 from .plan import Job, Volume
 from .reader import FEATURES, make_row
@@ -30,7 +31,6 @@ logger = logging.getLogger("modeling_mammodino.corpus")  # below that of the rea
 
 COPY = "a copy of file {}; one is enough"
 ROWS_A_WRITE = 16  # held in memory; a volume is held whole besides
-SHARD = "data-{:05d}.arrow"
 
 
 @dataclass
@@ -42,8 +42,8 @@ class RenderShards:
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         cv2.setNumThreads(1)  # the tasks share the cores
         die_with_parent()
-        shards = len(list((self.job.work / "plan").glob("*.jsonl")))
-        for shard in range(rank, shards, world_size):
+        first, shards = self.job.first_shard, len(list((self.job.work / "plan").glob("*.jsonl")))
+        for shard in range(first + rank, first + shards, world_size):
             if not self.job.shard_record(shard).exists():
                 with Notes(self.job.work / "notes" / f"{shard:05d}.log") as notes:
                     render_shard(self.job, shard, notes.counts)
@@ -108,7 +108,7 @@ class Record:
 def render_shard(job: Job, shard: int, noted: Counter[str]) -> None:
     """Write the shard, and then its record, which counts it."""
     read, record = VolumeReader(job), Record()
-    path = Path(job.output) / SHARD.format(shard)
+    path = job.shard(shard)
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a task that was killed: room, where it is scarce
         leftover.unlink(missing_ok=True)
     with atomic_file(path) as temporary:
@@ -138,6 +138,7 @@ class VolumeReader:
 
     def __init__(self, job: Job):
         self.job, self.hash_key, self.image_processor = job, job.hash_key, job.processor()
+        self.former = job.former
         self.views = BcsDbtViews.from_csv(job.bcs_dbt_paths) if job.bcs_dbt_paths else None
         self.metadata = FileMetadata(job.metadata, self.hash_key) if job.metadata else None
 
@@ -145,6 +146,9 @@ class VolumeReader:
         """Yield the rows of a volume, and of each other image that goes by its name; add to `refused` what does not
         enter, and why. A volume enters whole or not at all."""
         if len(volume.places) > 1:
+            if volume.is_known:
+                refused += [(file.number, LATE) for copies in volume.places for file in copies]
+                return
             yield from self._series(volume, refused)
             return
         made: dict[str, int] = {}  # digest of an image: number of its file
@@ -155,13 +159,15 @@ class VolumeReader:
             except InvalidImageError as refusal:
                 refused.append((file.number, refusal.reason))
                 continue
-            # of a lossless copy in another syntax, too
-            digest = hashlib.sha256(b"".join(row["image"]["bytes"] for row in rows)).hexdigest()
+            digest = digest_of(rows)  # of a lossless copy in another syntax, too
             if digest in made:
                 refused.append((file.number, COPY.format(made[digest])))
                 continue
-            if made:  # an anonymizer gave one UID to many, or files of two sources have one relative path
-                own = keyed_hash(f"{volume.volume_id} {digest}", self.hash_key)
+            own = keyed_hash(f"{volume.volume_id} {digest}", self.hash_key)
+            if volume.is_known and (own in self.former.places or digest == self.former.digest(volume.volume_id)):
+                refused.append((file.number, IN_CORPUS))
+                continue
+            if made or volume.is_known:  # an anonymizer gave one UID to many, or two sources have one relative path
                 rows = [row | {"volume_id": own} for row in rows]
             made[digest] = file.number
             yield rows

@@ -108,6 +108,11 @@ def run_stages(stages: Sequence[Stage], engine: str, workers: int, logs: Path, a
     return engine != "slurm"
 
 
+def is_complete(logs: Path) -> bool:
+    """Tell whether a stage of one task, which logs there, was run to its end."""
+    return (logs / "completions" / "00000").exists()
+
+
 @contextmanager
 def _watched(progress: Callable[[], None]) -> Iterator[None]:
     """While a local stage runs, show progress, and stop where a worker dies, for which a pool would wait forever."""
