@@ -77,8 +77,8 @@ def push_corpus(
 
 def make_card(manifest: dict[str, Any], size: int, repo_id: str, license: str) -> DatasetCard:
     """Return the card of a corpus of `size` bytes; its metadata tell the Hub's viewer what to show before it reads."""
-    split = datasets.SplitInfo("train", size, manifest["rows"])
-    info = datasets.DatasetInfo(features=FEATURES, splits={"train": split}, download_size=size, dataset_size=size)
+    splits = {"train": {"name": "train", "num_bytes": size, "num_examples": manifest["rows"]}}
+    info = datasets.DatasetInfo(features=FEATURES, splits=splits, download_size=size, dataset_size=size)
     data = DatasetCardData(
         license=license,
         pretty_name=f"{manifest['collection']}, a MammoDINO pretraining corpus",
