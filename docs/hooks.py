@@ -21,6 +21,7 @@ PAGES = {  # of the site, and of the repository
     "security.md": "SECURITY.md",
     "performance.md": "performance/README.md",
     "mammodino-small.md": "model_cards/mammodino-small/README.md",
+    "seen.png": "model_cards/mammodino-small/seen.png",
     "pretraining.png": "model_cards/mammodino-small/pretraining.png",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)]*)?\)")

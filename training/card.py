@@ -94,19 +94,14 @@ def index(card: ModelCard, evaluations: list[EvalResult]) -> None:
 
 def leaderboard_entries(evaluations: list[EvalResult], hub_dataset: str) -> str:
     """Return a file of `.eval_results` of the linear probes, a task each. Raises ValueError where the name is none."""
-    text = results_yaml(
-        [
-            EvalResultEntry(
-                dataset_id=hub_dataset,
-                task_id=each.dataset_config,
-                value=each.metric_value,
-                notes=f"frozen features, logistic regression: AUC, 95 % interval {each.metric_args['low']} to "
-                f"{each.metric_args['high']} over {each.metric_args['test_patients']} held-out patients",
-            )
-            for each in evaluations
-            if each.metric_name == f"AUC, {HEADS['logistic']}"
-        ]
-    )
+    entries = []
+    for each in evaluations:
+        known: dict[str, Any] = each.metric_args or {}
+        if each.metric_name == f"AUC, {HEADS['logistic']}":
+            notes = f"frozen features, logistic regression: AUC, 95 % interval {known['low']} to {known['high']} over "
+            notes += f"{known['test_patients']} held-out patients"
+            entries.append(EvalResultEntry(hub_dataset, str(each.dataset_config), each.metric_value, notes=notes))
+    text = results_yaml(entries)
     if complaint := next(check_results(text.encode()), None):
         raise ValueError(f"--hub_dataset {hub_dataset}: {complaint}")
     return text

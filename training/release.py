@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,31 @@ from safetensors.torch import load_file, save_file
 
 from dataset_scripts.phantom.acquisition import acquire_2d
 from dataset_scripts.phantom.anatomy import PhantomParameters
-from dataset_scripts.phantom.archive import simulate_breast
+from dataset_scripts.phantom.archive import simulate_breast, write_archive
 from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
+from modeling_mammodino.tools.figure import write_figure
 from modeling_mammodino.tools.files import atomic_file, atomic_folder, write_json
 from modeling_mammodino.tools.model_files import CARD, CONFIG, EVAL_RESULTS, PROCESSOR, RECIPE, check_folder, model_code
+from modeling_mammodino.tools.visualize import inspect_file
 from training.evaluation.reports import format_interval, markdown_table
 from training.pretraining.checkpoints import list_checkpoints
 from training.pretraining.export import FIGURE, ROOT
 
 from .card import evaluation, index, section
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, SEEN = "model.safetensors", "seen.png"
 BY_HAND = ("Data", "Limits", "License")
 TRIED_BREASTS = 8
 OF_ONE_RUN = ("optimizer.safetensors", "trainer_state.json", "recipe.yaml")  # of a checkpoint; the last names folders
+PICTURE = f"""
+![A simulated mammogram on the encoder's canvas, the outline of its breast mask, the patches that are encoded, and their
+features as colors]({SEEN})
+
+*What it sees of a simulated mammogram.*
+
+## Use
+"""
 RESULTS = """\
 AUC of frozen features, with 95 % intervals over patients (of several classes the mean of one against the rest). The
 held-out patients under Data were not learned from; phantoms are simulated. `docs/leaderboard.md` of the checkout says
@@ -104,17 +115,31 @@ def ship(encoder: Path, folder: Path, rows: dict[str, dict[str, Any]]) -> None:
             text = f"{results_section(rows)}\n\n{rounding(encoder, temporary)}"
             card.text = section("Results").sub(lambda _: f"\n{text}\n\n", card.text)
             index(card, evaluations(next(iter(rows.values()))))
+            draw_seen(encoder, temporary / SEEN)
         elif before and (folder / WEIGHTS).is_file():
             if (folder / WEIGHTS).read_bytes() != (temporary / WEIGHTS).read_bytes():
                 raise ValueError(f"{folder}: its results are of other weights; give --results and --row")
             keep(("Results",), card, before, folder / CARD)
             index(card, before.data.eval_results or [])
-            if (folder / EVAL_RESULTS).is_dir():
-                shutil.copytree(folder / EVAL_RESULTS, temporary / EVAL_RESULTS)
+            for name in (SEEN, EVAL_RESULTS):
+                if (folder / name).exists():
+                    copy = shutil.copytree if (folder / name).is_dir() else shutil.copyfile
+                    copy(folder / name, temporary / name)
+        if (temporary / SEEN).exists():
+            card.text = card.text.replace("\n## Use\n", PICTURE, 1)
         card.save(temporary / CARD)
         if complaints := check_folder(temporary):
             listed = "\n".join(f"  {complaint}" for complaint in complaints)
             raise ValueError(f"{folder}: stays as it was, for this could not be published.\n{listed}")
+
+
+def draw_seen(encoder: Path, output: Path) -> None:
+    """Draw what `mammodino inspect` shows of the simulated mammogram of README's quick start."""
+    model, processor = MammoDinoModel.from_pretrained(encoder).eval(), MammoDinoImageProcessor.from_pretrained(encoder)
+    with tempfile.TemporaryDirectory() as folder:
+        write_archive(folder, num_patients=1)
+        (mammogram,) = Path(folder).rglob("*_2d.dcm")
+        write_figure(inspect_file(mammogram, processor, model), output)
 
 
 def keep(names: Iterable[str], card: ModelCard, before: ModelCard, file: Path) -> None:

@@ -46,7 +46,7 @@ def begin(job: Job, settings: dict[str, Any], listing: Listing) -> Job:
     parts = all_parts(job)
     first = parts[-1].first_file + parts[-1].files if parts else 0
     first_shard = parts[-1].first_shard + num_shards(parts[-1]) if parts else 0
-    ranges = {"first_file": first, "files": len(listing.files), "first_shard": first_shard}
+    ranges: dict[str, Any] = {"first_file": first, "files": len(listing.files), "first_shard": first_shard}
     job = replace(job, part=len(parts), tasks=min(job.tasks, len(listing.files)), **ranges)
     job.work.mkdir(exist_ok=True)
     # lines behind those of the parts are of a part that was stopped before it began

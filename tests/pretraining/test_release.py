@@ -57,7 +57,9 @@ def test_half_precision_opens_as_float32_and_moves_features_by_little(run, resul
     assert 0 < (tokens - moved).abs().max() < 2e-3 * tokens.std()
     assert check_folder(tmp_path / "small") == []
     text = (tmp_path / "small" / "README.md").read_text()
-    assert "| density | 40 images, 10 patients | 0.800 [0.700, 0.900] | - |" in text
+    assert "| density | 40 images, 10 patients | 0.800 [0.700, 0.900] | - |" in text and "](seen.png)" in text
+    (found,) = ModelCard(text).data.eval_results
+    assert (found.dataset_name, found.metric_value, found.metric_args["low"]) == ("density", 0.8, 0.7)
 
 
 def test_what_is_written_by_hand_stays_and_must_be_of_the_runs_images(run, results, tmp_path):
