@@ -16,6 +16,7 @@ from dataset_scripts.corpus.push import main, push_corpus
 from dataset_scripts.corpus.reader import FEATURES
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools import publish
+from modeling_mammodino.tools.publish import push_folder
 
 # the steps by which the Hub's viewer shows a data set: names and sizes of the card, then the first rows as a stream
 AS_THE_VIEWER = """
@@ -117,8 +118,15 @@ def test_a_shard_that_changes_after_the_check_is_not_sent(four_shards, hub: HubS
 def test_nothing_is_sent_where_something_does_not_belong(phantom_corpus, phantom_archive, hub: HubServer, tmp_path):
     corpus = shutil.copytree(phantom_corpus, tmp_path / "corpus")
     shutil.copy(sorted(phantom_archive.rglob("*.dcm"))[0], corpus / "scan.dcm")
-    with pytest.raises(SystemExit, match="nothing was sent(.|\n)*scan.dcm"):
-        main([str(corpus), "someone/other", "--license", "cc0-1.0", "--num_proc", "1"])
+    shutil.copytree(f"{phantom_corpus}.private", corpus / "corpus.private")
+    for folder, message in (
+        (corpus, "nothing was sent(.|\n)*corpus.private: no file of this corpus(.|\n)*scan.dcm"),
+        (corpus / "corpus.private", "no manifest.json"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([str(folder), "someone/other", "--license", "cc0-1.0", "--num_proc", "1"])
+    with pytest.raises(ValueError, match="nothing was sent"):
+        push_folder(corpus / "corpus.private", "someone/other")
     assert not hub.requests
 
 
