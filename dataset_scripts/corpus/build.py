@@ -270,8 +270,9 @@ def _begin(job: Job, extend: bool) -> Job:
     output = Path(job.output)
     wanted = {"mammodino": modeling_mammodino.__version__, **job.settings()}
     if parts := extension.all_parts(job):
-        is_new = extend and all(map(extension.is_finished, parts))
-        part = parts[-1] if extend else parts[0]
+        unfinished = [part for part in parts if not extension.is_finished(part)]
+        is_new = extend and not unfinished
+        part = (unfinished or parts[-1:])[0] if extend else parts[0]
         saved = json.loads(part.begun.read_text())["settings"]
         differing = [name for name in wanted if saved.get(name) != wanted[name] and not (is_new and name in PLACES)]
         if differing:

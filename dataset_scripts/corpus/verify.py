@@ -3,9 +3,9 @@
     python -m dataset_scripts.corpus.verify CORPUS
 
 Every shard is read and every image decoded. What is wrong is said with its shard, row, field and remedy, and the exit
-status is then 1. To make shard 00042 again, delete data-00042.arrow, and in CORPUS.private, or in its folder of the
-extension that made the shard, shards/00042.json, engine/shards and engine/manifest; then give the command of the build,
-or of that extension, once more, with the same key.
+status is then 1. To make shard 00042 again, delete data-00042.arrow, and in CORPUS.private shards/00042.json,
+engine/shards and engine/manifest (of an extension's shard, in the extension's folder there); then give the command of the
+build, or of the extension, once more, with the same key.
 """
 
 import argparse
