@@ -4,8 +4,8 @@
 
 Every shard is read and every image decoded. What is wrong is said with its shard, row, field and remedy, and the exit
 status is then 1. To make shard 00042 again, delete data-00042.arrow, and in CORPUS.private shards/00042.json,
-engine/shards and engine/manifest (of an extension's shard, in the extension's folder there); then give the command of the
-build, or of the extension, once more, with the same key.
+engine/shards and engine/manifest (of an extension's shard, in the extension's folder there); then give the command of
+the build, or of the extension, once more, with the same key.
 """
 
 import argparse
