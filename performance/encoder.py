@@ -23,7 +23,7 @@ import transformers
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
-from modeling_mammodino.tissue_tokens import TissueTokens, select_tokens
+from modeling_mammodino.tissue_tokens import key_mask, select_tokens
 from modeling_mammodino.tools.command import user_path
 from training.pretraining.compute import block_flops, matmul_peak, synchronize
 
@@ -121,14 +121,18 @@ def architecture(name: str) -> dict:
 
 def encode_padded(model: MammoDinoModel, pixels: torch.Tensor, tissue: torch.Tensor) -> torch.Tensor:
     """What the model would cost if images of unequal length were padded instead of packed."""
-    return encode_kept(model, pixels, select_tokens(tissue, 0.0, 1 + model.config.num_register_tokens, pack=False))
-
-
-def encode_kept(model: MammoDinoModel, pixels: torch.Tensor, kept: TissueTokens) -> torch.Tensor:
-    """Encode a selection of tokens in a form of one's choice."""
     embeddings = model.embeddings(pixels)
+    kept = select_tokens(tissue, 0.0, 1 + model.config.num_register_tokens, pack=False)
     states = model.encoder(kept.gather(embeddings), **kept.attention_arguments(embeddings.dtype)).last_hidden_state
     return kept.scatter(model.layernorm(states))
+
+
+def encode_masked(model: MammoDinoModel, pixels: torch.Tensor, tissue: torch.Tensor) -> torch.Tensor:
+    """The same result at dense cost: every token is encoded, and background keys are ignored."""
+    embeddings = model.embeddings(pixels)
+    keep = torch.nn.functional.pad(tissue.flatten(1) > 0, (1 + model.config.num_register_tokens, 0), value=True)
+    states = model.encoder(embeddings, attention_mask=key_mask(keep, embeddings.dtype)).last_hidden_state
+    return model.layernorm(states) * keep.unsqueeze(-1)
 
 
 def take_turns(ways: dict[str, Callable], batches: list[tuple], repeats: int) -> dict[str, list[float]]:
