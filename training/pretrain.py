@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from modeling_mammodino.tools.command import command_line
 from training.pretraining import checkpoints
 from training.pretraining.canvas_objective import VIEW_KINDS, canvas_losses, prepare_canvas, view_weight
 from training.pretraining.checkpoints import FiniteWatch, Saver
-from training.pretraining.compute import keep_freed_memory
+from training.pretraining.compute import keep_freed_memory, set_precision
 from training.pretraining.export import export_checkpoint
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
 from training.pretraining.losses.dense_regression import DenseTargets
@@ -57,10 +58,10 @@ def compute_losses(
     recipe: Recipe,
     gram_teacher: GramTeacher | None = None,
     dense_targets: DenseTargets | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Run both networks forward: return unweighted losses by name, and what the monitor looks for collapse in."""
     losses: dict[str, torch.Tensor] = {}
-    shown: dict[str, torch.Tensor] = {}
+    shown: dict[str, Any] = {}
     both = student(batch, is_student=True)
     if dense_targets is not None:
         losses |= canvas_losses(both.canvas, batch, dense_targets, recipe)
@@ -115,6 +116,7 @@ def weighted_sum(losses: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tenso
 def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) -> Path:
     """Run or resume a recipe; return the folder of the exported encoder. `load` may replace `load_batches`."""
     run = recipe.run
+    set_precision(run)
     accelerator = Accelerator(
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         mixed_precision="bf16" if run.bf16 else "no",

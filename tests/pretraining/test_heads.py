@@ -10,9 +10,14 @@ from pretrain_runs import SEPARATE, recipe, tiny, tiny_batch, train, weights
 from safetensors.torch import load_file
 
 from training.pretrain import compute_losses, weighted_sum
+from training.pretraining.losses.cross_entropy import Logits, Probabilities
 from training.pretraining.losses.targets import TeacherTargets, sinkhorn_knopp
 from training.pretraining.networks import Network, ProjectionHead, make_teacher
 from training.pretraining.optimization import param_groups
+
+
+def dense(logits: Logits) -> torch.Tensor:
+    return logits.features @ logits.prototypes.T
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def test_a_head_gives_scaled_cosines_to_its_prototypes():
         torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
     features = torch.randn(3, 8, dtype=torch.float64)
     with torch.no_grad():
-        logits, hidden = head(features), features.numpy()
+        logits, hidden = dense(head(features)), features.numpy()
         for number, layer in enumerate(head.mlp[::2]):
             hidden = hidden @ layer.weight.numpy().T + layer.bias.numpy()
             if number < 2:
@@ -59,16 +64,16 @@ def test_each_token_goes_through_its_head(batch, arguments):
         local_cls, _ = network.encode(batch["local_crops"], batch["local_tissue"])
         slice_cls, slice_patches = network.encode(batch["slice_pairs"][:, 0], batch["slice_tissue"])
         expected = {
-            "global_cls": network.head(global_cls).unflatten(0, (2, 8)),
-            "local_cls": network.head(local_cls).unflatten(0, (2, 8)),
-            "slice_cls": network.head(slice_cls),
-            "masked_patches": patch_head(global_patches[batch["masks"].flatten(1)]),
-            "slice_patches": patch_head(slice_patches[batch["slice_tissue"].flatten(1) > 0]),
+            "global_cls": dense(network.head(global_cls)).unflatten(0, (2, 8)),
+            "local_cls": dense(network.head(local_cls)).unflatten(0, (2, 8)),
+            "slice_cls": dense(network.head(slice_cls)),
+            "masked_patches": dense(patch_head(global_patches[batch["masks"].flatten(1)])),
+            "slice_patches": dense(patch_head(slice_patches[batch["slice_tissue"].flatten(1) > 0])),
         }
     assert len(expected["masked_patches"]) > 0 and len(expected["slice_patches"]) > 0
     assert expected["slice_patches"].shape[-1] == (24 if arguments else 64)
     for name, logits in expected.items():
-        torch.testing.assert_close(getattr(seen, name), logits)
+        torch.testing.assert_close(dense(getattr(seen, name)), logits)
 
 
 def test_separate_heads_have_sizes_groups_and_centers_of_their_own(batch):
@@ -89,9 +94,11 @@ def test_separate_heads_have_sizes_groups_and_centers_of_their_own(batch):
     targets_of(logits, 0.07)
     balanced = TeacherTargets(tiny(*SEPARATE))(logits, 0.07)
     for name in ("global_cls", "masked_patches", "slice_cls", "slice_patches"):
-        rows = getattr(logits, name).flatten(0, -2)
-        torch.testing.assert_close(targets_of.centers[name].center[0], 0.1 * rows.mean(0))
-        torch.testing.assert_close(getattr(balanced, name).flatten(0, -2), sinkhorn_knopp(rows, 0.07))
+        rows = getattr(logits, name)
+        rows = rows._replace(features=rows.features.flatten(0, -2))
+        torch.testing.assert_close(targets_of.centers[name].center[0], 0.1 * dense(rows).mean(0))
+        expected = Probabilities(rows.over(0.07), sinkhorn_knopp(rows, 0.07)).dense()  # by itself
+        torch.testing.assert_close(getattr(balanced, name).dense().flatten(0, -2), expected)
 
 
 @pytest.mark.parametrize("targets", ["sinkhorn_knopp", "centering"])

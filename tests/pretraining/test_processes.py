@@ -10,6 +10,7 @@ import torch.multiprocessing as multiprocessing
 from pretrain_runs import CROPS, TINY, launch, log
 
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
+from training.pretraining.losses.cross_entropy import Logits, Probabilities
 from training.pretraining.losses.dense_regression import dense_regression_loss
 from training.pretraining.losses.koleo import koleo_loss
 from training.pretraining.losses.targets import Centering, sinkhorn_knopp
@@ -26,7 +27,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-LOGITS, LATER_LOGITS, PROBABILITIES = numbers(12, 5), numbers(12, 5, seed=1), numbers(12, 5, seed=2).softmax(-1)
+LOGITS, LATER_LOGITS, TEACHER_LOGITS = numbers(12, 5), numbers(12, 5, seed=1), numbers(12, 5, seed=2)
 WEIGHTS = numbers(12, seed=3).abs()
 FEATURES = torch.cat((numbers(6, 7, seed=4), numbers(6, 7, seed=4) + 0.1 * numbers(6, 7, seed=5)))  # near across halves
 VOLUMES = torch.tensor([0, 1, 2, 3, 3, 5, 6, 7, 2, 9, 10, 11])
@@ -39,8 +40,13 @@ def gradient(loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 
 def targets(rows: slice) -> dict[str, torch.Tensor]:
     centering = Centering(num_prototypes=5)
-    first, second = centering(LOGITS[rows], 0.1), centering(LATER_LOGITS[rows], 0.1)
-    return {"sinkhorn": sinkhorn_knopp(LOGITS[rows], 0.1), "first": first, "second": second, "center": centering.center}
+    found = {}
+    for name, how, values in (
+        ("sinkhorn", sinkhorn_knopp, LOGITS), ("first", centering, LOGITS), ("second", centering, LATER_LOGITS)
+    ):  # fmt: skip
+        logits = Logits(values[rows], torch.eye(5))
+        found[name] = Probabilities(logits.over(0.1), how(logits, 0.1)).dense()
+    return found | {"center": centering.center}
 
 
 def dense_loss(rows: slice) -> dict[str, torch.Tensor]:
@@ -51,7 +57,8 @@ def dense_loss(rows: slice) -> dict[str, torch.Tensor]:
 
 def slice_loss(rows: slice) -> dict[str, torch.Tensor]:
     logits = LOGITS[rows].clone().requires_grad_()
-    loss = adjacent_slice_loss(logits, PROBABILITIES[rows], WEIGHTS[rows])
+    teacher = Probabilities(Logits(TEACHER_LOGITS[rows], torch.eye(5)), torch.zeros(5))
+    loss = adjacent_slice_loss(Logits(logits, torch.eye(5)), teacher, WEIGHTS[rows])
     return {"loss": loss.detach(), "gradient": gradient(loss, logits)}
 
 
@@ -99,7 +106,7 @@ def test_targets_do_not_depend_on_how_samples_are_spread(shared, alone, split):
         torch.testing.assert_close(rows, alone[key][name], rtol=1e-5, atol=1e-7)
     for each in shared:
         torch.testing.assert_close(each[key]["center"], alone[key]["center"])
-    assert not torch.allclose(sinkhorn_knopp(LOGITS[:6], 0.1), alone[key]["sinkhorn"][:6], rtol=0.01)
+    assert not torch.allclose(targets(slice(0, 6))["sinkhorn"], alone[key]["sinkhorn"][:6], rtol=0.01)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import yaml
 from pretrain_runs import CROPS
 from transformers import TrainingArguments
 
+from training.pretraining.compute import set_precision
 from training.pretraining.networks import Network, make_teacher, update_teacher
 from training.pretraining.optimization import make_schedules, multipliers, param_groups
 from training.pretraining.recipe import RECIPES, SECTIONS, OptimizerRecipe, load_recipe
@@ -65,6 +66,19 @@ def test_what_is_invalid_is_refused_by_name(tmp_path, content, message):
     path.write_text(content + "\n")
     with pytest.raises(ValueError, match=message):
         load_recipe([str(path), *WHERE])
+
+
+@pytest.mark.parametrize("gpu", [None, "without bfloat16", "with bfloat16"])
+def test_precision_is_by_the_device_unless_the_recipe_says(monkeypatch, gpu):
+    set_to: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu == "with bfloat16")
+    for given, expected in (([], gpu == "with bfloat16"), (["--bf16", "true"], True), (["--bf16", "false"], False)):
+        run = load_recipe([CROPS, *WHERE, *given]).run
+        set_precision(run)
+        assert run.bf16 is expected
+    assert set_to == ["high"] * 3 * (gpu is not None)
 
 
 def test_what_is_missing_is_refused(tmp_path):

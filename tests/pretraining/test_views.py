@@ -2,6 +2,8 @@
 
 import math
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from dataset_scripts.corpus.reader import Corpus
 from training.pretraining.monitoring import tissue_shares
 from training.pretraining.recipe import ViewsRecipe
+from training.pretraining.views import sample
 from training.pretraining.views.crops import TissueTable, cut, downsample_2x, sample_boxes, tissue_aware_crops
 from training.pretraining.views.masks import block_mask, maskable_patches, stratified_mask_ratios
 from training.pretraining.views.order import neighbor_reach, sample_neighbor
@@ -242,10 +245,46 @@ def test_a_batch_holds_what_the_losses_reshape(views):
     batch = collate([views[index] for index in range(8)])
     assert batch["global_crops"].shape == (16, 1, 64, 64) and batch["local_crops"].shape == (16, 1, 32, 32)
     assert batch["masks"].shape == (16, 4, 4) and batch["masks"].dtype == torch.bool
+    assert all(batch[name].dtype == torch.uint8 for name in ("global_crops", "local_crops", "slice_pairs"))
     torch.testing.assert_close(batch["global_crops"][8 + 3], torch.from_numpy(views[3]["global_crops"][1]))
     assert batch["masks"].flatten(1).any(1).sum() <= 8  # half of the global crops
     assert (batch["global_tissue"][batch["masks"]] > 0).all()  # masks keep to the breast
     assert (batch["crop_tissue"] >= 0.5).all() or batch["crops_below_minimum"].sum() > 0
+
+
+class OnDevice:
+    """A batch's tensor on a GPU that is not there; `done` is what was asked of it and of streams."""
+
+    is_cuda = True
+
+    def __init__(self, number: int, done: list):
+        self.number, self.done = number, done
+
+    def record_stream(self, stream):
+        self.done.append(("in use", self.number, stream))
+
+
+def test_a_batch_is_copied_on_a_stream_of_its_own_while_the_one_before_is_computed_with(monkeypatch):
+    done: list = []
+    copies = SimpleNamespace(record_event=lambda: done[-1])
+    computing = SimpleNamespace(wait_event=lambda event: done.append(("wait for", event)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext() if stream is copies else None)
+
+    def send(batch, device, non_blocking):
+        assert non_blocking
+        done.append(("copy", batch))
+        return {"crops": OnDevice(batch, done)}
+
+    monkeypatch.setattr(sample, "send_to_device", send)
+    for batch in sample.on_device(range(3), torch.device("cuda")):
+        done.append(("compute", batch["crops"].number))
+    ready = [[("wait for", ("copy", each)), ("in use", each, computing), ("compute", each)] for each in range(3)]
+    assert done == [("copy", 0), ("copy", 1), *ready[0], ("copy", 2), *ready[1], *ready[2]]
+    monkeypatch.undo()
+    batches = [{"crops": torch.ones(2)}, {"crops": torch.zeros(2)}]
+    assert list(sample.on_device(batches, torch.device("cpu"))) == batches  # nothing to copy
 
 
 def test_slice_pairs_share_one_crop_of_neighboring_slices(views):

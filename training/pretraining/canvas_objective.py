@@ -49,10 +49,9 @@ class BatchStandardization(nn.Module):
 class CanvasHeads(nn.Module):
     """A linear layer from patch tokens to content, and a projector (LeJEPA's, BatchNorm MLP) for each kind of view."""
 
-    def __init__(self, recipe: Recipe, mean: float, std: float):
+    def __init__(self, recipe: Recipe):
         super().__init__()
         model, loss = recipe.model, recipe.loss
-        self.mean, self.std = mean, std  # of the pixels 0..1 that the encoder sees
         self.content = None
         if loss.dense_statistics_weight or loss.dense_components_weight:
             self.content = nn.Linear(model.hidden_size, num_statistics(model.patch_size) + model.dense_components)
@@ -69,10 +68,9 @@ class CanvasHeads(nn.Module):
 
         self.projectors = nn.ModuleDict({kind: projector() for kind in VIEW_KINDS if view_weight(loss, kind)})
 
-    def forward(self, backbone: MammoDinoModel, batch: Batch) -> CanvasOutputs:
-        """Encode the kept tokens of each canvas, (B, 1, H, W) uint8, and project them."""
+    def forward(self, backbone: MammoDinoModel, pixels: torch.Tensor, batch: Batch) -> CanvasOutputs:
+        """Encode the kept tokens of each canvas, standardized pixels (B, 1, H, W), and project them."""
         keep = batch["canvas_tokens"].flatten(1)  # (B, N), equally many in each row
-        pixels = (batch["canvas"].float() / 255 - self.mean) / self.std
         states = backbone(
             pixels, bool_masked_pos=batch["canvas_masks"].flatten(1), tissue_mask=batch["canvas_tokens"]
         ).last_hidden_state
@@ -139,8 +137,8 @@ def prepare_canvas(
     images, tissue = (part.to(device) for part in views.plain_canvases(NUM_FITTED))
     targets.fit(images, tissue)
     if model.whiten_patch_embeddings:
-        mean, std = views.mean, views.std
-        whiten_patch_embeddings(backbone, (images - float(mean)) / float(std), tissue)
+        mean, std = views.corpus.image_processor.mean_and_std
+        whiten_patch_embeddings(backbone, (images - mean) / std, tissue)
     return targets
 
 

@@ -1,7 +1,8 @@
 """What a step costs and what the machine can do, for the share of peak (MFU) in the log; and glibc's allocator.
 
 Counted are matrix products, a multiplication and an addition as two operations: patch embedding, linear layers,
-attention, projection heads; not norms, losses, optimizer and moving average, nor what gradient checkpointing repeats.
+attention, projection heads; not norms, losses, optimizer and moving average, nor what is repeated to save memory, by
+gradient checkpointing and of the teacher's logits.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ import torch
 from modeling_mammodino import MammoDinoConfig
 from modeling_mammodino.modeling_mammodino import as_pair
 
-from .recipe import ModelRecipe, Recipe
+from .recipe import ModelRecipe, Recipe, RunRecipe
 from .views.sample import Batch
 
 MATMUL_SECONDS = 0.15
@@ -116,6 +117,16 @@ def matmul_peak(device: torch.device | str, dtype: torch.dtype, side: int | None
         fastest = min(seconds)
         peak, side = max(peak, 2 * side**3 / fastest), 2 * side
     return peak
+
+
+def set_precision(run: RunRecipe) -> None:
+    """Resolve `bf16` where the recipe leaves it open, in place. On a GPU the products of float32 matrices that remain
+    run in TF32, ten bits of mantissa; a CPU computes in float32."""
+    is_gpu = torch.cuda.is_available()
+    if is_gpu:
+        torch.set_float32_matmul_precision("high")
+    if run.bf16 is None:
+        run.bf16 = is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def synchronize(device: torch.device) -> None:

@@ -38,6 +38,7 @@ from .checkpoints import LOG_FILE, WARNINGS_FILE
 from .compute import matmul_peak, step_flops
 from .export import image_processor, published_recipe, was_computed
 from .feature_images import corpus_images
+from .losses.cross_entropy import Probabilities
 from .networks import Network
 from .preflight import FIRST_STEPS, describe, learned_nothing, shared_information
 from .processes import Processes
@@ -305,6 +306,8 @@ class Monitor:
         processes.wait()
         start_tracker(accelerator, recipe)
         dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+        if self.is_main:
+            logger.info("%s, matrix products in %s", accelerator.device, str(dtype).removeprefix("torch."))
         peak = torch.tensor([matmul_peak(accelerator.device, dtype) / 1e12], device=accelerator.device)
         self.peak_teraflops = float(accelerator.gather(peak).sum())  # of all devices
         if first_step == 0 and (first_look := self.look(0)) and self.is_main:
@@ -357,13 +360,13 @@ class Monitor:
         return values | {"data_wait_seconds": float(table[:, -1].max())}  # the slowest holds the others up
 
     def log(
-        self, step: int, values: dict[str, float], features: torch.Tensor, targets: torch.Tensor | None = None
+        self, step: int, values: dict[str, float], features: torch.Tensor, targets: Probabilities | None = None
     ) -> None:
         """Write a line. All processes call this. values: what `gather` gave, and what else is to be written;
         features (B, D) of the student and targets (G, B, K) of the teacher, where it has any: this process's."""
         accelerator = self.accelerator
         if targets is not None:
-            values |= target_statistics(targets, lambda mean: accelerator.reduce(mean, reduction="mean"))
+            values |= target_statistics(targets.dense(), lambda mean: accelerator.reduce(mean, reduction="mean"))
         values["feature_rank"] = feature_rank(accelerator.gather(features.detach().float()))
         now = time.monotonic()
         seconds, steps = max(now - self.last_log, 1e-9), self.steps_since_log

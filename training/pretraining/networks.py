@@ -25,6 +25,7 @@ from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch
 
 from .canvas_objective import CanvasHeads, CanvasOutputs
 from .checkpoints import CONFIG_FILE, RECIPE_FILE, load_module
+from .losses.cross_entropy import Logits
 from .recipe import ModelRecipe, Recipe
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ SHAPES = (
 
 
 class ProjectionHead(nn.Module):
-    """MLP D -> hidden -> hidden -> bottleneck, L2-normalized, then weight-normed prototypes: (..., D) -> (..., K)
-    (dinov2/layers/dino_head.py)."""
+    """MLP D -> hidden -> hidden -> bottleneck, L2-normalized, then weight-normed prototypes: (n, D) -> (n, K)
+    (dinov2/layers/dino_head.py), whose products are left to what needs them."""
 
     def __init__(self, hidden_size: int, head_hidden_size: int, bottleneck_size: int, num_prototypes: int):
         super().__init__()
@@ -59,10 +60,10 @@ class ProjectionHead(nn.Module):
         self.last_layer = weight_norm(prototypes)
         self.last_layer.parametrizations.weight.original0.data.fill_(1.0)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor) -> Logits:
         bottleneck = self.mlp(features)
         epsilon = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12
-        return self.last_layer(nn.functional.normalize(bottleneck, dim=-1, eps=epsilon))
+        return Logits(nn.functional.normalize(bottleneck, dim=-1, eps=epsilon), self.last_layer.weight)
 
 
 class Outputs(NamedTuple):
@@ -70,11 +71,11 @@ class Outputs(NamedTuple):
     training.pretraining.losses; P slice pairs, N patches. Patches have as many prototypes K as class tokens, unless
     they have a head of their own."""
 
-    global_cls: torch.Tensor | None  # (G, B, K)
-    local_cls: torch.Tensor | None  # (L, B, K), student only
-    masked_patches: torch.Tensor | None  # (M, K)
-    slice_cls: torch.Tensor | None  # (P, K): student's slice, teacher's neighbor
-    slice_patches: torch.Tensor | None  # (T, K), the T tissue patches of the pairs
+    global_cls: Logits | None  # (G, B, K)
+    local_cls: Logits | None  # (L, B, K), student only
+    masked_patches: Logits | None  # (M, K)
+    slice_cls: Logits | None  # (P, K): student's slice, teacher's neighbor
+    slice_patches: Logits | None  # (T, K), the T tissue patches of the pairs
     features: torch.Tensor | None  # (G, B, D), class tokens before the head; always the student's
     patches: torch.Tensor | None  # (G*B, N, D), patch tokens of the global crops, for Gram anchoring
 
@@ -97,10 +98,8 @@ class Network(nn.Module):
         self.is_sharded = recipe.run.fsdp
         self.tissue_tokens, self.loss = recipe.views.tissue_tokens, recipe.loss
         self.backbone = start_backbone(recipe, image_processor)
-        self.canvas_heads = None
-        if recipe.uses_canvas:
-            mean_and_std = image_processor.mean_and_std if image_processor else (0.5, 0.25)
-            self.canvas_heads = CanvasHeads(recipe, *mean_and_std)
+        self.mean, self.std = image_processor.mean_and_std if image_processor else (0.5, 0.25)
+        self.canvas_heads = CanvasHeads(recipe) if recipe.uses_canvas else None
         self.head = self.ibot_head = None
         has_patches = self.loss.ibot_weight or self.loss.adjacent_patch_weight
         has_shared_patches = has_patches and not model.separate_ibot_head
@@ -120,8 +119,14 @@ class Network(nn.Module):
         """Encode crops and, for the student, canvases, as far as the batch holds them."""
         return Seen(
             self.encode_crops(batch, is_student) if "global_crops" in batch else None,
-            self.canvas_heads(self.backbone, batch) if self.canvas_heads is not None and is_student else None,
+            self.canvas_heads(self.backbone, self.standardize(batch["canvas"]), batch)
+            if self.canvas_heads is not None and is_student
+            else None,
         )
+
+    def standardize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return pixels, uint8 as they travel to the device, as the encoder sees them, float32."""
+        return (pixels.float() / 255 - self.mean) / self.std
 
     def encode_crops(self, batch: Batch, is_student: bool) -> Outputs:
         """Encode what the losses need: for the student masked global crops, local crops and the slices, for the teacher
@@ -150,13 +155,15 @@ class Network(nn.Module):
                 tokens["slice_patches"] = slice_patches
         logits = self.project(tokens)
         batch_size = len(batch["global_crops"]) // NUM_GLOBAL_CROPS
+        for name in logits.keys() & {"global_cls", "local_cls"}:
+            logits[name] = logits[name]._replace(features=by_crop(logits[name].features, batch_size))
         return Outputs(
-            global_cls=by_crop(logits.get("global_cls"), batch_size),
-            local_cls=by_crop(logits.get("local_cls"), batch_size),
+            global_cls=logits.get("global_cls"),
+            local_cls=logits.get("local_cls"),
             masked_patches=logits.get("masked_patches"),
             slice_cls=logits.get("slice_cls"),
             slice_patches=logits.get("slice_patches"),
-            features=by_crop(whole[0] if whole else None, batch_size),
+            features=by_crop(whole[0], batch_size) if whole else None,
             patches=whole[1] if whole and loss.gram_weight else None,
         )
 
@@ -174,11 +181,11 @@ class Network(nn.Module):
         cls, patches = self.encode(pixels, tissue)
         return cls[:num_pairs], patches[tissue.flatten(1) > 0]
 
-    def project(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def project(self, tokens: dict[str, torch.Tensor]) -> dict[str, Logits]:
         """Return the logits of each tensor of tokens (n, D), in one call of a head: its prototypes are normalized
         once."""
         patch_head = self.ibot_head or self.head
-        logits: dict[str, torch.Tensor] = {}
+        logits: dict[str, Logits] = {}
         for head in (self.head, self.ibot_head):
             seen = {
                 name: each
@@ -186,14 +193,15 @@ class Network(nn.Module):
                 if (patch_head if name.endswith("patches") else self.head) is head
             }
             if head is not None and seen:
-                parts = head(torch.cat(list(seen.values()))).split([len(each) for each in seen.values()])
-                logits |= zip(seen, parts, strict=True)
+                features, prototypes = head(torch.cat(list(seen.values())))
+                parts = features.split([len(each) for each in seen.values()])
+                logits |= {name: Logits(part, prototypes) for name, part in zip(seen, parts, strict=True)}
         return logits
 
     def encode(
         self, pixels: torch.Tensor, tissue: torch.Tensor, masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return encode(self.backbone, pixels, tissue if self.tissue_tokens else None, masks)
+        return encode(self.backbone, self.standardize(pixels), tissue if self.tissue_tokens else None, masks)
 
 
 def encode(
@@ -207,8 +215,8 @@ def encode(
     return sequence[:, 0], sequence[:, 1 + backbone.config.num_register_tokens :]
 
 
-def by_crop(rows: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:  # (C * B, ...) -> (C, B, ...)
-    return None if rows is None else rows.unflatten(0, (len(rows) // batch_size, batch_size))
+def by_crop(rows: torch.Tensor, batch_size: int) -> torch.Tensor:  # (C * B, ...) -> (C, B, ...)
+    return rows.unflatten(0, (len(rows) // batch_size, batch_size))
 
 
 def num_patch_prototypes(model: ModelRecipe) -> int:
@@ -338,6 +346,7 @@ class GramTeacher(nn.Module):
         self.loss, self.tissue_tokens = recipe.loss, recipe.views.tissue_tokens
         self.keeps_to_tissue = recipe.views.tissue_aware_masks or recipe.views.tissue_tokens
         self.backbone = copy.deepcopy(teacher.backbone)
+        self.standardize = teacher.standardize
 
     def is_taken_at(self, step: int) -> bool:
         since, every = step - self.loss.gram_start_step, self.loss.gram_update_steps
@@ -354,7 +363,7 @@ class GramTeacher(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return patch features (G*B, N, D) of the whole global crops, on the student's grid."""
         crops, tissue = batch.get("gram_crops", batch["global_crops"]), batch.get("gram_tissue", batch["global_tissue"])
-        _, patches = encode(self.backbone, crops, tissue if self.tissue_tokens else None)
+        _, patches = encode(self.backbone, self.standardize(crops), tissue if self.tissue_tokens else None)
         return resize_patches(patches, tuple(tissue.shape[1:]), tuple(batch["global_tissue"].shape[1:]))
 
     def counted_patches(self, batch: Batch) -> torch.Tensor | None:

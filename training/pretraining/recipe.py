@@ -200,11 +200,12 @@ class RunRecipe:
         1, "Forwards a step. Targets and KoLeo balance within one: two are not one twice as large.", low=1
     )
     dataloader_num_workers: int = setting(4, "Worker processes that prepare views.", low=0)
+    dataloader_prefetch_factor: int = setting(2, "Batches that each of them holds ready.", low=1)
     seed: int = setting(0, "Seed of order, views, initial weights and stochastic depth.", low=0)
     save_steps: int = setting(1250, "Steps between checkpoints.", low=1)
     save_total_limit: int = setting(2, "Checkpoints kept.", low=1)
     logging_steps: int = setting(10, "Steps between log lines.", low=1)
-    bf16: bool = setting(False, "bfloat16 autocast.")
+    bf16: bool | None = setting(None, "bfloat16 autocast; unset: on a GPU that has it, not on a CPU.")
     fsdp: bool = setting(False, "Shard weights, gradients and optimizer over the processes (FSDP2); else DDP.")
     torch_compile: bool = setting(False, "Compile the transformer blocks of student and teacher.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the student's backward.")
@@ -272,8 +273,9 @@ SECTIONS: tuple[Any, ...] = (ModelRecipe, ViewsRecipe, LossRecipe, OptimizerReci
 # accumulation a checkpoint holds the product over all processes, which may not
 MAY_CHANGE_ON_RESUME = {
     "corpus", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers",
-    "save_steps", "save_total_limit", "logging_steps", "report_to", "visualization_steps", "knn_steps", "knn_labels",
-    "knn_task", "preflight", "resume_from_checkpoint", "torch_compile", "gradient_checkpointing", "fsdp",
+    "dataloader_prefetch_factor", "save_steps", "save_total_limit", "logging_steps", "report_to",
+    "visualization_steps", "knn_steps", "knn_labels", "knn_task", "preflight", "resume_from_checkpoint",
+    "torch_compile", "gradient_checkpointing", "fsdp",
 }  # fmt: skip
 
 

@@ -6,12 +6,13 @@ token, and on tissue patches at the same place of the shared crop.
 
 import torch
 
+from .cross_entropy import Logits, Probabilities, cross_entropy
 from .distributed import num_processes, sum_over_processes
 
 
 def adjacent_slice_loss(
-    student_logits: torch.Tensor,
-    teacher_probabilities: torch.Tensor,
+    student_logits: Logits,
+    teacher_probabilities: Probabilities,
     weights: torch.Tensor | None = None,
     student_temperature: float = 0.1,
 ) -> torch.Tensor:
@@ -21,8 +22,7 @@ def adjacent_slice_loss(
     None for equal ones. Returns a scalar float32, zero where n = 0 (a batch without volumes). Processes hold unequal
     numbers of slices, so the weights are summed over all: the mean over processes is the loss of the whole batch.
     """
-    log_probabilities = torch.log_softmax(student_logits.float() / student_temperature, dim=-1)
-    cross_entropy = -(teacher_probabilities * log_probabilities).sum(dim=-1)  # (n,)
-    weights = torch.ones_like(cross_entropy) if weights is None else weights.float()
+    weights = torch.ones_like(student_logits.features[:, 0]) if weights is None else weights.float()
     total_weight = sum_over_processes(weights.sum()).clamp_min(1e-6)
-    return (cross_entropy * weights).sum() * num_processes() / total_weight
+    total = cross_entropy(student_logits, teacher_probabilities, student_temperature, weights)
+    return total * num_processes() / total_weight

@@ -2,10 +2,12 @@
 
 import torch
 
+from .cross_entropy import Logits, Probabilities, cross_entropy
+
 
 def dino_loss(
-    student_logits: torch.Tensor,
-    teacher_probabilities: torch.Tensor,
+    student_logits: Logits,
+    teacher_probabilities: Probabilities,
     student_temperature: float = 0.1,
     ignore_diagonal: bool = False,
 ) -> torch.Tensor:
@@ -17,9 +19,5 @@ def dino_loss(
     student_logits (S, B, K), teacher_probabilities (T, B, K) -> scalar float32. The caller divides by the number of
     all pairs, L * G + G * (G - 1), as DINOv2 does.
     """
-    with torch.autocast(student_logits.device.type, enabled=False):  # which runs einsum in half precision
-        log_probabilities = torch.log_softmax(student_logits.float() / student_temperature, dim=-1)  # (S, B, K)
-        pairs = -torch.einsum("sbk,tbk->st", log_probabilities, teacher_probabilities.float())  # (S, T)
-        if ignore_diagonal:
-            pairs = pairs * (1 - torch.eye(*pairs.shape, device=pairs.device))
-        return pairs.sum() / student_logits.shape[1]
+    total = cross_entropy(student_logits, teacher_probabilities, student_temperature, None, ignore_diagonal)
+    return total / student_logits.features.shape[1]

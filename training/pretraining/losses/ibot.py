@@ -2,10 +2,12 @@
 
 import torch
 
+from .cross_entropy import Logits, Probabilities, cross_entropy
+
 
 def ibot_loss(
-    student_logits: torch.Tensor,
-    teacher_probabilities: torch.Tensor,
+    student_logits: Logits,
+    teacher_probabilities: Probabilities,
     masks: torch.Tensor,
     student_temperature: float = 0.1,
 ) -> torch.Tensor:
@@ -15,8 +17,6 @@ def ibot_loss(
     masks (C, N) bool, C = G * B global crops. Crops without a mask count in the divisor (dinov2/loss/
     ibot_patch_loss.py). Returns a scalar float32, zero where nothing is masked.
     """
-    log_probabilities = torch.log_softmax(student_logits.float() / student_temperature, dim=-1)
-    cross_entropy = -(teacher_probabilities * log_probabilities).sum(dim=-1)  # (M,)
     masked_per_crop = masks.sum(dim=1, keepdim=True).clamp_min(1)  # (C, 1)
     weights = (1.0 / masked_per_crop).expand_as(masks)[masks]  # (M,)
-    return (cross_entropy * weights).sum() / masks.shape[0]
+    return cross_entropy(student_logits, teacher_probabilities, student_temperature, weights) / masks.shape[0]

@@ -1,7 +1,8 @@
 """Samples and batches: what student and teacher see of one image, a pure function of (seed, global sample index)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import cv2
@@ -29,8 +30,8 @@ BLUR_KERNEL_PX = 9
 
 
 def photometric(rng: np.random.Generator, pixels: np.ndarray, recipe: ViewsRecipe, number: int) -> np.ndarray:
-    """Return crop `number` (0, 1: global; 2: local), (S, S) uint8 or uint16, as float32 in 0..1, with the jitter, blur
-    and solarization of the recipe (dinov2/data/augmentations.py, less what needs color).
+    """Return crop `number` (0, 1: global; 2: local), (S, S) uint8 or uint16, as uint8, with the jitter, blur and
+    solarization of the recipe (dinov2/data/augmentations.py, less what needs color).
 
     As many numbers are drawn whatever is switched on, so that a switch changes nothing but what it names.
     """
@@ -43,7 +44,7 @@ def photometric(rng: np.random.Generator, pixels: np.ndarray, recipe: ViewsRecip
         unit = cv2.GaussianBlur(unit, (BLUR_KERNEL_PX, BLUR_KERNEL_PX), low + (high - low) * sigma)
     if number == 1 and solarizes < recipe.solarize_probability:
         unit = np.where(unit >= 0.5, 1 - unit, unit)
-    return unit
+    return to_bytes(unit)
 
 
 def to_unit(pixels: np.ndarray) -> np.ndarray:
@@ -51,6 +52,11 @@ def to_unit(pixels: np.ndarray) -> np.ndarray:
     unit = pixels.astype(np.float32)
     unit *= np.float32(1 / np.iinfo(pixels.dtype).max)
     return unit
+
+
+def to_bytes(unit: np.ndarray) -> np.ndarray:
+    """Round pixels (S, S) of 0..1 to uint8, above 1 to 255: a quarter of the bytes on their way to the device."""
+    return cv2.convertScaleAbs(unit, alpha=255)
 
 
 def jitter(unit: np.ndarray, brightness: float, contrast: float) -> None:
@@ -79,7 +85,7 @@ class Image:
 class Views(NamedTuple):
     """Crops of one kind of one image, n of them."""
 
-    pixels: np.ndarray  # (n, S, S) float32, standardized
+    pixels: np.ndarray  # (n, S, S) uint8
     tissue: np.ndarray  # (n, h, w) float32, the breast fraction of each patch
     crops: Crops
     flips: list[tuple[slice, slice]]
@@ -110,8 +116,6 @@ class PretrainingViews(Dataset):
         self.corpus, self.recipe, self.patch_size = corpus, recipe, patch_size
         self.with_slice_pairs, self.with_crops, self.canvas = slice_pairs, crops, canvas
         self.seed, self.global_batch_size = seed, global_batch_size
-        processor = corpus.image_processor
-        self.mean, self.std = map(np.float32, processor.mean_and_std)
         self.breasts = number_breasts(*map(corpus.volume_column, ("patient", "laterality", "source")))
         self.patients: PatientOrder | None = None
         self.order: VolumeOrder  # of volumes, where patients are not grouped
@@ -208,13 +212,13 @@ class PretrainingViews(Dataset):
         else:
             count, size = recipe.num_local_crops, recipe.local_crop_size
             crops = self.crops(rng, image, recipe.local_crop_scale, recipe.local_min_tissue, count)
-        pixels, flips = np.empty((count, size, size), np.float32), []
+        pixels, flips = np.empty((count, size, size), np.uint8), []
         tissue = image.tissue.grids(crops.boxes, (size // self.patch_size, size // self.patch_size))
         for number, box in enumerate(crops.boxes):
-            unit = photometric(rng, image.cut(box, size), recipe, number if is_global else NUM_GLOBAL_CROPS)
+            changed = photometric(rng, image.cut(box, size), recipe, number if is_global else NUM_GLOBAL_CROPS)
             flips.append(self.flips(rng))
-            pixels[number], tissue[number] = unit[flips[-1]], tissue[number][flips[-1]].copy()
-        return Views(self.standardize(pixels), tissue, crops, flips)
+            pixels[number], tissue[number] = changed[flips[-1]], tissue[number][flips[-1]].copy()
+        return Views(pixels, tissue, crops, flips)
 
     def gram_views(self, image: Image, globals_: Views) -> dict[str, Any]:
         """Cut the global crops at the size of the gram teacher, without photometric changes; nothing where it sees
@@ -223,17 +227,11 @@ class PretrainingViews(Dataset):
         if not size:
             return {}
         tissue = image.tissue.grids(globals_.crops.boxes, (size // self.patch_size, size // self.patch_size))
-        pixels = [image.cut(box, size)[flips] for box, flips in zip(globals_.crops.boxes, globals_.flips, strict=True)]
+        pixels = [to_bytes(to_unit(image.cut(box, size))) for box in globals_.crops.boxes]
         return {
-            "gram_crops": self.standardize(to_unit(np.stack(pixels)))[:, None],  # (G, 1, S, S)
+            "gram_crops": np.stack([each[flips] for each, flips in zip(pixels, globals_.flips, strict=True)])[:, None],
             "gram_tissue": np.stack([each[flips] for each, flips in zip(tissue, globals_.flips, strict=True)]),
         }
-
-    def standardize(self, unit: np.ndarray) -> np.ndarray:
-        """Standardize pixels of 0..1, in place."""
-        unit -= self.mean
-        unit *= 1 / self.std
-        return unit
 
     def crops(
         self, rng: np.random.Generator, image: Image, scale: list[float], minimum: float, count: int = 1
@@ -262,10 +260,10 @@ class PretrainingViews(Dataset):
         factor = rng.uniform(1 - recipe.brightness / 2, 1 + recipe.brightness / 2)
         size = recipe.global_crop_size
         grid = (size // self.patch_size, size // self.patch_size)
-        units = [np.minimum(to_unit(each.cut(boxes[0], size)) * np.float32(factor), 1) for each in (image, other)]
+        pixels = [to_bytes(to_unit(each.cut(boxes[0], size)) * np.float32(factor))[flips] for each in (image, other)]
         tissue = np.minimum(image.tissue.grids(boxes, grid)[0], other.tissue.grids(boxes, grid)[0])[flips]
         return {
-            "pixels": self.standardize(np.stack([unit[flips] for unit in units]))[:, None],
+            "pixels": np.stack(pixels)[:, None],
             "tissue": tissue,
             "rows": (rows[position], neighbor),
         }
@@ -282,7 +280,7 @@ class PretrainingViews(Dataset):
 def collate(samples: list[dict[str, Any]]) -> Batch:
     """Stack samples to a batch.
 
-    Crops come crop-major: (G * B, 1, H, W), all first crops before all second ones, as the losses reshape them to
+    Crops come crop-major: (G * B, 1, H, W) uint8, all first crops before all second ones, as the losses reshape them to
     (G, B, ...). Slice pairs (P, 2, 1, S, S) of those P <= B samples that have one.
     """
     of_crops = ["global_crops", "global_tissue", "local_crops", "local_tissue", "masks", "gram_crops", "gram_tissue"]
@@ -300,23 +298,45 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
     if "global_crops" not in samples[0]:
         return batch
     size, grid = samples[0]["global_crops"].shape[-1], samples[0]["masks"].shape[-1]
-    for key, shape in (("pixels", (2, 1, size, size)), ("tissue", (grid, grid))):
+    for key, shape, dtype in (("pixels", (2, 1, size, size), np.uint8), ("tissue", (grid, grid), np.float32)):
         of_pairs = [sample["slice_pair"][key] for sample in samples if sample["slice_pair"]]
-        stacked = np.stack(of_pairs) if of_pairs else np.zeros((0, *shape), np.float32)
+        stacked = np.stack(of_pairs) if of_pairs else np.zeros((0, *shape), dtype)
         batch["slice_pairs" if key == "pixels" else "slice_tissue"] = torch.from_numpy(stacked)
     return batch
 
 
 def load_batches(views: PretrainingViews, recipe: Recipe, first_step: int, accelerator: Accelerator) -> Iterator[Batch]:
-    """Yield this process's batches on its device, one a forward, from a step on."""
+    """Return this process's batches on its device, one a forward, from a step on."""
     cv2.setNumThreads(1)  # crops are small, and a worker forked while OpenCV holds threads can hang
-    loader = DataLoader(
+    loader = DataLoader(  # one iterator is the whole run, so its workers persist
         views,
         batch_sampler=StepSampler(recipe, first_step, accelerator.process_index, accelerator.num_processes),
         num_workers=recipe.run.dataloader_num_workers,
+        prefetch_factor=recipe.run.dataloader_prefetch_factor if recipe.run.dataloader_num_workers else None,
         collate_fn=collate,
         worker_init_fn=leave_process_group,
         pin_memory=accelerator.device.type == "cuda",
     )
-    for batch in loader:
-        yield send_to_device(batch, accelerator.device, non_blocking=True)
+    return on_device(loader, accelerator.device)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on a device. On a GPU each is copied on a stream of its own, while the one before is computed with;
+    batches in pinned memory, else the copy waits."""
+    if device.type != "cuda":
+        yield from (send_to_device(batch, device) for batch in batches)
+        return
+    copies = torch.cuda.Stream(device)
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in chain(batches, [None]):
+        ready, ahead = ahead, None
+        if batch is not None:
+            with torch.cuda.stream(copies):
+                ahead = send_to_device(batch, device, non_blocking=True), copies.record_event()
+        if ready is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(ready[1])
+            for each in ready[0].values():
+                if each.is_cuda:
+                    each.record_stream(current)  # its memory goes to no other copy before it was computed with
+            yield ready[0]
