@@ -107,11 +107,11 @@ class _CrossEntropy(torch.autograd.Function):
                 descent = targets.sub(log_softmax.exp_(), alpha=pairs).to(dtype)  # (S, c, K)
                 scale = -weight / temperature
                 gradients[0][:, rows] = (descent @ prototypes.to(dtype)) * scale
-                seen = (features[:, rows] * scale).to(dtype)
+                turned, seen = descent.flatten(0, 1).T, (features[:, rows] * scale).to(dtype).flatten(0, 1)
                 if dtype == wide:  # in one pass
-                    gradients[1].addmm_(descent.flatten(0, 1).T, seen.flatten(0, 1))
+                    torch.addmm(gradients[1], turned, seen, out=gradients[1])
                 else:
-                    gradients[1].add_(descent.flatten(0, 1).T @ seen.flatten(0, 1))
+                    gradients[1].add_(turned @ seen)
         context.save_for_backward(*gradients)
         return loss
 

@@ -36,37 +36,38 @@ def photometric(rng: np.random.Generator, pixels: np.ndarray, recipe: ViewsRecip
     As many numbers are drawn whatever is switched on, so that a switch changes nothing but what it names.
     """
     jitters, brightness, contrast, blurs, sigma, solarizes = rng.random(6).tolist()
-    unit = to_unit(pixels)
+    gray = to_gray(pixels)
     if jitters < recipe.jitter_probability:
-        jitter(unit, 1 + recipe.brightness * (2 * brightness - 1), 1 + recipe.contrast * (2 * contrast - 1))
+        jitter(gray, 1 + recipe.brightness * (2 * brightness - 1), 1 + recipe.contrast * (2 * contrast - 1))
     if blurs < recipe.blur_probability[number]:
         low, high = recipe.blur_sigma_px
-        unit = cv2.GaussianBlur(unit, (BLUR_KERNEL_PX, BLUR_KERNEL_PX), low + (high - low) * sigma)
+        gray = cv2.GaussianBlur(gray, (BLUR_KERNEL_PX, BLUR_KERNEL_PX), low + (high - low) * sigma)
     if number == 1 and solarizes < recipe.solarize_probability:
-        unit = np.where(unit >= 0.5, 1 - unit, unit)
-    return to_bytes(unit)
+        gray = np.where(gray >= 127.5, 255 - gray, gray)
+    return to_bytes(gray)
 
 
-def to_unit(pixels: np.ndarray) -> np.ndarray:
-    """Scale uint8 or uint16 to float32 in 0..1."""
-    unit = pixels.astype(np.float32)
-    unit *= np.float32(1 / np.iinfo(pixels.dtype).max)
-    return unit
+def to_gray(pixels: np.ndarray) -> np.ndarray:
+    """Scale uint8 or uint16 to float32 in 0..255."""
+    gray = pixels.astype(np.float32)
+    if pixels.dtype == np.uint16:
+        gray *= np.float32(1 / 257)
+    return gray
 
 
-def to_bytes(unit: np.ndarray) -> np.ndarray:
-    """Round pixels (S, S) of 0..1 to uint8, above 1 to 255: a quarter of the bytes on their way to the device."""
-    return cv2.convertScaleAbs(unit, alpha=255)
+def to_bytes(gray: np.ndarray) -> np.ndarray:
+    """Round pixels (S, S) to uint8, above 255 to that: a quarter of the bytes on their way to the device."""
+    return cv2.convertScaleAbs(gray)
 
 
-def jitter(unit: np.ndarray, brightness: float, contrast: float) -> None:
-    """Scale brightness, then contrast about the mean, each clipped to 0..1, in place (torchvision's ColorJitter)."""
-    unit *= np.float32(brightness)
-    np.minimum(unit, 1, out=unit)
-    mean = cv2.mean(unit)[0]
-    unit *= np.float32(contrast)
-    unit += np.float32(mean * (1 - contrast))
-    np.clip(unit, 0, 1, out=unit)
+def jitter(gray: np.ndarray, brightness: float, contrast: float) -> None:
+    """Scale brightness, then contrast about the mean, each clipped to 0..255, in place (torchvision's ColorJitter)."""
+    gray *= np.float32(brightness)
+    np.minimum(gray, 255, out=gray)
+    mean = cv2.mean(gray)[0]
+    gray *= np.float32(contrast)
+    gray += np.float32(mean * (1 - contrast))
+    np.clip(gray, 0, 255, out=gray)
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class PretrainingViews(Dataset):
         if not size:
             return {}
         tissue = image.tissue.grids(globals_.crops.boxes, (size // self.patch_size, size // self.patch_size))
-        pixels = [to_bytes(to_unit(image.cut(box, size))) for box in globals_.crops.boxes]
+        pixels = [to_bytes(to_gray(image.cut(box, size))) for box in globals_.crops.boxes]
         return {
             "gram_crops": np.stack([each[flips] for each, flips in zip(pixels, globals_.flips, strict=True)])[:, None],
             "gram_tissue": np.stack([each[flips] for each, flips in zip(tissue, globals_.flips, strict=True)]),
@@ -260,7 +261,7 @@ class PretrainingViews(Dataset):
         factor = rng.uniform(1 - recipe.brightness / 2, 1 + recipe.brightness / 2)
         size = recipe.global_crop_size
         grid = (size // self.patch_size, size // self.patch_size)
-        pixels = [to_bytes(to_unit(each.cut(boxes[0], size)) * np.float32(factor))[flips] for each in (image, other)]
+        pixels = [to_bytes(to_gray(each.cut(boxes[0], size)) * np.float32(factor))[flips] for each in (image, other)]
         tissue = np.minimum(image.tissue.grids(boxes, grid)[0], other.tissue.grids(boxes, grid)[0])[flips]
         return {
             "pixels": np.stack(pixels)[:, None],
