@@ -216,11 +216,13 @@ def run_apart(section: Section, setup: Setup, done: Found, limit: float) -> Foun
     if ours.poll(limit):
         try:
             found = ours.recv()
+            process.join(5)
         except EOFError:
             process.join()
             found = {"status": f"died with exit code {process.exitcode}"}
+    process.kill()  # where it has not come to lead a group
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid or 0, signal.SIGKILL)  # with the workers of its loader
+        os.killpg(process.pid or 0, signal.SIGKILL)  # the workers of its loader
     process.join()
     return {**found, "seconds": time.monotonic() - started}
 
@@ -483,7 +485,7 @@ def as_markdown(report: Found) -> str:
     lines += [f"Matmul peaks in TFLOP/s: {', '.join(peaks)}. {report['seconds']:.0f} s in all.", ""]
     checks = [(name, one) for name, each in done.items() for one in each.get("checks", ())]
     rows = [
-        (f"{name}: {one['what']}", f"{one['found']:.1e}", f"{one['limit']:.0e}", "within" if is_within(one) else "OVER")
+        (f"{name}: {one['what']}", f"{one['found']:.1e}", f"{one['limit']:.2g}", "within" if is_within(one) else "OVER")
         for name, one in checks
     ]
     for name, each in done.items():
