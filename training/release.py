@@ -69,7 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with command_line("release"):
         if not (options.run / "encoder" / WEIGHTS).is_file():
-            raise ValueError(f"{options.run}: holds no encoder/{WEIGHTS}; give a finished run of training.pretrain")
+            raise ValueError(
+                f"{options.run}: holds no encoder/{WEIGHTS}; give a finished run of training.pretrain, or make it of the "
+                f"last checkpoint: python -m training.export {options.run} --output {options.run}/encoder"
+            )
         rows, names = read_rows(options.results), [options.row, *options.beside] if options.row else []
         if missing := [name for name in names if name not in rows]:
             raise ValueError(f"--results: no row {missing[0]!r}, but {', '.join(map(repr, rows)) or 'none'}")

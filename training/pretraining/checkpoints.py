@@ -1,4 +1,5 @@
-"""Checkpoints: atomic, safetensors only, the last good one is found by itself; and no step whose loss is not finite.
+"""Checkpoints: written beside the training, atomic, safetensors only, the last good one is found by itself; and no step
+whose loss is not finite.
 
 A run's output_dir holds `checkpoint-N/` (a file a module, the optimizer, and the three files named below), `logs/`,
 `images/` and in the end `encoder/`.
@@ -76,6 +77,7 @@ class Saver:
         """Copy the run's state, to be written as `checkpoint-{step}`. Every process calls it, for sharded tensors are
         gathered. Raises what went wrong in writing the one before, for which it waits."""
         self.writing.result()
+        self.processes.wait()  # for the disk, however long; what follows is gathered within NCCL's ten minutes
         files = host_copy(self.modules, self.optimizer)
         if self.processes.is_main:
             student: Any = self.modules["student"]
