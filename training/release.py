@@ -70,8 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     with command_line("release"):
         if not (options.run / "encoder" / WEIGHTS).is_file():
             raise ValueError(
-                f"{options.run}: holds no encoder/{WEIGHTS}; give a finished run of training.pretrain, or make it of the "
-                f"last checkpoint: python -m training.export {options.run} --output {options.run}/encoder"
+                f"{options.run}: holds no encoder/{WEIGHTS}; give a finished run, or make it of its last "
+                f"checkpoint: python -m training.export {options.run} --output {options.run}/encoder"
             )
         rows, names = read_rows(options.results), [options.row, *options.beside] if options.row else []
         if missing := [name for name in names if name not in rows]:
