@@ -141,12 +141,14 @@ def measured() -> Iterator[dict[str, float]]:
     found: dict[str, float] = {}
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, wall, cpu = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
+    before, anonymous = resident_bytes("VmRSS"), resident_bytes("RssAnon")
+    wall, cpu = time.perf_counter(), time.process_time()
     yield found
     found["seconds"], found["cpu_seconds"] = time.perf_counter() - wall, time.process_time() - cpu
     found["peak_mib"] = (resident_bytes("VmHWM") - before) / MIB
     found["process_mib"] = resident_bytes("VmHWM") / MIB
     found["mib"] = (resident_bytes("VmRSS") - before) / MIB
+    found["anonymous_mib"] = (resident_bytes("RssAnon") - anonymous) / MIB  # without pages of mapped files
 
 
 def private_mib(pid: int) -> dict[str, float]:

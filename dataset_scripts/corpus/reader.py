@@ -96,8 +96,9 @@ class Corpus:
             )
         self.manifest = json.loads((self.directory / MANIFEST).read_text())
         names = [each["filename"] for each in json.loads((self.directory / STATE).read_text())["_data_files"]]
+        # mapped anew: what the index was read from would count as memory of this process, page by page
+        parts = [read_index(map_file(self.directory / name)) for name in names]
         self._shards = [map_file(self.directory / name) for name in names]
-        parts = list(map(read_index, self._shards))
         rows = np.concatenate([part.batch_rows for part in parts]) if parts else np.empty(0, int)
         if not rows.sum():
             raise ValueError(
@@ -203,8 +204,8 @@ def read_index(shard: pa.Buffer) -> ShardIndex:
         batch_offsets=np.array(offsets, int),
         starts=starts,
         volumes=rows.select(["volume_id", *OF_VOLUME]).take(starts),
-        slice_indices=rows.column("slice_index").to_numpy(),
-        slice_spacing_mm=rows.column("slice_spacing_mm").to_numpy(),
+        slice_indices=rows.column("slice_index").to_numpy().copy(),
+        slice_spacing_mm=rows.column("slice_spacing_mm").to_numpy().copy(),
     )
 
 
