@@ -52,7 +52,7 @@ UNITS, VOLUMES = 8, 3  # images and volumes of a patient; volumes among them
 SIDE_PX, POOL = 16, 64  # different images
 RESUME_STEP = 100_000
 KEY = b"the key of a benchmark"
-RECIPE = ["mammodino", "--per_device_train_batch_size", "32", "--image_height", "224", "--image_width", "168"]
+RECIPE = ["mammodino", "--per_device_train_batch_size", "4", "--image_height", "224", "--image_width", "168"]
 MIB = 2**20
 
 
@@ -188,7 +188,8 @@ def open_corpus(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
 
 def draw(folder: Path, options: argparse.Namespace, first_step: int = 0) -> dict[str, float]:
-    """Tables of order and neighbors, then the first batch, of workers that read ahead, at 32 images a process."""
+    """Tables of order and neighbors, then the first batch, of workers that read ahead. Four images a process: of
+    more, memory is crops in flight."""
     recipe = load_recipe(
         [*RECIPE, "--corpus", str(folder / "corpus"), "--output_dir", "none", "--dataloader_num_workers", "0"]
     )

@@ -72,7 +72,11 @@ def opened(files: Sequence[ArchiveFile]) -> Iterator[list[ImageFile]]:
     """Yield the files as images to read; a series may have more of them than a process may hold open."""
     turn: list[_Stream] = []
     try:
-        yield [ImageFile(_Stream(file, turn), file.name, identity=file.relative) for file in files]  # type: ignore[arg-type]
+        # buffered, for a header is read in some 150 pieces
+        streams = [io.BufferedReader(_Stream(file, turn)) for file in files]
+        yield [
+            ImageFile(stream, file.name, identity=file.relative) for file, stream in zip(files, streams, strict=True)
+        ]
     finally:
         for stream in turn:
             stream.rest()
@@ -83,6 +87,7 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, file: ArchiveFile, turn: list["_Stream"]):
         self.file, self.turn = file, turn
+        self.name = file.name  # pydicom asks a buffered reader for it
         self.position = 0
         self.inner: Any = None
 

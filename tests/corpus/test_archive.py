@@ -174,9 +174,9 @@ def test_of_many_files_one_is_open_at_a_time(tmp_path):
     with opened(list_archive([str(tmp_path)]).files) as images:
         streams = [image.stream for image in images]
         assert [stream.read(4) for stream in streams] == [bytes([n]) * 4 for n in range(3)]
-        assert [stream.inner is not None for stream in streams] == [False, False, True]
+        assert [stream.raw.inner is not None for stream in streams] == [False, False, True]
         assert streams[0].tell() == 4 and streams[0].read() == bytes(6) and streams[1].seek(0, 2) == 10
-    assert not any(stream.inner for stream in streams)
+    assert not any(stream.raw.inner for stream in streams)
 
 
 def make_others(folder: Path) -> None:
