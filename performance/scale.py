@@ -169,9 +169,9 @@ def build_made(folder: Path, patients: int, slices: int, workers: int, tasks: in
         setattr(build, name, lambda job, step=step: Pretended(step(job), str(notes)))
     begin = build._begin
 
-    def begin_measured(job: plan.Job) -> plan.Job:
+    def begin_measured(job: plan.Job, extend: bool) -> plan.Job:
         with measured() as found:
-            job = begin(job)
+            job = begin(job, extend)
         (notes / "list.json").write_text(json.dumps({"name": "list", **found}))
         return job
 
