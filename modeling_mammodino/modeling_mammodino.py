@@ -6,7 +6,6 @@ names of the native classes change between transformers versions.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mammodino import MammoDinoConfig
-from .tissue_tokens import MaskedTokens, TissueTokens, select_tokens
+from .tissue_tokens import PackedImages, TissueTokens, attend_packed, select_tokens, to_device
 
 
 def as_pair(value) -> tuple[int, int]:
@@ -139,34 +138,38 @@ class MammoDinoSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        lengths: list[int] | None = None,
+        packed: PackedImages | None = None,
         **kwargs,
     ):
-        """hidden_states (B, T, D); with `lengths`, (1, T, D), images packed in one row that must not see each other."""
+        """hidden_states (B, T, D); with `packed`, (1, T, D), images in one row that must not see each other."""
         batch_size, length, _ = hidden_states.shape
         implementation = self.config._attn_implementation
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        attention = partial(
-            interface,
-            self,
-            scaling=self.scaling,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            **kwargs,
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+
+        def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **more):
+            mask = fit_mask(mask, implementation)
+            return interface(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs, **more)
+
+        query, key, value = (
+            project(hidden_states).view(batch_size, length, -1, self.head_size).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
         )
-        projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))
-        heads = [states.view(batch_size, length, -1, self.head_size).transpose(1, 2) for states in projections]
-        if implementation == "flex_attention" and attention_mask is not None:  # transformers reads it out of bounds
-            raise ValueError(
-                "flex_attention takes no mask, as tissue_mask needs with stochastic depth and in exported graphs; use "
-                "attn_implementation='sdpa', or drop_path_rate=0."
-            )
-        if lengths is None:
-            context, weights = attention(*heads, attention_mask=attention_mask)
+        if packed is None:
+            context, weights = attention(query, key, value, attention_mask)
         else:
-            images = zip(*(states.split(lengths, dim=2) for states in heads), strict=True)
-            contexts = [attention(*image, attention_mask=None)[0] for image in images]
-            context, weights = torch.cat(contexts, dim=1) if len(contexts) > 1 else contexts[0], None
+            context, weights = attend_packed(attention, implementation, query, key, value, packed, dropout > 0)
         return context.reshape(batch_size, length, -1), weights
+
+
+def fit_mask(mask: torch.Tensor | None, implementation: str) -> torch.Tensor | None:
+    """Bring a mask of keys (B, 1, 1, T), added to the scores, into the form that transformers' interface takes."""
+    if mask is not None and implementation == "flex_attention":  # transformers reads it out of bounds
+        raise ValueError(
+            "flex_attention takes no mask, as tissue_mask needs with stochastic depth and in compiled and exported "
+            "graphs; use attn_implementation='sdpa', or drop_path_rate=0."
+        )
+    return mask[:, 0, 0] >= 0 if mask is not None and mask.ndim == 4 and "flash" in implementation else mask  # (B, T)
 
 
 class MammoDinoSelfOutput(nn.Module):
@@ -275,6 +278,7 @@ class MammoDinoPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MammoDinoEmbeddings", "MammoDinoLayer"]
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MammoDinoLayer, "attentions": MammoDinoSelfAttention}
@@ -343,7 +347,8 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
             pixel_values (B, C, H, W): images as `MammoDinoImageProcessor` returns them.
             bool_masked_pos (B, N) or (B, h, w), bool: patches replaced by the mask token (pretraining).
             tissue_mask (B, h, w) or (B, N): breast fraction of each patch. Patches at or below
-                `config.tissue_threshold` are not encoded.
+                `config.tissue_threshold` are not encoded. May stay on the CPU, where reading it makes no forward wait
+                for the device.
 
         Returns:
             `last_hidden_state` (B, 1 + R + N, D), the rows of dropped patches zero; `pooler_output` (B, D), the class
@@ -386,18 +391,17 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
                 f"tissue_mask has {tissue_mask.flatten(1).shape[1]} patches an image, pixel_values have {num_patches}; "
                 f"use one image processor with patch_size={config.patch_size}."
             )
-        draws_images = self.training and config.drop_path_rate > 0  # stochastic depth
-        shows_attentions = config._attn_implementation == "eager"
-        # packing splits by lengths, for each of which a graph would be compiled
-        is_compiled = torch.compiler.is_compiling() or self.encoder.layer[0]._compiled_call_impl is not None
-        pack = not (draws_images or shows_attentions or is_compiled)
-        kept = select_tokens(tissue_mask, config.tissue_threshold, num_prefix_tokens, pack)
+        draws_images = (
+            self.training and config.drop_path_rate > 0
+        )  # stochastic depth, which no row of all images serves
+        device, threshold = embeddings.device, config.tissue_threshold
+        kept = select_tokens(tissue_mask, threshold, num_prefix_tokens, not draws_images, device)
         if kept is None:
             return self.encoder(embeddings, **kwargs), None
         arguments = {**kept.attention_arguments(embeddings.dtype), **kwargs}
         shows_states = kwargs.get("output_hidden_states")  # or which of them, by number
         if (config.output_hidden_states if shows_states is None else shows_states) is not False:
-            dense = MaskedTokens(kept.keep)
+            dense = kept.in_place()
             return self.encoder(dense.scatter(embeddings), kept=kept, **arguments), dense
         return self.encoder(kept.gather(embeddings), **arguments), kept
 
@@ -421,7 +425,7 @@ def pool_tokens(
     cls_token, patches = last_hidden_state[:, 0], last_hidden_state[:, 1 + num_register_tokens :]
     if tissue_mask is None:
         return torch.cat((cls_token, patches.mean(dim=1)), dim=1)
-    weights = tissue_mask.flatten(1).to(patches.dtype)  # (B, N)
+    weights = to_device(tissue_mask.flatten(1), patches.device).to(patches.dtype)  # (B, N)
     weights = weights * (weights > tissue_threshold)
     weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))
     weights = weights / weights.sum(dim=1, keepdim=True)

@@ -207,7 +207,7 @@ def test_device_map_and_dtype_at_load(tmp_path, inputs):
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_with_and_without_mask(inputs):
     model = random_encoder(num_hidden_layers=1)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, fullgraph=True)
     pixels = inputs["pixel_values"]
     for tissue in (None, inputs["tissue_mask"], inputs["tissue_mask"].flip(0, 1).roll(1, 2)):
         expected = model(pixels, tissue_mask=tissue).last_hidden_state

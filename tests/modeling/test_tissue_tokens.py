@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers.integrations.flash_attention as flash_attention
 from made_inputs import TINY_ENCODER, draw_breast, random_encoder
 
 from modeling_mammodino import (
@@ -11,8 +12,9 @@ from modeling_mammodino import (
     MammoDinoImageProcessor,
     MammoDinoModel,
     pool_tokens,
+    tissue_tokens,
 )
-from modeling_mammodino.tissue_tokens import MaskedTokens, PaddedTokens, select_tokens
+from modeling_mammodino.tissue_tokens import select_tokens
 
 NUM_PREFIX_TOKENS = 1 + TINY_ENCODER["num_register_tokens"]
 
@@ -36,7 +38,7 @@ def unequal() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # packed, padded
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # a call an image, one call of padded images
 def test_equals_a_dense_encoder_that_ignores_background(unequal, attention, threshold):
     model, (pixels, tissue) = random_encoder(tissue_threshold=threshold), unequal
     model.set_attn_implementation(attention)
@@ -118,6 +120,124 @@ def test_an_empty_batch_is_refused():
         random_encoder()(torch.randn(0, 1, 112, 112), tissue_mask=torch.zeros(0, 8, 8))
 
 
+def attend_rows(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None):
+    """Reference of `torch.nn.attention.varlen.varlen_attn` and flash_attn's `flash_attn_varlen_func`, by their
+    documentation: states (T, H, d), starts (B + 1,) int32 on their device, int lengths. In float64."""
+    assert query.shape == key.shape == value.shape and query.ndim == 3 and query.stride(-1) == 1
+    assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and cu_seq_q.device == query.device
+    bounds = cu_seq_q.tolist()
+    assert bounds[0] == 0 and bounds[-1] == len(query)
+    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    assert type(max_q) is int and max_q == max_k == max(lengths)
+    outputs = []
+    for q, k, v in zip(*(each.double().split(lengths) for each in (query, key, value)), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(outputs).to(query.dtype)
+
+
+def encode_with_gradients(model: MammoDinoModel, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens, and the gradients of all parameters in one vector."""
+    model.zero_grad()
+    output = model(inputs[0], tissue_mask=inputs[1]).last_hidden_state
+    output.float().square().sum().backward()
+    gradients = [each.grad.float().flatten() for each in model.parameters() if each.grad is not None]
+    return output.detach().float(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_attention_kernels_for_rows_are_called_once_a_block(unequal, attention, monkeypatch):
+    """No GPU is needed, and none is tried: the kernels are replaced by the reference above."""
+    model, calls, (pixels, tissue) = random_encoder(hidden_size=64).bfloat16(), [], unequal
+    expected = encode_with_gradients(model, pixels, tissue)
+
+    def varlen_attn(query, *rest):
+        calls.append(query.shape)
+        return attend_rows(query, *rest)
+
+    def flash_attention_forward(query, key, value, attention_mask, softmax_scale, is_causal, cu_seq_lens_q,
+                                cu_seq_lens_k, max_length_q, max_length_k, **options):  # fmt: skip
+        assert attention_mask is None and not is_causal
+        states = (each.flatten(0, 1) for each in (query, key, value))  # (1, T, H, d)
+        starts = (cu_seq_lens_q, cu_seq_lens_k)
+        calls.append(query[0].shape)
+        return attend_rows(*states, *starts, max_length_q, max_length_k, scale=softmax_scale).unsqueeze(0)
+
+    monkeypatch.setattr(tissue_tokens, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(tissue_tokens, "has_varlen_kernel", lambda device: True)
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash_attention_forward)
+    model.config._attn_implementation = attention  # set_attn_implementation asks for the package
+    found = encode_with_gradients(model, pixels, tissue)
+    num_tokens = 4 * NUM_PREFIX_TOKENS + int((tissue > 0).sum())
+    assert calls == 3 * [(num_tokens, 4, 16)]
+    for ours, loop in zip(found, expected, strict=True):
+        assert (ours - loop).norm() < 0.01 * loop.norm()  # bfloat16
+    with torch.no_grad():  # in float32 there are no such kernels
+        model.float()(pixels, tissue_mask=tissue)
+    assert len(calls) == (3 if attention == "sdpa" else 6)
+
+
+def test_flash_attention_takes_padded_rows_with_their_mask(unequal, monkeypatch):
+    """Of stochastic depth: a mask (B, T) of tokens, as transformers' own function unpads by it."""
+    model, (pixels, tissue) = random_encoder(drop_path_rate=0.5).train(), unequal
+    outputs = []
+
+    def flash_attention_forward(query, key, value, attention_mask, softmax_scale, **options):
+        assert attention_mask.dtype == torch.bool and attention_mask.shape == query.shape[:2]
+        states = (each.transpose(1, 2) for each in (query, key, value))
+        mask = attention_mask[:, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(*states, mask, scale=softmax_scale).transpose(1, 2)
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash_attention_forward)
+    for attention in ("sdpa", "flash_attention_2"):
+        model.config._attn_implementation = attention
+        torch.manual_seed(0)
+        outputs.append(model(pixels, tissue_mask=tissue).last_hidden_state)
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+
+
+def test_elsewhere_padded_images_share_a_call_and_nothing_waits_for_the_device(unequal, monkeypatch):
+    """The device is meta, which has no values: reading any raises. The mask stays on the CPU."""
+    pixels, tissue = unequal
+    model, calls = random_encoder().to("meta"), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def count(query, *arguments, **options):
+        calls.append(tuple(query.shape))
+        return attention(query, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    output = model(pixels.to("meta"), tissue_mask=tissue, output_hidden_states=True)
+    assert output.last_hidden_state.shape == (4, NUM_PREFIX_TOKENS + 64, 48)
+    assert calls == 3 * [(4, 4, NUM_PREFIX_TOKENS + 64, 12)]
+    torch.manual_seed(0)
+    classifier = MammoDinoForImageClassification(MammoDinoConfig(**TINY_ENCODER)).to("meta")
+    classifier(pixels.to("meta"), tissue_mask=tissue, labels=torch.zeros(4, dtype=torch.int64, device="meta"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["blocks", "encoder"])
+def test_compiled_blocks_see_packed_tokens_without_a_graph_a_length(unequal, what):
+    torch._dynamo.reset()
+    model, plain, graphs, counts = random_encoder(num_hidden_layers=1), random_encoder(num_hidden_layers=1), [], []
+
+    def as_it_is(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for module in [model.encoder] if what == "encoder" else model.encoder.layer:
+        module.compile(backend=as_it_is, fullgraph=True)
+    for shares in torch.rand(4, 4, 1, 1):
+        inputs = {"pixel_values": unequal[0], "tissue_mask": (torch.rand(4, 8, 8) < shares).float()}
+        with torch.no_grad():
+            found, expected = (each(**inputs).last_hidden_state for each in (model, plain))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        counts.append(len(graphs))
+    assert counts == [1, 2, 2, 2]  # one for the first length, one for all others
+    states = [node.meta.get("example_value") for node in graphs[-1].graph.nodes if node.op == "placeholder"]
+    assert any(each.ndim == 3 and each.shape[0] == 1 for each in states if isinstance(each, torch.Tensor))  # packed
+
+
 @pytest.mark.slow
 def test_flex_attention_agrees_dense_and_packed_and_refuses_what_is_padded(unequal):
     pixels, tissue = unequal
@@ -168,15 +288,16 @@ def test_eager_attentions_cover_the_kept_tokens(unequal):
     torch.testing.assert_close(attentions[0].sum(-1), torch.ones(1, 4, length))
 
 
-@pytest.mark.parametrize("form", ["padded", "masked"])
+@pytest.mark.parametrize("form", ["packed", "padded", "in place"])
 def test_forms_gather_and_scatter_back(form):
     dense = torch.randn(3, 2 + 6, 5)
     tissue = torch.tensor([[0, 1, 0, 1, 0, 0], [1, 1, 1, 0, 0, 1.0], [0] * 6])
-    selected = select_tokens(tissue, 0.0, 2, pack=False)
-    assert isinstance(selected, PaddedTokens)
-    selected = selected if form == "padded" else MaskedTokens(selected.keep)
+    selected = select_tokens(tissue, 0.0, 2, pack=form == "packed")
+    selected = selected.in_place() if form == "in place" else selected
+    tokens = selected.gather(dense)
+    assert tokens.shape == {"packed": (1, 12, 5), "padded": (3, 6, 5), "in place": (3, 8, 5)}[form]
     expected = dense * torch.nn.functional.pad(tissue, (2, 0), value=1)[..., None]
-    torch.testing.assert_close(selected.scatter(selected.gather(dense)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(selected.scatter(tokens), expected, rtol=0, atol=0)
 
 
 def test_a_backbone_drops_background_too(unequal):
