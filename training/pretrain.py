@@ -78,13 +78,15 @@ def compute_losses(
         losses["dino_local"] = dino_loss(seen.local_cls, targets.global_cls, tau) / num_pairs
         shown["targets"] = targets.global_cls
     if loss.ibot_weight:
-        losses["ibot"] = ibot_loss(seen.masked_patches, targets.masked_patches, batch["masks"].flatten(1), tau)
+        losses["ibot"] = ibot_loss(
+            seen.masked_patches, targets.masked_patches, batch["masks"].flatten(1), batch["masked_places"], tau
+        )
     if loss.koleo_weight:
         losses["koleo"] = torch.stack([koleo_loss(each, batch["breast"]) for each in seen.features]).sum()
     if loss.adjacent_slice_weight:
         losses["adjacent_slice"] = adjacent_slice_loss(seen.slice_cls, targets.slice_cls, None, tau)
     if loss.adjacent_patch_weight:
-        tissue = batch["slice_tissue"][batch["slice_tissue"] > 0]
+        tissue = batch["slice_patch_tissue"]
         losses["adjacent_patch"] = adjacent_slice_loss(seen.slice_patches, targets.slice_patches, tissue, tau)
     if loss.gram_weight:
         losses["gram"] = seen.patches[:0].sum()  # 0 until it begins

@@ -136,7 +136,9 @@ def test_losses_are_float32_under_autocast():
     one, other = seen._replace(features=seen.features[0]), given._replace(features=given.features[0])
     losses = {
         "dino": lambda: dino_loss(seen, targets, 0.5),
-        "ibot": lambda: ibot_loss(one, targets._replace(logits=other), torch.ones(3, 1, dtype=torch.bool), 0.5),
+        "ibot": lambda: ibot_loss(
+            one, targets._replace(logits=other), torch.ones(3, 1, dtype=torch.bool), torch.arange(3), 0.5
+        ),
         "adjacent": lambda: adjacent_slice_loss(one, targets._replace(logits=other), None, 0.5),
         "koleo": lambda: koleo_loss(student[0]),
         "gram": lambda: gram_loss(student, teacher),
@@ -161,12 +163,14 @@ def test_ibot_is_the_mean_over_crops_of_the_mean_over_masked_patches():
     student, teacher = random_inputs(5, 6)
     per_patch = [cross_entropy(student[m], teacher[m]) for m in range(5)]
     expected = (np.mean(per_patch[:2]) + 0 + np.mean(per_patch[2:])) / 3
-    assert ibot_loss(logits(student), probabilities(teacher), masks).item() == pytest.approx(expected, rel=1e-5)
+    places = masks.flatten().nonzero()[:, 0]
+    assert ibot_loss(logits(student), probabilities(teacher), masks, places).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_ibot_without_any_mask_is_zero_and_differentiable():
     student = torch.zeros(0, 6, requires_grad=True)
-    loss = ibot_loss(logits(student), probabilities(torch.zeros(0, 6)), torch.zeros(4, 9, dtype=torch.bool))
+    masks, places = torch.zeros(4, 9, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+    loss = ibot_loss(logits(student), probabilities(torch.zeros(0, 6)), masks, places)
     loss.backward()
     assert loss.item() == 0 and student.grad is not None
 

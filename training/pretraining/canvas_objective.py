@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modeling_mammodino import MammoDinoModel
-from training.pretraining.views.sample import Batch, PretrainingViews
+from training.pretraining.views.sample import Batch, PretrainingViews, at_places
 
 from .losses.coding_rate import coding_rate_loss
 from .losses.dense_regression import DenseTargets, dense_regression_loss, num_statistics
@@ -70,12 +70,11 @@ class CanvasHeads(nn.Module):
 
     def forward(self, backbone: MammoDinoModel, pixels: torch.Tensor, batch: Batch) -> CanvasOutputs:
         """Encode the kept tokens of each canvas, standardized pixels (B, 1, H, W), and project them."""
-        keep = batch["canvas_tokens"].flatten(1)  # (B, N), equally many in each row
         states = backbone(
             pixels, bool_masked_pos=batch["canvas_masks"].flatten(1), tissue_mask=batch["canvas_tokens"]
         ).last_hidden_state
-        cls = states[:, 0]
-        patches = states[:, 1 + backbone.config.num_register_tokens :][keep].view(len(cls), -1, cls.shape[-1])
+        cls, patches = states[:, 0], states[:, 1 + backbone.config.num_register_tokens :]
+        patches = at_places(patches, batch["canvas_places"]).unflatten(0, (len(cls), -1))  # equally many of each
         view = torch.cat((cls, patches.mean(dim=1)), dim=1)  # (B, 2 D)
         embeddings = {kind: projector(view) for kind, projector in self.projectors.items()}
         return CanvasOutputs(None if self.content is None else self.content(patches), embeddings, cls)
@@ -92,17 +91,17 @@ def canvas_losses(
     """Return the unweighted losses by name: content at each place, agreement and spread of each kind of view."""
     losses: dict[str, torch.Tensor] = {}
     if seen.content is not None:
-        keep, shape = batch["canvas_tokens"].flatten(1), seen.content.shape[:2]
+        places, shape = batch["canvas_places"], seen.content.shape[:2]
         statistics, components = targets_of(batch["canvas_target"].float() / 255, batch["canvas_tissue"])
         inside = nn.functional.avg_pool2d(batch["canvas_tissue"].float().unsqueeze(1), targets_of.patch_size)
-        tissue = inside.flatten(1)[keep].view(shape)
+        tissue = at_places(inside.flatten(1), places).view(shape)
         predicted = seen.content.split((targets_of.num_statistics, targets_of.num_components), dim=-1)
         for name, weight, prediction, target in (
             ("dense_statistics", recipe.loss.dense_statistics_weight, predicted[0], statistics),
             ("dense_components", recipe.loss.dense_components_weight, predicted[1], components),
         ):
             if weight:
-                losses[name] = dense_regression_loss(prediction, target[keep].view(*shape, -1), tissue)
+                losses[name] = dense_regression_loss(prediction, at_places(target, places).view(*shape, -1), tissue)
     for kind, embeddings in seen.embeddings.items():
         groups = batch["breast" if kind == "breast" else "patient"]
         if kind == "contralateral":

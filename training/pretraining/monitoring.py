@@ -428,7 +428,7 @@ def tissue_shares(batch: Batch) -> dict[str, float]:
     """Return how much breast the views hold, and how much of the masked crops, and of the breast in them, is masked."""
     if "masks" not in batch:
         return {}
-    masks, tissue = batch["masks"], batch["global_tissue"]  # (G*B, h, w) each
+    masks, tissue = batch["masks"].cpu(), batch["global_tissue"]  # (G*B, h, w) each
     is_masked = masks.flatten(1).any(dim=1)
     masked_tissue = (tissue * masks).sum()
     return {

@@ -20,8 +20,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from modeling_mammodino import MammoDinoConfig, MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.modeling_mammodino import as_pair
+from modeling_mammodino.tissue_tokens import to_device
 from modeling_mammodino.tools.convert import load_encoder, rebuild
-from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch
+from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch, at_places
 
 from .canvas_objective import CanvasHeads, CanvasOutputs
 from .checkpoints import CONFIG_FILE, RECIPE_FILE, load_module
@@ -141,7 +142,7 @@ class Network(nn.Module):
             if loss.dino_weight:
                 tokens["global_cls"] = global_cls
             if loss.ibot_weight:
-                tokens["masked_patches"] = global_patches[masks]
+                tokens["masked_patches"] = at_places(global_patches, batch["masked_places"])
         if is_student and loss.dino_weight:
             local_crops, local_tissue = batch["local_crops"], batch["local_tissue"]
             tokens["local_cls"] = (
@@ -179,7 +180,7 @@ class Network(nn.Module):
         if not num_pairs:  # shards are gathered by all processes together, so all must encode: here a blank
             pixels, tissue = (each.new_zeros(1, *each.shape[1:]) for each in (pixels, tissue))
         cls, patches = self.encode(pixels, tissue)
-        return cls[:num_pairs], patches[tissue.flatten(1) > 0]
+        return cls[:num_pairs], at_places(patches, batch["slice_places"])
 
     def project(self, tokens: dict[str, torch.Tensor]) -> dict[str, Logits]:
         """Return the logits of each tensor of tokens (n, D), in one call of a head: its prototypes are normalized
@@ -369,7 +370,8 @@ class GramTeacher(nn.Module):
     def counted_patches(self, batch: Batch) -> torch.Tensor | None:
         """Return which patches count, (G*B, N) bool: those with breast, where masks or tokens keep to it (our choice:
         air resembles air in any teacher); else None, all."""
-        return batch["global_tissue"].flatten(1) > 0 if self.keeps_to_tissue else None
+        tissue = batch["global_tissue"].flatten(1)
+        return to_device(tissue > 0, batch["global_crops"].device) if self.keeps_to_tissue else None
 
 
 def resize_patches(patches: torch.Tensor, grid: tuple[int, ...], wanted: tuple[int, ...]) -> torch.Tensor:

@@ -35,7 +35,7 @@ class Centering(nn.Module):
         offset = self.center[0] / -temperature
         with torch.autocast(logits.features.device.type, enabled=False):
             total = logits.features.float().sum(dim=0) @ logits.prototypes.float().T  # (K,)
-        total = sum_over_processes(torch.cat((total, total.new_tensor([float(len(logits.features))]))))
+        total = sum_over_processes(torch.cat((total, total.new_full((1,), len(logits.features)))))
         mean, any_sample = total[:-1] / total[-1].clamp_min(1), total[-1:] > 0  # an `if` would wait for the device
         self.center.add_((mean - self.center) * any_sample, alpha=1 - self.momentum)
         return offset

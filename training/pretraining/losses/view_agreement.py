@@ -15,6 +15,8 @@ def view_agreement_loss(embeddings: torch.Tensor, groups: torch.Tensor) -> torch
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = gather_rows(embeddings.float())
-        _, place, counts = gather_rows(groups).unique(return_inverse=True, return_counts=True)
-        sums = embeddings.new_zeros(len(counts), embeddings.shape[1]).index_add(0, place, embeddings)
-        return (embeddings - (sums / counts[:, None])[place]).square().mean()
+        groups = gather_rows(groups)
+        is_same = groups[:, None] == groups
+        first = is_same.int().argmax(dim=1)  # image of each one's group; `unique` would wait for the device
+        sums = torch.zeros_like(embeddings).index_add(0, first, embeddings)
+        return (embeddings - sums[first] / is_same.sum(dim=1, keepdim=True)).square().mean()

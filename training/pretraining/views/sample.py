@@ -1,5 +1,6 @@
 """Samples and batches: what student and teacher see of one image, a pure function of (seed, global sample index)."""
 
+from collections import UserDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -23,7 +24,19 @@ from .masks import block_mask, maskable_patches, stratified_mask_ratios
 from .order import StepSampler, VolumeOrder, neighbor_reach, sample_neighbor
 from .patients import PatientOrder, number_breasts
 
-Batch = dict[str, torch.Tensor]  # what `collate` returns
+
+class Batch(UserDict[str, torch.Tensor]):
+    """What `collate` returns. Sent to a device, it leaves behind what says which tokens are encoded: read on the host,
+    that waits for nothing. No dict, for DistributedDataParallel and FSDP send on whatever they find in one."""
+
+    ON_HOST = ("global_tissue", "local_tissue", "slice_tissue", "gram_tissue", "canvas_tokens")
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        sent = {
+            name: each.to(device, non_blocking=non_blocking) for name, each in self.items() if name not in self.ON_HOST
+        }
+        return Batch({**self, **sent})
+
 
 NUM_GLOBAL_CROPS = 2
 BLUR_KERNEL_PX = 9
@@ -282,28 +295,40 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
     """Stack samples to a batch.
 
     Crops come crop-major: (G * B, 1, H, W) uint8, all first crops before all second ones, as the losses reshape them to
-    (G, B, ...). Slice pairs (P, 2, 1, S, S) of those P <= B samples that have one.
+    (G, B, ...). Slice pairs (P, 2, 1, S, S) of those P <= B samples that have one. Places are those of what is true in
+    a flattened mask, int64: taking tokens by them does not wait for the device, as taking them by the mask would.
     """
     of_crops = ["global_crops", "global_tissue", "local_crops", "local_tissue", "masks", "gram_crops", "gram_tissue"]
-    batch = {
+    batch = Batch({
         key: torch.from_numpy(np.stack([sample[key] for sample in samples], axis=1)).flatten(0, 1)
         for key in of_crops
         if key in samples[0]
-    }
+    })  # fmt: skip
     for key in ("index", "row", "volume", "patient", "breast", "crops_below_minimum"):
         if key in samples[0]:
             batch[key] = torch.tensor([sample[key] for sample in samples])
     for key in ("crop_tissue", "boxes", *(key for key in samples[0] if key.startswith("canvas"))):
         if key in samples[0]:
             batch[key] = torch.from_numpy(np.stack([sample[key] for sample in samples]))
+    if "canvas_tokens" in batch:
+        batch["canvas_places"] = batch["canvas_tokens"].flatten().nonzero().flatten()
     if "global_crops" not in samples[0]:
         return batch
+    batch["masked_places"] = batch["masks"].flatten().nonzero().flatten()  # (M,)
     size, grid = samples[0]["global_crops"].shape[-1], samples[0]["masks"].shape[-1]
     for key, shape, dtype in (("pixels", (2, 1, size, size), np.uint8), ("tissue", (grid, grid), np.float32)):
         of_pairs = [sample["slice_pair"][key] for sample in samples if sample["slice_pair"]]
         stacked = np.stack(of_pairs) if of_pairs else np.zeros((0, *shape), dtype)
         batch["slice_pairs" if key == "pixels" else "slice_tissue"] = torch.from_numpy(stacked)
+    tissue = batch["slice_tissue"].flatten()
+    batch["slice_places"] = (tissue > 0).nonzero().flatten()  # (T,)
+    batch["slice_patch_tissue"] = tissue[batch["slice_places"]]  # (T,) float32
     return batch
+
+
+def at_places(patches: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Take what stands at M places among the patches of n images: (n, N, ...) -> (M, ...)."""
+    return patches[places // patches.shape[1], places % patches.shape[1]]
 
 
 def load_batches(views: PretrainingViews, recipe: Recipe, first_step: int, accelerator: Accelerator) -> Iterator[Batch]:
