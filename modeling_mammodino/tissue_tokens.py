@@ -143,15 +143,15 @@ def attend_packed(
     if "flash" in implementation:
         lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
         return attention(query, key, value, None, **lengths)
+    on_cpu = query.device.type == "cpu" and implementation != "eager" and not has_kernel
+    if (on_cpu or implementation == "flex_attention") and not torch.compiler.is_compiling():
+        images = zip(*(each.split(starts.diff().tolist(), dim=2) for each in (query, key, value)), strict=True)
+        return torch.cat([attention(*image, None)[0] for image in images], dim=1), None
     q, k, v = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))  # (T, H, d)
     fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
     if has_kernel and fits and implementation == "sdpa" and not has_dropout:
         context = varlen_attn(q, k, v, starts, starts, longest, longest)
         return context.unsqueeze(0), None  # type: ignore[union-attr]
-    can_loop = implementation != "eager" and not torch.compiler.is_compiling()
-    if can_loop and (query.device.type == "cpu" or implementation == "flex_attention"):
-        images = zip(*(each.split(starts.diff().tolist(), dim=2) for each in (query, key, value)), strict=True)
-        return torch.cat([attention(*image, None)[0] for image in images], dim=1), None
     num_images = starts.shape[0] - 1
     padded = [pad_images(each, num_images, longest, places) for each in (q, k, v)]
     is_token = torch.arange(longest, device=starts.device) < starts.diff()[:, None]  # (B, L)
