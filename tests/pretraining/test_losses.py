@@ -119,7 +119,10 @@ def test_what_is_kept_for_the_backward_does_not_grow_with_rows_times_prototypes(
     teacher = Probabilities(given, torch.zeros(prototypes))
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each.nbytes) or each, lambda each: each):
-        losses = [adjacent_slice_loss(student, teacher), ibot_loss(student, teacher, torch.ones(10, 100).bool())]
+        losses = [
+            adjacent_slice_loss(student, teacher),
+            ibot_loss(student, teacher, torch.ones(10, 100).bool(), torch.arange(1000)),
+        ]
     assert all(loss.requires_grad for loss in losses)
     gradients = 4 * (rows + prototypes) * width
     assert 2 * gradients <= sum(kept) < 2.1 * gradients < 4 * rows * prototypes / 10

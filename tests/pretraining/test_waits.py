@@ -62,6 +62,7 @@ CANVAS = ["--dense_statistics_weight", "1", "--dense_components_weight", "1", "-
                          ids=["dense", "tissue tokens", "centering", "canvas"])  # fmt: skip
 def test_a_step_waits_for_nothing(phantom_corpus, switches, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no meta device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     recipe = tiny(*switches)
     corpus = Corpus(phantom_corpus)
     canvas = (recipe.model.image_height, recipe.model.image_width) if recipe.uses_canvas else None
