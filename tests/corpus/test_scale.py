@@ -2,6 +2,7 @@
 they read, counted at a few thousand rows of the made-up archive of `performance.scale`."""
 
 import gc
+import pickle
 import re
 import sys
 import tracemalloc
@@ -122,3 +123,5 @@ def test_opening_reads_no_image(tmp_path):
     del shard
     corpus = Corpus(tmp_path / "corpus")
     assert resident() == 0 and corpus.image(number - 1)[0].shape == (512, 512) and resident() > 0
+    data = pickle.dumps(corpus)  # for a worker that is spawned: the folder, and no byte of its files
+    assert len(data) < 1000 and (pickle.loads(data).image(3)[0] == corpus.image(3)[0]).all()
