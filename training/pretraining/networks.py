@@ -388,7 +388,8 @@ def shard(networks: list[Network], device: torch.device, gathered: torch.dtype |
 
     gathered: what weights of blocks and heads are gathered in, autocast's type, so that they are half the bytes; the
     shards, optimizer, moving average and sums of gradients stay float32, as what blocks hand on to one another does by
-    autocast. Raises ValueError where there is one process only.
+    autocast. The student's are kept whole from its first forward on until their backward: less to gather, for a copy in
+    memory. Raises ValueError where there is one process only.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         raise ValueError("fsdp=True: there is one process; start several with torchrun or accelerate launch")
@@ -397,7 +398,8 @@ def shard(networks: list[Network], device: torch.device, gathered: torch.dtype |
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for network in networks:
+        has_backward = any(each.requires_grad for each in network.parameters())  # which frees what a forward gathered
         heads = [part for part in network.children() if part is not network.backbone]
         for part in (*network.backbone.encoder.layer, *heads):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not has_backward)
         fully_shard(network, mesh=mesh, reshard_after_forward=True)  # a root keeps its own whole until a backward
