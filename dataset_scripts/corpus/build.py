@@ -316,7 +316,9 @@ def _tell_later_files(job: Job, extend: bool) -> None:
     except OSError:  # what is to be read is known; an archive that is gone is said where a file is read
         return
     if later:
-        logger.warning("%d files are new in the archive and do not enter: --extend adds them, afterwards", later)
+        logger.warning(
+            "%d files are new in the archive and do not enter; --extend adds them to the finished corpus", later
+        )
 
 
 @dataclass

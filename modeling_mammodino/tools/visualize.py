@@ -224,7 +224,9 @@ def _captioned(image: np.ndarray, first: str, second: str, color: tuple[int, int
     first, second = readable(first), readable(second)  # OpenCV crashes on what is not UTF-8
     if len(first) > CAPTION_CHARACTERS:  # file names differ at their end
         first = "..." + first[3 - CAPTION_CHARACTERS :]
-    for line, text, ink in ((1, first, WHITE), (2, second[:CAPTION_CHARACTERS], color)):
+    if len(second) > CAPTION_CHARACTERS:
+        second = second[: CAPTION_CHARACTERS - 3] + "..."
+    for line, text, ink in ((1, first, WHITE), (2, second, color)):
         place = (2, TILE_PX + 14 * line - 2)
         cv2.putText(tile, text, place, cv2.FONT_HERSHEY_SIMPLEX, FONT_SCALE, ink, 1, cv2.LINE_AA)
     return tile
