@@ -31,6 +31,7 @@ from training.pretraining.networks import GramTeacher, Network
 from training.pretraining.recipe import RECIPES, Recipe, load_recipe
 from training.pretraining.views.sample import PretrainingViews, collate
 
+DRAWN = 16  # samples, of which a larger batch is made
 COLUMNS = ("recipe", "images a forward", "state", "kept for the backward", "peak, GiB")
 
 
@@ -114,11 +115,13 @@ def prepare_step(
     model, run = recipe.model, recipe.run
     model.init_from = model.init_from_checkpoint = ""
     canvas, corpus = (model.image_height, model.image_width), cast(Any, AllBreast(max(model.image_height, 512)))
+    drawn = min(run.per_device_train_batch_size, DRAWN)
     views = PretrainingViews(
-        corpus, recipe.views, model.patch_size, 0, run.per_device_train_batch_size,
+        corpus, recipe.views, model.patch_size, 0, drawn,
         recipe.uses_slice_pairs, recipe.uses_crops, canvas if recipe.uses_canvas else None,
     )  # fmt: skip
-    batch = collate([views[index] for index in range(run.per_device_train_batch_size)])
+    samples = [views[index] for index in range(drawn)]
+    batch = collate([samples[index % drawn] for index in range(run.per_device_train_batch_size)])
     with mode or nullcontext(), no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fake tensor is copied
         student, teacher = Network(recipe).train(), Network(recipe).eval().requires_grad_(False)
