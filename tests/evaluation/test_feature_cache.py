@@ -146,7 +146,10 @@ def test_what_cannot_be_used_is_left_out_named_and_tried_again(backbone, table, 
         cached_features(backbone, rows, tmp_path / "cache", "drawn", Encoding())
 
 
-def test_the_slices_of_volumes_stay_together_and_workers_change_nothing(folders, phantom_archive, tmp_path):
+def test_the_slices_of_volumes_stay_together_and_workers_change_nothing(
+    folders, phantom_archive, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("training.evaluation.finetuning.feature_cache.FILES_PER_WORKER", 1)
     table = load_task("phantom", phantom_archive, "lesion", test_fraction=0.3, validation_fraction=0.3).table[:6]
     backbone = load_backbone("mammodino", folders["mammodino"])
     alone = cached_features(backbone, table, tmp_path / "alone", "phantom", Encoding(slices_per_volume=3, batch_size=5))

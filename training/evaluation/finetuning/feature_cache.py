@@ -10,6 +10,7 @@ second finds done what the first did.
 import hashlib
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from .tiles import Place, TiledSlice, TileReader, Tiling
 logger = logging.getLogger(__name__)
 
 IMAGES_PER_SHARD = 256
+FILES_PER_WORKER = 32  # at least: a process takes seconds to start
 LAYOUT = 2  # of the shards
 
 
@@ -131,7 +133,8 @@ def encode_images(backbone: Backbone, files: Sequence[str], encoding: Encoding) 
     if encoding.tiling:
         read = TileReader(backbone.preprocess, encoding.tiling, encoding.slices_per_volume)
     num_ahead = 1 if encoding.tiling else encoding.batch_size  # a large canvas has some 20 MB
-    of_files = enumerate(read_files(files, read, encoding.num_workers, num_ahead))
+    num_workers = min(encoding.num_workers, len(files) // FILES_PER_WORKER, os.cpu_count() or 1)
+    of_files = enumerate(read_files(files, read, num_workers, num_ahead))
     backbone.eval()
     for _ in range(0, len(files), IMAGES_PER_SHARD):
         features: dict[int, list[tuple[Place, np.ndarray]]] = defaultdict(list)
