@@ -111,7 +111,7 @@ class ViewsRecipe:
         0, "Views of one patient that stand together in a batch, half of each breast; 0: images as they come.", low=0
     )
     single_source_batches: bool = setting(True, "The patients of a step are of one source (with views_per_patient).")
-    canvas_tokens: int = setting(96, "Patches of the canvas that the encoder sees; 0: all.", low=0)
+    canvas_tokens: int = setting(96, "Patches of the canvas that the encoder sees; all where it has fewer.", low=1)
     canvas_scatter_probability: float = setting(0.5, "Share scattered over the breast, else a blob.", low=0, high=1)
     canvas_mask_probability: float = setting(0.5, "Share of the blobs that are masked.", low=0, high=1)
     canvas_mask_ratio: float = setting(0.3, "Masked share of the tokens of such a blob.", low=0, high=1)

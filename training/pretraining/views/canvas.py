@@ -85,13 +85,13 @@ def token_subset(
 ) -> tuple[np.ndarray, bool]:
     """`count` tokens (h, w) bool, of the breast as long as there are any, and whether they are a blob.
 
-    fraction (h, w): breast fraction of each patch; 0 tokens: all patches of breast, at least one.
+    fraction (h, w): breast fraction of each patch.
     """
     height, width = fraction.shape
     breast = fraction > 0.25
     if not breast.any():
         breast = np.ones_like(breast)
-    count = min(count or int(breast.sum()), breast.size)
+    count = min(count, breast.size)
     start = rng.permutation(np.flatnonzero(breast))[0]
     y, x = np.mgrid[:height, :width]
     distance = np.maximum(np.abs(y - start // width), np.abs(x - start % width)) + 0.5 * rng.random(breast.shape)
