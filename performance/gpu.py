@@ -54,8 +54,9 @@ DATA_SHEET = {"H200 NVL": 835.5e12, "H200": 989.5e12, "H100 NVL": 835.5e12, "H10
               "A100": 312e12}  # fmt: skip
 # of relative distances |a - b| / |b|. Rounding lands far below; TF32, some 3e-4, does not pass for float32
 SAME_FLOAT32, SAME_BFLOAT16 = 1e-4, 3e-2
-# of the first loss, and at any of 20 steps; on one CPU bf16 was within 0.0001 and 0.008 of float32
-SAME_LOSS = {"float32": (5e-4, 5e-3), "bf16": (2e-3, 2.5e-2)}
+# of the first loss, and at any of 20 steps; on one CPU bf16 was within 0.0001 and 0.008 of float32, whose products
+# training computes in TF32 on a GPU
+SAME_LOSS = {"float32": (1e-3, 1e-2), "bf16": (2e-3, 2.5e-2)}
 
 
 class Size(NamedTuple):
