@@ -391,9 +391,8 @@ class MammoDinoModel(MammoDinoPreTrainedModel):
                 f"tissue_mask has {tissue_mask.flatten(1).shape[1]} patches an image, pixel_values have {num_patches}; "
                 f"use one image processor with patch_size={config.patch_size}."
             )
-        draws_images = (
-            self.training and config.drop_path_rate > 0
-        )  # stochastic depth, which no row of all images serves
+        # stochastic depth draws images, which one row of all does not hold apart
+        draws_images = self.training and config.drop_path_rate > 0
         device, threshold = embeddings.device, config.tissue_threshold
         kept = select_tokens(tissue_mask, threshold, num_prefix_tokens, not draws_images, device)
         if kept is None:

@@ -116,7 +116,7 @@ class TimedRun:
     def __init__(self, recipe: Recipe, from_loader: int):
         self.ticks: list = []
         self.waits: list[float] = []
-        self.device, self.batch = torch.device("cpu"), {}
+        self.device, self.batch = torch.device("cpu"), Batch()
 
         def load(views: PretrainingViews, recipe: Recipe, first_step: int, accelerator: Accelerator) -> Iterator[Batch]:
             self.device = accelerator.device
@@ -131,9 +131,8 @@ class TimedRun:
 
         encoder = train(recipe, load=load)
         self.memory = peak_memory(self.device)
-        config = MammoDinoConfig.from_pretrained(
-            encoder, drop_path_rate=recipe.model.drop_path_rate
-        )  # an export has none
+        rate = recipe.model.drop_path_rate  # of which an export has none
+        config = MammoDinoConfig.from_pretrained(encoder, drop_path_rate=rate)
         self.flops = step_flops(self.batch, config, recipe)
         log = (Path(recipe.run.output_dir) / LOG_FILE).read_text().splitlines()
         self.losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]

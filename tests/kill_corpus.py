@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset_scripts.corpus import shards
 from dataset_scripts.corpus.reader import MANIFEST
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 
@@ -34,6 +35,21 @@ def start(archive: Path, output: Path) -> subprocess.Popen:
     environment = {"MAMMODINO_HASH_KEY": "a key of the tests, long enough", **os.environ}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen(command(archive, output), cwd=CHECKOUT, env=environment, start_new_session=True, **quiet)
+
+
+def stop_after_two_shards(monkeypatch) -> list[int]:
+    """Break a build in this process off, once, when it has made two shards; return the list of those that are made."""
+    render, made, stops = shards.render_shard, [], [True]
+
+    def render_or_stop(job, shard, noted):
+        if stops and len(made) == 2:
+            stops.clear()
+            raise KeyboardInterrupt
+        made.append(shard)
+        render(job, shard, noted)
+
+    monkeypatch.setattr(shards, "render_shard", render_or_stop)
+    return made
 
 
 def kill_repeatedly(archive: Path, output: Path, kills: int, seed: int, seconds: float) -> list[str]:

@@ -64,7 +64,9 @@ def check_values(section: Any) -> None:
         if each.name in MODELS and isinstance(getattr(section, each.name), str):
             setattr(section, each.name, user_model(getattr(section, each.name)))
         value, allowed = getattr(section, each.name), each.metadata.get("choices")
-        for element in value if isinstance(value, list) else [] if value is each.default is None else [value]:
+        if value is each.default is None:  # left open
+            continue
+        for element in value if isinstance(value, list) else [value]:
             kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in str(each.type))
             if not isinstance(element, (int, float) if kind is float else kind):
                 raise ValueError(f"{each.name}={value!r}: must be of type {kind.__name__}")

@@ -46,7 +46,7 @@ from .plan import (
     ReadHeaders,
     read_hash_key,
 )
-from .reader import FEATURES, MANIFEST, TISSUE_CELL_PX
+from .reader import FEATURES, MANIFEST, STATE, TISSUE_CELL_PX
 from .shards import RenderShards
 
 logger = logging.getLogger(__name__)
@@ -405,4 +405,4 @@ def _write_state(output: Path, names: list[str], settings: dict[str, Any]) -> No
         "_output_all_columns": False,
         "_split": None,
     }
-    write_json(output / "state.json", state)
+    write_json(output / STATE, state)

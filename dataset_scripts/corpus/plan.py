@@ -57,7 +57,7 @@ class Volume(NamedTuple):
         volume_id, places, *others = fields
         return cls(volume_id, [[ArchiveFile(*file) for file in copies] for copies in places], *others)
 
-    def with_files(self, listing: "Lines") -> "Volume":
+    def with_files(self, listing: Lines) -> "Volume":
         """Put files in the place of their numbers."""
         return self._replace(places=[[listing[number] for number in copies] for copies in self.places])
 

@@ -19,8 +19,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.publish import size_category, upload
 
-from .reader import FEATURES, MANIFEST
-from .verify import CARD, INFO, STATE, listed, verify_corpus
+from .reader import FEATURES, INFO, MANIFEST, STATE
+from .verify import CARD, listed, verify_corpus
 
 SHARDS = "data-*.arrow"
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "corpus_template.md"

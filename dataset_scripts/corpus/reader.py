@@ -51,7 +51,7 @@ FEATURES = datasets.Features(
 TISSUE_CELL_PX = 4
 OF_VOLUME = ("kind", "laterality", "view", "patient", "source")
 INDEXED = ("volume_id", "slice_index", "slice_spacing_mm", *OF_VOLUME)  # read at opening; no image
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, INFO = "manifest.json", "state.json", "dataset_info.json"  # the last two are of `datasets`
 CACHE_VARIABLE = "MAMMODINO_CACHE"
 
 
@@ -242,7 +242,7 @@ def local_corpus(address: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         # the manifest last: it says that all is there
-        for name in (*sha256_of, STATE, "dataset_info.json", MANIFEST):
+        for name in (*sha256_of, STATE, INFO, MANIFEST):
             if Path(name).name != name:
                 raise ValueError(
                     f"{MANIFEST}: a shard is named {name!r}, which is no plain file name; leave this corpus alone"

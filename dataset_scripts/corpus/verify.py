@@ -34,9 +34,9 @@ from modeling_mammodino.tools.command import CommandParser, command_line, user_p
 from modeling_mammodino.tools.model_files import check_image_processor, read_settings
 from modeling_mammodino.tools.privacy import check_text, png_chunks
 
-from .reader import FEATURES, MANIFEST, TISSUE_CELL_PX, decode_png
+from .reader import FEATURES, INFO, MANIFEST, STATE, TISSUE_CELL_PX, decode_png
 
-STATE, INFO, CARD = "state.json", "dataset_info.json", "README.md"
+CARD = "README.md"
 SHARD, SHA256 = re.compile(r"data-\d{5}\.arrow"), re.compile(r"[0-9a-f]{64}")
 CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # left by `map` of datasets; no part, and never sent
 HASH = re.compile(r"[0-9a-f]{32}")

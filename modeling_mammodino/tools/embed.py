@@ -105,16 +105,22 @@ def run(options: Namespace) -> None:
             return
         rows, refused = found
     else:
-        device = find_device(options.device)
-        model, image_processor = open_encoder(options.model, options.trust_remote_code)
-        about = provenance(options, model, image_processor)
-        model = model.to(device=device, dtype=getattr(torch, options.dtype))  # type: ignore[call-arg]
-        rows, refused = write_features(files, output, model, image_processor, about, options, unlisted)
+        encoder = _prepare(options, find_device(options.device))
+        rows, refused = write_features(files, output, *encoder, options, unlisted)
     refused_path = output.with_suffix(".refused.csv")
     if not rows:
         raise ValueError(f"none of {len(files)} files could be used: the reasons are in {refused_path}")
     print(f"{output}: {rows} rows of {len(files) + len(unlisted) - len(refused)} files; {len(refused)} refused"
           + (f", see {refused_path}" if refused else ""))  # fmt: skip
+
+
+def _prepare(
+    options: Namespace, device: torch.device
+) -> tuple[PreTrainedModel, MammoDinoImageProcessor, dict[str, str]]:
+    """Open the encoder on a device: return it, its image processor, and what features of it come from."""
+    model, image_processor = open_encoder(options.model, options.trust_remote_code)
+    about = provenance(options, model, image_processor)
+    return model.to(device=device, dtype=getattr(torch, options.dtype)), image_processor, about  # type: ignore[call-arg]
 
 
 def write_features(
@@ -252,11 +258,9 @@ class EmbedShares:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.at_a_time))
         elif device.index is None:  # Slurm shows each task its own
             device = torch.device(device.type, rank % torch.accelerator.device_count())
-        model, image_processor = open_encoder(options.model, options.trust_remote_code)
-        if provenance(options, model, image_processor) | _key_check() != archive.about:
+        model, image_processor, about = _prepare(options, device)
+        if about | _key_check() != archive.about:
             raise ValueError(f"{options.model} or ${HASH_KEY_VARIABLE}: not what it was when the run began")
-        model = model.to(device=device, dtype=getattr(torch, options.dtype))  # type: ignore[call-arg]
-        about = {name: value for name, value in archive.about.items() if name not in _key_check()}
         listing, shares = Lines(archive.listing), Lines(archive.shares)
         for share in mine:
             if archive.record(share).exists():

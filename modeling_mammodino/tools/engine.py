@@ -67,11 +67,11 @@ def progress_bar(name: str, unit: str, folder: Path, count: Callable[[], int]) -
     bars: list[Any] = []
 
     def show() -> None:
-        total, done = count(), len(list(folder.glob("[!.]*")))
+        done = len(list(folder.glob("[!.]*")))
         if not bars:
-            bars.append(show_progress(total=total, initial=done, unit=unit, desc=name))
+            bars.append(show_progress(total=count(), initial=done, unit=unit, desc=name))
         bars[0].update(done - bars[0].n)
-        if done == total:
+        if done == bars[0].total:
             bars[0].close()
 
     return show

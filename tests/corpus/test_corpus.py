@@ -19,7 +19,6 @@ import pytest
 from datasets.arrow_writer import ArrowWriter
 from made_inputs import HASH_KEY, draw_breast
 
-from dataset_scripts.corpus import shards as corpus_shards
 from dataset_scripts.corpus.build import build_corpus, main
 from dataset_scripts.corpus.reader import FEATURES, Corpus
 from modeling_mammodino import MammoDinoImageProcessor
@@ -120,22 +119,13 @@ def test_processes_change_nothing(phantom_archive, phantom_corpus, tmp_path):
 
 def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corpus, tmp_path, monkeypatch, caplog):
     archive = Path(shutil.copytree(phantom_archive, tmp_path / "archive"))
-    render, made = corpus_shards.render_shard, []
-
-    def stop_in_the_middle(job, shard, noted):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(shard)
-        render(job, shard, noted)
-
-    monkeypatch.setattr(corpus_shards, "render_shard", stop_in_the_middle)
+    made = kill_corpus.stop_after_two_shards(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         build([archive], tmp_path / "out", "phantom", rows_per_shard=16)
     assert len(list((tmp_path / "out").glob("*.arrow"))) == 2 and not list((tmp_path / "out").glob(".*"))
     with pytest.raises(FileNotFoundError, match="unfinished"):
         Corpus(tmp_path / "out")
 
-    monkeypatch.setattr(corpus_shards, "render_shard", lambda *given: made.append(given[1]) or render(*given))
     build([archive], tmp_path / "out", "phantom", rows_per_shard=16)
     assert len(made) == len(set(made)) > 2  # what was finished is not made again
     assert images(tmp_path / "out") == images(phantom_corpus)

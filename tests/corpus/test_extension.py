@@ -8,12 +8,12 @@ from pathlib import Path
 
 import cv2
 import datasets
+import kill_corpus
 import pydicom
 import pytest
 from made_inputs import draw_breast
 from pretrain_runs import recipe, train
 
-from dataset_scripts.corpus import shards as corpus_shards
 from dataset_scripts.corpus.build import build_corpus, main
 from dataset_scripts.corpus.reader import Corpus
 from dataset_scripts.corpus.verify import verify_corpus
@@ -112,15 +112,7 @@ def test_until_an_extension_is_whole_the_corpus_is_as_it_was_and_the_command_goe
     build([archive], tmp_path / "out", extend=True)  # there is only the file that was cut off to try again
     assert content(tmp_path / "out") == stood
     let_the_archive_grow(archive, phantom_archive)
-    render, made = corpus_shards.render_shard, []
-
-    def stop_in_the_middle(job, shard, noted):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(shard)
-        render(job, shard, noted)
-
-    monkeypatch.setattr(corpus_shards, "render_shard", stop_in_the_middle)
+    made = kill_corpus.stop_after_two_shards(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         build([archive], tmp_path / "out", extend=True)
     assert content(tmp_path / "out") == stood and verify_corpus(tmp_path / "out") == []
@@ -128,7 +120,6 @@ def test_until_an_extension_is_whole_the_corpus_is_as_it_was_and_the_command_goe
     assert "an extension was stopped: --extend goes on with it" in caplog.messages
     assert content(tmp_path / "out") == stood
 
-    monkeypatch.setattr(corpus_shards, "render_shard", lambda *given: made.append(given[1]) or render(*given))
     build([archive], tmp_path / "out", extend=True)
     assert len(made) == len(set(made)) > 2  # what was finished is not made again
     build([archive], tmp_path / "once")
