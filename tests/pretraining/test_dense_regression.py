@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from made_inputs import draw_breast
+from scipy.ndimage import gaussian_filter
 
 from training.pretraining.losses.dense_regression import DenseTargets, dense_regression_loss
 
@@ -65,6 +66,22 @@ def test_statistics_are_those_of_opencv(canvases, place):
     expected = statistics_at(images[0].numpy(), tissue[0].numpy().astype(np.float32), *place)
     assert len(expected) == targets.num_statistics == 42
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("patch", [8, 12])
+def test_blurs_are_those_of_scipy(patch):
+    """On a canvas of several blocks of a narrow blur."""
+    images = torch.from_numpy(draw_breast(144, 120, seed=3).astype(np.float32) / 4095)[None]
+    tissue = images > 0.1
+    targets = DenseTargets((144, 120), patch)
+    both = torch.stack((images * tissue, tissue.float()))
+    for index, scale in enumerate(targets.scales):
+        values, weights = (
+            gaussian_filter(each.double().numpy()[0], scale, mode="constant", truncate=4.0) for each in both
+        )
+        found = targets._blurred(both, index)[0].numpy()
+        inside = tissue[0].numpy()
+        np.testing.assert_allclose(found[inside], (values / weights)[inside], atol=3e-4, err_msg=str(scale))
 
 
 def test_components_are_whitened_and_reconstruct_the_window(canvases):

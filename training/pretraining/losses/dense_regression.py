@@ -7,7 +7,8 @@ each with a weight of its own: local statistics (brightness, bands of difference
 a window around the patch). Both are computed from images without augmentation of intensity, inside the breast alone.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from .distributed import num_processes, sum_over_processes
 SCALES_PX = (1.0, 2.0, 4.0, 8.0, 16.0)  # standard deviations; one of two patches is added where it is larger
 WINDOWS_PATCHES = (1, 3, 5)  # sides of the windows of a statistic
 ORIENTATION_SCALES = (0, 1, 2)  # of SCALES_PX
+CPU_IMAGES = 4  # at once on a CPU, whose caches hold them
+CPU_BLOCK = 48  # rows of a narrow blur at once on a CPU: of a dense matrix most is zero
+WIDE_PX = 8.0  # blurs from here on are two, between which a few samples are enough
 LIMIT = 5.0  # standardized targets are clipped to this, so that no rare place rules a batch
 
 
@@ -54,8 +58,6 @@ class DenseTargets(nn.Module):
     statistics_scale: torch.Tensor
     window_mean: torch.Tensor
     components: torch.Tensor
-    blur_y: torch.Tensor
-    blur_x: torch.Tensor
 
     def __init__(self, canvas: tuple[int, int], patch_size: int, num_components: int = 64):
         super().__init__()
@@ -68,8 +70,9 @@ class DenseTargets(nn.Module):
         self.register_buffer("window_mean", torch.zeros(window))
         self.register_buffer("components", torch.zeros(num_components, window))  # rows divided by their deviation
         for axis, length in zip("yx", canvas, strict=True):
-            blurs = torch.stack([gaussian_matrix(length, scale) for scale in self.scales])
-            self.register_buffer(f"blur_{axis}", blurs, persistent=False)  # (scales, H, H), (scales, W, W)
+            for index, scale in enumerate(self.scales):
+                for part, matrix in enumerate(blur_matrices(length, scale)):
+                    self.register_buffer(f"blur_{axis}{index}_{part}", matrix, persistent=False)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, tissue: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,25 +91,36 @@ class DenseTargets(nn.Module):
         """Return raw statistics (B, N, S), each over breast alone: mean brightness in windows of 1, 3 and 5 patches; of
         each band its mean, log root mean square in the three windows, maximum and minimum; of each orientation scale
         the two components of the structure tensor's direction and its coherence in 3 patches."""
-        inside = tissue.to(images.dtype)
-        patch = self.patch_size
+        size = CPU_IMAGES if images.device.type == "cpu" else len(images)
+        parts = zip(images.split(size), tissue.to(images.dtype).split(size), strict=True)
+        return torch.cat([self._statistics(*part) for part in parts])
+
+    @torch.no_grad()
+    def _statistics(self, images: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """`statistics` of a few images; inside (B, H, W) is 1 on breast, 0 elsewhere."""
+
+        def reduced(values: torch.Tensor, how: str) -> torch.Tensor:  # (..., H, W) -> (..., h, w)
+            rows = getattr(values.unflatten(-2, (-1, self.patch_size)), how)(dim=-2)  # rows first: contiguous
+            return getattr(rows.unflatten(-1, (-1, self.patch_size)), how)(dim=-1)
 
         def means_in(values: torch.Tensor, windows: Sequence[int]) -> list[torch.Tensor]:  # (B, H, W) -> (B, h, w) each
-            means = functional.avg_pool2d(values.unsqueeze(1), patch)
+            means = reduced(values, "sum").unsqueeze(1) / self.patch_size**2
             return [functional.avg_pool2d(means, each, stride=1, padding=each // 2).squeeze(1) for each in windows]
 
+        both = torch.stack((images * inside, inside))  # (2, B, H, W)
+        smooth = [images, *(self._blurred(both, index) for index in range(len(self.scales)))]
         shares = [each.clamp_min(1e-3) for each in means_in(inside, WINDOWS_PATCHES)]
-        smooth = [images, *self._blurred(images, inside)]
-        values = [mean / share for mean, share in zip(means_in(images * inside, WINDOWS_PATCHES), shares, strict=True)]
+        values = [mean / share for mean, share in zip(means_in(both[0], WINDOWS_PATCHES), shares, strict=True)]
         for finer, coarser in zip(smooth[:-1], smooth[1:], strict=True):
-            band = (finer - coarser) * inside
+            band = (finer - coarser).mul_(inside)
             values += [means_in(band, [1])[0] / shares[0]]
-            squares = means_in(band.square(), WINDOWS_PATCHES)
+            extremes = [reduced(band, "amax"), reduced(band, "amin")]
+            squares = means_in(band.square_(), WINDOWS_PATCHES)
             values += [(square / share + 1e-6).log() / 2 for square, share in zip(squares, shares, strict=True)]
-            values += [functional.max_pool2d(sign * band.unsqueeze(1), patch).squeeze(1) * sign for sign in (1, -1)]
+            values += extremes
         for scale in ORIENTATION_SCALES:
-            x, y = (gradient * inside for gradient in sobel(smooth[1 + scale]))
-            xx, yy, xy = (means_in(product, [3])[0] for product in (x * x, y * y, x * y))
+            x, y = (gradient.mul_(inside) for gradient in sobel(smooth[1 + scale]))
+            xy, xx, yy = (means_in(product, [3])[0] for product in (x * y, x.square_(), y.square_()))
             total = xx + yy + 1e-6
             values += [(xx - yy) / total, 2 * xy / total, ((xx - yy).square() + 4 * xy.square()).sqrt() / total]
         return torch.stack(values, dim=-1).flatten(1, 2)
@@ -128,11 +142,13 @@ class DenseTargets(nn.Module):
         self.statistics_scale.copy_(statistics.std(dim=0).clamp_min(1e-4))
         count, total = 0, torch.zeros_like(self.window_mean, dtype=torch.float64)
         products = torch.zeros_like(total.outer(total))
-        for each in chunks:  # moments in float64: windows are many
-            windows = self._windows(images[each])[keep[each]].double()
+        center = images[tissue].mean()  # taken off, so that products in float32 are exact enough
+        for each in chunks:  # sums in float64: windows are many
+            windows = self._windows(images[each])[keep[each]] - center
             count, total, products = count + len(windows), total + windows.sum(dim=0), products + windows.T @ windows
         mean = total / count
         variances, directions = torch.linalg.eigh(products / count - mean.outer(mean))
+        mean += center
         variances, directions = variances.flip(0)[: self.num_components], directions.flip(1)[:, : self.num_components]
         signs = torch.where(directions.sum(dim=0) < 0, -1.0, 1.0)  # eigenvectors have none of their own
         deviations = (variances.clamp_min(0) + 1e-4 * variances[0]).sqrt()
@@ -146,12 +162,51 @@ class DenseTargets(nn.Module):
         """(n, N, 9 p^2): the 3 x 3 patches around each patch."""
         return functional.unfold(self._padded(images), 3 * self.patch_size, stride=self.patch_size).transpose(1, 2)
 
-    def _blurred(self, images: torch.Tensor, inside: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Each scale's blur over breast alone (normalized convolution, Knutsson and Westin 1993)."""
-        both = torch.stack((images * inside, inside))  # (2, B, H, W)
-        for down, across in zip(self.blur_y, self.blur_x, strict=True):
-            values, weights = down @ both @ across.T
-            yield values / weights.clamp_min(1e-3)
+    def _blurred(self, both: torch.Tensor, index: int) -> torch.Tensor:
+        """Blur over breast alone at the scale of an index (normalized convolution, Knutsson and Westin 1993); both
+        (2, B, H, W): images, zero elsewhere, and where breast is."""
+        scale = self.scales[index]
+        for part in range(num_blurs(scale)):
+            down, across = (getattr(self, f"blur_{axis}{index}_{part}") for axis in "yx")
+            if scale < WIDE_PX and both.device.type == "cpu":
+                both = torch.cat([down[rows, near] @ both[..., near, :] for rows, near in bands(len(down), scale)], -2)
+                both = torch.cat(
+                    [both[..., near] @ across[rows, near].T for rows, near in bands(len(across), scale)], -1
+                )
+            else:
+                both = down @ both @ across.T
+        values, weights = both
+        return values.div_(weights.clamp_min_(1e-3))
+
+
+def num_blurs(scale: float) -> int:
+    """Return how many matrices blur along an axis, one after the other."""
+    return 2 if scale >= WIDE_PX else 1
+
+
+def blur_matrices(length: int, scale: float) -> list[torch.Tensor]:
+    """Return what blurs `length` pixels with standard deviation `scale`, one after the other; beyond the ends is zero.
+
+    A wide Gaussian is two of scale / sqrt(2), and what is between them is smooth: samples scale / 2 apart, and a little
+    beyond the ends, give the product to 1e-4, for a fraction of its operations.
+    """
+    if num_blurs(scale) == 1:
+        return [gaussian_matrix(length, scale)]
+    step = scale / 2
+    samples = torch.arange(-2 * scale, length + 2 * scale, step)
+    distance = samples[:, None] - torch.arange(length, dtype=torch.float32)
+    near = distance.abs() <= 4 * scale  # what lies farther off are denormal numbers, slow on a CPU
+    blur = torch.exp(-(distance / scale).square()) * near / (math.sqrt(math.pi) * scale)  # of variance scale^2 / 2
+    return [blur, step * blur.T.contiguous()]
+
+
+def bands(length: int, scale: float) -> list[tuple[slice, slice]]:
+    """Cut the rows of a Gaussian matrix into blocks: which rows, and the columns that are not zero there."""
+    reach = int(4 * scale + 0.5)
+    starts = range(0, length, CPU_BLOCK)
+    return [
+        (slice(start, start + CPU_BLOCK), slice(max(start - reach, 0), start + CPU_BLOCK + reach)) for start in starts
+    ]
 
 
 def gaussian_matrix(length: int, scale: float) -> torch.Tensor:
