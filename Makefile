@@ -36,15 +36,17 @@ space:
 	cp -rL model_cards/mammodino-small dist/space/model_cards
 	find dist/space -name __pycache__ -prune -exec rm -r {} +
 
-# two workers of one thread each: more threads than cores wait for each other
+# two workers of one thread each: more threads than cores wait for each other; a file is one worker's, so that what its
+# tests share is made once, and files stay in their order, for those with few tests, which would come last, are the longest
 test test-fast test-oldest: export OMP_NUM_THREADS = 1
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest --numprocesses 2 $(TESTS)
+	$(PYTEST) $(TESTS)
 
 # without what starts processes or takes over five seconds: under three minutes on two cores
 test-fast: $(VENV)/ready
-	$(BIN)/python -m pytest --numprocesses 2 -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
 
 # the oldest transformers that setup.cfg allows, and a hub client of its time, before those of the environment
 OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
@@ -55,7 +57,7 @@ $(VENV)-oldest/ready: $(VENV)/ready
 	touch $@
 
 test-oldest: $(VENV)-oldest/ready
-	PYTHONPATH=$(abspath $(VENV)-oldest) $(BIN)/python -m pytest --numprocesses 2 $(TESTS)
+	PYTHONPATH=$(abspath $(VENV)-oldest) $(PYTEST) $(TESTS)
 
 # transformers' own common tests, from the source distribution of the installed version, on our classes
 SUITE := $(VENV)/transformers_suite

@@ -1,8 +1,12 @@
 """Tiny pretraining runs: their options, recipe, batches, log and weights."""
 
+import importlib
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import socket
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,12 +75,34 @@ def main(arguments: list[str]) -> None:
     pretrain.main(arguments)
 
 
+def start_processes(work: Callable[..., None], processes: int, *arguments: object) -> None:
+    """Call `work(process, *arguments)` in that many processes, forked from one that has imported what they need:
+    imports take longer than what is tried."""
+    multiprocessing.set_forkserver_preload(["training.pretrain"])
+    torch.multiprocessing.start_processes(work, arguments, processes, start_method="forkserver")
+
+
 def launch(processes: int, *arguments: str, module: str = "training.pretrain") -> str:
-    """The command by that many processes under torchrun on the CPU; what it prints."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run([*launcher, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """The command by that many processes on the CPU, in the environment that torchrun gives them; what it prints.
+
+    torchrun itself starts the runs of test_saving.py, which are stopped, and of test_nodes.py, which come to their end.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.NamedTemporaryFile() as said:
+        start_processes(_take_part, processes, processes, port, said.name, module, list(arguments))
+        return Path(said.name).read_text()
+
+
+def _take_part(process: int, processes: int, port: int, said: str, module: str, arguments: list[str]) -> None:
+    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 1)
+    if processes > 1:
+        of_one_machine = {f"{local}{name}": str(value) for local in ("", "LOCAL_")
+                          for name, value in (("RANK", process), ("WORLD_SIZE", processes))}  # fmt: skip
+        os.environ.update(of_one_machine, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    importlib.import_module(module).main(arguments)
 
 
 def log(output: Path) -> list[dict]:

@@ -1,9 +1,8 @@
-"""A pretraining run that writes down what each of its processes saw: `python -m tests.recorded_run FOLDER RECIPE ...`.
+"""A pretraining run that writes down what each of its processes saw, given FOLDER RECIPE ...
 
 FOLDER/{process}.pt is a list with one entry a forward: sample indices, crop boxes, masks and losses of that process.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ import torch.distributed as dist
 from training import pretrain
 
 
-def main(folder: str, *arguments: str) -> None:
+def main(arguments: list[str]) -> None:
+    folder, *arguments = arguments
     compute_losses, recorded = pretrain.compute_losses, []
 
     def record(batch, *rest, **options):
@@ -22,7 +22,6 @@ def main(folder: str, *arguments: str) -> None:
         return result
 
     pretrain.compute_losses = record
-    torch.set_num_threads(1)
     end_training = pretrain.Accelerator.end_training
 
     def save_and_end(accelerator):
@@ -31,8 +30,4 @@ def main(folder: str, *arguments: str) -> None:
         end_training(accelerator)
 
     pretrain.Accelerator.end_training = save_and_end
-    pretrain.main(list(arguments))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    pretrain.main(arguments)

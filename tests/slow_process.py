@@ -1,12 +1,10 @@
-"""A pretraining run whose main process takes longer over a k-NN than collectives of the training wait for a process:
-`python -m tests.slow_process RECIPE ...`."""
+"""A pretraining run whose main process takes longer over a k-NN than collectives of the training wait for another."""
 
-import sys
 import time
 from datetime import timedelta
 from functools import partial
 
-import torch
+import torch.distributed as dist
 from accelerate.utils import InitProcessGroupKwargs
 
 from training import pretrain
@@ -20,16 +18,11 @@ def main(arguments: list[str]) -> None:
 
     def slow(probe, encoder):
         calls.append(1)
-        if probe.processes.is_main and len(calls) == 2:  # once is enough
+        if dist.is_initialized() and probe.processes.is_main and len(calls) == 2:  # once is enough
             time.sleep(SLOW_SECONDS)
         return auc(probe, encoder)
 
     KnnProbe.auc = slow
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_SECONDS))
     pretrain.Accelerator = partial(pretrain.Accelerator, kwargs_handlers=[timeout])
-    torch.set_num_threads(1)
     pretrain.main(arguments)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

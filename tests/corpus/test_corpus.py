@@ -110,13 +110,6 @@ def test_identifiers_leave_only_as_keyed_hashes(phantom_archive, phantom_corpus)
             assert b"PHANTOM" not in content and b"simulated" not in content
 
 
-@pytest.mark.slow
-def test_processes_change_nothing(phantom_archive, phantom_corpus, tmp_path):
-    build([phantom_archive], tmp_path / "two", "phantom", num_proc=2, rows_per_shard=16)
-    assert len(list((tmp_path / "two").glob("*.arrow"))) > len(list(phantom_corpus.glob("*.arrow")))
-    assert images(tmp_path / "two") == images(phantom_corpus)
-
-
 def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corpus, tmp_path, monkeypatch, caplog):
     archive = Path(shutil.copytree(phantom_archive, tmp_path / "archive"))
     made = kill_corpus.stop_after_two_shards(monkeypatch)
@@ -136,12 +129,13 @@ def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corp
 
 
 @pytest.mark.slow
-def test_a_build_killed_at_random_moments_ends_the_same(phantom_archive, tmp_path):
-    """A short run of `python -m tests.kill_corpus`."""
-    kill_corpus.finish(phantom_archive, tmp_path / "undisturbed")
+def test_a_build_of_two_processes_that_is_killed_ends_as_one_that_is_not_by_one(phantom_archive, tmp_path):
+    """A short run of `python -m tests.kill_corpus`; what its processes are told, this one is told, too."""
     found = kill_corpus.kill_repeatedly(phantom_archive, tmp_path / "killed", kills=1, seed=1, seconds=10.0)
     assert len(found) == 1
+    main([*kill_corpus.command(phantom_archive, tmp_path / "undisturbed")[3:], "--num_proc", "1"])
     assert kill_corpus.digests(tmp_path / "killed") == kill_corpus.digests(tmp_path / "undisturbed")
+    assert len(list((tmp_path / "killed").glob("*.arrow"))) > 2
 
 
 def test_a_full_disk_is_said_and_what_is_finished_stands(phantom_archive, phantom_corpus, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A fine-tuning run that notes what its processes write: `python -m tests.evaluation.recorded_writes NOTES ...`.
+"""A fine-tuning run that notes what its processes write, given NOTES and its arguments.
 
 NOTES/{process}.txt has a line a file that was opened for writing, renamed or removed.
 """
@@ -7,12 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
-from training.finetune import main
+from training import finetune
 
 
-def record(notes: str, *arguments: str) -> None:
+def main(arguments: list[str]) -> None:
+    notes, *arguments = arguments
     seen: list[str] = []
 
     def hook(event: str, about: tuple) -> None:
@@ -22,11 +21,6 @@ def record(notes: str, *arguments: str) -> None:
         if writes:
             seen.append(str(about[0]))
 
-    torch.set_num_threads(1)
     sys.addaudithook(hook)
-    main(list(arguments))
+    finetune.main(arguments)
     Path(notes, f"{os.environ['RANK']}.txt").write_text("\n".join(seen))
-
-
-if __name__ == "__main__":
-    record(*sys.argv[1:])

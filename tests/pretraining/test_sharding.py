@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-from pretrain_runs import tiny, tiny_batch
+from pretrain_runs import start_processes, tiny, tiny_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.pretrain import compute_losses, weighted_sum
@@ -67,7 +66,7 @@ def work(process: int, folder: str, corpus: str) -> None:
 @pytest.fixture(scope="module")
 def found(phantom_corpus, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("sharding")
-    multiprocessing.spawn(work, args=(str(folder), str(phantom_corpus)), nprocs=NUM_PROCESSES)
+    start_processes(work, NUM_PROCESSES, str(folder), str(phantom_corpus))
     return torch.load(folder / "0.pt", weights_only=False)
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+import pretrain_runs
 import pytest
 from made_inputs import draw_breast, random_encoder
 
+from dataset_scripts.corpus import build
 from modeling_mammodino import MammoDinoImageProcessor
+from training import study as study_module
 from training.evaluation.readout import NUM_RINGS, EncoderReader
 from training.pretraining.recipe import load_recipe
 from training.studies.design import (
@@ -153,6 +156,13 @@ def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
                                              "slice_spacing_mm": 9.0},
     )  # fmt: skip
     monkeypatch.setitem(SIZES, "minutes", tiny)
+
+    def run_here(module, *arguments):
+        """As `start` does in a process of its own, whose imports take longer than what it does."""
+        commands = {"dataset_scripts.corpus": build.main, "training.pretrain": pretrain_runs.main}
+        commands[module]([*map(str, arguments), *(["--num_proc", "1"] if module == "dataset_scripts.corpus" else [])])
+
+    monkeypatch.setattr(study_module, "start", run_here)
     arguments = ["--size", "minutes", "--output", str(tmp_path), "--only", PLAIN, FULL, CANVAS_ALONE, UNTRAINED,
                  HAND_CRAFTED]  # fmt: skip
     main(arguments)
