@@ -120,6 +120,8 @@ def test_losses_that_stay_are_warned_of_and_those_that_fall_are_not():
     assert "raise learning_rate" in learned_nothing(lines_of(still))
     assert learned_nothing(lines_of(still - 0.15 * np.arange(10))) is None
     assert learned_nothing(lines_of(still[:4])) is None  # too few to tell
+    bends = [1.087, 0.922, 0.814, 0.798, 0.762, 0.761, 0.778, 0.758, 0.767, 0.739]  # falls fast, then slowly
+    assert learned_nothing(lines_of(bends)) is None
 
 
 def test_a_run_that_does_not_learn_says_so(phantom_corpus, tmp_path, monkeypatch):

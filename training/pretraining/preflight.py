@@ -200,6 +200,6 @@ def learned_nothing(lines: Sequence[dict[str, float]]) -> str | None:
 
 
 def _falls(values: Sequence[float], half: int) -> bool:
-    first, second = np.array(values[:half]), np.array(values[-half:])
-    fall, error = first.mean() - second.mean(), math.sqrt((first.var(ddof=1) + second.var(ddof=1)) / half)
-    return fall > max(LEAST_FALL * abs(first.mean()), DEVIATIONS * error)
+    fall = np.mean(values[:half]) - np.mean(values[-half:])
+    noise = np.square(np.diff(values)).mean() / 2  # variance about whatever trend there is (von Neumann 1941)
+    return bool(fall > max(LEAST_FALL * abs(np.mean(values[:half])), DEVIATIONS * math.sqrt(2 * noise / half)))
