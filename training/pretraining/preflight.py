@@ -200,6 +200,7 @@ def learned_nothing(lines: Sequence[dict[str, float]]) -> str | None:
 
 
 def _falls(values: Sequence[float], half: int) -> bool:
-    fall = np.mean(values[:half]) - np.mean(values[-half:])
-    noise = np.square(np.diff(values)).mean() / 2  # variance about whatever trend there is (von Neumann 1941)
-    return bool(fall > max(LEAST_FALL * abs(np.mean(values[:half])), DEVIATIONS * math.sqrt(2 * noise / half)))
+    first = float(np.mean(values[:half]))
+    noise = float(np.square(np.diff(values)).mean()) / 2  # variance about whatever trend there is (von Neumann 1941)
+    least = max(LEAST_FALL * abs(first), DEVIATIONS * math.sqrt(2 * noise / half))
+    return first - float(np.mean(values[-half:])) > least
