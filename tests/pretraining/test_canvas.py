@@ -6,6 +6,7 @@ import torch
 from pretrain_runs import launch, log, train, weights
 
 from dataset_scripts.corpus.reader import Corpus
+from modeling_mammodino import MammoDinoModel
 from training.pretraining.canvas_objective import BatchStandardization, breast_differences, whiten_patch_embeddings
 from training.pretraining.networks import Network
 from training.pretraining.recipe import Recipe, load_recipe
@@ -132,3 +133,14 @@ def test_the_whitened_patch_embedding_sees_uncorrelated_patches(phantom_corpus):
     assert features.mean(dim=0).abs().max() < 1e-2
     values = torch.linalg.eigvalsh(torch.cov(features.T)).flip(0)[:256]
     assert values[100] > 0.05 * values[0]  # of correlated patches through random filters it would be a thousandth
+
+
+def test_weights_that_a_run_starts_from_are_not_whitened_away(phantom_corpus, tmp_path):
+    source = tmp_path / "source"
+    random = Network(small(phantom_corpus, "o"), Corpus(phantom_corpus).image_processor).backbone
+    random.save_pretrained(source)
+    Corpus(phantom_corpus).image_processor.save_pretrained(source)
+    slow = ["--init_from", str(source), "--max_steps", "1", "--learning_rate", "1e-9", "--warmup_steps", "0"]
+    encoder = MammoDinoModel.from_pretrained(train(small(phantom_corpus, tmp_path / "run", *slow)))
+    found, start = (each.embeddings.patch_embeddings.projection.weight for each in (encoder, random))
+    torch.testing.assert_close(found, start, rtol=0, atol=1e-6)

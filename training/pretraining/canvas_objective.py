@@ -129,13 +129,14 @@ def breast_differences(
 def prepare_canvas(
     backbone: MammoDinoModel, views: PretrainingViews, recipe: Recipe, device: torch.device
 ) -> DenseTargets:
-    """Return the targets of a new run, fitted to images of its corpus, and start the patch embedding where the recipe
-    whitens it. Which images is a function of the seed; a resumed run loads both from its checkpoint instead."""
+    """Return the targets of a new run, fitted to images of its corpus, and start the patch embedding of a random
+    encoder where the recipe whitens it. Which images is a function of the seed; a resumed run loads both from its
+    checkpoint instead."""
     model = recipe.model
     targets = DenseTargets((model.image_height, model.image_width), model.patch_size, model.dense_components).to(device)
     images, tissue = (part.to(device) for part in views.plain_canvases(NUM_FITTED))
     targets.fit(images, tissue)
-    if model.whiten_patch_embeddings:
+    if model.whiten_patch_embeddings and not model.init_from:
         mean, std = views.corpus.image_processor.mean_and_std
         whiten_patch_embeddings(backbone, (images - mean) / std, tissue)
     return targets

@@ -63,7 +63,7 @@ class ModelRecipe:
     projector_hidden_size: int = setting(512, "Hidden size of the projectors of breast and patient views.", low=1)
     projector_size: int = setting(64, "Embedding size of these projectors.", low=1)
     whiten_patch_embeddings: bool = setting(
-        False, "The patch embedding starts as random mixtures of whitened patches of the corpus; else random."
+        False, "A random encoder's patch embedding starts as mixtures of whitened patches of the corpus, else as noise."
     )
     image_height: int = setting(518, "Canvas height of the exported image processor, in pixels.", low=1)
     image_width: int = setting(518, "Canvas width of the exported image processor, in pixels.", low=1)
