@@ -128,6 +128,8 @@ def prepare_step(
         targets_of = TeacherTargets(recipe)
         gram_teacher = GramTeacher(teacher, recipe) if recipe.loss.gram_weight else None
         dense_targets = DenseTargets(canvas, model.patch_size, model.dense_components) if recipe.uses_canvas else None
+        if dense_targets:
+            dense_targets.cpu_images = recipe.run.per_device_train_batch_size  # all at once, as on a GPU
         if run.gradient_checkpointing:
             student.backbone.gradient_checkpointing_enable()
     if mode:  # what else a batch holds is small, and says which tokens there are

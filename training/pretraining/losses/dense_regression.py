@@ -19,7 +19,7 @@ from .distributed import num_processes, sum_over_processes
 SCALES_PX = (1.0, 2.0, 4.0, 8.0, 16.0)  # standard deviations; one of two patches is added where it is larger
 WINDOWS_PATCHES = (1, 3, 5)  # sides of the windows of a statistic
 ORIENTATION_SCALES = (0, 1, 2)  # of SCALES_PX
-CPU_IMAGES = 4  # at once on a CPU, whose caches hold them
+CPU_IMAGES = 4  # at once on a CPU, whose caches hold them; on other devices all of a batch
 CPU_BLOCK = 48  # rows of a narrow blur at once on a CPU: of a dense matrix most is zero
 WIDE_PX = 8.0  # blurs from here on are two, between which a few samples are enough
 LIMIT = 5.0  # standardized targets are clipped to this, so that no rare place rules a batch
@@ -63,7 +63,7 @@ class DenseTargets(nn.Module):
         super().__init__()
         self.canvas, self.patch_size = canvas, patch_size
         self.scales, self.num_statistics = scales_px(patch_size), num_statistics(patch_size)
-        self.num_components = num_components
+        self.num_components, self.cpu_images = num_components, CPU_IMAGES
         window = (3 * patch_size) ** 2
         self.register_buffer("statistics_mean", torch.zeros(self.num_statistics))
         self.register_buffer("statistics_scale", torch.ones(self.num_statistics))
@@ -91,7 +91,7 @@ class DenseTargets(nn.Module):
         """Return raw statistics (B, N, S), each over breast alone: mean brightness in windows of 1, 3 and 5 patches; of
         each band its mean, log root mean square in the three windows, maximum and minimum; of each orientation scale
         the two components of the structure tensor's direction and its coherence in 3 patches."""
-        size = CPU_IMAGES if images.device.type == "cpu" else len(images)
+        size = self.cpu_images if images.device.type == "cpu" else len(images)
         parts = zip(images.split(size), tissue.to(images.dtype).split(size), strict=True)
         return torch.cat([self._statistics(*part) for part in parts])
 
