@@ -166,9 +166,10 @@ class DenseTargets(nn.Module):
         """Blur over breast alone at the scale of an index (normalized convolution, Knutsson and Westin 1993); both
         (2, B, H, W): images, zero elsewhere, and where breast is."""
         scale = self.scales[index]
-        for part in range(num_blurs(scale)):
+        is_wide = scale >= WIDE_PX
+        for part in range(1 + is_wide):
             down, across = (getattr(self, f"blur_{axis}{index}_{part}") for axis in "yx")
-            if scale < WIDE_PX and both.device.type == "cpu":
+            if not is_wide and both.device.type == "cpu":
                 both = torch.cat([down[rows, near] @ both[..., near, :] for rows, near in bands(len(down), scale)], -2)
                 both = torch.cat(
                     [both[..., near] @ across[rows, near].T for rows, near in bands(len(across), scale)], -1
@@ -179,18 +180,13 @@ class DenseTargets(nn.Module):
         return values.div_(weights.clamp_min_(1e-3))
 
 
-def num_blurs(scale: float) -> int:
-    """Return how many matrices blur along an axis, one after the other."""
-    return 2 if scale >= WIDE_PX else 1
-
-
 def blur_matrices(length: int, scale: float) -> list[torch.Tensor]:
     """Return what blurs `length` pixels with standard deviation `scale`, one after the other; beyond the ends is zero.
 
     A wide Gaussian is two of scale / sqrt(2), and what is between them is smooth: samples scale / 2 apart, and a little
     beyond the ends, give the product to 1e-4, for a fraction of its operations.
     """
-    if num_blurs(scale) == 1:
+    if scale < WIDE_PX:
         return [gaussian_matrix(length, scale)]
     step = scale / 2
     samples = torch.arange(-2 * scale, length + 2 * scale, step)
