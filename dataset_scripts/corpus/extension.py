@@ -31,7 +31,8 @@ OF_PART = ("tasks", "rows_per_shard", "first_file", "files", "first_shard")
 def all_parts(job: Job) -> list[Job]:
     """Return the jobs of the parts that were begun, in their order, with what each began with."""
     parts: list[Job] = []
-    while (part := replace(job, part=len(parts))).begun.exists():
+    # a build from before there were extensions does not say where it starts
+    while (part := replace(job, part=len(parts), first_file=0, first_shard=0)).begun.exists():
         saved = json.loads(part.begun.read_text())
         parts.append(replace(part, **{name: saved[name] for name in OF_PART if name in saved}))
     return parts
