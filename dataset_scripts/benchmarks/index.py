@@ -103,7 +103,11 @@ def make_index(rows: pd.DataFrame | list[dict], name: str) -> pd.DataFrame:
         if index[column].isna().any():
             raise ValueError(f"{name}: {int(index[column].isna().sum())} rows without {column}")
     if (repeated := index["image_id"].duplicated()).any():
-        raise ValueError(f"{name}: image_id {index['image_id'][repeated].iloc[0]!r} occurs more than once")
+        raise ValueError(
+            f"{name}: image_id {index['image_id'][repeated].iloc[0]!r} occurs more than once; take a row out"
+        )
+    if ((patients := index.groupby("breast_id")["patient_id"].nunique()) > 1).any():
+        raise ValueError(f"{name}: breast_id {patients.idxmax()!r} is of {patients.max()} patients; rename one of them")
     return index
 
 

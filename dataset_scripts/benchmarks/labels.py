@@ -9,6 +9,7 @@ it is called `table`: `load_task("table", "labels.csv", "finding")` knows each c
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ WORDS = {
 }
 CORNERS = ("x0", "y0", "x1", "y1")
 BOX_COLUMNS = ("boxes", *CORNERS, "lesion_slice")
-EMPTY = ("", "NA", "N/A", "NaN", "nan")
+EMPTY = ("", "na", "n/a", "nan", "null", "<na>")  # in any case; None may be a class
 LABELS_OF_SCHEMA: tuple[str, ...] = ("cancer", "lesion", "birads", "density")
 MAX_CLASSES = 20  # a column of more values is of numbers or of names
 SPELLED = {  # what is known of an image beside its labels, for subgroups, and how tables may call it
@@ -65,6 +66,8 @@ SPELLED = {  # what is known of an image beside its labels, for subgroups, and h
     "machine": ("machine", "machine_id", "scanner", "digitizer", "manufacturer"),
     "age": ("age",),
 }
+WITHOUT = ("normal", "negative", "none", "no", "healthy", "control", "absent")  # of two classes the one without it
+AGES = (0, 120)  # years; other numbers stand for unknown
 LABEL = "label:"  # before the name of a task's column in the index: there may be one of the schema's
 
 
@@ -76,6 +79,7 @@ def read_labels(path: Path, tasks: Sequence[str] = ()) -> pd.DataFrame:
     such file.
     """
     table = open_table(path, tasks)
+    _report_split(table)
     return pd.DataFrame({name: _typed(table, name) for name in table.rows})
 
 
@@ -83,7 +87,8 @@ def open_table(path: Path, tasks: Sequence[str] = (), needed: Sequence[str] = NE
     """Return a label table as text, its columns by the names of IDENTITY. Raises as `read_labels`."""
     try:
         if path.suffix.lower() == ".parquet":
-            rows = pd.read_parquet(path).map(_as_text)
+            rows = pd.read_parquet(path)
+            rows = rows.reset_index(drop=rows.index.names == [None]).map(_as_text)  # a shuffled table has its old order
         else:
             rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -95,12 +100,18 @@ def open_table(path: Path, tasks: Sequence[str] = (), needed: Sequence[str] = NE
         ) from error
     ours = {name: ours for ours, name in IDENTITY.items() if ours not in rows}
     rows = rows.rename(columns=lambda name: ours.get(str(name).strip(), str(name).strip()))
+    if not rows.columns.is_unique:
+        raise ValueError(f"{path}: column {rows.columns[rows.columns.duplicated()][0]} is there twice; {ABOUT}")
     if missing := [name for name in (*needed, *tasks) if name not in rows]:
         raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(rows)}; {ABOUT}")
     if rows.empty:
         raise ValueError(f"{path}: no rows; {ABOUT}")
     rows = rows.apply(lambda cells: cells.str.strip())
-    table = MetadataTable(path, rows.mask(rows.isin(EMPTY), ""), f"fill it, or take the row out; {ABOUT}")
+    table = MetadataTable(
+        path,
+        rows.mask(rows.apply(lambda cells: cells.str.lower().isin(EMPTY)), ""),
+        f"fill it, or take the row out; {ABOUT}",
+    )
     for name in needed:
         table.text(name, required=True)
     for name, words in WORDS.items():
@@ -114,7 +125,7 @@ def open_table(path: Path, tasks: Sequence[str] = (), needed: Sequence[str] = NE
 def _as_text(cell: Any) -> str:
     """Return a cell of a Parquet file as a CSV would have it."""
     if isinstance(cell, list | np.ndarray):
-        return json.dumps(list(cell))
+        return json.dumps(list(cell), default=lambda each: each.tolist())  # numbers and arrays of numpy
     return "" if pd.isna(cell) else str(cell)
 
 
@@ -128,11 +139,12 @@ def _typed(table: MetadataTable, name: str) -> pd.Series:
 
 
 def class_names(column: pd.Series) -> pd.Series:
-    """Return each cell as the name of its class, of type string, missing where empty: 1.0 is "1", True is "1"."""
+    """Return each cell as the name of its class, of type string, missing where empty: 1.0 is "1", TRUE is "1"."""
     if pd.api.types.is_numeric_dtype(column) and (column.dropna() % 1 == 0).all():
         return column.astype("Int64").astype("string")
     names = column.astype("string").str.strip()
-    return names.replace({"False": "0", "True": "1"}) if set(names.dropna()) <= {"False", "True"} else names
+    lower = names.str.lower()
+    return lower.replace({"false": "0", "true": "1"}) if set(lower.dropna()) <= {"false", "true"} else names
 
 
 # ---- as a data set -----------------------------------------------------------------------------------------------
@@ -153,9 +165,14 @@ def _identity(table: MetadataTable) -> dict[str, pd.Series]:
     """Return the columns of IDENTITY that there are, by their names in the index, with image_id and breast_id."""
     nothing = pd.Series(pd.NA, table.rows.index, "string")
     about = {ours: table.text(name) for name, ours in IDENTITY.items() if name in table.rows}
+    about["path"] = about["path"].map(os.path.normpath).astype("string")  # ./a.png is a.png
     image, side = about.get("image_id", nothing).fillna(about["path"]), about.get("laterality", nothing)
-    patient, study = about.get("patient_id", nothing), about.get("study_id", nothing)
-    breast = about.get("breast_id", nothing).fillna(patient + ("_" + study).fillna("") + "_" + side)
+    patient, breast = about.get("patient_id", nothing), about.get("breast_id", nothing)
+    of_patient = patient + ("_" + about.get("study_id", nothing)).fillna("") + "_"
+    if (patient.groupby(breast).nunique() > 1).any():
+        logger.info("%s: several patients have a breast of one name; each counts as the patient's own", table.path)
+        breast = of_patient + breast
+    breast = breast.fillna(of_patient + side)
     return {**about, "patient_id": patient, "image_id": image, "breast_id": breast.fillna(image.where(patient.notna()))}
 
 
@@ -167,6 +184,7 @@ def read_index(data_dir: Path) -> pd.DataFrame:
     known counts as a breast of its own. What the schema has of a label is filled where all cells are of its kind.
     """
     table = open_table(table_file(data_dir))
+    _report_split(table)
     about = _identity(table)
     if alone := int((about["breast_id"] == about["image_id"]).sum()):
         logger.info("%s: %d images without breast and laterality count as a breast each", table.path, alone)
@@ -175,10 +193,17 @@ def read_index(data_dir: Path) -> pd.DataFrame:
     known = {name: next((each for each in names if each in table.rows), None) for name, names in SPELLED.items()}
     about |= {name: _typed(table, column) for name, column in known.items() if column}
     if "age" in about:
-        about["age"] = pd.to_numeric(about["age"], errors="coerce")
+        years = pd.to_numeric(about["age"].astype("string").str.removesuffix("Y"), errors="coerce")  # DICOM's 045Y
+        about["age"] = years.where(years.between(*AGES))
     rows: dict[str, Any] = {**about, **of_schema, "boxes": pd.Series(list(_boxes(table)), dtype=object)}
     index = make_index(pd.DataFrame(rows), str(table.path))
     return index.assign(**{LABEL + name: cells.to_numpy() for name, cells in labels.items()})
+
+
+def _report_split(table: MetadataTable) -> None:
+    """Log how many rows have no split where others have one, for they serve nothing."""
+    if "split" in table.rows and 0 < (empty := int((table.rows["split"] == "").sum())) < len(table.rows):
+        logger.warning("%s: %d rows without a split beside rows with one are left out", table.path, empty)
 
 
 def _tasks(table: MetadataTable) -> list[str]:
@@ -255,12 +280,16 @@ def table_benchmark(data_dir: Path) -> Benchmark:
 
 def _in_order(task: str, classes: set[str]) -> tuple[dict[str, str], bool]:
     """Return the class of each value, in order, and whether that order means something: of numbers and single letters
-    it does, of names the alphabet's does not. 0 and 1 are without and with it."""
+    it does, of names the alphabet's does not. 0 and 1 are without and with it, and so are two names of which one is
+    in WITHOUT."""
     if classes == {"0", "1"}:
         return {"0": f"no {task}", "1": task}, True
     numbers = pd.to_numeric(pd.Series(sorted(classes)), errors="coerce")
     if numbers.notna().all():
         return {each: each for each in sorted(classes, key=float)}, True
+    without = [each for each in classes if each.lower() in WITHOUT]
+    if len(classes) == 2 and len(without) == 1:
+        return {each: each for each in (*without, *(classes - set(without)))}, True
     return {each: each for each in sorted(classes)}, all(len(each) == 1 for each in classes)
 
 

@@ -156,21 +156,18 @@ def load_task(
     }
     kept = label.notna() & has_split
     table = index[kept].assign(label=label[kept].astype("int64"))
-    table["split"] = complete_splits(
-        table["patient_id"],
-        table["label"],
-        table["split"],
-        seed=seed,
-        validation_fraction=validation_fraction,
-        test_fraction=test_fraction,
-    )
+    fractions = {"validation_fraction": validation_fraction, "test_fraction": test_fraction}
+    try:
+        table["split"] = complete_splits(table["patient_id"], table["label"], table["split"], seed=seed, **fractions)
+    except ValueError as error:
+        raise (ValueError(f"{data_dir}: {error}") if name == TABLE else error) from None
     is_there = find_files(table, data_dir, allow_missing)
     left_out[MISSING] = int((~is_there).sum())
     table = table.loc[is_there, _columns(table)].sort_values("image_id").reset_index(drop=True)
     if with_boxes and benchmark.read_boxes is not None:
         table = benchmark.read_boxes(table, data_dir)
     counts = _counts(table, chosen.classes) | {"left_out": {why: n for why, n in left_out.items() if n}}
-    _check_classes(counts, chosen, benchmark.name)
+    _check_classes(counts, chosen, str(data_dir) if name == TABLE else name)
     logger.info("%s, %s (%s): %s", benchmark.name, task, chosen.name, counts)
     return TaskTable(table, chosen.classes, benchmark, chosen, counts, official_splits(index))
 
@@ -203,6 +200,9 @@ def _labels(
         chosen = chosen.in_order(classes) if classes else chosen
     except ValueError as error:
         raise (ValueError(f"{data_dir}: {error}; {ABOUT}") if name == TABLE else error) from None
+    if name == TABLE and len(chosen.classes) == 2 and not chosen.is_ordered:
+        negative, positive = chosen.classes
+        logger.warning("%s: %s counts as positive; --classes %s,%s turns it round", task, positive, positive, negative)
     index = located(benchmark, data_dir)
     return benchmark, chosen, index, class_numbers(chosen, index)
 

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -45,6 +46,69 @@ def test_csv_and_parquet_are_the_same_index(tmp_path):
     assert list(csv["breast_id"]) == ["007_s1_L", "b.png"]  # of the second the side is not known
     assert csv["cancer"][0] == 1 and pd.isna(csv["cancer"][1]) and list(csv["birads"]) == [5, 0]
     assert csv["boxes"][0] == [BOX] and csv["boxes"][1] == []
+
+
+def test_a_parquet_of_shuffled_or_filtered_rows_is_read_row_by_row(tmp_path):
+    rows = [(f"p{number}", f"p{number}.png", number % 2, [{**BOX, "x0": -number}]) for number in range(12)]
+    frame = pd.DataFrame(rows, columns=["patient", "file", "cancer", "boxes"])
+    tables = {
+        "shuffled": frame.sample(frac=1, random_state=0),
+        "filtered": frame[3:],
+        "twice": frame.set_axis([0] * 12),
+    }
+    tables["by_file"] = frame.set_index("file")
+    for name, table in tables.items():
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        index = read_index(tmp_path / f"{name}.parquet")
+        number = index["patient_id"].str[1:].astype(int)
+        assert len(index) == len(table) and (index["path"] == index["patient_id"] + ".png").all()
+        assert (index["cancer"] == number % 2).all() and (index["label:cancer"] == (number % 2).astype(str)).all()
+        assert [boxes[0]["x0"] for boxes in index["boxes"]] == [-each for each in number]
+
+
+def test_a_parquet_of_embeddings_is_a_label_table(tmp_path):
+    vectors = list(np.ones((2, 30), np.float32))
+    table = read_labels(write(tmp_path, "labels.parquet", cancer=[0, 1], embedding=vectors), ["cancer"])
+    assert list(table["cancer"]) == [0, 1]
+
+
+@pytest.mark.parametrize("words", [("TRUE", "FALSE"), ("true", "false"), ("True", "False"), (1, 0)])
+def test_a_boolean_is_with_or_without(tmp_path, words):
+    benchmark = table_benchmark(write(tmp_path, recalled=words))
+    definition = benchmark.definition("recalled")
+    assert definition.classes == ("no recalled", "recalled") and definition.is_ordered
+    assert list(definition.label(benchmark.read_index(tmp_path))) == ["recalled", "no recalled"]
+
+
+def test_of_two_names_the_one_without_comes_first_and_others_are_said(tmp_path, caplog):
+    definition = table_benchmark(write(tmp_path, finding=["Normal", "lesion"])).definition("finding")
+    assert definition.classes == ("Normal", "lesion") and definition.is_ordered
+    files = [f"p{number}.png" for number in range(30)]
+    for file in files:
+        (tmp_path / file).touch()
+    path = write(tmp_path, patient=files, file=files, kind_of=["mass", "calcification"] * 15)
+    assert load_task("table", path, "kind_of").classes == ("calcification", "mass")
+    assert "kind_of: mass counts as positive; --classes mass,calcification turns it round" in caplog.text
+
+
+def test_a_breast_is_of_one_patient(tmp_path):
+    index = read_index(write(tmp_path, breast=["L", "L"], cancer=[0, 1]))
+    assert list(index["breast_id"]) == ["a_L", "b_L"]
+    joined = {"patient": ["1_2", "1"], "study": [None, "2"], "laterality": ["L", "L"], "cancer": [0, 1]}
+    with pytest.raises(ValueError, match="breast_id '1_2_L' is of 2 patients; rename one of them"):
+        read_index(write(tmp_path, **joined))
+
+
+def test_ages_of_dicom_are_read_and_impossible_ones_are_unknown(tmp_path):
+    people = list("abcd")
+    index = read_index(write(tmp_path, patient=people, file=people, age=["045Y", "-1", "999", "61"], cancer=[0, 1] * 2))
+    assert index["age"].tolist()[::3] == [45, 61] and index["age"].isna().tolist() == [False, True, True, False]
+
+
+def test_cells_that_mean_nothing_are_empty_in_any_case(tmp_path):
+    cells = ["n/a", "NULL", "NaN", "mass"]
+    table = read_labels(write(tmp_path, patient=list("abcd"), file=list("abcd"), finding=cells))
+    assert table["finding"].isna().tolist() == [True, True, True, False]
 
 
 def test_other_names_and_words_mean_the_same(tmp_path):
@@ -177,7 +241,9 @@ def test_what_is_wrong_is_one_line_and_says_where_to_read(tmp_path, columns, par
 @pytest.mark.parametrize(
     ("columns", "parts"),
     [
-        ({"file": ["a.png", "a.png"]}, ("image_id 'a.png' occurs more than once",)),
+        ({"file": ["a.png", "a.png"]}, ("image_id 'a.png' occurs more than once; take a row out",)),
+        ({"file": ["a.png", "./a.png"]}, ("image_id 'a.png' occurs more than once",)),
+        ({"cancer ": [0, 1]}, ("column cancer is there twice",)),
         ({"boxes": ["1, 2, 3, 4", None]}, ("row 1: boxes is '1, 2, 3, 4', not JSON like",)),
         ({"boxes": ['[{"x0": 1}]', None]}, ("row 1: boxes is", "not JSON like")),
         ({"boxes": ['[{"x0":1,"y0":1,"x1":1,"y1":2}]', None]}, ("row 1: boxes is", "x0 must be below x1")),

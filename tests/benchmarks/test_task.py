@@ -175,10 +175,11 @@ def test_images_whose_file_nobody_can_tell_count_as_missing(tmp_path):
 @pytest.mark.parametrize(("ill", "split"), [(1, "validation"), (2, "validation")])
 def test_a_class_that_a_split_lacks_is_named(own, ill, split):
     rows = [{**row, "cancer": int(row["patient_id"] in [f"p{n}" for n in range(ill)])} for row in population(40)]
+    folder = own(rows)
     with pytest.raises(ValueError) as caught:
-        load_task("table", own(rows), "cancer")
+        load_task("table", folder, "cancer")
     elsewhere = sum(row["cancer"] for row in rows)
-    expected = f"table, cancer (column): no image of class 'cancer' in {split}, {elsewhere} elsewhere; add patients of"
+    expected = f"{folder}, cancer (column): no image of class 'cancer' in {split}, {elsewhere} elsewhere; add patients"
     assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
 
 
