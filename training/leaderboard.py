@@ -10,8 +10,8 @@ name, of patients that no encoder has learned from. A task of TASKS.yaml is a na
 `where`, values that other columns must have; `difference`, columns by whose values the mean of features is subtracted,
 such as patient and view, so that what remains is one breast against the other. Where the table has a column `split`,
 the head (logistic regression on standardized features, penalty chosen on held-out patients) learns from `train` and is
-scored on `test`; else in five folds of patients. --dbt adds real DBT slices, --phantom an archive of simulated breasts,
-or two, to learn from and to test on. Research use only.
+scored on `test`, other rows being left out; else in five folds of patients. --dbt adds real DBT slices, --phantom an
+archive of simulated breasts, or two, to learn from and to test on. Research use only.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from training.evaluation.readout import (
     EncoderReader,
     Reader,
     breast_differences,
+    file_stamps,
     held_out_answers,
     render_once,
     whole_features,
@@ -97,7 +98,7 @@ class Leaderboard:
     def __init__(self, options: argparse.Namespace):
         self.options, self.tasks = options, read_tasks(options.tasks) if options.tasks else {}
         if options.labels:
-            self.table = read_labels(options.labels, sorted({task["label"] for task in self.tasks.values()}))
+            self.table = read_labels(options.labels, sorted(set().union(*map(columns_of, self.tasks.values()))))
             self.files = [options.labels.parent / file for file in self.table["file"]]
         self.processors: dict[str, MammoDinoImageProcessor] = {}
         self.images = cache(self._images)
@@ -154,7 +155,7 @@ class Leaderboard:
         """Return features of the images of "labels" (NaN where a file cannot be used), "dbt" or "phantom"; from the
         cache where they are there."""
         folder, key = self.options.cache, self.processor_of(source)
-        settings = json.dumps([identity(source), key, str(getattr(self.options, part)), self.options.bf16])
+        settings = json.dumps([identity(source), key, file_stamps(self.files_of(part)), self.options.bf16])
         path = folder / f"features-{part}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.npz" if folder else None
         if path and path.is_file():
             with np.load(path) as kept:
@@ -171,6 +172,13 @@ class Leaderboard:
             with atomic_file(path) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, **found)  # type: ignore[arg-type]
         return found
+
+    def files_of(self, part: str) -> list[Path]:
+        """Return the files of which features of a part are, or the tables that name them."""
+        options = self.options
+        tables = {"dbt": [options.dbt / "slices.csv"]} if options.dbt else {}
+        tables |= {"phantom": [each / "labels.csv" for each in options.phantom]} if options.phantom else {}
+        return self.files if part == "labels" else tables[part]
 
     def processor_of(self, source: str) -> str:
         """Return the key of a row's image processor: its own, or that of --canvas, or of the first encoder."""
@@ -247,6 +255,11 @@ def read_tasks(path: Path) -> dict[str, dict[str, Any]]:
     return tasks
 
 
+def columns_of(task: dict[str, Any]) -> set[str]:
+    """Return the columns of a label table that a task names."""
+    return {task["label"], *task.get("where", {}), *task.get("difference", ())}
+
+
 def open_reader(source: str, processor: MammoDinoImageProcessor, bf16: bool = False) -> Reader:
     """Return what makes a row's features."""
     if source == "hand-crafted":
@@ -288,6 +301,8 @@ def probabilities(table: pd.DataFrame, features: np.ndarray, tasks: dict[str, di
     found = {}
     for name, task in tasks.items():
         chosen = table[task["label"]].notna() & ~np.isnan(features).any(axis=1)
+        if "split" in table:
+            chosen &= table["split"].isin(["train", "test"])
         for column, value in task.get("where", {}).items():
             chosen &= table[column].astype(str) == str(value)
         rows, part = table[chosen], features[chosen]

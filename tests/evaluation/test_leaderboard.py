@@ -65,6 +65,20 @@ def test_where_chooses_rows_and_unusable_files_are_left_out(table):
     assert len(found["finding"][0]) == 78 and len(found["finding, site A"][0]) == 38
 
 
+def test_only_test_rows_are_scored(table):
+    split = table["patient"].map(lambda patient: ("train", "train", "validation", "test", None)[int(patient[1:]) % 5])
+    found = probabilities(table.assign(split=split), features_of(table, 1.0), {"finding": TASKS["finding"]})["finding"]
+    assert set(found.patients) == {f"p{number}" for number in range(3, 40, 5)}
+
+
+def test_a_column_that_a_task_names_must_be_there(table, tmp_path):
+    table.drop(columns="site").to_csv(tmp_path / "labels.csv", index=False)
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(TASKS))
+    options = ["--labels", tmp_path / "labels.csv", "--tasks", tmp_path / "tasks.yaml", "--models", "hand=hand-crafted"]
+    with pytest.raises(SystemExit, match=r"labels\.csv: no column site; it has file"):
+        main([*map(str, options), "--output", str(tmp_path / "results.json")])
+
+
 def test_a_task_of_one_class_is_refused_by_name(table):
     with pytest.raises(ValueError, match="task none: 1 classes"):
         probabilities(table, features_of(table, 1.0), {"none": {"label": "view"}})
@@ -117,6 +131,13 @@ def test_encoders_and_features_stand_in_one_page(table, tmp_path):
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     again = json.loads((tmp_path / "again.json").read_text())["rows"]
     assert {name: row["scores"] for name, row in again.items()} == rows
+    edited = table.sample(frac=1, random_state=0).iloc[4:]  # in the same file: the cache is of other images
+    edited.to_csv(tmp_path / "labels.csv", index=False)
+    few = [*common[:4], *models[:2], "--output", tmp_path / "edited.json"]
+    main([str(each) for each in [*few, "--cache", tmp_path / "cache"]])
+    main([str(each) for each in [*few[:-1], tmp_path / "without.json"]])
+    cached, without = ((tmp_path / f"{name}.json").read_text() for name in ("edited", "without"))
+    assert cached == without
     main(["--results", str(tmp_path / "results.json"), "--output", str(tmp_path / "page.md")])
     text = (tmp_path / "page.md").read_text()
     assert "| ours |" in text and "80 images of 40 patients" in text and "Research use only" in text

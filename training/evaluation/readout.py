@@ -100,8 +100,7 @@ def render_once(
     """Like `render`, kept in a folder for the next encoder with an equal image processor."""
     if cache is None:
         return render(files, processor, frames)
-    stamps = [(str(file), file.stat().st_size) if file.is_file() else str(file) for file in files]
-    key = json.dumps([processor.to_dict(), stamps, frames], sort_keys=True, default=str)
+    key = json.dumps([processor.to_dict(), file_stamps(files), frames], sort_keys=True, default=str)
     path = cache / f"canvases-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if not path.is_file():
         found = render(files, processor, frames)
@@ -119,6 +118,12 @@ def render_once(
         parts = zip(*(kept[name] for name in ("image", "tissue", "placement")), strict=True)
         canvases = (Canvas(image, tissue, Placement(*place.tolist())) for image, tissue, place in parts)
         return [str(reason) if reason else next(canvases) for reason in kept["refused"]]
+
+
+def file_stamps(files: Sequence[Path]) -> list[tuple[str | int, ...]]:
+    """Return what changes where one of several files, or their order, does: for the name of what is made of them."""
+    found = [(file, file.stat() if file.is_file() else None) for file in files]
+    return [(str(file), at.st_size, at.st_mtime_ns) if at else (str(file),) for file, at in found]
 
 
 def _batches(canvases: Sequence[Canvas]):
