@@ -81,6 +81,13 @@ def test_a_finished_run_returns_at_once_and_other_settings_are_refused(frozen, m
     assert finetune(settings) == result
     with pytest.raises(ValueError, match=r"other settings: task \('cancer' -> 'density'\); give the same to go on, or"):
         finetune(FinetuneSettings(**{**result["settings"], "task": "density"}))
+    index = Path(settings.data_dir) / "index.csv"
+    before = index.read_text()
+    index.write_text(before.replace(",1,", ",0,", 1))
+    with pytest.raises(ValueError, match=r"other settings: label_table \('\w+' -> '\w+'\); give the same to go on, or"):
+        finetune(settings)
+    index.write_text(before)
+    assert finetune(settings) == result
     elsewhere = {**result["settings"], "data_dir": "/elsewhere", "dataloader_num_workers": 7}
     assert finetune(FinetuneSettings(**elsewhere)) == result
 

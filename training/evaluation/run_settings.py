@@ -4,17 +4,20 @@ Fields carry the names of `transformers.TrainingArguments` where it has one. The
 the defaults are our choice, those of detection tried on small phantoms only.
 """
 
+import hashlib
 import shlex
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from dataset_scripts.benchmarks.labels import TABLE
+from dataset_scripts.benchmarks.labels import TABLE, table_file
 from training.settings import SettingsParser, check_values, setting
 
 from .backbones.registry import BACKBONES
 from .detection.lesion_metrics import HITS
 from .metrics import METRICS
 
+LABEL_TABLE = "label_table"  # among what is computed: the hash of its content
 MODES = ("frozen", "full", "lora")
 HEADS = ("linear", "attention", "mil")
 LEARNING_RATES = {"full": 5e-5, "lora": 5e-4}  # where learning_rate is 0
@@ -73,8 +76,11 @@ class RunSettings:
                 raise ValueError(f"{name}: must be given, as --{name} ...{other}")
 
     def what_is_computed(self) -> dict[str, Any]:
-        """Return the fields that a result depends on; the others say where and how fast."""
-        return {name: value for name, value in asdict(self).items() if name not in self.PLACE_AND_SPEED}
+        """Return what a result depends on, a label table's content among it; other fields say where and how fast."""
+        computed = {name: value for name, value in asdict(self).items() if name not in self.PLACE_AND_SPEED}
+        if self.dataset == TABLE and Path(self.data_dir).exists():
+            computed[LABEL_TABLE] = hashlib.sha256(table_file(Path(self.data_dir)).read_bytes()).hexdigest()[:12]
+        return computed
 
     def command(self) -> str:
         """Return the command line that repeats the run."""

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 import modeling_mammodino
 from modeling_mammodino.tools.files import atomic_file, write_json
 
-from .run_settings import RunSettings
+from .run_settings import LABEL_TABLE, RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ def check_same_settings(path: Path, wanted: dict[str, Any]) -> None:
     """Raise ValueError where the settings in `path`, if it exists, differ from `wanted`."""
     if (noted := read_json(path)) is None:
         return
+    if LABEL_TABLE not in wanted:  # of a finished run it may be gone
+        noted.pop(LABEL_TABLE, None)
     if changed := [
         f"{name} ({noted.get(name)!r} -> {wanted.get(name)!r})"
         for name in sorted(set(wanted) | set(noted))
