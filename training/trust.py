@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dataset_scripts.benchmarks.labels import TABLE
-from dataset_scripts.benchmarks.task import TaskTable, labeled_images
+from dataset_scripts.benchmarks.task import TaskTable, labeled_images, open_benchmark
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.embed import find_device
@@ -149,10 +149,11 @@ def evaluate_external(run: Path, external: str, allow_missing: bool = False) -> 
     trust, result = read_json(run / TRUST_FILE), read_json(run / RESULT_FILE)
     if trust is None or result is None:
         raise ValueError(f"{run}: has no {TRUST_FILE}; run it again, into another folder")
-    dataset, _, folder = external.rpartition("=")
+    dataset, _, folder = ("", "", external) if user_path(external).exists() else external.rpartition("=")
+    where = dataset or TABLE, user_path(folder)
     images, definition = labeled_images(
-        dataset or TABLE, user_path(folder), settings.task, classes=classes if settings.classes else (),
-        allow_missing=allow_missing,
+        *where, settings.task, same_definition(*where, settings.task, result["definition"]),
+        classes=classes if settings.classes else (), allow_missing=allow_missing,
     )  # fmt: skip
     if list(definition.classes) != classes:
         raise ValueError(
@@ -166,8 +167,11 @@ def evaluate_external(run: Path, external: str, allow_missing: bool = False) -> 
     patients, metric = of_level["patient_id"].to_numpy(str), trust["headline"]["metric"]
     score = bootstrap(labels, probabilities, patients, [metric], settings.num_resamples, settings.seed)[metric]
     calibrated = at_level(rows, level, "calibrated_")[2]
-    trust["external"][dataset or Path(folder).stem] = {
-        "data": dataset or TABLE,
+    name = dataset or Path(folder).stem
+    if trust["external"].get(name, {}).get("data", external) != external:  # two tables of one name
+        name = external
+    trust["external"][name] = {
+        "data": external,
         "level": level,
         "units": len(labels),
         "patients": len(set(patients)),
@@ -177,6 +181,15 @@ def evaluate_external(run: Path, external: str, allow_missing: bool = False) -> 
     }
     write_sheet(run, trust, result["metrics"])
     return trust
+
+
+def same_definition(dataset: str, folder: Path, task: str, name: str) -> str | None:
+    """Return the name of a definition where the data have one of that name, else None, their own, which is said."""
+    has = [each.name for each in open_benchmark(dataset, folder).definitions if each.task == task]
+    if name in has or not has:
+        return name if has else None
+    logger.info("%s: has no definition %r of %s; taken as %r", folder, name, task, has[0])
+    return None
 
 
 def main(arguments: list[str] | None = None) -> None:

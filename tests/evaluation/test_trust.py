@@ -117,6 +117,9 @@ def test_a_run_leaves_a_sheet_and_other_data_stand_beside_it(folders, tmp_path):
     numbers = json.loads((run / "trust.json").read_text())
     assert numbers["external"]["index"]["patients"] == 24 and numbers["external"]["index"]["level"] == "breast_max"
     assert "On other data (index), as it is, it" in (run / "trust.md").read_text()
+    assert "cancer counts as positive" in (run / "trust.md").read_text()
+    trust([str(run), "--external", str(tmp_path / "own" / "index.csv")])  # another table of this name stands beside it
+    assert len(json.loads((run / "trust.json").read_text())["external"]) == 2
     table = pd.read_csv(tmp_path / "other" / "index.csv")
     table.assign(cancer=table["cancer"].map({0: "no", 1: "yes"})).to_csv(tmp_path / "words.csv", index=False)
     with pytest.raises(

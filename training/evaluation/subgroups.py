@@ -31,6 +31,7 @@ HEADLINE_LEVELS = {
 SOURCES = ("machine", "site")  # the first of which two values are there is what features are asked for
 COLUMNS = ("density", "view", *SOURCES, "age")
 AGES = {0: "under 50", 50: "50 to 59", 60: "60 to 69", 70: "70 and over"}
+MAX_AGE = 120  # years
 IN_ORDER = {name: start for start, name in AGES.items()}
 MIN_PATIENTS = 10  # of a group that is scored
 MIN_OF_CLASS = 3  # patients of each class in it
@@ -85,9 +86,8 @@ def groups_known(table: pd.DataFrame, task: str) -> pd.DataFrame:
 
 
 def _age_bands(ages: pd.Series) -> pd.Series:
-    starts = np.array(list(AGES))
-    band = np.searchsorted(starts, ages.fillna(0).to_numpy(float), side="right") - 1
-    return pd.Series(np.array(list(AGES.values()))[band], ages.index, "string").where(ages.notna())
+    known = pd.to_numeric(ages).astype("Float64").where(lambda years: years.between(0, MAX_AGE))  # -1, 999: unknown
+    return pd.cut(known, [*AGES, np.inf], right=False, labels=list(AGES.values())).astype("string")
 
 
 def score_subgroups(

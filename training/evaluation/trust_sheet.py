@@ -37,13 +37,15 @@ def write_sheet(folder: Path, trust: dict[str, Any], metrics: dict[str, Any]) ->
 def sheet_lines(trust: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
     head = trust["headline"]
     metric = metric_in_words(head)
+    positive = f"; {list(head['classes'])[1]} counts as positive" if len(head["classes"]) == 2 else ""
     lines = [
         f"# {trust['title']}",
         "",
         f"**{metric} {format_interval(head['score'])}**, {level_in_words(head['level'])}; {head['units']} scores "
         f"of {head['patients']} patients that nothing was learned from. " + told_chance(head),
         "",
-        f"Classes: {', '.join(f'{name} ({count})' for name, count in head['classes'].items())}. {trust['meaning']} "
+        f"Classes: {', '.join(f'{name} ({count})' for name, count in head['classes'].items())}{positive}. "
+        f"{trust['meaning']} "
         f"The level is fixed by the task, not by the result. In brackets 95 % intervals over patients. **{NOTICE}**",
         "",
         "## In one minute",
@@ -278,8 +280,8 @@ def _reliability(axis: Any, trust: dict[str, Any]) -> None:
         if name == "calibrated":
             error = 1.96 * np.sqrt(np.clip(was * (1 - was), 0, None) / count)
             axis.errorbar(said, was, error, color=color, linewidth=0, elinewidth=1, alpha=0.6)
-    two = len(trust["headline"]["classes"]) == 2
-    name = list(trust["headline"]["classes"])[1] if two else "the most probable class"
+    classes = list(trust["headline"]["classes"])
+    name = classes[1] if len(classes) == 2 else "the most probable class"
     axis.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"probability of {drawable(name)}", ylabel="how often it was so")
     axis.set_title("reliability, bins of equal counts", fontsize=10)
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
