@@ -71,10 +71,11 @@ def read_files_and_tables(sources: list[Path]) -> pd.DataFrame:
     """
     is_table = [source.suffix.lower() in TABLES for source in sources]
     found = find_files([source for source, table in zip(sources, is_table, strict=True) if not table]).files
-    parts = [pd.DataFrame({"file": map(str, found), "image_id": map(str, found)}, dtype="string")]
+    parts = []  # tables first, which know more of a file than its folder does
     for source in (source for source, table in zip(sources, is_table, strict=True) if table):
         rows = read_images(source)
         parts.append(rows.assign(file=[str(source.parent / path) for path in rows["path"]]))
+    parts.append(pd.DataFrame({"file": map(str, found), "image_id": map(str, found)}, dtype="string"))
     table = pd.concat(parts, ignore_index=True).drop_duplicates("file", ignore_index=True)
     if table.empty:
         raise ValueError(f"{', '.join(map(str, sources))}: no image found; give images, folders, or a table")

@@ -206,10 +206,10 @@ def check_task(learn: pd.DataFrame, test: pd.DataFrame, task: str) -> None:
     """Raise ValueError where a task cannot be evaluated on these label tables."""
     learn, test = (table[table[task].notna()] for table in (learn, test))
     classes, held_out = (sorted(set(table[task].astype(str))) for table in (learn, test))
-    if len(classes) < 2 or not held_out or set(held_out) - set(classes):
+    if len(classes) < 2 or held_out != classes:
         raise ValueError(
-            f"task {task}: learning patients have {classes}, held-out ones {held_out}; each "
-            "class of the held-out patients must occur among the others, and two at least"
+            f"task {task}: learning patients have {classes}, held-out ones {held_out}; each class must occur in both, "
+            "and two at least: empty the cells of a class that is too rare"
         )
     if (num_patients := learn["patient"].nunique()) < FOLDS_OF_PENALTY:
         raise ValueError(f"task {task}: {num_patients} learning patients; logistic regression needs {FOLDS_OF_PENALTY}")

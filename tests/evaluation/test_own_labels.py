@@ -19,6 +19,7 @@ from training.card import main as card
 from training.detect import main as detect
 from training.finetune import main as finetune
 from training.predict import main as predict
+from training.predict import read_files_and_tables
 from training.probe import main as probe
 
 NUM_PATIENTS = 24
@@ -161,6 +162,15 @@ def test_images_and_folders_are_predicted_as_csv_with_heat_maps(labels, runs, tm
     found = pd.read_csv(tmp_path / "found.csv")
     assert found["level"].tolist() == ["image", "image"]  # nobody said whose they are
     assert [cv2.imread(str(path)).std() > 20 for path in (tmp_path / "maps").iterdir()] == [True, True]
+
+
+def test_a_table_knows_more_of_a_file_than_its_folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "labels.csv").write_text("file,patient,laterality\na.png,p1,L\n")
+    for sources in ([tmp_path, tmp_path / "labels.csv"], [tmp_path / "labels.csv", tmp_path]):
+        table = read_files_and_tables(sources).set_index("file")
+        assert len(table) == 2 and table.loc[str(tmp_path / "a.png"), "breast_id"] == "p1_L"
 
 
 @pytest.mark.slow
