@@ -12,6 +12,7 @@ from training.evaluation.finetuning.feature_cache import SliceFeatures
 from training.evaluation.subgroups import groups_known, headline_level, probe_source, score_headline, score_subgroups
 from training.finetune import finetune
 from training.trust import main as trust
+from training.trust import same_definition
 
 from .small_runs import draw_table, short_run
 
@@ -90,6 +91,12 @@ def test_a_source_that_features_hold_is_found_and_one_that_they_do_not_hold_is_n
     by_label = table.assign(label=(table["machine"] == "Y").astype(int))
     assert probe_source(SliceFeatures(list(noise[:, None]), by_label, {}), 50, 0)["auc_of_label"][0] == 1
     assert "no column" in probe_source(SliceFeatures([], table.drop(columns="machine"), {}), 50, 0)["missing"]
+
+
+def test_other_data_are_asked_for_the_definition_of_the_run(tmp_path):
+    folder = draw_table(tmp_path)
+    assert same_definition("table", folder, "density", "dense") == "dense"
+    assert same_definition("table", folder, "density", "by the radiologist") is None  # theirs, the first
 
 
 @pytest.mark.slow
