@@ -31,16 +31,22 @@ import numpy as np
 
 from .dicom_frames import (
     BIG_ENDIAN,
+    DEFLATED,
     DELIMITER,
     HEAD_BYTES,
     ITEM,
     NATIVE,
+    RLE,
+    UNCOMPRESSED,
     UNDEFINED,
     decode,
+    end_of_item,
     fault_of_codestream,
     found_syntax,
+    is_cut_off,
     missing_decoder,
     name_of,
+    starts_frame,
 )
 from .dicom_header import (
     FOR_PROCESSING,
@@ -432,17 +438,27 @@ def _check_complete(opened: DicomFile, stream: BinaryIO, length: int, frame_byte
         stream.seek(start + length if length != UNDEFINED else end)
         return
     stream.seek(start)
+    cut_off = ("PixelData is damaged: a frame ends before its end-of-image marker", "fetch the file again")
     fragments = -1  # the first item is the basic offset table
+    first, last = b"", b""  # bytes of the frame that the fragments belong to
     while len(item := stream.read(8)) == 8 and item[:4] == ITEM:
         fragments += 1
-        after = stream.tell() + int.from_bytes(item[4:], "little")
+        before = stream.tell()
+        after = before + int.from_bytes(item[4:], "little")
         if after > end:
             raise opened.refuse(*truncated)
-        if fragments:
-            head = stream.read(min(HEAD_BYTES, after - stream.tell()))
+        if fragments and opened.syntax not in (UNCOMPRESSED, DEFLATED, RLE):  # which may start as any codestream
+            head = stream.read(min(HEAD_BYTES, after - before))
             if fault := fault_of_codestream(head, opened.header):
                 raise opened.refuse(*fault)
+            if starts_frame(head):
+                if is_cut_off(first, last):
+                    raise opened.refuse(*cut_off)
+                first, last = head[:2], b""
+            last = last[-16:] + end_of_item(stream, before, after)
         stream.seek(after)
+    if is_cut_off(first, last):
+        raise opened.refuse(*cut_off)
     if fragments < opened.num_frames:
         raise opened.refuse(*truncated)
     if item[:4] != DELIMITER:

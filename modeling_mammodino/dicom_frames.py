@@ -23,6 +23,8 @@ except ImportError:  # a checkpoint runs on ready tensors without pydicom
 HEAD_BYTES = 1 << 16  # in which the frame header stands: behind tables, comments and application segments
 MAX_TILES = 4096  # of JPEG 2000; a decoder keeps some kilobytes for each
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
+START_OF_IMAGE, END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"  # of a JPEG or JPEG-LS stream (T.81 B.2.1, T.87 C.2.1)
+PADDING, MAX_PADDING_BYTES = b"\0\xff", 1 << 20  # behind a codestream; more is a hole
 ITEM, DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 
 _ROOT = "1.2.840.10008.1.2"
@@ -66,7 +68,7 @@ def frame_header(head: bytes) -> FrameHeader | None:
     Raises ValueError where it cannot be one.
     """
     try:
-        if head[:2] == b"\xff\xd8":
+        if head[:2] == START_OF_IMAGE:
             return _jpeg(head)
         if head[:2] == b"\xff\x0a" or head[:12] == _BOX_OF_JPEG_XL:
             return _jpeg_xl(head[head.index(b"\xff\x0a") + 2 :])
@@ -142,6 +144,26 @@ def fault_of_codestream(head: bytes, header: Any) -> tuple[str, str] | None:
     if _is_12_bit_jpeg(stated) and not (_pylibjpeg_is_here() or _imagecodecs()):
         return "JPEG Extended of 12 bits needs a decoder", "install one: pylibjpeg-libjpeg or imagecodecs"
     return None
+
+
+def starts_frame(head: bytes) -> bool:
+    """Whether a fragment with these first bytes is the first of a compressed frame."""
+    return head[:2] == START_OF_IMAGE or bool(_family(head))
+
+
+def end_of_item(stream: Any, start: int, stop: int) -> bytes:
+    """The last bytes of the item from `start` to `stop`, and one byte of the padding behind them where there is any."""
+    for size in (16, MAX_PADDING_BYTES):
+        stream.seek(max(start, stop - size))
+        end: bytes = stream.read(stop - stream.tell())
+        if end.strip(PADDING):
+            break
+    return end[: len(end.rstrip(PADDING)) + 1]
+
+
+def is_cut_off(head: bytes, end: bytes) -> bool:
+    """Whether a frame that starts as JPEG or JPEG-LS does not end as one; decoders fill in what is missing."""
+    return head[:2] == START_OF_IMAGE and not end.rstrip(PADDING).endswith(END_OF_IMAGE)
 
 
 def _is_12_bit_jpeg(stated: FrameHeader | None) -> bool:
@@ -259,7 +281,14 @@ def _decoded(
             yield frame if options["pixel_representation"] == 0 else frame.view(f"i{frame.dtype.itemsize}")
         return
     options |= {"transfer_syntax_uid": pydicom.uid.UID(syntax)} | ({"pixel_vr": pixel_vr} if pixel_vr else {})
-    for frame, _ in pydicom.pixels.get_decoder(syntax).iter_array(stream, indices=frames, **options):
+    decoder = pydicom.pixels.get_decoder(syntax)
+    strict = ""  # reads what it objects to with no other, which would fill in what is damaged
+    if syntax in JPEG_LS:
+        strict = "pyjpegls"
+    elif syntax in DCT_JPEG and not is_12_bit and (syntax == DCT_JPEG[1] or options["bits_stored"] == 8):
+        strict = "pillow"
+    options["decoding_plugin"] = strict if strict in decoder.available_plugins else ""
+    for frame, _ in decoder.iter_array(stream, indices=frames, **options):
         yield frame
 
 

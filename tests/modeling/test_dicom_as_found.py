@@ -99,6 +99,14 @@ def test_frames_without_a_codec_are_unpacked(tmp_path):
         np.testing.assert_array_equal([each.pixels for each in iter_slices(path, indices=[2], **RAW)], pixels[2:])
 
 
+@pytest.mark.parametrize("first", [0x0AFF, 0xD8FF])
+def test_pixels_that_start_as_a_codestream_are_none(tmp_path, first):
+    pixels = RAMP.copy()
+    pixels[0, 0] = first
+    path = write(in_frames([pixels.tobytes()], UNCOMPRESSED, pixels, bits=16), tmp_path / "image.dcm")
+    np.testing.assert_array_equal(read_mammogram(path, **RAW).pixels, pixels)
+
+
 def test_a_frame_that_inflates_without_end_takes_the_memory_of_one_frame(tmp_path):
     deflater = zlib.compressobj(9, wbits=-15)
     bomb = b"".join(deflater.compress(bytes(1 << 20)) for _ in range(64)) + deflater.flush()

@@ -9,7 +9,7 @@ import pytest
 from dicom_builders import build, phantom, refused, save
 from phantom_formats import encoded, set_pixel_format
 from pydicom import uid
-from pydicom.encaps import generate_fragments
+from pydicom.encaps import encapsulate, generate_fragments, generate_frames
 from pydicom.pixels.decoders.base import Decoder
 
 from modeling_mammodino import dicom, dicom_frames
@@ -62,6 +62,35 @@ def test_a_size_that_differs_from_the_header_is_refused_before_decoding(tmp_path
     dataset.Rows = 66
     monkeypatch.setattr(Decoder, "iter_array", lambda *given, **options: pytest.fail("was decoded"))
     refused(save(dataset, tmp_path), "65 x 47 x 1", "66 x 47 x 1")
+
+
+@pytest.mark.parametrize("fragments", [1, 3])
+@pytest.mark.parametrize("syntax", ["JPEGBaseline8Bit", "JPEGExtended12Bit", "JPEGLossless", "JPEGLSLossless"])
+def test_a_frame_that_is_cut_off_within_a_whole_item_is_refused(tmp_path, syntax, fragments):
+    dataset = fit(phantom(True)[0], syntax)
+    whole = [each.pixels for each in iter_slices(dataset)]
+    frames = [frame.rstrip(b"\0") for frame in generate_frames(dataset.PixelData, number_of_frames=4)]
+    for padding in (b"\0", b"\xff", bytes(5000)):
+        padded = [frame + padding for frame in frames]
+        dataset.PixelData = encapsulate(padded, fragments_per_frame=fragments)
+        np.testing.assert_array_equal([each.pixels for each in iter_slices(save(dataset, tmp_path))], whole)
+    for place in (1, 3):
+        for rest in (b"", bytes(5000)):  # cut off, or not yet arrived
+            damaged = [*frames]
+            damaged[place] = frames[place][: len(frames[place]) * 9 // 10] + rest
+            dataset.PixelData = encapsulate(damaged, fragments_per_frame=fragments)
+            for source in (dataset, save(dataset, tmp_path)):
+                refused(source, "PixelData is damaged", "fetch the file again", read=iter_slices)
+
+
+@pytest.mark.parametrize("syntax", ["JPEGBaseline8Bit", "JPEGLSLossless"])
+def test_what_the_strict_decoder_objects_to_is_read_by_no_other(syntax):
+    pytest.importorskip("jpeg_ls")
+    dataset = fit(phantom(False)[0], syntax)
+    (frame,) = generate_frames(dataset.PixelData, number_of_frames=1)
+    half = len(frame) // 2
+    dataset.PixelData = encapsulate([frame[:half] + b"\xff\xd8" * 20 + frame[half + 40 :]])
+    refused(dataset, "PixelData cannot be decoded", "fetch or export")
 
 
 def test_a_codestream_of_gigabytes_is_refused(tmp_path):
