@@ -20,6 +20,7 @@ except ImportError:  # transformers imports remote code before its packages are 
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".bmp")
+FORMATS = ("PNG", "JPEG", "PPM", "TIFF", "BMP")  # of Pillow, which would also start Ghostscript for an EPS
 MAX_PIXELS = 2**26  # of one plane: twice the largest film scan that we know of; more is a damaged header
 MIN_SIDE_PX = 32
 GRAY_TOLERANCE = 4 / 255  # largest difference between channels, of the full scale: what a JPEG's chroma leaves
@@ -120,7 +121,7 @@ def read_image(source: str | Path | ImageFile) -> np.ndarray:
     if not data:
         raise InvalidImageError(name, "the file is empty; copy it again from its source.")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if (pixels := image.width * image.height) > MAX_PIXELS:
                 raise InvalidImageError(
                     name, f"{pixels / 1e6:.0f} million pixels; give at most {MAX_PIXELS / 1e6:.0f}."
@@ -192,12 +193,14 @@ def to_gray_plane(image: Any, name: str = "image") -> np.ndarray:
     return np.ascontiguousarray(plane)
 
 
-def _pillow_changes_depth(image: Image.Image, data: bytes) -> bool:
-    """Pillow stretches 10- to 16-bit PGM to its own range and cuts 16-bit color PNG down to 8 bits."""
+def _pillow_changes_depth(image: Any, data: bytes) -> bool:
+    """Pillow stretches 10- to 16-bit PGM to its own range and cuts 16-bit color down to 8 bits."""
     if image.format == "PNG":
         depth, color_type = data[24], data[25]  # in IHDR, which the PNG standard puts first
         return depth == 16 and color_type != 0
-    return image.format == "PPM" and data[:2] in (b"P2", b"P5")
+    if image.format == "TIFF":
+        return image.mode in ("RGB", "RGBA", "RGBX") and max(image.tag_v2.get(258, (8,))) > 8  # BitsPerSample
+    return image.format == "PPM" and data[:2] in (b"P2", b"P5", b"P6")
 
 
 def _is_white_zero(image: Any) -> bool:

@@ -68,6 +68,20 @@ def test_sixteen_bit_png_with_color_or_alpha(tmp_path: Path):
     assert np.array_equal(read_image(path), GRAY16)
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bit_color_tiff(tmp_path: Path, channels: int):
+    opaque = [np.full_like(GRAY12, 65535)] * (channels - 3)
+    cv2.imwrite(str(tmp_path / "a.tif"), np.dstack([GRAY12] * 3 + opaque))
+    plane = read_image(tmp_path / "a.tif")
+    assert plane.dtype == np.uint16 and np.array_equal(plane, GRAY12)
+
+
+def test_twelve_bit_ppm_is_not_stretched(tmp_path: Path):
+    (tmp_path / "a.ppm").write_bytes(b"P6 50 40 4095\n" + np.repeat(GRAY12.astype(">u2"), 3).tobytes())
+    plane = read_image(tmp_path / "a.ppm")
+    assert plane.dtype == np.uint16 and np.array_equal(plane, GRAY12)
+
+
 def test_float_tiff(tmp_path: Path):
     values = GRAY16 / np.float32(1000) - 5
     Image.fromarray(values).save(tmp_path / "a.tif")
@@ -159,6 +173,13 @@ def test_empty_and_foreign_files_are_refused(tmp_path: Path):
     refused(tmp_path / "b.png", "not a readable image")
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "WEBP"])
+def test_other_formats_are_refused_whatever_their_suffix(tmp_path: Path, kind: str, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *given, **options: pytest.fail("was started"))
+    Image.fromarray(GRAY8).convert("RGB").save(tmp_path / "a.png", format=kind)
+    refused(tmp_path / "a.png", "not a readable image")
 
 
 def test_small_and_constant_images_are_refused(tmp_path: Path):
