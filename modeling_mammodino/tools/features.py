@@ -375,7 +375,8 @@ def find_files(sources: Iterable[Path]) -> FoundFiles:
         ignored.update(listed.passed_over.values())
         for path in map(Path, listed.files):
             suffix = path.suffix.lower()
-            if suffix in (*IMAGE_SUFFIXES, *DICOM_SUFFIXES) or is_dicom(path):
+            is_index = path.name.upper() == "DICOMDIR"  # of a medium, without pixels
+            if not is_index and (suffix in (*IMAGE_SUFFIXES, *DICOM_SUFFIXES) or is_dicom(path)):
                 found.add(path)
             else:
                 ignored[suffix or "no suffix"] += 1
@@ -501,9 +502,10 @@ def _embed(
         volume = paths[min(places)]
         if refused is not None:
             for place in places:
-                is_named = refused.startswith(f"{files[place]}: ")
-                reason = refused if is_named else f"{files[place]}: a slice of the same volume as {refused}"
-                ready[place] = FileEmbeddings(paths[place], reason)
+                name = " ".join(str(files[place]).split())  # as in the reason, which is one line
+                of_another = "a slice of the same volume as " if len(places) > 1 else ""
+                is_named = refused.startswith(f"{name}: ")
+                ready[place] = FileEmbeddings(paths[place], refused if is_named else f"{name}: {of_another}{refused}")
         elif len(places) > 1:  # a file a row
             ready |= {place: _of_file(paths[place], volume, [row]) for place, row in zip(places, rows, strict=True)}
         else:

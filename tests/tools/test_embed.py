@@ -301,6 +301,17 @@ def test_a_series_with_a_damaged_slice_is_refused_whole(volume, archive, model, 
     assert refused[0].refused == f"{paths[0]}: a slice of the same volume as {refused[3].refused}"
 
 
+def test_a_file_of_its_own_is_no_slice_of_another(volume, model, processor, tmp_path):
+    cut, gone = tmp_path / "two  spaces.dcm", tmp_path / "gone  .dcm"
+    cut.write_bytes(volume.read_bytes()[:-5000])
+    results = list(embed_files([cut, gone, tmp_path / "gone.png"], model, processor))
+    for result, name, words in zip(
+        results, ("two spaces.dcm", "gone .dcm", "gone.png"), ("truncated", "", ""), strict=True
+    ):
+        assert result.refused.startswith(f"{tmp_path}/{name}: ") and result.refused.count(name) >= 1
+        assert "same volume" not in result.refused and words in result.refused
+
+
 def test_slices_of_ct_share_a_volume_and_copies_of_them_another(model, tmp_path):
     processor = MammoDinoImageProcessor(size={"height": 128, "width": 96}, patch_size=16, tissue_finder="body")
     for folder in ("a", "b"):

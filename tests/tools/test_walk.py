@@ -82,8 +82,9 @@ def test_what_a_system_keeps_is_passed_over(tmp_path, name):
 def test_find_files_counts_what_it_passes_over_and_logs_what_it_cannot_list(tmp_path, locked, caplog):
     make(tmp_path / "a.png"), make(tmp_path / "notes.txt"), make(tmp_path / "locked" / "b.png")
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM")  # the index of a CD, without pixels
     found = find_files([tmp_path])
-    assert found.files == [tmp_path / "a.png"] and found.ignored == {".txt": 1, NOT_REGULAR: 1}
+    assert found.files == [tmp_path / "a.png"] and found.ignored == {".txt": 1, "no suffix": 1, NOT_REGULAR: 1}
     assert list(found.unlisted) == [str(tmp_path / "locked")] and "locked" in caplog.text
 
 
