@@ -75,6 +75,17 @@ def test_lut_as_words_in_either_byte_order(tmp_path, syntax):
     np.testing.assert_allclose(read_mammogram(path).pixels.ravel(), entries / 4095, atol=1e-6)
 
 
+@pytest.mark.parametrize("entries", [4096, 4095])
+@pytest.mark.parametrize("vr", ["US", "OW"])
+def test_lut_of_two_entries_packed_into_a_word(vr, entries):
+    """PS3.3 C.11.1.1.1."""
+    values = (np.arange(4096) ** 2 >> 16).astype(np.uint8)
+    table = item(LUTDescriptor=[entries, 0, 8])
+    table.add_new("LUTData", vr, values.tobytes() if vr == "OW" else values.view("<u2").tolist())
+    seen = read_mammogram(build(VOILUTSequence=[table])).pixels.ravel()
+    np.testing.assert_allclose(seen, values[np.minimum(np.arange(4096), entries - 1)] / 255, atol=1e-6)
+
+
 @pytest.mark.parametrize(("center", "width"), [(32768, 65536), (60000, 100), (100, 0), (100, -5)])
 @pytest.mark.parametrize("function", ["LINEAR", "SIGMOID"])
 def test_window_of_another_bit_depth_is_ignored(caplog, center, width, function):
