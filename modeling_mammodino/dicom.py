@@ -51,6 +51,7 @@ from .dicom_frames import (
 from .dicom_header import (
     FOR_PROCESSING,
     SECONDARY_CAPTURE,
+    TOMOSYNTHESIS,
     has_burned_in_annotation,
     identifier,
     kind,
@@ -435,11 +436,13 @@ def _check_complete(opened: DicomFile, stream: BinaryIO, length: int, frame_byte
     if frame_bytes is not None:
         if min(length, end - start) < math.ceil(opened.num_frames * frame_bytes):
             raise opened.refuse(*truncated)
+        if length != UNDEFINED:
+            _check_no_more(opened, int(length // frame_bytes))
         stream.seek(start + length if length != UNDEFINED else end)
         return
     stream.seek(start)
     cut_off = ("PixelData is damaged: a frame ends before its end-of-image marker", "fetch the file again")
-    fragments = -1  # the first item is the basic offset table
+    fragments, frames = -1, 0  # the first item is the basic offset table
     first, last = b"", b""  # bytes of the frame that the fragments belong to
     while len(item := stream.read(8)) == 8 and item[:4] == ITEM:
         fragments += 1
@@ -447,22 +450,36 @@ def _check_complete(opened: DicomFile, stream: BinaryIO, length: int, frame_byte
         after = before + int.from_bytes(item[4:], "little")
         if after > end:
             raise opened.refuse(*truncated)
-        if fragments and opened.syntax not in (UNCOMPRESSED, DEFLATED, RLE):  # which may start as any codestream
+        if fragments and opened.syntax not in (UNCOMPRESSED, DEFLATED):  # which may start as any codestream
             head = stream.read(min(HEAD_BYTES, after - before))
-            if fault := fault_of_codestream(head, opened.header):
+            if opened.syntax != RLE and (fault := fault_of_codestream(head, opened.header)):
                 raise opened.refuse(*fault)
             if starts_frame(head):
                 if is_cut_off(first, last):
                     raise opened.refuse(*cut_off)
-                first, last = head[:2], b""
+                frames, first, last = frames + 1, head[:2], b""
             last = last[-16:] + end_of_item(stream, before, after)
         stream.seek(after)
     if is_cut_off(first, last):
         raise opened.refuse(*cut_off)
     if fragments < opened.num_frames:
         raise opened.refuse(*truncated)
+    _check_no_more(opened, frames)
     if item[:4] != DELIMITER:
         stream.seek(end)
+
+
+def _check_no_more(opened: DicomFile, frames: int) -> None:
+    """Say that PixelData holds more frames than the header states; refuse where a volume does not state them, which it
+    must (PS3.3 C.7.6.6)."""
+    if frames <= opened.num_frames:
+        return
+    header = opened.header
+    if identifier(header, "SOPClassUID") == TOMOSYNTHESIS and not identifier(header, "NumberOfFrames"):
+        raise opened.refuse(
+            f"NumberOfFrames (0028,0008) is missing, and PixelData holds {frames}", "set it, or export the file again"
+        )
+    opened.warn_once("NumberOfFrames", f"{opened.num_frames}, but PixelData holds {frames}; what is behind is left out")
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ SECONDARY_CAPTURE = _SOP + "7"  # and its multi-frame variants, 7.1 to 7.4
 FOR_PROCESSING = (_SOP + "1.2.1", _SOP + "13.1.5")  # digital mammography, breast projection
 _MAMMOGRAPHY = (_SOP + "1.2", _SOP + "1.2.1")
 _PROJECTION = (_SOP + "13.1.4", _SOP + "13.1.5")
-_TOMOSYNTHESIS = _SOP + "13.1.3"
+TOMOSYNTHESIS = _SOP + "13.1.3"
 _STACK = (_SOP + "2", _SOP + "4")  # CT, MR
 _CT = (_SOP + "2", _SOP + "2.1")  # early DBT was stored as CT
 _CONTRAST = re.compile(r"SUBTRACTION|RECOMBINED|HIGH_ENERGY")  # iodine, not tissue: PS3.3 table C.8-74, and GE's word
@@ -132,14 +132,14 @@ def kind(dataset: Any, frames: int) -> str:
     sop, modality = identifier(dataset, "SOPClassUID"), text(dataset, "Modality")
     image_type = re.sub(r"[^A-Z0-9\\]", "_", text(dataset, "ImageType"))
     mammography = modality == "MG" or text(dataset, "PositionerType").startswith("MAMMO")  # no breast CT has either
-    breast = sop in _MAMMOGRAPHY or sop == _TOMOSYNTHESIS or mammography
+    breast = sop in _MAMMOGRAPHY or sop == TOMOSYNTHESIS or mammography
     if sop in _MAMMOGRAPHY and _CONTRAST.search(image_type):
         return "unknown"
     if breast and frames == 1:
         volume_rendered = sop in _MAMMOGRAPHY and "VOLUME" in image_type
         if volume_rendered or _SYNTHETIC_2D.search(image_type):
             return "synthetic_2d"
-    if sop == _TOMOSYNTHESIS:
+    if sop == TOMOSYNTHESIS:
         return "dbt"
     if mammography and sop not in _PROJECTION and (frames > 1 or sop in _CT):
         return "dbt"

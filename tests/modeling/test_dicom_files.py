@@ -72,6 +72,24 @@ def test_truncated_pixel_data_is_named(tmp_path):
     refused(save(fewer, tmp_path), "PixelData is truncated", read=iter_slices)
 
 
+@pytest.mark.parametrize(
+    "syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless]
+)
+def test_more_frames_than_the_header_states(tmp_path, caplog, syntax):
+    dataset = volume(levels=(0, 1, 2), shape=(32, 32), syntax=syntax)
+    for frames in (3, 2, 1, None):
+        caplog.clear()
+        dataset.NumberOfFrames = frames
+        path = save(dataset, tmp_path)
+        if frames:
+            assert [int(each.pixels[0, 0]) for each in iter_slices(path)] == [7, 107, 207][:frames]
+            assert caplog.text.count("PixelData holds 3") == (frames < 3)
+        else:
+            refused(path, "NumberOfFrames (0028,0008) is missing", "holds 3", read=iter_slices)
+            dataset.SOPClassUID = MAMMOGRAPHY
+            assert read_mammogram(save(dataset, tmp_path)).pixels[0, 0] == 7 and "PixelData holds 3" in caplog.text
+
+
 def test_no_pixel_data(tmp_path):
     dataset = build()
     del dataset.PixelData
