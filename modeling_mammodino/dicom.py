@@ -124,7 +124,10 @@ class DicomFile:
     @cached_property
     def order(self) -> list[int]:
         """Frame numbers of the file (0-based) in order of position."""
-        return order_of_frames(self.header, self.num_frames, self.positions_mm)
+        order, positions = order_of_frames(self.header, self.num_frames, self.positions_mm), self.positions_mm
+        if positions is not None and (np.diff(positions[order]) < 0).any():
+            self.warn_once("StackID", "several stacks at the same positions; taken one behind another")
+        return order
 
     @cached_property
     def instance_identity(self) -> str:
@@ -550,9 +553,9 @@ def iter_slices(
 ) -> Iterator[Mammogram]:
     """Read the slices of a single- or multi-frame file, decoded one at a time.
 
-    Slices count in order of ImagePositionPatient along the slice normal; without positions in order of StackID and
-    InStackPositionNumber; without these in file order. The header is checked at the call, each slice when it is asked
-    for.
+    Slices count in order of ImagePositionPatient along the slice normal, where stacks share positions stack by stack;
+    without positions in order of StackID and InStackPositionNumber; without these in file order. The header is checked
+    at the call, each slice when it is asked for.
 
     Args:
         source: a path, an ImageFile, a pydicom Dataset or a DicomFile.

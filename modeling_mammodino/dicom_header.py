@@ -229,14 +229,19 @@ def positions_mm(dataset: Any, frames: int) -> np.ndarray | None:
 
 
 def order_of_frames(dataset: Any, frames: int, positions: np.ndarray | None) -> list[int]:
-    """Frame numbers in order of position, else of StackID and InStackPositionNumber, else as in the file."""
-    if positions is not None:
+    """Frame numbers in order of position, else of StackID and InStackPositionNumber, else as in the file.
+
+    Stacks at the same positions come one behind another, in order of StackID (PS3.3 C.7.6.16.2.2.4).
+    """
+    if positions is not None and len(np.unique(positions.round(2))) == frames:
         return np.argsort(positions, kind="stable").tolist()
     contents = [next(scopes(dataset, i, "FrameContentSequence")) for i in range(frames)]
+    stacks = [text(content, "StackID") for content in contents]
+    if positions is not None:
+        return sorted(range(frames), key=lambda i: (len(stacks[i]), stacks[i], positions[i]))
     places = [number(content, "InStackPositionNumber") for content in contents]
     if any(place is None for place in places):
         return list(range(frames))
-    stacks = [text(content, "StackID") for content in contents]
     return sorted(range(frames), key=lambda i: (len(stacks[i]), stacks[i], places[i]))
 
 
@@ -244,6 +249,6 @@ def slice_spacing_mm(dataset: Any, positions: np.ndarray | None) -> float | None
     """SpacingBetweenSlices, else the median step of the positions, else SliceThickness."""
     spacing = _number_of(dataset, 0, "PixelMeasuresSequence", "SpacingBetweenSlices")
     if not spacing and positions is not None and len(positions) > 1:
-        spacing = float(np.median(np.diff(np.sort(positions))))
+        spacing = float(np.median(np.diff(np.unique(positions))))
     spacing = spacing or _number_of(dataset, 0, "PixelMeasuresSequence", "SliceThickness")
     return abs(spacing) if spacing and math.isfinite(spacing) else None

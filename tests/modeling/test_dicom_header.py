@@ -43,6 +43,20 @@ def test_order_from_stack_positions_then_file():
     assert [int(each.pixels[0, 0]) for each in iter_slices(dataset)] == [307, 107, 207, 7]
 
 
+@pytest.mark.parametrize("ids", [("1", "1", "1", "2", "2", "2"), ("2", "10", "2", "10", "2", "10")])
+def test_stacks_at_the_same_positions_come_one_behind_another(caplog, ids):
+    positions = (0, 2, 4, 0, 2, 4) if ids[0] == "1" else (4, 4, 2, 2, 0, 0)
+    dataset = volume(levels=range(6), positions=positions)
+    assert frame_order(dataset) == ((0, 3, 1, 4, 2, 5) if ids[0] == "1" else (4, 5, 2, 3, 0, 1)) and not caplog.records
+    for group, stack in zip(dataset.PerFrameFunctionalGroupsSequence, ids, strict=True):
+        group.FrameContentSequence = [item(StackID=stack)]
+    slices = list(iter_slices(dataset))
+    expected = (0, 1, 2, 3, 4, 5) if ids[0] == "1" else (4, 2, 0, 5, 3, 1)
+    assert frame_order(dataset) == expected and [each.pixels[0, 0] // 100 for each in slices] == list(expected)
+    assert [each.slice_position_mm for each in slices] == [0, 2, 4] * 2 and slices[0].slice_spacing_mm == 2
+    assert {record.message.split(": ")[1] for record in caplog.records} == {"StackID"}
+
+
 def test_oblique_planes_are_projected_on_their_normal():
     dataset = volume(positions=(0, 0, 0, 0))
     tilt = math.radians(60)
