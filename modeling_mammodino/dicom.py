@@ -59,6 +59,7 @@ from .dicom_header import (
     num_frames,
     number,
     order_of_frames,
+    pixel_aspect,
     pixel_spacing_mm,
     positions_mm,
     series_identity,
@@ -77,6 +78,7 @@ except ImportError:  # a checkpoint runs on ready tensors without pydicom
 logger = logging.getLogger(__name__)
 
 MAX_SIDE_PX = 32768
+ASPECT_TOLERANCE = 0.02  # by which the sides of a pixel may differ unsaid
 MAX_FRAMES = 4096  # a tomosynthesis volume has at most some hundred
 MAX_INFLATED_BYTES = 1 << 29  # of a deflated data set
 MAX_ELEMENT_BYTES = 1 << 24  # of one element that is read with the header: a private payload stays in the file
@@ -626,6 +628,8 @@ def _slices(
             "study": keyed_hash(study, key) if study else None,
             "has_burned_in_annotation": has_burned_in_annotation(header),
         }
+        if abs(pixel_aspect(header) - 1) > ASPECT_TOLERANCE:
+            opened.warn_once("PixelSpacing or PixelAspectRatio", "pixels are not square; taken as if they were")
     if volume is None and frames > 1 and needs_range(header, frames, settings):
         volume, frames_at = _sampled(opened, settings)
     others = opened.decode([order[index] for index in wanted if index not in frames_at])

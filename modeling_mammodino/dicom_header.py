@@ -214,6 +214,18 @@ def pixel_spacing_mm(dataset: Any) -> float | None:
     return found if found and found > 0 else None
 
 
+def pixel_aspect(dataset: Any) -> float:
+    """Height of a pixel by its width, 1 where the header has neither spacing nor PixelAspectRatio."""
+    found = _vector_of(dataset, 0, "PixelMeasuresSequence", "PixelSpacing", 2)
+    stated = (
+        vector(dataset, name) for name in ("ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
+    )
+    for sides in (found, *stated):
+        if sides is not None and sides.size == 2 and sides.min() > 0:
+            return float(sides[0] / sides[1])
+    return 1.0
+
+
 def positions_mm(dataset: Any, frames: int) -> np.ndarray | None:
     """(frames,) ImagePositionPatient along the slice normal; None where frames lack it or do not differ in it."""
     axes = _vector_of(dataset, 0, "PlaneOrientationSequence", "ImageOrientationPatient", 6)

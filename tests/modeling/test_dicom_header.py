@@ -233,6 +233,22 @@ def test_spacing():
     assert read_mammogram(build(SliceThickness=None)).slice_spacing_mm is None
 
 
+@pytest.mark.parametrize(
+    ("elements", "is_square"),
+    [
+        ({}, True),
+        ({"PixelSpacing": [0.1, 0.101]}, True),
+        ({"PixelSpacing": [0.1, 0.1], "PixelAspectRatio": [2, 1]}, True),  # the standard has one or the other
+        ({"PixelAspectRatio": [2, 0]}, True),
+        ({"PixelAspectRatio": [2, 1]}, False),
+        ({"ImagerPixelSpacing": [0.07, 0.08]}, False),
+    ],
+)
+def test_pixels_that_are_not_square_are_said(caplog, elements, is_square):
+    read_mammogram(build(**elements))
+    assert caplog.text.count("not square") == (not is_square)
+
+
 def test_hashes_are_keyed_and_linkable_only_by_key():
     elements = {"PatientID": "P1", "StudyInstanceUID": "1.2.9"}
     one, two = (read_mammogram(build(**elements), hash_key=KEY) for _ in range(2))
