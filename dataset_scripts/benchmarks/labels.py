@@ -67,7 +67,6 @@ SPELLED = {  # what is known of an image beside its labels, for subgroups, and h
     "age": ("age",),
 }
 WITHOUT = ("normal", "negative", "none", "no", "healthy", "control", "absent")  # of two classes the one without it
-AGES = (0, 120)  # years; other numbers stand for unknown
 LABEL = "label:"  # before the name of a task's column in the index: there may be one of the schema's
 
 
@@ -193,8 +192,8 @@ def read_index(data_dir: Path) -> pd.DataFrame:
     known = {name: next((each for each in names if each in table.rows), None) for name, names in SPELLED.items()}
     about |= {name: _typed(table, column) for name, column in known.items() if column}
     if "age" in about:
-        years = pd.to_numeric(about["age"].astype("string").str.removesuffix("Y"), errors="coerce")  # DICOM's 045Y
-        about["age"] = years.where(years.between(*AGES))
+        years = about["age"].astype("string").str.removesuffix("Y")  # DICOM's 045Y
+        about["age"] = pd.to_numeric(years, errors="coerce")
     rows: dict[str, Any] = {**about, **of_schema, "boxes": pd.Series(list(_boxes(table)), dtype=object)}
     index = make_index(pd.DataFrame(rows), str(table.path))
     return index.assign(**{LABEL + name: cells.to_numpy() for name, cells in labels.items()})

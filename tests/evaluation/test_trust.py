@@ -62,6 +62,9 @@ def test_a_group_has_its_own_score_and_its_distance_to_the_others():
 def test_a_task_is_no_subgroup_of_itself_and_has_one_level():
     _, table = made_predictions()
     assert "machine" not in groups_known(table, "machine") and "machine" in groups_known(table, "density")
+    ages = pd.DataFrame({"age": pd.array([-1, 999, 49.5, 50, 70, None], "Float64")})
+    bands = groups_known(ages, "cancer")["age"].fillna("unknown").tolist()
+    assert bands == ["unknown", "unknown", "under 50", "50 to 59", "70 and over", "unknown"]
     levels = ["image", "breast_max", "patient_mean"]
     assert [headline_level(task, levels) for task in ("cancer", "density", "mine")] == [
         "breast_max",

@@ -31,7 +31,7 @@ HEADLINE_LEVELS = {
 SOURCES = ("machine", "site")  # the first of which two values are there is what features are asked for
 COLUMNS = ("density", "view", *SOURCES, "age")
 AGES = {0: "under 50", 50: "50 to 59", 60: "60 to 69", 70: "70 and over"}
-MAX_AGE = 120  # years
+MAX_AGE = 120  # years; -1 and 999 stand for unknown
 IN_ORDER = {name: start for start, name in AGES.items()}
 MIN_PATIENTS = 10  # of a group that is scored
 MIN_OF_CLASS = 3  # patients of each class in it
@@ -86,8 +86,8 @@ def groups_known(table: pd.DataFrame, task: str) -> pd.DataFrame:
 
 
 def _age_bands(ages: pd.Series) -> pd.Series:
-    known = pd.to_numeric(ages).astype("Float64").where(lambda years: years.between(0, MAX_AGE))  # -1, 999: unknown
-    return pd.cut(known, [*AGES, np.inf], right=False, labels=list(AGES.values())).astype("string")
+    years = ages.astype("Float64").to_numpy(float, na_value=np.nan)
+    return pd.Series(pd.cut(years, [*AGES, MAX_AGE], right=False, labels=list(AGES.values())), ages.index, "string")
 
 
 def score_subgroups(
