@@ -696,13 +696,13 @@ def group_files(instances: Sequence[Instance | None]) -> list[list[int]]:
     size, such as a scout, to another.
     """
     together: dict[Any, list[int]] = defaultdict(list)
-    seen: Counter[str] = Counter()
+    seen: Counter[Instance] = Counter()  # whole, for anonymizers give all slices one SOPInstanceUID
     for place, instance in enumerate(instances):
         if instance is None:
             together[place].append(place)
             continue
-        together[instance.volume_id, instance.shape, seen[instance.sop_instance]].append(place)
-        seen[instance.sop_instance] += 1
+        together[instance.volume_id, instance.shape, seen[instance]].append(place)
+        seen[instance] += 1
     volumes = []
     for places in together.values():
         for stack in split_stacks([each for place in places if (each := instances[place])]) or [[0]]:

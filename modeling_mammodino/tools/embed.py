@@ -142,7 +142,7 @@ def write_features(
     if num_workers is None:  # on the CPU the encoder is the slower part, and takes all cores
         num_workers = 0 if model.device.type == "cpu" else min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
     refused = dict(unlisted)
-    with Parts.open(output, {**about, "files": stamp(files)}) as parts:
+    with Parts.open(output, {**about, **_key_check(), "files": stamp(files)}) as parts:
         results = embed_files(
             files,
             model,
@@ -292,7 +292,7 @@ class Gather:
         write_refused(output.with_suffix(".refused.csv"), refused)
         rows = sum(record["rows"] for record in records)
         write_json(self.archive.folder / "all.json", {"rows": rows, "refused": refused})
-        if rows:
+        if rows and tables.exists():  # else a Gather that was killed has moved them already
             if output.exists():  # was asked for with --overwrite, and holds tables alone
                 shutil.rmtree(output)
             tables.rename(output)

@@ -351,6 +351,16 @@ def test_a_scout_and_a_second_phase_are_volumes_of_their_own(tmp_path):
     assert group_paths(paths) == [[0, 1, 2, 3, 4, 5], [6]]
 
 
+def test_slices_to_which_an_anonymizer_gave_one_uid_are_a_volume(tmp_path):
+    about = {"SOPClassUID": CT, "SeriesInstanceUID": "1.2.9", "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+    paths = [
+        save(build(SOPInstanceUID="1.2.9.1", ImagePositionPatient=[0, 0, -2.0 * n], **about), tmp_path, f"{n}.dcm")
+        for n in range(4)
+    ]
+    copy = shutil.copy(paths[0], tmp_path / "copy.dcm")
+    assert group_paths([*paths, copy]) == [[3, 2, 1, 0], [4]]
+
+
 def test_bad_files_are_named_and_the_rest_goes_on(archive, checkpoint, tmp_path, capsys):
     output = tmp_path / "deep" / "features.parquet"
     run(archive, checkpoint, output, "--num_workers", "0")
@@ -389,6 +399,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(volume, archive, check
     assert not output.exists() and (parts / "000000.parquet").exists()
     with pytest.raises(SystemExit, match="parts: holds the beginning of a run with other files or options"):
         run(folder, checkpoint, output, *options, "--pool", "patches")
+    with monkeypatch.context() as other, pytest.raises(SystemExit, match="with other files or options"):
+        other.setenv("MAMMODINO_HASH_KEY", "another key, whose hashes are others")
+        run(folder, checkpoint, output, *options)
     monkeypatch.setattr(features_module, "_encode_batch", encode)
     found = run(folder, checkpoint, output, *options)
     pd.testing.assert_frame_equal(found, expected)

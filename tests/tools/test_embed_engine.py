@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import cv2
@@ -106,6 +107,18 @@ def test_a_killed_run_goes_on_with_what_is_not_done(embed, expected, tmp_path, m
     (folder / "notes.txt").write_text("somebody's")
     with pytest.raises(SystemExit, match="features exists"):
         embed(folder, *one, *options, "--overwrite")
+
+
+def test_a_last_task_that_was_killed_may_run_again(tmp_path):
+    output = tmp_path / "features"
+    archive = embed_module.Archive(Namespace(output=output), {}, "", tmp_path / "features.parts")
+    archive.table(0).parent.mkdir(parents=True)
+    archive.table(0).write_bytes(b"features")
+    archive.record(0).parent.mkdir()
+    archive.record(0).write_text(json.dumps({"rows": 1, "refused": {}}))
+    for _ in range(2):
+        embed_module.Gather(archive, {})(None, 0, 1)
+        assert [path.read_bytes() for path in output.iterdir()] == [b"features"]
 
 
 def test_volumes_stay_whole_in_a_share_and_shares_keep_the_order_of_the_archive(tmp_path, monkeypatch):
