@@ -9,6 +9,7 @@ names files stays in DIR.private.
 """
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -269,12 +270,18 @@ def _begin(job: Job, extend: bool) -> Job:
     """List the archive, or find the part of the corpus that is gone on with."""
     output = Path(job.output)
     wanted = {"mammodino": modeling_mammodino.__version__, **job.settings()}
+    if job.metadata:
+        wanted["metadata_content"] = [hashlib.sha256(Path(table).read_bytes()).hexdigest() for table in job.metadata]
     if parts := extension.all_parts(job):
         unfinished = [part for part in parts if not extension.is_finished(part)]
         is_new = extend and not unfinished
         part = (unfinished or parts[-1:])[0] if extend else parts[0]
         saved = json.loads(part.begun.read_text())["settings"]
-        differing = [name for name in wanted if saved.get(name) != wanted[name] and not (is_new and name in PLACES)]
+        differing = [
+            name
+            for name in wanted
+            if saved.get(name) != wanted[name] and not (is_new and name in (*PLACES, "metadata_content"))
+        ]
         if differing:
             raise ValueError(
                 f"{output}: holds a corpus made with other settings ({', '.join(differing)}), and one corpus has one "
@@ -342,6 +349,9 @@ class Finish:
         if job.part:
             for shard in job.shard(0).parent.glob("data-*.arrow"):
                 shard.replace(output / shard.name)
+        notes = _sum(record["notes"] for record in records)
+        if unknown := notes.get("metadata: unknown"):
+            logger.warning("%d files are in none of the tables of --metadata, and have no patient", unknown)
         settings = {"tissue_cell_px": TISSUE_CELL_PX, **job.settings()}
         for place in PLACES:
             del settings[place]
@@ -364,7 +374,7 @@ class Finish:
             "refused_by_reason": _most_frequent(
                 Counter(re.sub(r"file \d+", "another file", reason) for _, _, reason in refused.values())
             ),
-            "notes": _most_frequent(_sum(record["notes"] for record in records)),
+            "notes": _most_frequent(notes),
             "shards": shards,
         }
         write_json(output / MANIFEST, manifest)

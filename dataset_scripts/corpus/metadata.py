@@ -1,6 +1,8 @@
 """What a table says of files that have no header, such as PNG and JPEG exports: patient, side, view, source."""
 
 import csv
+import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,19 @@ class FileMetadata:
                     if not row["file"]:
                         raise ValueError(f"{path}, line {line}: `file` is empty")
                     values = {name: clean(path, line, name, row[name] or "", hash_key) for name in given}
-                    self.rows[str((path.parent / row["file"]).absolute())] = values
+                    if self.rows.setdefault(_place(path.parent / row["file"]), values) != values:
+                        raise ValueError(f"{path}, line {line}: another row says otherwise of {row['file']}; keep one")
 
     def of(self, file: str) -> dict[str, Any]:
         """Return the columns that the tables give for a file, by its path; empty where they do not name it."""
-        found = self.rows.get(str(Path(file).absolute()))
+        found = self.rows.get(_place(file))
         self.counts["unknown" if found is None else "known"] += 1
         return {} if found is None else {name: value for name, value in found.items() if value is not None}
+
+
+def _place(file: str | Path) -> str:
+    """Return the one name of a file, however its path is written: without `..`, in composed letters."""
+    return unicodedata.normalize("NFC", os.path.abspath(file))
 
 
 def clean(path: Path, line: int, name: str, value: str, hash_key: bytes) -> str | None:
