@@ -169,13 +169,14 @@ def _corners(
 ) -> tuple[list[float] | None, str]:
     """Return (x0, y0, x1, y1) and "", or None and what is wrong with the mask.
 
-    known: what was read before, by abnormality, with names and sizes of the files it came from.
+    known: what was read before, by abnormality, with names, sizes and times of the files it came from.
     """
     if files is None:
         return None, "not on disk"
     if not image.is_file():
         return None, "without its mammogram"
-    signature = [[path.name, path.stat().st_size] for path in (*files, image)]
+    found = [(path.name, path.stat()) for path in (*files, image)]
+    signature = [[name, at.st_size, at.st_mtime_ns] for name, at in found]
     kept = known.get(subject)
     if not isinstance(kept, dict) or kept.get("files") != signature:
         corners, reason = _read_mask(files, image)

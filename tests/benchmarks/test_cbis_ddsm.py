@@ -231,6 +231,10 @@ def test_a_replaced_mask_is_read_again(collection):
     capture(folder, "1-2.dcm", mask_of((0, 2), (0, 3)), ROI)
     first = read_boxes(index, collection)["boxes"][0][0]
     assert first == {"x0": 0, "y0": 0, "x1": 3, "y1": 2, "slice": -1, "label": "mass"}
+    mask = capture(folder, "1-2.dcm", mask_of((1, 5), (2, 4)), ROI)  # as many bytes
+    os.utime(mask, (1e9, 1e9))
+    first = read_boxes(index, collection)["boxes"][0][0]
+    assert first == {"x0": 2, "y0": 1, "x1": 4, "y1": 5, "slice": -1, "label": "mass"}
 
 
 def test_a_folder_that_cannot_be_written_is_said(collection, monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """Cached features: what the encoder gives, each image once, whatever is killed, replaced, damaged or shared."""
 
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,18 @@ def test_processes_take_turns_and_repeat_nothing(backbone, table, tmp_path):
         run.join()
     assert len(backbone.preprocess.seen) == 12
     np.testing.assert_array_equal(*found)
+
+
+def test_images_of_another_table_that_look_alike_have_features_of_their_own(backbone, table, tmp_path):
+    image_id, found = table["image_id"].iloc[0], []
+    for folder, file in zip("ab", table["file"][:2], strict=True):
+        copy = tmp_path / folder / "image.png"
+        copy.parent.mkdir()
+        copy.write_bytes(Path(file).read_bytes().ljust(200_000, b"\0"))  # of one size and time, as in archives
+        os.utime(copy, (1e9, 1e9))
+        rows = table[:1].assign(image_id=image_id, file=str(copy))
+        found.append(cached_features(backbone, rows, tmp_path / "cache", "table", Encoding()).values[0])
+    assert np.abs(found[0] - found[1]).max() > 1e-4
 
 
 def test_replaced_files_and_damaged_shards_are_encoded_again(backbone, table, tmp_path, caplog):

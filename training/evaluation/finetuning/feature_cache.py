@@ -170,12 +170,13 @@ def _usable(
 
 
 def _fingerprint(file: Path) -> str:
-    """Return what changes when a file is replaced. Raises ValueError where there is no such file."""
+    """Return what tells a file from others, and changes when it is replaced. Raises ValueError where there is none."""
     try:
         status = file.stat()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}); fetch it again, or take its row out") from error
-    return f"{status.st_size}-{status.st_mtime_ns}"
+    place = hashlib.sha256(os.fsencode(file.absolute())).hexdigest()[:16]  # of tables whose images have the same names
+    return f"{place}-{status.st_size}-{status.st_mtime_ns}"
 
 
 def _write_shard(
