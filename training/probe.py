@@ -165,6 +165,8 @@ def read_features(
             rows.append(result.embeddings.mean(axis=0))  # (F,), the models side by side
         else:
             logger.warning("left out: %s", result.refused)
+    if not rows:
+        raise ValueError(f"{labels}: none of its {len(paths)} files can be used; the reasons stand above")
     num_tokens = (2 if pool == "both" else 1) + last_layers - 1
     ends = np.cumsum([num_tokens * model.config.hidden_size for model in models.values()])
     features = np.split(np.stack(rows), ends[:-1], axis=1)

@@ -113,6 +113,10 @@ def open_table(path: Path, tasks: Sequence[str] = (), needed: Sequence[str] = NE
     )
     for name in needed:
         table.text(name, required=True)
+    for name in table.rows.columns.intersection(["patient", "study", "breast", "image"]):
+        cells = table.rows[name]
+        if cells[cells != ""].str.fullmatch(r"\d+\.0").all():  # numbers that pandas has made floats of
+            table.rows[name] = cells.str.removesuffix(".0")
     for name, words in WORDS.items():
         if name in rows:
             cells = table.rows[name] = table.rows[name].map(lambda cell, words=words: words.get(cell.lower(), cell))

@@ -87,6 +87,8 @@ def _categories(findings: MetadataTable) -> list[list[str]]:
 
 def _corners(images: MetadataTable, findings: MetadataTable) -> tuple[pd.DataFrame, pd.Series]:
     """Return the corners of each row's box, Float64, cut to the image, and whether it reached beyond it."""
+    if (repeated := images.rows["image_id"].duplicated()).any():
+        raise images.fault(int(repeated.argmax()), "image_id", "and so is an earlier row's")
     size = images.rows.set_index("image_id").index
     width, height = (
         findings.rows["image_id"].map(pd.Series(images.number(side, required=True).array, index=size))

@@ -99,6 +99,12 @@ def test_a_breast_is_of_one_patient(tmp_path):
         read_index(write(tmp_path, **joined))
 
 
+def test_a_number_that_became_a_float_is_the_same_patient(tmp_path):
+    for patients in ([7.0, 8.0], ["7.0", "8.0"], [7, 8]):
+        assert list(read_labels(write(tmp_path, patient=patients))["patient"]) == ["7", "8"]
+    assert list(read_labels(write(tmp_path, patient=["7.0", "8.1"]))["patient"]) == ["7.0", "8.1"]
+
+
 def test_an_age_may_be_as_dicom_has_it(tmp_path):
     assert read_index(write(tmp_path, age=["045Y", "61"], cancer=[0, 1]))["age"].tolist() == [45, 61]
 

@@ -160,6 +160,14 @@ def test_a_wrong_finding_is_named(tmp_path, finding, words):
     assert FINDINGS in str(caught.value) and "row 11" in str(caught.value)
 
 
+def test_an_image_that_stands_twice_is_named(tmp_path):
+    path = write(tmp_path) / BREASTS
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[1]]))
+    with pytest.raises(ValueError, match=f"row {len(lines)}: image_id is 'i1', and so is an earlier row's"):
+        read_index(path.parent)
+
+
 @pytest.mark.parametrize(("old", "new"), [("BI-RADS 1", "BI-RADS 0"), ("DENSITY A", "E"), ("training", "train")])
 def test_a_label_that_the_data_set_does_not_have(tmp_path, old, new):
     path = write(tmp_path) / BREASTS

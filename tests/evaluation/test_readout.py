@@ -107,6 +107,8 @@ def test_where_a_split_is_given_the_head_learns_from_it_and_answers_for_the_rest
     assert (found.probabilities.argmax(axis=1) == labels[~is_train]).all()
     features[~is_train] = 1 - features[~is_train]  # what the head has not learned from does not move it
     assert (held_out_answers(features, labels, patients, is_train).probabilities.argmax(axis=1) != found.labels).all()
+    with pytest.raises(ValueError, match="one class to learn from"):
+        held_out_answers(features, np.where(is_train, 1, labels), patients, is_train)
     with pytest.raises(ValueError, match="patient 0 is in train and test"):
         held_out_answers(features, labels, patients, np.arange(120) % 2 == 0)
 

@@ -105,6 +105,8 @@ def render_once(
     if not path.is_file():
         found = render(files, processor, frames)
         usable = [each for each in found if isinstance(each, Canvas)]
+        if not usable:
+            return found
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
             np.savez(
@@ -240,6 +242,8 @@ def held_out_answers(
         drawn, tested = iter([(np.flatnonzero(is_train), np.flatnonzero(~is_train))]), ~is_train
         if shared := set(patients[is_train]) & set(patients[tested]):
             raise ValueError(f"patient {min(shared)} is in train and test; give each patient one split")
+        if len(np.unique(labels[is_train])) < 2:
+            raise ValueError("one class to learn from; give others the split train, too")
     predicted = np.zeros((len(labels), labels.max() + 1))
     for learn, test in drawn:
         head = logistic_regression(labels[learn], patients[learn]).fit(features[learn], labels[learn])
