@@ -19,6 +19,7 @@ _PROJECTION = (_SOP + "13.1.4", _SOP + "13.1.5")
 TOMOSYNTHESIS = _SOP + "13.1.3"
 _STACK = (_SOP + "2", _SOP + "4")  # CT, MR
 _CT = (_SOP + "2", _SOP + "2.1")  # early DBT was stored as CT
+_DETECTOR_SPACINGS = ("ImagerPixelSpacing", "NominalScannedPixelSpacing")  # of the detector, of the film scanner
 _CONTRAST = re.compile(r"SUBTRACTION|RECOMBINED|HIGH_ENERGY")  # iodine, not tissue: PS3.3 table C.8-74, and GE's word
 _SYNTHETIC_2D = re.compile(r"GENERATED_?2D|TOMO_?2D|SYNTHETIC|[CS]_?VIEW|INTELLIGENT_?2D|INSIGHT_?2D|V_?PREVIEW")
 
@@ -209,18 +210,15 @@ def has_burned_in_annotation(dataset: Any) -> bool:
 def pixel_spacing_mm(dataset: Any) -> float | None:
     """Row spacing: PixelSpacing (functional groups, then top level), else that of the detector or the film scanner."""
     found = _number_of(dataset, 0, "PixelMeasuresSequence", "PixelSpacing")
-    for keyword in ("ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+    for keyword in _DETECTOR_SPACINGS:
         found = found or number(dataset, keyword)
     return found if found and found > 0 else None
 
 
 def pixel_aspect(dataset: Any) -> float:
     """Height of a pixel by its width, 1 where the header has neither spacing nor PixelAspectRatio."""
-    found = _vector_of(dataset, 0, "PixelMeasuresSequence", "PixelSpacing", 2)
-    stated = (
-        vector(dataset, name) for name in ("ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
-    )
-    for sides in (found, *stated):
+    spacing = _vector_of(dataset, 0, "PixelMeasuresSequence", "PixelSpacing", 2)
+    for sides in (spacing, *(vector(dataset, keyword) for keyword in (*_DETECTOR_SPACINGS, "PixelAspectRatio"))):
         if sides is not None and sides.size == 2 and sides.min() > 0:
             return float(sides[0] / sides[1])
     return 1.0

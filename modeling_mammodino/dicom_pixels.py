@@ -287,10 +287,9 @@ def _table(item: Any, probe: np.ndarray) -> tuple[np.ndarray, int, int]:
     if isinstance(data, bytes):  # OW: a word an entry, or two packed bytes
         order = ">" if item.original_encoding[1] is False else "<"
         data = np.frombuffer(data, np.uint8 if len(data) < 2 * entries else f"{order}u2")
-    table = np.atleast_1d(np.asarray(data)).astype(np.uint16)
-    if not isinstance(item.LUTData, bytes) and bits <= 8 and 1 < entries and len(table) == (entries + 1) // 2:
-        table = table.astype("<u2").view(np.uint8).astype(np.uint16)  # two packed into a word, the first below
-    table = table[:entries]
+    elif bits <= 8 and 1 < entries and np.size(data) == (entries + 1) // 2:
+        data = np.atleast_1d(data).astype("<u2").view(np.uint8)  # two packed into a word, the first below
+    table = np.atleast_1d(np.asarray(data)).astype(np.uint16)[:entries]
     if first > 32767 and probe.min() < 0:  # written unsigned, meant signed
         first -= 65536
     return table, first, max((1 << bits) - 1, (1 << int(table.max()).bit_length()) - 1)

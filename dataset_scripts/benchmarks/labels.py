@@ -204,9 +204,11 @@ def read_index(data_dir: Path) -> pd.DataFrame:
 
 
 def _report_split(table: MetadataTable) -> None:
-    """Log how many rows have no split where others have one, for they serve nothing."""
+    """Log how many rows have no split where others have one, for what asks for a part leaves them out."""
     if "split" in table.rows and 0 < (empty := int((table.rows["split"] == "").sum())) < len(table.rows):
-        logger.warning("%s: %d rows without a split beside rows with one are left out", table.path, empty)
+        logger.warning(
+            "%s: %d rows without a split beside rows with one: left out wherever a part is asked for", table.path, empty
+        )
 
 
 def _tasks(table: MetadataTable) -> list[str]:

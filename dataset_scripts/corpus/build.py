@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 TASKS = 64
 LOCK_SECONDS = 5  # for the processes of a build that was killed just now
 SHORT_KEY_BYTES = 16
-PLACES = ("sources", "bcs_dbt_paths", "metadata")  # of this machine, among the settings
+PLACES = ("sources", "bcs_dbt_paths", "metadata", "metadata_content")  # of this machine, among the settings
 SETTINGS = ("tissue_", "do_", "intensity_", "chest_", "crop_margin", "clahe_", "bit_depth", "image_mean", "image_std")
 README = """\
 This folder names files of an archive, and so perhaps patients: do not share it. From it a stopped build of the corpus
@@ -277,11 +277,7 @@ def _begin(job: Job, extend: bool) -> Job:
         is_new = extend and not unfinished
         part = (unfinished or parts[-1:])[0] if extend else parts[0]
         saved = json.loads(part.begun.read_text())["settings"]
-        differing = [
-            name
-            for name in wanted
-            if saved.get(name) != wanted[name] and not (is_new and name in (*PLACES, "metadata_content"))
-        ]
+        differing = [name for name in wanted if saved.get(name) != wanted[name] and not (is_new and name in PLACES)]
         if differing:
             raise ValueError(
                 f"{output}: holds a corpus made with other settings ({', '.join(differing)}), and one corpus has one "
@@ -354,7 +350,7 @@ class Finish:
             logger.warning("%d files are in none of the tables of --metadata, and have no patient", unknown)
         settings = {"tissue_cell_px": TISSUE_CELL_PX, **job.settings()}
         for place in PLACES:
-            del settings[place]
+            settings.pop(place, None)
         _write_state(output, [shard["name"] for shard in shards], settings)
         manifest = {
             "complete": True,

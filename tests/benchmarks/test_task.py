@@ -111,10 +111,12 @@ def test_official_splits_stay_and_only_train_gives(own, official):
         assert patients(loaded.table, split) == {each for each, of in stated.items() if of == split}
 
 
-def test_rows_without_an_official_split_are_left_out_and_counted(own):
+def test_rows_without_an_official_split_are_left_out_and_counted(own, caplog):
     rows = population(100, split=lambda number: ("train", "test", None)[number % 3])
     loaded = load_task("table", own(rows), "cancer")
-    assert loaded.counts["left_out"] == {"no official split": sum(row["split"] is None for row in rows)}
+    without = sum(row["split"] is None for row in rows)
+    assert loaded.counts["left_out"] == {"no official split": without}
+    assert f"{without} rows without a split beside rows with one" in caplog.text
     assert {f"p{number}" for number in range(2, 100, 3)}.isdisjoint(loaded.table["patient_id"])
 
 
