@@ -9,16 +9,14 @@ finding, and its file is kept.
 
 import argparse
 import io
-import json
+import os
 import re
 import resource
-import select
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import cv2
@@ -38,6 +36,7 @@ from dataset_scripts.phantom.dicom import (
 from modeling_mammodino import MammoDinoImageProcessor
 from modeling_mammodino.image_io import ImageFile, InvalidImageError
 from performance.images import REAL_DATA
+from tests.forked import CONTEXT, start
 from tests.phantom_formats import set_voi
 
 LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2**30
@@ -196,24 +195,27 @@ def read(name: str, content: bytes, processor: MammoDinoImageProcessor) -> str:
     return "read"
 
 
-def child(seed: int) -> None:
-    """Reads the mutants whose indices come in, line by line; says what became of each."""
+def child(seed: int, pipe: Connection) -> None:
+    """Reads the mutants whose indices come in; says what became of each."""
+    for stream in (1, 2):  # decoders print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     cv2.setNumThreads(1)
     processor = MammoDinoImageProcessor()
     read(*mutant(seed, 0), processor)  # what is loaded late is loaded now
     hard = address_space()[0] + 6 * LIMIT_BYTES  # protects the machine
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        size, peak = address_space()
-        try:
-            result = read(*mutant(seed, int(line)), processor)
-        except BaseException as error:
-            result = f"FINDING {type(error).__name__}: {error}"
-        grown = address_space()[1]
-        if grown > peak and grown - size > LIMIT_BYTES:
-            result = f"FINDING {(grown - size) / LIMIT_BYTES:.1f} GiB taken: {result}"
-        print(json.dumps(result), flush=True)
+    pipe.send("ready")
+    with suppress(EOFError):
+        while True:
+            index, (size, peak) = pipe.recv(), address_space()
+            try:
+                result = read(*mutant(seed, index), processor)
+            except BaseException as error:
+                result = f"FINDING {type(error).__name__}: {error}"
+            grown = address_space()[1]
+            if grown > peak and grown - size > LIMIT_BYTES:
+                result = f"FINDING {(grown - size) / LIMIT_BYTES:.1f} GiB taken: {result}"
+            pipe.send(result)
 
 
 def address_space() -> tuple[int, int]:
@@ -230,34 +232,28 @@ class Reader:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tests.fuzz_images", "--child", "--seed", str(self.seed)]
-        pipe = subprocess.PIPE
-        folder = Path(__file__).parents[1]
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, cwd=folder)
-        while (line := self.process.stdout.readline()) and line != b"ready\n":
-            pass
-        if not line:
-            raise RuntimeError("the reading process does not start; run it by hand: " + " ".join(command))
+        self.pipe, theirs = CONTEXT.Pipe()
+        self.process = start(child, self.seed, theirs)
+        theirs.close()
+        self.pipe.recv()
 
     def read(self, index: int) -> str:
-        line = b""
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(f"{index}\n".encode())
-            self.process.stdin.flush()
-        while not line.startswith(b'"') and select.select([self.process.stdout], [], [], LIMIT_SECONDS)[0]:
-            if not (line := self.process.stdout.readline()):  # decoders may print, too
-                break
-        if line.startswith(b'"'):
-            return json.loads(line)
-        died = not line and select.select([self.process.stdout], [], [], 0)[0]  # the pipe has ended
-        self.process.kill() if not died else None
-        code = self.process.wait()
+        try:
+            self.pipe.send(index)
+            if self.pipe.poll(LIMIT_SECONDS):
+                return self.pipe.recv()
+            finding = "no answer within 10 s"
+            self.process.kill()
+            self.process.join()
+        except (EOFError, OSError):  # the process has ended
+            self.process.join()
+            finding = f"signal {-self.process.exitcode}"
         self.start()
-        return f"FINDING signal {-code}" if died else "FINDING no answer within 10 s"
+        return f"FINDING {finding}"
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        self.pipe.close()
+        self.process.join()
 
 
 def fuzz(indices: range, seed: int) -> Iterator[tuple[int, str]]:
@@ -276,10 +272,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="index of the first (default 0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the files of findings")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        return child(options.seed)
     results: Counter[str] = Counter()
     for index, result in fuzz(range(options.first, options.first + options.count), options.seed):
         results[re.sub(r"\d+", "#", result)] += 1

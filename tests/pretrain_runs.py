@@ -2,13 +2,13 @@
 
 import importlib
 import json
-import multiprocessing
 import os
 import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import forked  # noqa: F401 (chooses what is imported before the fork)
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -76,9 +76,7 @@ def main(arguments: list[str]) -> None:
 
 
 def start_processes(work: Callable[..., None], processes: int, *arguments: object) -> None:
-    """Call `work(process, *arguments)` in that many processes, forked from one that has imported what they need:
-    imports take longer than what is tried."""
-    multiprocessing.set_forkserver_preload(["training.pretrain"])
+    """Call `work(process, *arguments)` in that many processes, forked as those of `forked` are."""
     torch.multiprocessing.start_processes(work, arguments, processes, start_method="forkserver")
 
 

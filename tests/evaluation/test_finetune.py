@@ -1,13 +1,10 @@
 """The fine-tuning command: results, aggregation, repeats, kills, saved models, and one clear line for what is wrong."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -184,15 +181,13 @@ def test_a_command_that_is_killed_goes_on_and_ends_with_the_same_result(
     settings = {"mode": "full", "num_train_epochs": 6, "early_stopping_patience": 6, "save_model": False}
     whole = finetune(short_run(drawn_table, folders, tmp_path / "whole", **settings))
     killed = short_run(drawn_table, folders, tmp_path / "killed", **settings)
-    command = [sys.executable, "-m", "training.finetune", *command_line(killed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = forked.start(main, command_line(killed))
     deadline = time.monotonic() + 300
     while not list((tmp_path / "killed").glob("checkpoints/checkpoint-*/trainer_state.json")):
-        assert run.poll() is None and time.monotonic() < deadline
+        assert run.is_alive() and time.monotonic() < deadline
         time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
+    run.join()
     assert not (tmp_path / "killed" / "result.json").exists()
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "features").rglob("*.parquet")}
     again = finetune(killed)

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -88,10 +87,8 @@ def predicted(labels, runs, tmp_path_factory) -> dict[str, pd.DataFrame]:
     (folder / "text.png").write_text("no image")
     bad = [{"file": str(folder / name), "patient": "P-bad", "laterality": "L"} for name in ("text.png", "none.png")]
     pd.concat([table, pd.DataFrame(bad)]).to_csv(folder / "new.csv", index=False)
-    calls = [[str(run), str(folder / "new.csv"), "--output", str(folder / f"{name}.parquet")]
-             for name, run in runs.items()]  # fmt: skip
-    code = f"from training.predict import main\nfor call in {calls!r}: main(call)"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    for name, run in runs.items():
+        forked.run(predict, [str(run), str(folder / "new.csv"), "--output", str(folder / f"{name}.parquet")])
     return {name: pd.read_parquet(folder / f"{name}.parquet") for name in runs}
 
 

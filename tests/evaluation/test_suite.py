@@ -1,12 +1,9 @@
 """A suite: what its YAML may say, and that a killed one repeats nothing and ends with the same table."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 import yaml
@@ -85,15 +82,12 @@ def test_started_again_nothing_is_run_and_the_report_is_the_same(finished, capsy
 
 def test_killed_and_started_again_it_repeats_nothing_and_ends_with_the_same_table(finished, values, tmp_path):
     suite = write(tmp_path / "suite.yaml", values | {"output_dir": str(tmp_path)})
-    command = [sys.executable, "-m", "training.benchmark", "--config", str(suite)]
-    worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    worker = forked.start(main, ["--config", str(suite)])
     deadline = time.monotonic() + 240
-    while (
-        len(done := list(tmp_path.rglob("result.json"))) < 2 and time.monotonic() < deadline and worker.poll() is None
-    ):
+    while len(list(tmp_path.rglob("result.json"))) < 2 and time.monotonic() < deadline and worker.is_alive():
         time.sleep(0.02)
-    os.killpg(worker.pid, signal.SIGKILL)
-    worker.wait()
+    worker.kill()
+    worker.join()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert 2 <= len(done) < NUM_RUNS and not (tmp_path / "report.md").exists()
     main(["--config", str(suite)])

@@ -34,6 +34,6 @@ def test_a_hang_is_a_finding(monkeypatch):
     assert reader.read(2) == "FINDING no answer within 10 s"
     monkeypatch.undo()
     reader.process.kill()  # as a decoder that crashes would
-    reader.process.wait()
+    reader.process.join()
     assert reader.read(3) == "FINDING signal 9"
     reader.close()
