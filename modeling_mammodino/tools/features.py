@@ -48,6 +48,7 @@ POOLS = ("class", "patches", "both")
 TOKENS = "tokens"  # in place of a pool
 PREFETCHED_IMAGES = 8
 MANY_FILES = 2000  # headers of fewer are read sooner than workers start
+START_METHOD = "spawn"  # a fork of a process in which OpenCV or torch has run threads can hang
 
 
 class FileEnd(NamedTuple):
@@ -129,13 +130,10 @@ def _watched(items: Iterable[Item], num_workers: int) -> Iterator[Item]:
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
-    """Return a DataLoader's options for workers that use OpenCV, one thread each.
-
-    They are spawned: a fork of a process in which OpenCV or torch has run threads can hang.
-    """
+    """Return a DataLoader's options for workers that use OpenCV, one thread each."""
     if not num_workers:
         return {"num_workers": 0}
-    return {"num_workers": num_workers, "multiprocessing_context": "spawn", "worker_init_fn": _use_one_thread}
+    return {"num_workers": num_workers, "multiprocessing_context": START_METHOD, "worker_init_fn": _use_one_thread}
 
 
 def _unchanged(item: Any) -> Any:

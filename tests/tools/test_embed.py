@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import datasets
+import forked
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
@@ -131,8 +132,14 @@ def test_a_row_is_what_processor_and_model_give_by_hand(archive, checkpoint, mod
     assert frame["patient"].notna().any() and frame["patient"].isna().any()  # a DICOM file, and a JPEG
 
 
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Workers start from a process that has done their imports; spawned ones read in test_feature_cache.py."""
+    monkeypatch.setattr(features_module, "START_METHOD", forked.CONTEXT)
+
+
 @pytest.mark.slow
-def test_workers_and_batches_change_nothing_but_speed(archive, model, processor):
+def test_workers_and_batches_change_nothing_but_speed(archive, model, processor, forked_workers):
     """Two processes, a batch that straddles files: the same rows in the same order, refusals in their places."""
     files = find_files([archive]).files
     alone = list(embed_files(files, model, processor, batch_size=8))
@@ -147,7 +154,7 @@ def test_workers_and_batches_change_nothing_but_speed(archive, model, processor)
 
 
 @pytest.mark.slow
-def test_files_are_read_whole_and_in_order_whatever_the_workers(archive, processor):
+def test_files_are_read_whole_and_in_order_whatever_the_workers(archive, processor, forked_workers):
     files = find_files([archive]).files
     alone, shared = (list(read_files(files, SliceReader(processor, 2), num_workers)) for num_workers in (0, 2))
     assert [file.name for file, each in zip(files, alone, strict=True) if isinstance(each, str)] == list(BAD)
@@ -409,7 +416,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(volume, archive, check
 
 
 @pytest.mark.slow
-def test_a_killed_reader_is_said_with_its_likely_cause():
+def test_a_killed_reader_is_said_with_its_likely_cause(forked_workers):
     with pytest.raises(
         RuntimeError, match="one of 1 processes that read files was killed, mostly by a system short of"
     ):
