@@ -89,7 +89,7 @@ def is_wrong(setup, done):
 
 @pytest.mark.slow
 def test_a_section_that_fails_hangs_dies_or_is_wrong_is_reported_and_no_check_is_passed(tmp_path):
-    setup = Setup("cpu", SIZES["tiny"], tmp_path, "forkserver")
+    setup = Setup("cpu", SIZES["tiny"], tmp_path, "fork")
     found = {each.__name__: run_apart(Section(each, 60), setup, {}, limit=60) for each in (fails, dies, is_wrong)}
     found["hangs"] = run_apart(Section(hangs, 60), setup, {}, limit=1)
     found["late"] = run_apart(Section(fails, 60), setup, {}, limit=0)
