@@ -1,5 +1,7 @@
 """The canvas objective: heads and whitening against closed forms, and runs that learn, resume and share their work."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from training.pretraining.networks import Network
 from training.pretraining.recipe import Recipe, load_recipe
 
 SMALL = [
-    "--image_height", "128", "--image_width", "96", "--patch_size", "16", "--hidden_size", "32",
+    "--image_height", "128", "--image_width", "96", "--patch_size", "8", "--hidden_size", "32",
     "--num_hidden_layers", "2", "--num_attention_heads", "4", "--canvas_tokens", "12", "--dense_components", "16",
     "--projector_hidden_size", "32", "--projector_size", "8", "--per_device_train_batch_size", "16",
     "--warmup_steps", "2", "--logging_steps", "1", "--report_to", "none", "--visualization_steps", "0",
@@ -42,8 +44,7 @@ def test_every_loss_falls_or_stays_and_nothing_else_is_computed(run):
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(run, phantom_corpus, tmp_path):
-    train(small(phantom_corpus, tmp_path, "--max_steps", "16", "--save_steps", "8"))
-    (tmp_path / "checkpoint-16" / "trainer_state.json").unlink()  # as if it had been stopped after checkpoint-8
+    shutil.copytree(run / "checkpoint-8", tmp_path / "checkpoint-8")  # as if it had been stopped there
     train(small(phantom_corpus, tmp_path, "--max_steps", "16", "--save_steps", "8"))
     whole, resumed = weights(run / "checkpoint-16"), weights(tmp_path / "checkpoint-16")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -121,7 +122,7 @@ def test_breast_differences_are_of_one_view():
 
 
 def test_the_whitened_patch_embedding_sees_uncorrelated_patches(phantom_corpus):
-    chosen = small(phantom_corpus, "o", "--hidden_size", "512")
+    chosen = small(phantom_corpus, "o", "--hidden_size", "512", "--patch_size", "16")
     network = Network(chosen, Corpus(phantom_corpus).image_processor)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(40, 64, 48, generator=generator)
