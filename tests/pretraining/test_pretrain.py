@@ -6,11 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partialmethod
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -95,15 +95,16 @@ def test_a_run_that_a_signal_stopped_is_resumed_as_the_uninterrupted_run(
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(run, phantom_corpus, tmp_path):
     """SIGKILL right after a checkpoint: the process dies without a word, and the same command finishes the run."""
-    command = [sys.executable, "-m", "training.pretrain", CROPS, "--corpus", str(phantom_corpus), "--output_dir",
-               str(tmp_path), *TINY, "--max_steps", "20", "--save_steps", "10"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "checkpoint-10").is_dir() and process.poll() is None:
+    arguments = [CROPS, "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), *TINY]
+    arguments += ["--max_steps", "20", "--save_steps", "10"]
+    process = forked.start(main, arguments)
+    while not (tmp_path / "checkpoint-10").is_dir() and process.is_alive():
         time.sleep(0.002)
     process.kill()
-    process.wait()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     (tmp_path / ".checkpoint-15.tmp").mkdir()  # what a death while writing leaves
-    main(command[3:])
+    main(arguments)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-20"]
     whole, resumed = weights(run / "checkpoint-20"), weights(tmp_path / "checkpoint-20")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -259,11 +260,12 @@ def test_every_part_can_be_switched(phantom_corpus, tmp_path, switch, monkeypatc
 def test_every_shipped_recipe_starts(run, phantom_corpus, tmp_path, name):
     """Two steps of each, all its own but the sizes."""
     beginnings = {
-        "continue_from_dinov2": ["--init_from", str(run / "encoder")],
-        "high_resolution": ["--init_from_checkpoint", str(run / "checkpoint-20"), "--gram_crop_size", "96"],
-    }
-    # four: the views of one patient
-    sizes = ["--patch_size", "16", "--num_register_tokens", "2", "--per_device_train_batch_size", "4"]
+        "continue_from_dinov2": ["--init_from", str(run / "encoder"), "--patch_size", "16"],
+        "high_resolution": ["--init_from_checkpoint", str(run / "checkpoint-20"), "--gram_crop_size", "96",
+                            "--patch_size", "16"],
+    }  # fmt: skip
+    # eight pixels: components of a window of three patches of 16 take seconds; four images: the views of one patient
+    sizes = ["--patch_size", "8", "--num_register_tokens", "2", "--per_device_train_batch_size", "4"]
     arguments = [name, "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path), *TINY, *sizes]
     arguments += ["--torch_compile", "false", "--max_steps", "2", *beginnings.get(name, [])]
     train(load_recipe(arguments))
@@ -280,9 +282,8 @@ def same_files(folder: Path, other: Path) -> bool:
 @pytest.mark.slow
 def test_any_checkpoint_is_exported_in_a_fresh_process_as_the_run_does_it(run, tmp_path):
     """Of a run's folder the last; of an earlier one its own teacher, and a figure that ends with it."""
-    command = [sys.executable, "-m", "training.export"]
-    done = subprocess.run([*command, run, "--output", tmp_path / "last"], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == f"encoder: {tmp_path / 'last'}\n", done.stderr
+    said = launch(1, str(run), "--output", str(tmp_path / "last"), module="training.export")
+    assert said == f"encoder: {tmp_path / 'last'}\n"
     assert same_files(run / "encoder", tmp_path / "last")
     copied = tmp_path / "run"
     shutil.copytree(run, copied, ignore=shutil.ignore_patterns("checkpoint-20", "encoder"))
