@@ -84,7 +84,7 @@ class Canaries:
                 for shape in SHAPES + (ANY_DIGITS if among_digits else DIGITS):
                     found.update(re.findall(shape.encode(), text))
         found |= {each.replace(b"-", b"") for each in found}
-        return {value for value in self.planted if value.lower().encode() in found}
+        return self.planted & {each.decode().upper() for each in found}  # they have no lower case
 
 
 def layers(content: bytes) -> Iterator[bytes]:

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +17,7 @@ import pydicom
 import pytest
 from canaries import Canaries, contents, plant
 from dicom_builders import BREAST, CT, SLICES
+from forked_commands import ForkedCommands
 from hub_server import HubServer
 from made_inputs import HASH_KEY, draw_breast
 from PIL import Image, PngImagePlugin
@@ -28,7 +27,9 @@ from dataset_scripts.corpus.reader import encode_png
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from dataset_scripts.phantom.dicom import BreastInfo, mammogram_dataset
 
-CHECKOUT = Path(__file__).parents[2]
+COMMANDS = ["dataset_scripts.corpus.build", "dataset_scripts.corpus.push", "training.pretrain"]  # and what they import
+COMMANDS += ["modeling_mammodino.tools.cli"]
+PUSH = ["--license", "cc0-1.0", "--num_proc", 1]
 NUM_PATIENTS, NUM_SLICES = 3, 4
 pytestmark = pytest.mark.slow
 
@@ -127,24 +128,24 @@ class User:
 
     def __init__(self, home: Path, hub: HubServer):
         self.home, self.said = home, b""
-        self.environment = {**hub.environment(home / "hub"), "TMPDIR": str(home), "HOME": str(home)}
-        self.environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
+        environment = {**hub.environment(home / "hub"), "TMPDIR": str(home), "HOME": str(home)}
+        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
+        self.commands = ForkedCommands(COMMANDS, environment, home / "imports.log")
 
     def run(self, *command: object, rc: int = 0, **changes: str) -> bytes:
-        done = subprocess.run(
-            [sys.executable, "-m", *map(str, command)],
-            cwd=CHECKOUT,
-            env={name: value for name, value in {**self.environment, **changes}.items() if value},
-            capture_output=True,
-        )
-        assert done.returncode == rc, done.stderr.decode()[-3000:]
-        self.said += done.stdout + done.stderr
-        return done.stdout + done.stderr
+        output = self.home / "said.log"
+        assert self.commands.run([*map(str, command)], changes, output) == rc, output.read_text()[-3000:]
+        said = output.read_bytes()
+        output.unlink()
+        self.said += said
+        return said
 
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory, hub_server):
-    return User(tmp_path_factory.mktemp("home"), hub_server)
+    user = User(tmp_path_factory.mktemp("home"), hub_server)
+    yield user
+    user.commands.close()
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_identifiers_were_planted_and_images_were_read(archive, canaries, built)
 
 def test_no_identifier_is_in_the_corpus_or_in_what_was_said(canaries, built, user):
     assert leaks(canaries, contents(built)) == set()
-    user.run("dataset_scripts.corpus.verify", built, "--num_proc", 1)
+    user.run("dataset_scripts.corpus.verify", built, "--num_proc", 2)
     assert leaks(canaries, [user.said]) == set()
     assert b"as they were built" in user.said and b"refused.csv" in user.said
 
@@ -190,7 +191,7 @@ def test_what_names_files_is_private_and_the_key_is_nowhere(canaries, built):
 
 
 def test_no_identifier_is_published(canaries, built, user, hub_server: HubServer, tmp_path):
-    user.run("dataset_scripts.corpus.push", built, "someone/private", "--license", "cc0-1.0")
+    user.run("dataset_scripts.corpus.push", built, "someone/private", *PUSH)
     user.run("training.pretrain", CROPS, "--corpus", built, "--output_dir", tmp_path / "run", *TINY, "--max_steps", 2)
     user.run("modeling_mammodino.tools.cli", "push", tmp_path / "run" / "encoder", "someone/encoder", "--private")
     sent = {path.name for path in built.iterdir()} | {"README.md"}
@@ -209,7 +210,7 @@ def test_a_corpus_with_a_file_of_the_archive_in_it_is_not_published(
     for path in [path for path in archive.iterdir() if path.is_file()][:5]:
         shutil.copy(path, corpus / f"scan{path.suffix if path.suffix in ('.png', '.dcm') else ''}")
     before = len(hub_server.requests)
-    user.run("dataset_scripts.corpus.push", corpus, "someone/more", "--license", "cc0-1.0", rc=1)
+    user.run("dataset_scripts.corpus.push", corpus, "someone/more", *PUSH, rc=1)
     assert hub_server.requests[before:] == []
     assert leaks(canaries, [user.said]) == set()
 
@@ -222,7 +223,7 @@ def test_the_search_finds_what_is_kept_on_purpose(archive, user, hub_server: Hub
     image = next(archive.glob("*.png"))
     user.run("dataset_scripts.corpus", image, "--output", tmp_path / "out", "--collection", name,
              "--hash_key_file", tmp_path / "key", MAMMODINO_HASH_KEY="")  # fmt: skip
-    user.run("dataset_scripts.corpus.push", tmp_path / "out", "someone/named", "--license", "cc0-1.0")
+    user.run("dataset_scripts.corpus.push", tmp_path / "out", "someone/named", *PUSH)
     for file in ("data-00000.arrow", "manifest.json"):
         assert own.found_in((tmp_path / "out" / file).read_bytes()) == {name}
     assert own.found_in(hub_server.files("someone/named", kind="dataset")["README.md"]) == {name}
