@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -17,6 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 from datasets.arrow_writer import ArrowWriter
+from kills_itself import KillsItself
 from made_inputs import HASH_KEY, draw_breast
 
 from dataset_scripts.corpus.build import build_corpus, main
@@ -214,11 +213,6 @@ def test_an_archive_in_a_zip_is_the_same(phantom_archive, phantom_corpus, tmp_pa
     assert images(tmp_path / "out") == images(phantom_corpus)
 
 
-class KillsItself:
-    def __call__(self, data, rank, world_size):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["ctrl-c", "background"])
 def test_a_worker_that_dies_stops_the_stage(tmp_path, request, interrupts):
@@ -245,19 +239,16 @@ SCONTROL = '#!/bin/sh\necho "$3"\n'  # show hostnames: the one node
 
 
 @pytest.mark.slow
-def test_on_slurm_the_corpus_is_the_same(phantom_archive, phantom_corpus, tmp_path):
+def test_on_slurm_the_corpus_is_the_same(phantom_archive, phantom_corpus, tmp_path, monkeypatch, capsys):
     """Each task from a script of its own, in a process that knows nothing of the command that sent it off."""
     for name, content in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
     arguments = ["--height", "128", "--width", "96", "--collection", "phantom", "--tasks", "1", "--engine", "slurm"]
     arguments += ["--engine_args", "partition=cpu", "time=00:10:00"]
-    command = [sys.executable, "-m", "dataset_scripts.corpus", str(phantom_archive), "--output", str(tmp_path / "out")]
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [*command, *arguments], cwd=kill_corpus.CHECKOUT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "sent off" in done.stdout, done.stderr
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    main([str(phantom_archive), "--output", str(tmp_path / "out"), *arguments])
+    assert "sent off" in capsys.readouterr().out
     assert images(tmp_path / "out") == images(phantom_corpus)
 
 
