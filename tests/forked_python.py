@@ -32,8 +32,11 @@ with socket.socket(socket.AF_UNIX) as server:
 
 
 @contextlib.contextmanager
-def forked_python(folder: Path) -> Iterator[None]:
-    """Put into a folder `python`, and `mammodino` as it is installed, for use while this lasts."""
+def forked_python(folder: Path, environment: dict[str, str] | None = None) -> Iterator[None]:
+    """Put into a folder `python`, and `mammodino` as it is installed, for use while this lasts.
+
+    Libraries are imported in that environment, for some read it then.
+    """
     place, installed = str(folder / "socket"), str(Path(sys.executable).with_name("mammodino"))
     for name, before in (("python", []), ("mammodino", [installed])):
         (folder / name).write_text(CALL.format(python=sys.executable, place=place, before=before))
@@ -41,7 +44,8 @@ def forked_python(folder: Path) -> Iterator[None]:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(place)
         server.listen()
-        process = subprocess.Popen([sys.executable, __file__, str(server.fileno())], pass_fds=[server.fileno()])
+        command = [sys.executable, __file__, str(server.fileno())]
+        process = subprocess.Popen(command, pass_fds=[server.fileno()], env=environment)
     yield
     process.kill()
     process.wait()
@@ -69,7 +73,7 @@ def main() -> None:
     os.environ.update(environment)
     if first == "-m":
         sys.argv, sys.path[0] = arguments, folder
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        runpy._run_module_as_main(arguments[0])  # what -m calls; spawned workers find the module as that of the command
     else:
         sys.argv, sys.path[0] = [first, *arguments], str(Path(first).parent)
         runpy.run_path(first, run_name="__main__")

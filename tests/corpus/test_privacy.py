@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ import pydicom
 import pytest
 from canaries import Canaries, contents, plant
 from dicom_builders import BREAST, CT, SLICES
-from forked_commands import ForkedCommands
+from forked_python import forked_python
 from hub_server import HubServer
 from made_inputs import HASH_KEY, draw_breast
 from PIL import Image, PngImagePlugin
@@ -27,8 +28,7 @@ from dataset_scripts.corpus.reader import encode_png
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from dataset_scripts.phantom.dicom import BreastInfo, mammogram_dataset
 
-COMMANDS = ["dataset_scripts.corpus.build", "dataset_scripts.corpus.push", "training.pretrain"]  # and what they import
-COMMANDS += ["modeling_mammodino.tools.cli"]
+CHECKOUT = Path(__file__).parents[2]
 PUSH = ["--license", "cc0-1.0", "--num_proc", 1]
 NUM_PATIENTS, NUM_SLICES = 3, 4
 pytestmark = pytest.mark.slow
@@ -128,24 +128,26 @@ class User:
 
     def __init__(self, home: Path, hub: HubServer):
         self.home, self.said = home, b""
-        environment = {**hub.environment(home / "hub"), "TMPDIR": str(home), "HOME": str(home)}
-        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
-        self.commands = ForkedCommands(COMMANDS, environment, home / "imports.log")
+        self.environment = {**hub.environment(home / "hub"), "TMPDIR": str(home), "HOME": str(home)}
+        self.environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
 
     def run(self, *command: object, rc: int = 0, **changes: str) -> bytes:
-        output = self.home / "said.log"
-        assert self.commands.run([*map(str, command)], changes, output) == rc, output.read_text()[-3000:]
-        said = output.read_bytes()
-        output.unlink()
-        self.said += said
-        return said
+        done = subprocess.run(
+            [self.home / "python", "-m", *map(str, command)],
+            cwd=CHECKOUT,
+            env={name: value for name, value in {**self.environment, **changes}.items() if value},
+            capture_output=True,
+        )
+        assert done.returncode == rc, done.stderr.decode()[-3000:]
+        self.said += done.stdout + done.stderr
+        return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory, hub_server):
     user = User(tmp_path_factory.mktemp("home"), hub_server)
-    yield user
-    user.commands.close()
+    with forked_python(user.home, user.environment):
+        yield user
 
 
 @pytest.fixture(scope="module")
