@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import cv2
@@ -129,12 +130,18 @@ def test_a_stopped_build_goes_on_and_ends_the_same(phantom_archive, phantom_corp
 
 @pytest.mark.slow
 def test_a_build_of_two_processes_that_is_killed_ends_as_one_that_is_not_by_one(phantom_archive, tmp_path):
-    """A short run of `python -m tests.kill_corpus`; what its processes are told, this one is told, too."""
-    found = kill_corpus.kill_repeatedly(phantom_archive, tmp_path / "killed", kills=1, seed=1, seconds=10.0)
-    assert len(found) == 1
-    main([*kill_corpus.command(phantom_archive, tmp_path / "undisturbed")[3:], "--num_proc", "1"])
-    assert kill_corpus.digests(tmp_path / "killed") == kill_corpus.digests(tmp_path / "undisturbed")
-    assert len(list((tmp_path / "killed").glob("*.arrow"))) > 2
+    """At random moments and many times it is by `python -m tests.kill_corpus`."""
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    process = kill_corpus.start(phantom_archive, killed)
+    while " 0 shards" in kill_corpus.state_of(killed) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and "complete" not in kill_corpus.state_of(killed)
+    for output in (killed, undisturbed):
+        main([*kill_corpus.command(phantom_archive, output)[3:], "--num_proc", "1"])
+    assert kill_corpus.digests(killed) == kill_corpus.digests(undisturbed)
+    assert len(list(killed.glob("*.arrow"))) > 2
 
 
 def test_a_full_disk_is_said_and_what_is_finished_stands(phantom_archive, phantom_corpus, tmp_path, monkeypatch):
