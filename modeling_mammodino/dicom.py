@@ -386,6 +386,8 @@ def _check_geometry(opened: DicomFile) -> float:
     header = opened.header
     if "Rows" not in header or "PhotometricInterpretation" not in header:
         raise opened.refuse(f"{_object_name(header)} without Rows or PhotometricInterpretation", "give an image object")
+    if not is_image(header):  # a segmentation or a dose map has both
+        raise opened.refuse(f"{_object_name(header)}, not an image", "give an image object")
     photometric, samples = text(header, "PhotometricInterpretation"), number(header, "SamplesPerPixel")
     is_gray, is_color = photometric in ("MONOCHROME1", "MONOCHROME2"), photometric in COLORS
     if not (is_gray and samples in (None, 1) or is_color and samples == 3):
@@ -406,6 +408,12 @@ def _check_geometry(opened: DicomFile) -> float:
         )
     channels = 2 if photometric == "YBR_FULL_422" else samples or 1
     return sizes["Rows"] * sizes["Columns"] * sizes["BitsAllocated"] * channels / 8
+
+
+def is_image(header: Any) -> bool:
+    """Whether the object may be an image: every SOP class of the standard that is one has the word in its name."""
+    sop = identifier(header, "SOPClassUID")
+    return sop not in pydicom.uid.UID_dictionary or "Image" in pydicom.uid.UID(sop).name
 
 
 def _object_name(header: Any) -> str:
