@@ -22,7 +22,7 @@ import pandas as pd
 from dataset_scripts.benchmarks.labels import read_images
 from modeling_mammodino.tools.command import CommandParser, command_line, show_progress, user_model, user_path
 from modeling_mammodino.tools.embed import find_device
-from modeling_mammodino.tools.features import find_files
+from modeling_mammodino.tools.features import find_files, paths_below
 from modeling_mammodino.tools.files import atomic_file, check_output
 from training.evaluation.detection.boxes import BoxedImage
 from training.evaluation.detection.data import LesionImageRenderer
@@ -147,6 +147,10 @@ def predict_classes(
     backbone, head, _ = open_classifier(run / MODEL_FOLDER, source)
     if maps is not None:
         check_drawable(backbone, head, "--heat_maps")
+        names = paths_below([Path(file) for file in table["file"]])
+        drawn = {file: maps / f"{name}.png" for file, name in zip(table["file"], names, strict=True)}
+        if there := next(filter(Path.exists, drawn.values()), None):
+            raise FileExistsError(f"--heat_maps: {there} exists; give another folder, or remove it first")
     backbone, predictor = backbone.to(find_device("auto")), Predictor.open(run / MODEL_FOLDER, head)
     tiling = head.tiling if isinstance(head, MultipleInstanceHead) else None
     shards: list[SliceFeatures] = []
@@ -177,9 +181,9 @@ def predict_classes(
     everything = SliceFeatures([each for shard in shards for each in shard.rows], known, refused)
     rows = predictor.levels(everything, np.concatenate(probabilities))
     if maps is not None:
-        for number, file in enumerate(show_progress(known["file"], "heat maps", disable=None)):
+        for file in show_progress(known["file"], "heat maps", disable=None):
             image, of_file = map_file(file, None, backbone, head, tuple(classes))
-            draw_heat_maps(image, of_file, Path(file).name, maps / f"{number:05d}_{Path(file).stem}.png")
+            draw_heat_maps(image, of_file, Path(file).name, drawn[file])
     return rows, refused, masks
 
 

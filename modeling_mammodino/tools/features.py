@@ -383,6 +383,13 @@ def find_files(sources: Iterable[Path]) -> FoundFiles:
     return FoundFiles(sorted(found), ignored, unlisted)
 
 
+def paths_below(files: Sequence[Path], folders: Iterable[Path] = ()) -> list[str]:
+    """Return the path of each file below the folder that holds all of them, and `folders`: names by which what is made
+    of files differs as they do."""
+    top = os.path.commonpath([os.path.abspath(each) for each in (*folders, *(file.parent for file in files))])
+    return [os.path.relpath(file, top) for file in files]
+
+
 class FileEmbeddings(NamedTuple):
     """Features of one file, S rows; or why it was refused, and none. A pooled volume has one row, its slice None."""
 

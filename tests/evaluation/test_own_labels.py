@@ -151,14 +151,18 @@ def test_linear_heads_of_a_mammodino_open_as_an_auto_model(labels, runs, predict
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "tiles"])
 def test_images_and_folders_are_predicted_as_csv_with_heat_maps(labels, runs, tmp_path, name):
-    files = sorted((labels.parent / "images").iterdir())[:2]
-    (tmp_path / "in").mkdir()
-    shutil.copy(files[1], tmp_path / "in")
-    predict([str(runs[name]), str(files[0]), str(tmp_path / "in"), "--output", str(tmp_path / "found.csv"),
-             "--heat_maps", str(tmp_path / "maps")])  # fmt: skip
+    for folder, file in zip("ab", sorted((labels.parent / "images").iterdir()), strict=False):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        shutil.copy(file, tmp_path / "in" / folder / "1-1.png")
+    command = [str(runs[name]), str(tmp_path / "in/a/1-1.png"), str(tmp_path / "in/b"), "--output",
+               str(tmp_path / "found.csv"), "--heat_maps", str(tmp_path / "maps")]  # fmt: skip
+    predict(command)
     found = pd.read_csv(tmp_path / "found.csv")
     assert found["level"].tolist() == ["image", "image"]  # nobody said whose they are
-    assert [cv2.imread(str(path)).std() > 20 for path in (tmp_path / "maps").iterdir()] == [True, True]
+    maps = [tmp_path / "maps" / folder / "1-1.png.png" for folder in "ab"]
+    assert [cv2.imread(str(path)).std() > 20 for path in maps] == [True, True]
+    with pytest.raises(SystemExit, match="a/1-1.png.png exists; give another folder"):  # may be of another image
+        predict(command)
 
 
 def test_a_table_knows_more_of_a_file_than_its_folder(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from made_inputs import draw_breast
 
 from modeling_mammodino.tools.command import user_path
-from modeling_mammodino.tools.features import find_files
+from modeling_mammodino.tools.features import find_files, paths_below
 from modeling_mammodino.tools.walk import ENTERED, NOT_REGULAR, OF_SYSTEM, walk
 from training.settings import check_values
 
@@ -77,6 +77,14 @@ def test_what_a_system_keeps_is_passed_over(tmp_path, name):
     assert listed(tmp_path) == ["p/1.png"]
     assert set(walk(tmp_path).passed_over.values()) == {OF_SYSTEM}
     assert listed(tmp_path / name) == ["deep/1.png"]  # asked for by its name
+
+
+def test_names_of_files_are_paths_below_what_holds_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [Path("a/p1/1.dcm"), tmp_path / "a/p2/1.dcm"]
+    assert paths_below(files) == ["p1/1.dcm", "p2/1.dcm"]
+    assert paths_below(files[:1]) == ["1.dcm"] and paths_below(files[:1], [Path("a")]) == ["p1/1.dcm"]
+    assert paths_below(files, [Path("b/../c")]) == ["a/p1/1.dcm", "a/p2/1.dcm"]
 
 
 def test_find_files_counts_what_it_passes_over_and_logs_what_it_cannot_list(tmp_path, locked, caplog):
