@@ -5,17 +5,20 @@
 FILES: DICOM files, or folders of them. RUN is the output_dir of a finished training.detect run: its boxes become
 NAME.boxes.dcm, a measurement report (PS3.16 TID 1500). Or it is that of a training.finetune run, or an encoder, a
 folder or Hub id: its heat maps become NAME.heat_maps.dcm, a fractional segmentation with a segment a map, and the
-breast that it sees NAME.breast.dcm, a binary one (PS3.3 A.51).
+breast that it sees NAME.breast.dcm, a binary one (PS3.3 A.51). NAME is the path of the file below the folder given. A
+file that cannot be used is left out, and so is one whose result would replace that of another image.
 
 All of it lies in rows, columns and frames of the file as it is stored, not in the image that an encoder sees, and
 refers to its SOP instance. **It carries the patient and study of the file, as viewers need it**, and names itself for
 research use only. Needs the extra `clinical`.
 """
 
-import copy
+import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +27,22 @@ import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+from pydicom.valuerep import DA, TM
 from torch import nn
 
 import modeling_mammodino
-from modeling_mammodino.dicom import open_dicom
-from modeling_mammodino.dicom_header import laterality, num_frames
-from modeling_mammodino.image_io import InvalidImageError
-from modeling_mammodino.tools.command import CommandParser, command_line, user_model, user_path
+from modeling_mammodino.dicom import NO_HEADER, is_image, open_dicom, open_if_dicom, refusing
+from modeling_mammodino.dicom_header import identifier, laterality, num_frames, number, scopes, vector
+from modeling_mammodino.image_io import DICOM_SUFFIXES, InvalidImageError, suffix
+from modeling_mammodino.tools.command import CommandParser, command_line, show_progress, user_model, user_path
 from modeling_mammodino.tools.embed import find_device, weights_sha256
-from modeling_mammodino.tools.features import find_files
+from modeling_mammodino.tools.features import find_files, paths_below
 from modeling_mammodino.tools.files import atomic_file
 from training.evaluation.backbones.registry import Backbone, load_backbone
 from training.evaluation.detection.boxes import BoxedImage
 from training.evaluation.detection.data import LesionImage, LesionImageRenderer
 from training.evaluation.detection.detector import load_detector
-from training.evaluation.detection.find_lesions import find_lesions
+from training.evaluation.detection.find_lesions import find_in_slices
 from training.evaluation.finetuning.image_classifier import open_classifier
 from training.evaluation.finetuning.multiple_instance import MultipleInstanceHead
 from training.evaluation.heat_maps import HeatMap
@@ -61,6 +65,11 @@ TYPE_2 = (  # needed in what is written, may be empty
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
+VALUES: dict[str, Callable[[str], Any]] = {  # what highdicom or who reads the result raises ValueError of
+    "PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM, "PatientSex": ("F", "M", "O").index,
+    "PatientSize": float, "PatientWeight": float,
+}  # fmt: skip
+PLACES = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")  # of a volume's frames
 LESION, BREAST = Code("52988006", "SCT", "Lesion"), Code("76752008", "SCT", "Breast")
 BREAST_MASK = (Code("123037004", "SCT", "Anatomical Structure"), BREAST)
 HEAT_MAP = (  # not of a lesion: none of these maps has been validated to show one
@@ -69,6 +78,8 @@ HEAT_MAP = (  # not of a lesion: none of these maps has been validated to show o
 MAMMOGRAPHY = Code("71651007", "SCT", "Mammography")
 CERTAINTY = Code("111012", "DCM", "Certainty of Finding")  # 0 to 100: the score, which is no probability of cancer
 FAMILY = Code("123110", "DCM", "Artificial Intelligence")
+
+Exporter = Callable[[Path, str], Iterator[Path]]  # of a file, and the path that its results begin with
 
 
 @dataclass(frozen=True)
@@ -96,22 +107,34 @@ class Algorithm:
             "manufacturer_model_name": self.name[:64],
             "software_versions": version,
             "device_serial_number": self.weights[:16],
+            "specific_character_set": None,  # `_save` sets the file's; highdicom does not know all
             "series_description": self.title,
         }
 
 
 def source_header(file: str | Path) -> Dataset:
-    """Return the header of a DICOM image, with what may be empty filled in. Raises InvalidImageError where there is no
-    instance to refer to, ImportError without highdicom."""
+    """Return the header of a DICOM image, with what may be empty filled in, and blank what results carry but cannot be
+    read. Raises InvalidImageError where there is no instance to refer to, ImportError without highdicom."""
     if hd is None:
         raise ImportError("structured reports and segmentations need highdicom: pip install -e '.[clinical]'")
-    header = copy.copy(open_dicom(file).header)
+    header, blank = open_dicom(file).header, []
     for keyword in ("SOPInstanceUID", "SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID"):
         if not header.get(keyword):
             raise InvalidImageError(str(file), f"has no {keyword}, to which a result could refer; export it again")
-    for keyword in TYPE_2:
-        if keyword not in header:
-            setattr(header, keyword, "")
+    with refusing(str(file), *NO_HEADER):
+        for keyword, read in VALUES.items():
+            if value := identifier(header, keyword).upper():
+                try:
+                    read(value)
+                except ValueError:
+                    blank.append(keyword)
+                    value = ""
+                setattr(header, keyword, value)
+        for keyword in TYPE_2:
+            if keyword not in header:
+                setattr(header, keyword, "")
+    if blank:
+        logger.warning("%s: %s: not as DICOM writes it; left blank in what is written", file, ", ".join(blank))
     return header
 
 
@@ -126,17 +149,23 @@ def write_sr(
     """
     if not len(boxes):
         raise ValueError(f"{path.name}: no box; a report needs one")
+    _save(path, header, partial(_report, header, boxes, frames, scores, algorithm))
+
+
+def _report(
+    header: Dataset, boxes: np.ndarray, frames: np.ndarray, scores: np.ndarray, algorithm: Algorithm
+) -> Dataset:
     side = {"L": Code("7771000", "SCT", "Left"), "R": Code("24028007", "SCT", "Right")}.get(laterality(header) or "")
     by = hd.sr.AlgorithmIdentification(
         name=algorithm.title, version=modeling_mammodino.__version__, parameters=[f"weights {algorithm.weights}"]
     )
     findings = []
-    for number, (box, frame, score) in enumerate(zip(boxes.astype(float), frames.tolist(), scores, strict=True), 1):
+    for index, (box, frame, score) in enumerate(zip(boxes.astype(float), frames.tolist(), scores, strict=True), 1):
         x0, y0, x1, y1 = box
         shown = [frame + 1] if (num_frames(header) or 1) > 1 else None
         findings.append(
             hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(
-                tracking_identifier=hd.sr.TrackingIdentifier(hd.UID(), f"{algorithm.name} {number}"),
+                tracking_identifier=hd.sr.TrackingIdentifier(hd.UID(), f"{algorithm.name} {index}"),
                 referenced_region=hd.sr.ImageRegion(
                     hd.sr.GraphicTypeValues.POLYLINE,
                     np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]),
@@ -152,14 +181,18 @@ def write_sr(
     device = hd.sr.DeviceObserverIdentifyingAttributes(
         hd.UID(), name=algorithm.title, manufacturer_name=about["manufacturer"], serial_number=algorithm.weights[:16]
     )
+    described = None
+    with suppress(Exception):  # asks for spacing and orientation, each SOP class for its own
+        hd.sr.ImageLibrary([header])
+        described = [header]
     report = hd.sr.MeasurementReport(
         hd.sr.ObservationContext(hd.sr.ObserverContext(hd.sr.CodedConcept("121007", "DCM", "Device"), device)),
         MAMMOGRAPHY,
         findings,
-        referenced_images=[header] if "ImagerPixelSpacing" in header else None,  # highdicom asks for it, of volumes too
+        referenced_images=described,
     )
     named = {name: about[name] for name in about if name not in ("software_versions", "device_serial_number")}
-    _save(path, hd.sr.ComprehensiveSR([header], report[0], **named))
+    return hd.sr.ComprehensiveSR([header], report[0], **named)
 
 
 def write_seg(
@@ -168,11 +201,17 @@ def write_seg(
     """Write planes (S, H, W), as large as the source, as segments of a segmentation, atomically.
 
     bool: masks of the breast, binary. float32 from 0 to 1: maps, fractional in 255 steps.  labels: a name a segment.
-    frame: of the file, from 0. Raises ValueError where a volume has no positions of its frames.
+    frame: of the file, from 0. Raises InvalidImageError where a volume does not say where its frames lie.
     """
     size = (header.Rows, header.Columns)
     if planes.shape[1:] != size or len(labels) != len(planes):
         raise ValueError(f"{path.name}: {len(labels)} labels of planes {planes.shape}; the source has {size}")
+    _save(path, header, partial(_segmentation, path, header, planes, labels, frame, algorithm))
+
+
+def _segmentation(
+    path: Path, header: Dataset, planes: np.ndarray, labels: Sequence[str], frame: int, algorithm: Algorithm
+) -> Dataset:
     is_mask, about = planes.dtype == bool, algorithm.about
     category, kind = BREAST_MASK if is_mask else HEAT_MAP
     by = hd.AlgorithmIdentificationSequence(
@@ -187,15 +226,21 @@ def write_seg(
     where: dict[str, Any] = {}
     if (count := num_frames(header) or 1) > 1:
         groups = header.get("PerFrameFunctionalGroupsSequence") or []
-        if len(groups) != count or "PlanePositionSequence" not in groups[frame]:
-            raise ValueError(
-                f"{path.name}: the header says no positions of the {count} frames; give the file as it was"
-            )
-        position = groups[frame].PlanePositionSequence[0].ImagePositionPatient
+        found = {name: next(scopes(header, frame, name)) for name in PLACES}
+        lacking = [name for name, each in found.items() if each is header or len(groups) != count]
+        if lacking:
+            raise InvalidImageError(path, f"no {', '.join(lacking)} of the {count} frames; give the file as it was")
+        position = found.pop("PlanePositionSequence").ImagePositionPatient
+        shared = Dataset()  # where highdicom looks for them; they may stand in the frames
+        for name, each in found.items():
+            setattr(shared, name, [each])
+        header.SharedFunctionalGroupsSequence = [shared]
         where["plane_positions"] = [hd.PlanePositionSequence(hd.CoordinateSystemNames.PATIENT, position)]
-    elif all(spacing := header.get("PixelSpacing") or header.get("ImagerPixelSpacing") or [0]):
-        # a projection has no slices, but readers ask for a thickness: of the compressed breast, or where unknown a unit
-        where["pixel_measures"] = hd.PixelMeasuresSequence(list(spacing), header.get("BodyPartThickness") or 1)
+    else:
+        spacings = (vector(header, keyword) for keyword in ("PixelSpacing", "ImagerPixelSpacing"))
+        if known := [each.tolist() for each in spacings if each is not None and each.size == 2 and each.min() > 0]:
+            # a projection has no slices, but readers ask for a thickness: of the compressed breast, or else a unit
+            where["pixel_measures"] = hd.PixelMeasuresSequence(known[0], number(header, "BodyPartThickness") or 1)
     stacked = np.moveaxis(planes, 0, -1)[None]  # (1, H, W, S)
     segmentation = hd.seg.Segmentation(
         [header],
@@ -211,12 +256,26 @@ def write_seg(
     )
     if count == 1:
         segmentation.PatientOrientation = header.get("PatientOrientation")
-    _save(path, segmentation)
+    return segmentation
 
 
-def _save(path: Path, dataset: Dataset) -> None:
+def _save(path: Path, header: Dataset, make: Callable[[], Dataset]) -> None:
+    """Write what `make` returns. Raises InvalidImageError where it cannot be made of such a header, or `path` holds the
+    result of another image."""
+    if path.exists():
+        former = open_dicom(path)
+        with former.refusing(*NO_HEADER):
+            of = {each.value for each in former.header.iterall() if each.keyword == "ReferencedSOPInstanceUID"}
+        if header.SOPInstanceUID not in of:
+            raise InvalidImageError(path, "belongs to another image; give another --output, or remove it first")
+    content = io.BytesIO()
+    with refusing(str(path), *NO_HEADER):
+        dataset = make()
+        if names := header.get("SpecificCharacterSet"):
+            dataset.SpecificCharacterSet = names
+        dataset.save_as(content, enforce_file_format=True)
     with atomic_file(path) as temporary:
-        dataset.save_as(temporary, enforce_file_format=True)
+        temporary.write_bytes(content.getvalue())
 
 
 def on_source(values: np.ndarray, image: LesionImage) -> np.ndarray:
@@ -242,47 +301,61 @@ def to_unit(heat_map: HeatMap) -> np.ndarray:
     return np.nan_to_num(np.clip((values - least) / most, 0, 1))
 
 
-def export_boxes(files: Sequence[Path], run: Path, settings: DetectionSettings, min_score: float, output: Path) -> None:
-    """Write the boxes of at least `min_score` that a detector finds, a report a file that has any."""
+def export_files(files: dict[Path, str], export: Exporter) -> list[str]:
+    """Write the results of each file, given with the path that they begin with, and print theirs. Return why files were
+    refused. Raises ValueError where all were."""
+    refused = []
+    for file, start in show_progress(files.items(), "export", unit="file", disable=None):
+        try:
+            for path in export(file, start):
+                print(path)
+        except ValueError as error:
+            refused.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+            logger.warning("left out: %s", refused[-1])
+    if len(refused) == len(files):
+        raise ValueError(f"none of {len(files)} files can be used; the first: {refused[0]}")
+    return refused
+
+
+def boxes_exporter(run: Path, settings: DetectionSettings, min_score: float) -> Exporter:
+    """Return what writes the boxes of at least `min_score` that a detector finds in a file, as a report."""
     detector: Any
     detector, processor = load_detector(run / MODEL_FOLDER)
     algorithm = Algorithm("MammoDINO lesion detector", weights_sha256(detector))
-    detector.to(find_device("auto"))
-    for file in files:
+    detector.to(find_device("auto")).eval()
+    renderer = LesionImageRenderer(processor)
+
+    def export(file: Path, start: str) -> Iterator[Path]:
+        header, path = source_header(file), Path(f"{start}.boxes.dcm")
         image = BoxedImage(str(file), "", str(file), np.empty((0, 4)), np.empty(0, int))
-        found, refused = find_lesions(detector, [image], LesionImageRenderer(processor), settings)
-        if refused:
-            raise ValueError(refused[str(file)])
-        (of_file,) = found
-        kept, path = of_file.scores >= min_score, output / f"{file.stem}.boxes.dcm"
+        slices = list(renderer(str(file), slices_per_volume=settings.test_slices_per_volume))
+        found = find_in_slices(detector, image, slices, renderer, settings)
+        kept = found.scores >= min_score
         if kept.any():
-            parts = of_file.boxes[kept], of_file.slices[kept], of_file.scores[kept]
-            write_sr(path, source_header(file), *parts, algorithm)
-            print(path)
+            write_sr(path, header, found.boxes[kept], found.slices[kept], found.scores[kept], algorithm)
+            yield path
         else:
             logger.info("%s: no box of score %g or more; no report", file, min_score)
 
+    return export
 
-def export_maps(
-    files: Sequence[Path],
-    frame: int | None,
-    backbone: Backbone,
-    head: nn.Module | None,
-    classes: Sequence[str],
-    output: Path,
-) -> None:
-    """Write heat maps and breast mask of one frame of each file, by default the middle one."""
+
+def maps_exporter(frame: int | None, backbone: Backbone, head: nn.Module | None, classes: Sequence[str]) -> Exporter:
+    """Return what writes heat maps and breast mask of one frame of a file, by default the middle one."""
     weights = backbone.settings()["weights"]
-    for file in files:
+
+    def export(file: Path, start: str) -> Iterator[Path]:
         header = source_header(file)
         image, maps = map_file(str(file), frame, backbone, head, tuple(classes))
         planes = np.stack([on_source(to_unit(each), image) for each in maps])
         breast = on_source(image.tissue, image)[None] >= 0.5
         names = [f"{each.name}, relative" for each in maps]
         for kind, content, labels in (("heat_maps", planes, names), ("breast", breast, ["breast"])):
-            path, algorithm = output / f"{file.stem}.{kind}.dcm", Algorithm(f"MammoDINO {kind}", weights)
+            path, algorithm = Path(f"{start}.{kind}.dcm"), Algorithm(f"MammoDINO {kind}", weights)
             write_seg(path, header, content, labels, image.frame, algorithm)
-            print(path)
+            yield path
+
+    return export
 
 
 def open_maps(run: str, source: str | None) -> tuple[Backbone, nn.Module | None, Sequence[str]]:
@@ -295,6 +368,27 @@ def open_maps(run: str, source: str | None) -> tuple[Backbone, nn.Module | None,
     if isinstance(opened[1], MultipleInstanceHead):
         raise ValueError(f"{run}: attention over tiles is drawn by training.heat_map alone")
     return opened
+
+
+def find_results(sources: Sequence[Path], output: Path) -> dict[Path, str]:
+    """Return the files to export, and for each the path that its results begin with: below `output` as the file below
+    the sources. Raises ValueError where there is none."""
+    found = find_files(sources).files
+    files = [file for file in found if file in sources or not holds_other_object(file)]
+    if ignored := len(found) - len(files):
+        logger.info("ignored: %d DICOM files that hold no image", ignored)
+    if not files:
+        raise ValueError(f"{sources[0]}: no DICOM image found")
+    names = paths_below(files, [source for source in sources if source.is_dir()])
+    stems = [name[: -len(suffix(name))] if suffix(name) in DICOM_SUFFIXES else name for name in names]
+    return {file: str(output / stem) for file, stem in zip(files, stems, strict=True)}
+
+
+def holds_other_object(file: Path) -> bool:
+    """Whether it is DICOM, but no image, as reports, segmentations and what this module writes."""
+    with suppress(InvalidImageError):  # raised again where the file is exported
+        return (opened := open_if_dicom(file)) is not None and not is_image(opened.header)
+    return False
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -311,20 +405,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--source", type=user_model, help="where the run's frozen encoder is now, if it was moved")
     options = parser.parse_args(arguments)
     with command_line("export_dicom"):
-        files = find_files(options.files).files
-        if not files:
-            raise ValueError(f"{options.files[0]}: no DICOM file found")
-        stems = [file.stem for file in files]
-        if twice := next((file for file in files if stems.count(file.stem) > 1), None):
-            raise ValueError(f"{twice}: another file has this name, too, and so would the result; export it by itself")
-        for file in files:
-            source_header(file)
         run = Path(options.run)
         settings = open_run(run)[0] if (run / RESULT_FILE).is_file() else None
+        files = find_results(options.files, options.output)
         if isinstance(settings, DetectionSettings):
-            export_boxes(files, run, settings, options.min_score, options.output)
+            export = boxes_exporter(run, settings, options.min_score)
         else:
-            export_maps(files, options.slice, *open_maps(options.run, options.source), options.output)
+            export = maps_exporter(options.slice, *open_maps(options.run, options.source))
+        refused = export_files(files, export)
+        print(f"{options.output}: {len(files) - len(refused)} files; {len(refused)} refused. {NOTICE}.")
 
 
 if __name__ == "__main__":

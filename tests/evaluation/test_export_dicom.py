@@ -1,7 +1,7 @@
 """Structured reports and segmentations, read back with highdicom: at the pixels and in the frame of the source."""
 
 import json
-import shutil
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from made_inputs import draw_breast, random_encoder
 
 from dataset_scripts.phantom.dicom import BreastInfo, mammogram_dataset, save, tomosynthesis_dataset
 from modeling_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.image_io import InvalidImageError
 from modeling_mammodino.rendering import Placement
 from training import export_dicom
 from training.evaluation.detection import find_lesions
@@ -193,22 +194,115 @@ def test_what_cannot_be_exported_is_said(tmp_path, run_folder, monkeypatch):
         write_seg(tmp_path / "a.dcm", header, np.zeros((1, 3, 3), bool), ["breast"], 0, MADE)
     volume = source_header(write_image(tmp_path, "volume")[0])
     del volume.PerFrameFunctionalGroupsSequence
-    with pytest.raises(ValueError, match="no positions of the 4 frames"):
+    with pytest.raises(ValueError, match="no PlanePositionSequence.* of the 4 frames"):
         write_seg(tmp_path / "a.dcm", volume, np.zeros((1, *SHAPE), bool), ["breast"], 0, MADE)
     monkeypatch.setattr(find_lesions, "detect", lambda _, inputs: [(np.zeros((1, 4)), np.zeros(1))] * len(inputs))
     main([str(run_folder), str(path), "--output", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
     cv2.imwrite(str(tmp_path / "image.png"), drawn("L")[0])
-    (tmp_path / "twin").mkdir()
-    shutil.copy(path, tmp_path / "twin")
     options = ["--output", str(tmp_path / "none")]
-    for files, message in (
-        ([str(tmp_path / "image.png")], "image.png"),
-        ([str(path), str(tmp_path / "twin")], "another file has this name"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            main([str(run_folder), *files, *options])
+    with pytest.raises(SystemExit, match="none of 1 files can be used; the first: .*image.png: not a DICOM file"):
+        main([str(run_folder), str(tmp_path / "image.png"), *options])
     monkeypatch.setattr(export_dicom, "hd", None)
     with pytest.raises(SystemExit, match="clinical"):
         main([str(run_folder), str(path), *options])
     assert not list(tmp_path.glob("*.boxes.dcm"))
+
+
+@pytest.fixture
+def finds_one_box(monkeypatch):
+    found = np.array([[10.0, 20.0, 30.0, 40.0]]), np.array([0.9])
+    monkeypatch.setattr(find_lesions, "detect", lambda _, inputs: [found] * len(inputs))
+
+
+def referenced(path: Path) -> str:
+    report = pydicom.dcmread(path)
+    return (
+        report.CurrentRequestedProcedureEvidenceSequence[0]
+        .ReferencedSeriesSequence[0]
+        .ReferencedSOPSequence[0]
+        .ReferencedSOPInstanceUID
+    )
+
+
+def test_results_lie_as_their_files_do_and_replace_none_of_another_image(tmp_path, run_folder, finds_one_box, capsys):
+    """Archives repeat names, have UIDs for names, and hold what cannot be used, and results of an earlier call."""
+    archive, instances = tmp_path / "archive", {}
+    source, *_ = write_image(tmp_path, "left")
+    for name in ("p1/1-1.dcm", "p2/1-1.DCM", "1.2.840.1", "1.2.840.2"):
+        dataset = pydicom.dcmread(source)
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        instances[name] = dataset.SOPInstanceUID
+        (archive / name).parent.mkdir(parents=True, exist_ok=True)
+        dataset.save_as(archive / name)
+    cv2.imwrite(str(archive / "image.png"), drawn("L")[0])
+    (archive / "cut.dcm").write_bytes(source.read_bytes()[:-1000])
+    output = archive / "results"
+    for _ in range(2):
+        main([str(run_folder), str(archive), "--output", str(output)])
+        written = {path.relative_to(output).as_posix(): referenced(path) for path in output.rglob("*.dcm")}
+        assert written == {name.removesuffix(".dcm").removesuffix(".DCM") + ".boxes.dcm": uid
+                           for name, uid in instances.items()}  # fmt: skip
+        assert "4 files; 2 refused" in capsys.readouterr().out
+    one = ["--output", str(tmp_path / "one")]
+    main([str(run_folder), str(archive / "p1/1-1.dcm"), *one])
+    with pytest.raises(SystemExit, match="p2/1-1.DCM: .*one/1-1.boxes.dcm: belongs to another image"):
+        main([str(run_folder), str(archive / "p2/1-1.DCM"), *one])
+    assert referenced(tmp_path / "one/1-1.boxes.dcm") == instances["p1/1-1.dcm"]
+    with pytest.raises(SystemExit, match="Comprehensive SR Storage"):  # named, not found
+        main([str(run_folder), str(output / "1.2.840.1.boxes.dcm"), *one])
+
+
+@pytest.mark.parametrize(
+    ("values", "blank"),
+    [
+        ({"PatientBirthDate": "19000000", "StudyDate": "2020-01-05", "StudyTime": "12:30:00", "PatientSex": "FEMALE"},)
+        * 2,
+        ({"PatientBirthDate": "ANON", "StudyDate": "00000000", "PatientSize": "1,65"},) * 2,
+        ({"PatientSex": "f"}, {}),
+        ({"SpecificCharacterSet": ["", "ISO 2022 IR 87"], "PatientName": "Yamada^Tarou=\u5c71\u7530^\u592a\u90ce"}, {}),
+        ({"SpecificCharacterSet": "ISO 2022 IR 149", "PatientName": "Hong^Gildong=\u6d2a^\u5409\u6d1e"}, {}),
+        ({"SpecificCharacterSet": "", "PatientOrientation": "", "ImagerPixelSpacing": ""}, {}),
+        ({"PatientOrientation": None, "ImagerPixelSpacing": [0.5], "BodyPartThickness": "thin"}, {}),
+    ],
+)
+def test_headers_as_archives_have_them(tmp_path, caplog, values, blank):
+    """What cannot be read is left blank, and said once; the rest is as in the file."""
+    path, box, _ = write_image(tmp_path, "left")
+    dataset = pydicom.dcmread(path)
+    with pydicom.config.disable_value_validation():
+        for keyword, value in values.items():
+            vr = "LO" if keyword in blank or keyword == "BodyPartThickness" else pydicom.datadict.dictionary_VR(keyword)
+            dataset.pop(keyword, None)
+            if value is not None:
+                dataset.add_new(keyword, vr, value)
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian  # stores no VR
+        dataset.save_as(path, enforce_file_format=True)
+    with caplog.at_level(logging.WARNING):
+        header = source_header(path)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ([", ".join(blank)] if blank else [])
+    write_sr(tmp_path / "sr.dcm", header, box[None], np.zeros(1, int), np.ones(1), MADE)
+    write_seg(tmp_path / "seg.dcm", header, np.zeros((1, *SHAPE), bool), ["breast"], 0, MADE)
+    for name in ("sr.dcm", "seg.dcm"):
+        written = pydicom.dcmread(tmp_path / name)
+        assert not any(written.get(keyword) for keyword in blank)
+        assert str(written.PatientName) == str(pydicom.dcmread(path).PatientName)
+        assert written.PatientSex == ("" if "PatientSex" in blank else "F" if "PatientSex" in values else "O")
+        assert written.PatientID == "PHANTOM-000001"
+    assert len(hd.sr.srread(tmp_path / "sr.dcm").content.get_planar_roi_measurement_groups()) == 1
+
+
+def test_orientation_and_spacing_of_a_volume_may_stand_in_its_frames(tmp_path):
+    header = source_header(write_image(tmp_path, "volume")[0])
+    shared = header.SharedFunctionalGroupsSequence[0]
+    del header.SharedFunctionalGroupsSequence
+    write = header, np.zeros((1, *SHAPE), bool), ["breast"], 2, MADE
+    with pytest.raises(InvalidImageError, match="a.dcm: no PlaneOrientationSequence, PixelMeasuresSequence of the 4"):
+        write_seg(tmp_path / "a.dcm", *write)
+    for group in header.PerFrameFunctionalGroupsSequence:
+        group.update(shared)
+    write_seg(tmp_path / "a.dcm", *write)
+    written = hd.seg.segread(tmp_path / "a.dcm").SharedFunctionalGroupsSequence[0]
+    axes = written.PlaneOrientationSequence[0].ImageOrientationPatient
+    assert axes == shared.PlaneOrientationSequence[0].ImageOrientationPatient
+    assert written.PixelMeasuresSequence[0].PixelSpacing == [0.5, 0.5]

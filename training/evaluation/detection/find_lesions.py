@@ -38,17 +38,18 @@ def find_lesions(
             logger.warning("left out: %s", slices)
             refused[image.image_id] = slices
         else:
-            found.append(_find(detector, image, slices, renderer, settings))
+            found.append(find_in_slices(detector, image, slices, renderer, settings))
     return found, refused
 
 
-def _find(
+def find_in_slices(
     detector: RTDetrForObjectDetection,
     image: BoxedImage,
     slices: list[LesionImage],
     renderer: LesionImageRenderer,
     settings: DetectionSettings,
 ) -> Found:
+    """Return what the detector finds in an image, as `find_lesions`, from its slices."""
     boxes, frames, scores = [], [], []
     size = settings.per_device_eval_batch_size
     for start in range(0, len(slices), size):
