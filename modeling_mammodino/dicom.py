@@ -387,7 +387,7 @@ def _check_geometry(opened: DicomFile) -> float:
     if "Rows" not in header or "PhotometricInterpretation" not in header:
         raise opened.refuse(f"{_object_name(header)} without Rows or PhotometricInterpretation", "give an image object")
     if not is_image(header):  # a segmentation or a dose map has both
-        raise opened.refuse(f"{_object_name(header)}, not an image", "give an image object")
+        raise opened.refuse(f"{_object_name(header)} that is no image", "give one")
     photometric, samples = text(header, "PhotometricInterpretation"), number(header, "SamplesPerPixel")
     is_gray, is_color = photometric in ("MONOCHROME1", "MONOCHROME2"), photometric in COLORS
     if not (is_gray and samples in (None, 1) or is_color and samples == 3):

@@ -131,7 +131,7 @@ def test_objects_that_are_no_images_are_refused_by_name(sop, name):
 
 
 def test_a_segmentation_is_no_image_though_it_has_pixels():
-    refused(build(SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4"), "Segmentation Storage, an object, not an image")
+    refused(build(SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4"), "Segmentation Storage, an object that is no image")
 
 
 def test_too_many_tiles_are_refused(monkeypatch):

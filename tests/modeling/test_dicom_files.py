@@ -209,13 +209,17 @@ def test_a_colored_capture_is_read_as_its_luminance(caplog):
 
 
 @real
-def test_a_deflated_image_frame_holds_what_inflating_it_by_hand_gives():
-    """A segmentation of 1 bit, which pydicom does not read."""
+def test_a_deflated_image_frame_holds_what_inflating_it_by_hand_gives(tmp_path):
+    """Of 1 bit, which pydicom does not read; a segmentation, and as such refused."""
     dataset = pydicom.dcmread(CODECS / DEFLATED_FRAMES)
-    slices = list(iter_slices(CODECS / DEFLATED_FRAMES, **RAW))
+    refused(CODECS / DEFLATED_FRAMES, "Segmentation Storage, an object that is no image")
+    image = tmp_path / "image.dcm"
+    segmentation, mammogram = (name.encode().ljust(28, b"\0") for name in (dataset.SOPClassUID, MAMMOGRAPHY))
+    image.write_bytes((CODECS / DEFLATED_FRAMES).read_bytes().replace(segmentation, mammogram))
+    slices = list(iter_slices(image, **RAW))
     assert len(slices) == dataset.NumberOfFrames
     frames = list(generate_frames(dataset.PixelData, number_of_frames=len(slices)))
-    for each, place in zip(slices, frame_order(CODECS / DEFLATED_FRAMES), strict=True):
+    for each, place in zip(slices, frame_order(image), strict=True):
         inflated = np.frombuffer(zlib.decompressobj(-15).decompress(frames[place]), np.uint8)
         expected = np.unpackbits(inflated, bitorder="little").reshape(dataset.Rows, dataset.Columns)
         np.testing.assert_array_equal(each.pixels, expected)
