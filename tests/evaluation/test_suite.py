@@ -109,8 +109,30 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(finished, values,
 
 def test_runs_of_other_settings_are_not_taken_for_these(finished, values, tmp_path):
     changed = values | {"output_dir": str(finished), "finetune": values["finetune"] | {"class_imbalance": "none"}}
-    with pytest.raises(SystemExit, match="was run with class_imbalance='class_weights', the suite says 'none'"):
+    with pytest.raises(SystemExit, match=r"class_imbalance \('class_weights' -> 'none'\)"):
         main(["--config", str(write(tmp_path / "suite.yaml", changed))])
+
+
+def test_a_label_table_is_reported_until_it_changes(values, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    phantom = Path(values["datasets"][0]["data_dir"])
+    rows = pd.read_csv(phantom / "labels.csv").query("kind == 'ffdm'")
+    rows.assign(file=[str(phantom / file) for file in rows["file"]]).to_csv(tmp_path / "labels.csv", index=False)
+    datasets = [{"name": "table", "data_dir": "~/labels.csv", "tasks": ["lesion"]}]
+    of_table = values | {"seeds": [0], "backbones": values["backbones"][:1], "datasets": datasets}
+    of_table |= {"output_dir": str(tmp_path / "suite"), "level": "breast_max"}
+    arguments = ["--config", str(write(tmp_path / "suite.yaml", of_table))]
+    main(arguments)
+    report = tmp_path / "suite" / "report.md"
+    assert "| table lesion (column) | auc, one score a breast, max over its images |" in report.read_text()
+    # a task without the level has its own
+    (predictions,) = (tmp_path / "suite").rglob("predictions.parquet")
+    pd.read_parquet(predictions).query("level != 'breast_max'").to_parquet(predictions)
+    main([*arguments, "--report_only"])
+    assert "| table lesion (column) | auc, one score an image |" in report.read_text()
+    rows[:-1].to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(SystemExit, match="seed-0: holds a run of other settings: label_table"):
+        main(arguments)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +142,20 @@ def test_runs_of_other_settings_are_not_taken_for_these(finished, values, tmp_pa
         ({"backbones": [{"kind": "dinov2"}]}, "has no name"),
         ({"backbones": [{"name": "a", "kind": "vgg"}]}, "kind 'vgg' must be one of mammodino"),
         ({"backbones": [{"name": "a", "kind": "dinov2"}, {"name": "a", "kind": "resnet50"}]}, "is there twice"),
+        ({"backbones": [{"name": 50, "kind": "resnet50"}]}, "backbones: name=50 must be text"),
         ({"seeds": [0, -1]}, "seeds"),
+        ({"seeds": 3}, "seeds=3: must be of type list"),
+        ({"num_resamples": 0}, "num_resamples=0: must be 1 or more"),
+        ({"level": "patient"}, "level='patient': must be one of image, breast_mean"),
+        ({"level": "breast_mean", "finetune": {"head": "mil"}}, "must be one of image, breast_max, patient_max"),
         ({"seed": [0]}, "unknown field 'seed'"),
         ({"ours": "theirs"}, "ours='theirs': must be one of ours, DINOv2"),
+        ({"finetune": "frozen"}, "finetune='frozen': must be of type dict"),
         ({"finetune": {"seed": 3}}, "seed is set by the suite itself"),
         ({"finetune": {"mode": "half"}}, "mode='half'"),
         ({"finetune": {"modus": "full"}}, "modus"),
         ({"datasets": [{"name": "mnist", "data_dir": "x", "tasks": ["cancer"]}]}, "'mnist': must be one of rsna"),
+        ({"datasets": [{"name": "cmmd", "data_dir": None, "tasks": ["cancer"]}]}, "data_dir=None must be text"),
         ({"datasets": [{"name": "cmmd", "data_dir": "x", "tasks": ["birads"]}]}, "cmmd has no labels for it"),
         ({"datasets": [{"name": "vindr_mammo", "data_dir": "x", "tasks": [{"task": "cancer", "definition": "y"}]}]},
          "defines cancer as birads_4_5"),

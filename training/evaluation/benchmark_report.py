@@ -19,7 +19,7 @@ from modeling_mammodino.tools.files import write_text
 from .benchmark_suite import Job, Suite, SuiteTask
 from .plots import draw_radar
 from .reports import format_interval, markdown_table
-from .runs import read_json
+from .runs import SETTINGS_FILE, check_same_settings, read_json
 from .significance import TaskScores, holm, score_task
 from .subgroups import HEADLINE_METRICS, headline_level, level_in_words
 from .trust_sheet import SHEET, TRUST_FILE, verdicts
@@ -64,7 +64,8 @@ def write_report(suite: Suite, jobs: Sequence[Job], failed: dict[str, str]) -> P
     for job in jobs:
         if job.name in done:
             rows = pd.read_parquet(job.predictions_file)
-            level = suite.level or headline_level(job.task.task, rows["level"].unique().tolist())
+            there = rows["level"].unique().tolist()
+            level = suite.level if suite.level in there else headline_level(job.task.task, there)
             predictions[job.task][job.backbone.name][job.seed] = rows[rows["level"] == level]
             levels[job.task] = level
     scored = {
@@ -98,12 +99,7 @@ def read_done(jobs: Sequence[Job]) -> dict[str, Any]:
     for job in jobs:
         if (result := read_json(job.result_file)) is None:
             continue
-        for name, value in job.settings.what_is_computed().items():
-            if result["settings"][name] != value:
-                raise ValueError(
-                    f"{job.output_dir}: was run with {name}={result['settings'][name]!r}, the suite says {value!r}; "
-                    "give another output_dir, or remove that folder"
-                )
+        check_same_settings(job.output_dir / SETTINGS_FILE, job.settings.what_is_computed())
         done[job.name] = result
     return done
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
@@ -24,6 +24,7 @@ from dataset_scripts.benchmarks.task import open_benchmark
 from modeling_mammodino.tools.command import user_path
 
 from .backbones.registry import BACKBONES
+from .finetuning.aggregation import levels_of
 from .run_settings import FinetuneSettings
 from .runs import PREDICTIONS_FILE, RESULT_FILE
 
@@ -94,7 +95,8 @@ class Suite:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     finetune: dict[str, Any] = field(default_factory=dict)
     ours: str = ""  # the backbone that is compared with the best of the others; empty: the first
-    level: str = ""  # of the tables: image, breast_mean, patient_max, ...; empty: the headline level of each task
+    # of the tables: image, breast_mean, patient_max, ...; empty, or of a task without it: the task's headline level
+    level: str = ""
     num_resamples: int = 1000
 
     @property
@@ -140,7 +142,9 @@ def read_suite(path: Path, output_dir: Path | None = None) -> Suite:
             raise ValueError("output_dir must be given")
         rest = {key: value for key, value in values.items() if key not in ("backbones", "datasets")}
         suite = Suite(
-            **rest | {"output_dir": user_path(output_dir or values["output_dir"])}, backbones=backbones, tasks=tasks
+            **rest | {"output_dir": user_path(output_dir or str(values["output_dir"]))},
+            backbones=backbones,
+            tasks=tasks,
         )
         _check(suite)
     except (ValueError, TypeError, yaml.YAMLError) as error:
@@ -159,8 +163,10 @@ def _read(kind: type, values: Any, where: str) -> Any:
     names = [each.name for each in fields(kind)]
     if not isinstance(values, dict) or set(values) - set(names):
         raise ValueError(f"{where}: {values!r} must be fields of {', '.join(names)}")
-    if missing := [each.name for each in fields(kind) if each.default is MISSING and each.name not in values]:
+    if missing := [each.name for each in fields(kind) if each.default is MISSING and values.get(each.name) is None]:
         raise ValueError(f"{where}: {values!r} has no {missing[0]}")
+    if wrong := [name for name, value in values.items() if not isinstance(value, str | None)]:
+        raise ValueError(f"{where}: {wrong[0]}={values[wrong[0]]!r} must be text; write it in quotes")
     return kind(**values)
 
 
@@ -168,16 +174,23 @@ def _tasks(values: Any) -> Iterator[SuiteTask]:
     """Yield the tasks of one data set, each given by its name, or as {task: ..., definition: ...}."""
     if not isinstance(values, dict) or set(values) != {"name", "data_dir", "tasks"}:
         raise ValueError(f"datasets: {values!r} must have name, data_dir and tasks")
-    benchmark = open_benchmark(values["name"], Path(values["data_dir"]).absolute())
+    if wrong := [name for name in ("name", "data_dir") if not isinstance(values[name], str)]:
+        raise ValueError(f"datasets: {wrong[0]}={values[wrong[0]]!r} must be text; write it in quotes")
+    data_dir = user_path(values["data_dir"])
+    benchmark = open_benchmark(values["name"], data_dir.absolute())
     for each in _list(values, "tasks"):
         chosen = {"task": each} if isinstance(each, str) else each
         if not isinstance(chosen, dict) or not {"task"} <= set(chosen) <= {"task", "definition"}:
             raise ValueError(f"datasets: task {each!r} must be a name, or a task and its definition")
         definition = benchmark.definition(chosen["task"], chosen.get("definition"))
-        yield SuiteTask(benchmark.name, str(values["data_dir"]), definition.task, definition.name)
+        yield SuiteTask(benchmark.name, str(data_dir), definition.task, definition.name)
 
 
 def _check(suite: Suite) -> None:
+    for each in fields(suite):
+        kind: Any = get_origin(each.type) or each.type
+        if not isinstance(value := getattr(suite, each.name), kind):
+            raise ValueError(f"{each.name}={value!r}: must be of type {kind.__name__}")
     names = [each.name for each in suite.backbones]
     for kind, found in (
         ("backbones", [_folder_name(name) for name in names]),
@@ -190,6 +203,11 @@ def _check(suite: Suite) -> None:
         raise ValueError(f"seeds={suite.seeds!r}: must be whole numbers from 0 on, at least one")
     if suite.ours and suite.ours not in names:
         raise ValueError(f"ours={suite.ours!r}: must be one of {', '.join(names)}")
+    known = levels_of(suite.finetune.get("head", ""))
+    if suite.level and suite.level not in known:
+        raise ValueError(f"level={suite.level!r}: must be one of {', '.join(known)}")
+    if suite.num_resamples < 1:
+        raise ValueError(f"num_resamples={suite.num_resamples}: must be 1 or more")
     for backbone in suite.backbones:
         if backbone.kind not in BACKBONES:
             raise ValueError(f"backbones: kind {backbone.kind!r} must be one of {', '.join(BACKBONES)}")

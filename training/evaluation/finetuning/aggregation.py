@@ -18,6 +18,12 @@ IDENTIFIERS = ["image_id", "breast_id", "patient_id"]
 GROUPS = {"breast": "breast_id", "patient": "patient_id"}  # level: column of the index
 
 
+def levels_of(head: str) -> list[str]:
+    """Return the levels that a run with such a head predicts, of breasts and patients where the data set names them."""
+    ways = ("max",) if head == "mil" else ("mean", "max", "attention")
+    return ["image", *(f"{group}_{way}" for group in GROUPS for way in ways)]
+
+
 def mean_probabilities(probabilities: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
     """Return the mean over the rows of a group: probabilities (n, C), group (n,) int 0..G-1 -> (G, C)."""
     sums = np.zeros((num_groups, probabilities.shape[1]))
