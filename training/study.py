@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -28,7 +29,15 @@ from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import CommandParser, command_line, user_path
 from modeling_mammodino.tools.files import write_json
 from training.evaluation.readout import EncoderReader, Reader, whole_features
-from training.evaluation.runs import PREDICTIONS_FILE, RESULT_FILE, is_done, run_jobs, write_parquet
+from training.evaluation.runs import (
+    PREDICTIONS_FILE,
+    RESULT_FILE,
+    SETTINGS_FILE,
+    is_done,
+    read_json,
+    run_jobs,
+    write_parquet,
+)
 from training.pretraining.checkpoints import LOG_FILE
 from training.pretraining.export import image_processor
 from training.pretraining.monitoring import read_warnings
@@ -69,11 +78,27 @@ class Study:
     def recipe(self) -> Recipe:
         return load_recipe([self.size.recipe, "--corpus", str(self.corpus), "--output_dir", str(self.output)])
 
+    def about(self) -> dict[str, Any]:
+        """Return its size, as JSON holds it: in the output folder, and in each result."""
+        return {"size": self.size_name, "settings": json.loads(json.dumps(asdict(self.size)))}
+
+    def check_size(self) -> None:
+        """Raise ValueError where the output folder is of another size: all its runs share archives and corpus."""
+        here = self.about()
+        for path in (self.output / SETTINGS_FILE, *sorted(self.output.glob(f"runs/*/*/{RESULT_FILE}"))):
+            there = here | (read_json(path) or {})
+            if any(there[name] != here[name] for name in here):
+                raise ValueError(
+                    f"{path}: is of --size {there['size']}, {there['settings']}; --size {self.size_name} is "
+                    f"{here['settings']}; give the same --size to go on, or another --output"
+                )
+
     def labels(self, part: str) -> Path:
         return self.output / "phantom" / part / "labels.csv"
 
     def prepare(self, num_proc: int) -> None:
         """Simulate both archives and build the corpus; what is complete stays."""
+        write_json(self.output / SETTINGS_FILE, self.about())
         parameters = PhantomParameters(**self.size.phantom)
         for part, first, count, views in (
             ("pretraining", 0, self.size.pretraining_patients, 2),
@@ -151,8 +176,7 @@ class Run:
             "configuration": self.configuration.name,
             "on": sorted(self.configuration.on),
             "seed": self.seed,
-            "size": self.study.size_name,
-            "settings": asdict(self.study.size),
+            **self.study.about(),
             "steps": steps,
             "pretraining": summary(self.pretraining / LOG_FILE) if steps else {},
             "command": shown([sys.executable, "-m", "training.pretrain", *arguments]) if steps else "",
@@ -226,6 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = [each for each in configurations() if each.name in options.only]
     runs = [Run(study, each, seed) for seed in options.seeds or study.size.seeds for each in chosen]
     with command_line("study"):
+        study.check_size()
         failed = {} if options.report_only else run_all(study, runs, options.num_proc)
         if failed and not any(map(is_done, runs)):
             raise ValueError("; ".join(failed.values()))

@@ -13,6 +13,7 @@ from made_inputs import draw_breast, random_encoder
 
 from dataset_scripts.corpus import build
 from modeling_mammodino import MammoDinoImageProcessor
+from modeling_mammodino.tools.files import write_json
 from training import study as study_module
 from training.evaluation.readout import NUM_RINGS, EncoderReader
 from training.pretraining.recipe import load_recipe
@@ -169,7 +170,7 @@ def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "report.md").read_text()
     assert f"{FULL} - {PLAIN}" in page and "Research use only" in page and (tmp_path / "report.png").is_file()
     results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    assert len(results) == 5
+    assert len(results) == 5 and json.loads((tmp_path / "settings.json").read_text())["size"] == "minutes"
     steps = {}
     for path in results:
         result = json.loads(path.read_text())
@@ -180,6 +181,22 @@ def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
     assert results == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert (tmp_path / "report.md").read_text() == page
     assert not list(Path(tmp_path).rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "noted_in", ["settings.json", "runs/untrained/seed-0/result.json"]
+)  # formerly in results alone
+def test_another_size_in_a_folder_is_refused(tmp_path, noted_in):
+    study = Study(tmp_path, SIZES["minutes"], "minutes", None)
+    study.check_size()
+    write_json(tmp_path / noted_in, {**study.about(), "seed": 0})
+    study.check_size()
+    for options in ([], ["--report_only"]):
+        with pytest.raises(SystemExit, match=f"{noted_in}: is of --size minutes, .* or another --output"):
+            main(["--size", "hour", "--output", str(tmp_path), *options])
+    assert not (tmp_path / "phantom").exists()
+    with pytest.raises(ValueError, match="'plain_steps': 5"):
+        Study(tmp_path, dataclasses.replace(study.size, plain_steps=5), "minutes", None).check_size()
 
 
 def test_what_a_run_warned_of_is_passed_on(tmp_path, caplog):
