@@ -128,7 +128,8 @@ def run_jobs(jobs: Sequence[QueuedJob], run: Callable[[Any], Any]) -> dict[str, 
     """Call `run(job)` for each job without a result, and wait for those that other processes hold.
 
     A job is held by an operating-system lock on a file beside its folder, which the death of its process releases. A
-    job that raises ValueError or OSError is named once, and the others go on.
+    job that fails is named once, and the others go on; what is not said in one line for the user, such as memory that
+    is out or a fault of ours, is logged with its traceback.
 
     Returns: the reasons of jobs that failed here, by name.
     """
@@ -158,9 +159,10 @@ def _run_one(job: QueuedJob, run: Callable[[Any], Any], number: int, total: int)
     started = time.monotonic()
     try:
         run(job)
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        logger.error("failed: %s: %s", job.name, reason)
+    except Exception as error:
+        is_said = isinstance(error, (ImportError, OSError, ValueError))
+        reason = " ".join((str(error) if is_said else f"{type(error).__name__}: {error}").split())
+        logger.error("failed: %s: %s", job.name, reason, exc_info=not is_said)
         return {job.name: reason}
     logger.info("%d of %d: %s, %.1f s", number, total, job.name, time.monotonic() - started)
     return {}
