@@ -12,6 +12,7 @@ result.
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def run(settings: DetectionSettings) -> dict[str, Any]:
         renderer.processor.save_pretrained(output / "model")
     found, of_test = find_lesions(detector, table.images["test"], renderer, settings)
     refused |= of_test
+    check_lesions("test", (len(each.lesions) > 0 for each in found), of_test)
 
     rule = (settings.hit, settings.hit_iou)
     kinds = by_kind(found)
@@ -128,8 +130,7 @@ def train(
     settings: DetectionSettings,
     output: Path,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what was learned, and the images that were refused. Raises ValueError where no image with a lesion is
-    left."""
+    """Return what was learned, and the images that were refused. Raises as `check_lesions`."""
     if find_device("auto").type == "cpu":
         keep_freed_memory()
     parts: dict[str, DetectionImages] = {}
@@ -145,13 +146,18 @@ def train(
         )
         refused |= of_split
         parts[split] = DetectionImages(rows, renderer, settings.seed)
-        if not parts[split].has_lesion.any():
-            raise ValueError(
-                f"{split}: no image with a lesion is left; {len(of_split)} images were refused, the first: "
-                f"{next(iter(of_split.values()), '')}"
-            )
+        check_lesions(split, parts[split].has_lesion, of_split)
         logger.info("%s: %d images, %d with lesions", split, len(rows), parts[split].has_lesion.sum())
     return train_detector(detector, parts["train"], parts["validation"], settings, output / CHECKPOINTS), refused
+
+
+def check_lesions(split: str, has_lesion: Iterable[bool], refused: dict[str, str]) -> None:
+    """Raise ValueError naming the first refusal where a split has no lesion left."""
+    if not any(has_lesion):
+        raise ValueError(
+            f"{split}: no image with a lesion is left; {len(refused)} images were refused, the first: "
+            f"{next(iter(refused.values()), '')}"
+        )
 
 
 def by_kind(found: list[Found]) -> dict[str, list[Found]]:

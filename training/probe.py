@@ -167,6 +167,8 @@ def read_features(
             logger.warning("left out: %s", result.refused)
     if not rows:
         raise ValueError(f"{labels}: none of its {len(paths)} files can be used; the reasons stand above")
+    if "split" in table and "test" in set(table["split"]) - set(table["split"][kept]):  # else others would be held out
+        raise ValueError(f"{labels}: none of its files of split test can be used; the reasons stand above")
     num_tokens = (2 if pool == "both" else 1) + last_layers - 1
     ends = np.cumsum([num_tokens * model.config.hidden_size for model in models.values()])
     features = np.split(np.stack(rows), ends[:-1], axis=1)

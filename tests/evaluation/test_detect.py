@@ -12,7 +12,7 @@ import pytest
 from made_inputs import TINY_ENCODER, draw_breast, random_encoder
 
 from dataset_scripts.corpus.bcs_dbt_volumes import BcsDbtViews, View
-from modeling_mammodino import MammoDinoImageProcessor
+from modeling_mammodino import InvalidImageError, MammoDinoImageProcessor
 from training.detect import main, run_detection
 from training.evaluation.detection import train_detector
 from training.evaluation.detection.boxes import load_boxes
@@ -172,6 +172,27 @@ def test_refused_images_are_counted_and_options_of_training_taken(drawn_table, e
     assert result["counts"]["refused"] == 3
     of_test = {image.image_id for image in load_boxes("table", folder, **FRACTIONS).images["test"]}
     assert result["evaluated"]["images"]["images"] == len(of_test) - len(of_test & set(order[::10]))
+
+
+@pytest.mark.parametrize("lesions_alone", [False, True])
+def test_where_no_lesion_can_be_tested_the_first_refusal_is_named(
+    drawn_table, encoder_folder, tmp_path, monkeypatch, lesions_alone
+):
+    images = load_boxes("table", drawn_table, **FRACTIONS).images["test"]
+    broken = [each.file for each in images if len(each.lesions) or not lesions_alone]
+    assert len(broken) == (6 if lesions_alone else 9)
+    read = LesionImageRenderer.__call__
+
+    def refuse(renderer, file, *arguments, **options):
+        if file in broken:
+            raise InvalidImageError(file, "is damaged")
+        return read(renderer, file, *arguments, **options)
+
+    monkeypatch.setattr(LesionImageRenderer, "__call__", refuse)
+    refusal = f"test: no image with a lesion is left; {len(broken)} images were refused, the first: {broken[0]}"
+    with pytest.raises(ValueError, match=refusal):
+        run_detection(short_run(drawn_table, encoder_folder, tmp_path, num_train_epochs=0))
+    assert not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.parametrize(

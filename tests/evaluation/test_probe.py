@@ -116,6 +116,18 @@ def test_the_command_evaluates_files(model_folder, phantom_archive, tmp_path, ca
     assert format_results(results) in capsys.readouterr().out
 
 
+def test_where_no_image_of_the_test_split_can_be_used_no_other_is_held_out(model_folder, phantom_archive, tmp_path):
+    table = pd.read_csv(phantom_archive / "labels.csv").query("kind == 'ffdm'").assign(split="train")
+    table["file"] = [str(phantom_archive / file) for file in table["file"]]
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).touch()
+        table.loc[len(table) * 2] = {"file": name, "patient": name, "lesion": int(name[0]), "split": "test"}
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(SystemExit, match="none of its files of split test can be used; the reasons stand above"):
+        main(["--models", str(model_folder), "--labels", str(tmp_path / "labels.csv"), "--tasks", "lesion",
+              "--output", str(tmp_path / "probe.json")])  # fmt: skip
+
+
 def test_bad_tables_are_refused_by_name(model_folder, phantom_archive, tmp_path):
     common = ["--models", str(model_folder), "--labels", str(phantom_archive / "labels.csv"), "--output", "x.json"]
     with pytest.raises(SystemExit, match="no column age"):
