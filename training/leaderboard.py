@@ -47,7 +47,7 @@ from training.evaluation.readout import (
     whole_features,
 )
 from training.evaluation.reports import format_interval, markdown_table
-from training.pretraining.checkpoints import CONFIG_FILE, RECIPE_FILE, list_checkpoints
+from training.pretraining.checkpoints import CONFIG_FILE, RECIPE_FILE, list_checkpoints, read_recipe, step_of
 from training.studies.hand_crafted import HandCraftedReader
 from training.studies.phantom_tasks import TASKS as PHANTOM_TASKS
 from training.studies.phantom_tasks import PhantomImages
@@ -120,8 +120,8 @@ class Leaderboard:
             run, total = options.speedrun.rsplit("=", 1)
             task, curve = next(iter(self.tasks)), []
             for checkpoint in list_checkpoints(Path(run)):
-                step = int(checkpoint.name.rpartition("-")[2])
-                steps = yaml.safe_load((checkpoint / RECIPE_FILE).read_text())["max_steps"]
+                step = step_of(checkpoint)
+                steps = read_recipe(checkpoint)["max_steps"]
                 found = self.score(self.answers(str(checkpoint), (task,))[task], None)["auc"][0]
                 curve.append([round(float(total) * step / steps, 1), found])
             result["speedrun"] = {"run": Path(run).name, "task": task, "curve": curve}

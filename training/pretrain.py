@@ -233,6 +233,10 @@ def resume(
     checkpoints.check_same_run(recipe, global_batch, path)
     step = checkpoints.load_checkpoint(path, modules, optimizer)
     logger.info("going on from %s", path)
+    output_dir = Path(recipe.run.output_dir)
+    later = [each.name for each in checkpoints.list_checkpoints(output_dir) if checkpoints.step_of(each) > step]
+    if later:
+        logger.warning("%s: %s give way to the next that is saved; move what is to stay", output_dir, ", ".join(later))
     return step
 
 

@@ -192,6 +192,7 @@ def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_chosen(run, phan
         train(named)
     train(recipe(phantom_corpus, tmp_path, *arguments))
     assert "checkpoint-20 is passed over: teacher.safetensors backbone.layernorm.weight is not finite" in caplog.text
+    assert f"{tmp_path}: checkpoint-20 give way to the next that is saved" in caplog.text
     whole, resumed = weights(run / "checkpoint-20"), weights(tmp_path / "checkpoint-20")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     files = {"targets": {"bias": torch.tensor([float("nan")])}}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from modeling_mammodino import MammoDinoConfig
 from training.pretraining import checkpoints
-from training.pretraining.checkpoints import Saver, list_checkpoints
+from training.pretraining.checkpoints import Saver, find_checkpoint, list_checkpoints
 from training.pretraining.processes import Processes
 
 
@@ -63,6 +63,27 @@ def test_a_failure_to_write_ends_the_run_at_its_next_step(saver, tmp_path, monke
         with pytest.raises(OSError, match="checkpoint-3: cannot be written .*No space left"):
             saver.is_due(4)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_going_on_from_an_earlier_checkpoint_loses_neither_it_nor_what_is_saved_since(saver, tmp_path):
+    """Those of later steps, of what was left, give way; the same command goes on from its own last one."""
+    run, found = saver.recipe.run, {}
+    run.save_total_limit = 3
+    with saver:
+        for step in (3, 5, 8):
+            saver.finish(step)
+        run.save_total_limit, run.resume_from_checkpoint = 1, str(tmp_path / "checkpoint-3")
+        for step in (4, 6, 7):
+            found[step] = find_checkpoint(saver.recipe).name, [path.name for path in list_checkpoints(tmp_path)]
+            saver.finish(step)
+        run.resume_from_checkpoint = ""
+        saver.finish(9)
+    assert found == {
+        4: ("checkpoint-3", ["checkpoint-3", "checkpoint-5", "checkpoint-8"]),
+        6: ("checkpoint-4", ["checkpoint-3", "checkpoint-4"]),
+        7: ("checkpoint-6", ["checkpoint-3", "checkpoint-6"]),
+    }
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-9"] == [find_checkpoint(saver.recipe)]
 
 
 def workers(process: subprocess.Popen) -> list[int]:

@@ -136,8 +136,11 @@ def write_checkpoint(
         raise OSError(
             f"{final}: cannot be written ({error}); what was saved before stands. Make room, and give the same command"
         ) from error
-    for old in list_checkpoints(final.parent)[: -recipe.run.save_total_limit]:
-        shutil.rmtree(old)
+    found, named = list_checkpoints(final.parent), Path(recipe.run.resume_from_checkpoint).resolve()
+    kept = [path for path in found if step_of(path) <= step][-recipe.run.save_total_limit :]
+    for path in found:  # those of later steps are of what the run went back behind
+        if path not in kept and path.resolve() != named:
+            shutil.rmtree(path)
 
 
 def checkpoint_folder(recipe: Recipe, step: int) -> Path:
@@ -168,26 +171,35 @@ def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: Optimi
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the whole checkpoints in a run's folder, oldest first."""
     found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(
-        (path for path in found if (path / STATE_FILE).is_file()), key=lambda path: int(path.name.rpartition("-")[2])
-    )
+    return sorted((path for path in found if (path / STATE_FILE).is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def find_checkpoint(recipe: Recipe) -> Path | None:
-    """Return the checkpoint to go on from: the one that the recipe names, else the last in output_dir that is whole and
-    finite."""
-    if recipe.run.resume_from_checkpoint:
-        path = Path(recipe.run.resume_from_checkpoint)
+    """Return the checkpoint to go on from: the last in output_dir that is whole and finite. Where the recipe names one,
+    only those count that the same command has saved since, and without them it is the one named."""
+    named, found = recipe.run.resume_from_checkpoint, list_checkpoints(Path(recipe.run.output_dir))
+    for path in reversed(found):
+        if named and read_recipe(path).get("resume_from_checkpoint") != named:
+            continue
+        if not (wrong := _not_finite_file(path)):
+            return path
+        logger.warning("%s is passed over: %s is not finite", path, wrong)
+    if named:
+        path = Path(named)
         if not (path / STATE_FILE).is_file():
             raise ValueError(f"resume_from_checkpoint={path}: holds no {STATE_FILE}; give a checkpoint-N folder")
         if wrong := _not_finite_file(path):
             raise ValueError(f"resume_from_checkpoint={path}: {wrong} is not finite; give an earlier checkpoint")
         return path
-    for path in reversed(list_checkpoints(Path(recipe.run.output_dir))):
-        if not (wrong := _not_finite_file(path)):
-            return path
-        logger.warning("%s is passed over: %s is not finite", path, wrong)
     return None
+
+
+def read_recipe(checkpoint: Path) -> dict[str, Any]:
+    return yaml.safe_load((checkpoint / RECIPE_FILE).read_text())
 
 
 def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
@@ -208,7 +220,7 @@ def _not_finite_file(checkpoint: Path) -> str | None:
 
 def check_same_run(recipe: Recipe, global_batch_size: int, path: Path) -> None:
     """Raise ValueError where a resumed run would not be the run that was started, naming the fields that differ."""
-    wanted, saved = recipe.flat(), yaml.safe_load((path / RECIPE_FILE).read_text())
+    wanted, saved = recipe.flat(), read_recipe(path)
     images = json.loads((path / STATE_FILE).read_text()).get("global_batch_size", global_batch_size)
     if images != global_batch_size:
         raise ValueError(

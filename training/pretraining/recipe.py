@@ -221,7 +221,10 @@ class RunRecipe:
     preflight: bool = setting(
         True, "Before the first step, estimate what views share, and warn of a run that cannot learn."
     )
-    resume_from_checkpoint: str = setting("", "A checkpoint folder; empty: the last good one in output_dir.")
+    resume_from_checkpoint: str = setting(
+        "",
+        "A checkpoint folder, which later ones in output_dir give way to; empty: the last good one in output_dir.",
+    )
 
 
 @dataclass
