@@ -23,7 +23,7 @@ from training.pretraining import checkpoints
 from training.pretraining.canvas_objective import VIEW_KINDS, canvas_losses, prepare_canvas, view_weight
 from training.pretraining.checkpoints import FiniteWatch, Saver
 from training.pretraining.compute import keep_freed_memory, set_precision
-from training.pretraining.export import export_checkpoint
+from training.pretraining.export import export_checkpoint, origin
 from training.pretraining.losses.adjacent_slice import adjacent_slice_loss
 from training.pretraining.losses.dense_regression import DenseTargets
 from training.pretraining.losses.dino import dino_loss
@@ -128,6 +128,9 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     )
     corpus = Corpus(local_corpus(run.corpus))
     global_batch = run.per_device_train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
+    checkpoint = checkpoints.find_checkpoint(recipe)
+    if checkpoint:
+        checkpoints.check_same_run(recipe, global_batch, checkpoint)
 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -142,7 +145,7 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
         crops=recipe.uses_crops,
         canvas=(recipe.model.image_height, recipe.model.image_width) if recipe.uses_canvas else None,
     )
-    student = Network(recipe, corpus.image_processor).to(accelerator.device)
+    student = Network(recipe, corpus.image_processor, checkpoint).to(accelerator.device)
     dense_targets = prepare_canvas(student.backbone, views, recipe, accelerator.device) if recipe.uses_canvas else None
     teacher, targets_of = make_teacher(student), TeacherTargets(recipe).to(accelerator.device)
     if run.fsdp:
@@ -160,7 +163,7 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
         modules["gram_teacher"] = gram_teacher
     if dense_targets:
         modules["dense_targets"] = dense_targets
-    step = resume(recipe, modules, optimizer, global_batch)
+    step = resume(recipe, modules, optimizer, checkpoint)
     if run.gradient_checkpointing:
         student.backbone.gradient_checkpointing_enable()
     if run.torch_compile:
@@ -207,30 +210,30 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
                 watch.check()
                 saver.save(step)
         watch.check()
-        checkpoint = saver.finish(step)
+        saved = saver.finish(step)
     monitor.close()
     encoder, is_finished = Path(run.output_dir) / "encoder", step == run.max_steps
     if is_finished and processes.is_main:
-        export_checkpoint(checkpoint, encoder, corpus, replace=True)
+        export_checkpoint(saved, encoder, corpus, replace=True)
         print(f"encoder: {encoder}")
     accelerator.end_training()
     if not is_finished:
-        stopped = KeyboardInterrupt(f"stopped, and saved as {checkpoint}; the same command goes on")
+        stopped = KeyboardInterrupt(f"stopped, and saved as {saved}; the same command goes on")
         raise stopped if processes.is_main else SystemExit(STOPPED)
     return encoder
 
 
 def resume(
-    recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, global_batch: int
+    recipe: Recipe, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, path: Path | None
 ) -> int:
-    """Load a checkpoint where there is one, else a former run's if the recipe names one; return the number of finished
-    steps."""
-    path = checkpoints.find_checkpoint(recipe)
+    """Load a checkpoint where there is one, else a former run's if the recipe names one, and note where weights come
+    from; return the number of finished steps."""
+    recipe.origin = checkpoints.read_state(path).get("origin", {}) if path else {}
+    recipe.origin = origin(recipe)
     if path is None:
         if recipe.model.init_from_checkpoint:
             load_former_run(recipe, modules)
         return 0
-    checkpoints.check_same_run(recipe, global_batch, path)
     step = checkpoints.load_checkpoint(path, modules, optimizer)
     logger.info("going on from %s", path)
     output_dir = Path(recipe.run.output_dir)

@@ -23,7 +23,7 @@ from training.pretraining.export import (  # noqa: E402
     curves,
     export_encoder,  # noqa: E402
     git_commit,
-    hub_corpora,
+    origin,
     recipe_name,
 )
 from training.pretraining.recipe import Recipe, load_recipe  # noqa: E402
@@ -114,6 +114,7 @@ def test_weights_to_start_from_are_named_by_their_hub_id_and_never_by_a_path(
     if former:  # another run started from them, and this one goes on from its checkpoint
         (tmp_path / "checkpoint-9").mkdir()
         recipe.save(tmp_path / "checkpoint-9" / "recipe.yaml")
+        (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}")  # an older run's: it notes no origin
         recipe = load_recipe(["mammodino", *places, "--init_from_checkpoint", str(tmp_path / "checkpoint-9")])
     by_way_of = "a former run's, which started from: " if former else ""
     export_encoder(MammoDinoModel.from_pretrained(encoder), Corpus(phantom_corpus), recipe, 5, tmp_path / "encoder")
@@ -128,6 +129,10 @@ def test_weights_to_start_from_are_named_by_their_hub_id_and_never_by_a_path(
         assert ModelCard(text).data.base_model == "clinic/anna"
     else:
         assert f"| initial weights | {by_way_of}unpublished weights |" in text and "init_from: UNPUBLISHED" in text
+    recipe.origin = origin(recipe)  # as a run notes it when it begins
+    for folder in ("clinic", "checkpoint-9"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    assert origin(recipe)["init_from"] == ("clinic/anna" if published else "UNPUBLISHED")
 
 
 def test_the_nearest_recipe_is_named():
@@ -225,12 +230,13 @@ def test_corpora_of_the_hub_are_named_and_those_of_a_folder_are_not(tmp_path):
     def made(corpus: str, *more: str) -> Recipe:
         return load_recipe(["mammodino", "--corpus", corpus, "--output_dir", str(tmp_path), *more])
 
-    assert hub_corpora(made(str(tmp_path))) == hub_corpora(made("s3://bucket/corpus")) == []
+    assert origin(made(str(tmp_path)))["corpora"] == origin(made("s3://bucket/corpus"))["corpora"] == []
     of_the_hub = made("hf://datasets/clinic/screening@v2/data")
-    assert hub_corpora(of_the_hub) == ["clinic/screening"]
+    assert origin(of_the_hub)["corpora"] == ["clinic/screening"]
     of_the_hub.save(tmp_path / "recipe.yaml")
+    (tmp_path / "trainer_state.json").write_text("{}")  # of a run that did not note its origin
     continued = made("hf://datasets/clinic/other", "--init_from_checkpoint", str(tmp_path))
-    assert hub_corpora(continued) == ["clinic/other", "clinic/screening"]
+    assert origin(continued)["corpora"] == ["clinic/other", "clinic/screening"]
 
 
 def test_an_undefined_score_is_said_and_not_indexed(copy, tmp_path):

@@ -79,9 +79,10 @@ def test_the_backbone_waits_bit_by_bit_and_then_learns(run, source):
 
 @pytest.mark.parametrize("last", [1, 3])
 def test_a_resumed_run_is_the_uninterrupted_run(run, source, phantom_corpus, tmp_path, last):
-    """Cut while frozen and after."""
-    shutil.copytree(run / f"checkpoint-{last}", tmp_path / f"checkpoint-{last}")
-    train(recipe(source, phantom_corpus, tmp_path))
+    """Cut while frozen and after; the weights that it started from, of a run's folder, are no longer there."""
+    saved = shutil.copytree(run / f"checkpoint-{last}", tmp_path / f"checkpoint-{last}") / "recipe.yaml"
+    saved.write_text(saved.read_text().replace(f"init_from: {source}\n", f"init_from: {tmp_path}/gone/encoder\n"))
+    train(recipe(tmp_path / "gone", phantom_corpus, tmp_path))
     whole, resumed = (weights(folder / f"checkpoint-{MAX_STEPS}") for folder in (run, tmp_path))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 

@@ -1,6 +1,8 @@
 """A phase at a higher resolution: networks, heads and centers of a former run go on under another recipe."""
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoModel
+from training import export
 from training.pretrain import compute_losses
 from training.pretraining.losses.targets import TeacherTargets
 from training.pretraining.networks import Network, make_teacher
@@ -100,9 +103,23 @@ def test_the_optimizer_and_the_steps_start_afresh(run, former):
     assert [line["step"] for line in log(run)] == [1, 2]
 
 
-def test_such_a_run_resumes_exactly(run, former, phantom_corpus, tmp_path):
+@pytest.fixture
+def gone(former) -> Iterator[Path]:
+    """The former run's checkpoint, which is no longer there."""
+    yield former.rename(former.with_name("elsewhere")) and former
+    former.with_name("elsewhere").rename(former)
+
+
+def test_such_a_run_resumes_exactly_and_is_exported_when_the_former_one_is_gone(run, gone, phantom_corpus, tmp_path):
     shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
-    train(larger(phantom_corpus, tmp_path, former))
+    train(larger(phantom_corpus, tmp_path, gone))
+    export.main([str(tmp_path)])
+    card = (tmp_path / "encoder-2" / "README.md").read_text()
+    assert "| initial weights | a former run's, which started from: random |" in card
+    state = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"origin": {}}))  # as before it was noted
+    with pytest.raises(SystemExit, match="init_from_checkpoint=.*-20: cannot be read .*; put this folder back"):
+        export.main([str(tmp_path / "checkpoint-1")])
     whole, resumed = (weights(folder / "checkpoint-2") for folder in (run, tmp_path))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 

@@ -130,7 +130,7 @@ def write_checkpoint(
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
             recipe.save(folder / RECIPE_FILE)
             config.to_json_file(folder / CONFIG_FILE)
-            state = {"global_step": step, "global_batch_size": global_batch_size}
+            state = {"global_step": step, "global_batch_size": global_batch_size, "origin": recipe.origin}
             (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -161,7 +161,7 @@ def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: Optimi
         state: dict[str, Any] = get_optimizer_state_dict(modules["student"], optimizer)  # for its groups
         state["state"] = _unflatten(load_file(path / "optimizer.safetensors"))
         set_optimizer_state_dict(modules["student"], optimizer, state, options=WHOLE)
-        return json.loads((path / STATE_FILE).read_text())["global_step"]
+        return read_state(path)["global_step"]
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(
             f"checkpoint {path}: cannot be resumed ({error}); remove it to go on from the one before"
@@ -202,6 +202,10 @@ def read_recipe(checkpoint: Path) -> dict[str, Any]:
     return yaml.safe_load((checkpoint / RECIPE_FILE).read_text())
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE_FILE).read_text())
+
+
 def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
     """Return the name of the first tensor with a value that is not finite."""
     return next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
@@ -221,12 +225,14 @@ def _not_finite_file(checkpoint: Path) -> str | None:
 def check_same_run(recipe: Recipe, global_batch_size: int, path: Path) -> None:
     """Raise ValueError where a resumed run would not be the run that was started, naming the fields that differ."""
     wanted, saved = recipe.flat(), read_recipe(path)
-    images = json.loads((path / STATE_FILE).read_text()).get("global_batch_size", global_batch_size)
+    images = read_state(path).get("global_batch_size", global_batch_size)
     if images != global_batch_size:
         raise ValueError(
             f"{path}: was made with {images} images a step, not {global_batch_size}; give per_device_train_batch_size "
             f"and gradient_accumulation_steps whose product with the number of processes is {images}"
         )
+    if saved.get("init_from") == f"{wanted['init_from']}/encoder":  # a run that was moved since, by its folder
+        wanted["init_from"] = saved["init_from"]
     changed = [
         f"{name} ({saved[name]!r} -> {wanted[name]!r})"
         for name in wanted

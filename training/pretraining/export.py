@@ -25,7 +25,7 @@ from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.files import atomic_folder
 from modeling_mammodino.tools.model_files import LOCAL_RECIPE_FIELDS
 
-from .checkpoints import CONFIG_FILE, LOG_FILE, RECIPE_FILE, STATE_FILE
+from .checkpoints import CONFIG_FILE, LOG_FILE, RECIPE_FILE, read_recipe, read_state
 from .recipe import MAY_CHANGE_ON_RESUME, RECIPES, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, corpus: Corpus, replace: b
     Raises ValueError where it is no checkpoint, or damaged.
     """
     try:
-        step = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
+        step = read_state(checkpoint)["global_step"]
         encoder = MammoDinoModel(MammoDinoConfig.from_json_file(checkpoint / CONFIG_FILE))
         with safe_open(checkpoint / "teacher.safetensors", "pt") as file:
             names = {name: f"backbone.{name}" for name in encoder.state_dict()}
@@ -53,7 +53,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, corpus: Corpus, replace: b
 
 def checkpoint_recipe(checkpoint: Path) -> Recipe:
     """Return a checkpoint's recipe, with the run's folder as it is now."""
-    return load_recipe([str(checkpoint / RECIPE_FILE), "--output_dir", str(checkpoint.parent)])
+    recipe = load_recipe([str(checkpoint / RECIPE_FILE), "--output_dir", str(checkpoint.parent)])
+    recipe.origin = read_state(checkpoint).get("origin", {})
+    return recipe
 
 
 def export_encoder(
@@ -99,7 +101,7 @@ def write_card(
             library_name="transformers",
             pipeline_tag="image-feature-extraction",
             base_model=base_model(recipe),
-            datasets=hub_corpora(recipe) or None,
+            datasets=origin(recipe)["corpora"] or None,
             tags=["mammography", "tomosynthesis", "medical-imaging", "self-supervised", "research-use-only"],
         ),
         template_path=str(TEMPLATE),
@@ -131,46 +133,59 @@ def write_card(
 def published_recipe(recipe: Recipe) -> dict[str, Any]:
     """Return every field but the places on this machine."""
     published = {name: value for name, value in recipe.flat().items() if name not in LOCAL_RECIPE_FIELDS}
-    if first_source(recipe):
-        published["init_from"] = base_model(recipe) or UNPUBLISHED
+    if source := origin(recipe)["init_from"]:
+        published["init_from"] = source
     return published
 
 
 def base_model(recipe: Recipe) -> str | None:
     """Return the repository on the Hub that the weights started from, also by way of a former run; None where they were
     random or local."""
-    name = first_source(recipe)
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name if "/" in name and not Path(name).exists() else None
+    source = origin(recipe)["init_from"]
+    return None if source in ("", UNPUBLISHED) else source
 
 
 def initial_weights(recipe: Recipe) -> str:
     """Say where the weights started from, without a path of this machine."""
-    source = first_source(recipe)
-    origin = f"`{base}` on the Hub" if (base := base_model(recipe)) else "unpublished weights" if source else "random"
-    return f"a former run's, which started from: {origin}" if recipe.model.init_from_checkpoint else origin
+    source = {"": "random", UNPUBLISHED: "unpublished weights"}
+    name = origin(recipe)["init_from"]
+    said = source.get(name, f"`{name}` on the Hub")
+    return f"a former run's, which started from: {said}" if recipe.model.init_from_checkpoint else said
 
 
-def history(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the fields of the run and of the former runs that it goes on from, the first run last."""
-    fields = [recipe.flat()]
-    while former := fields[-1].get("init_from_checkpoint"):
-        fields.append(yaml.safe_load((Path(former) / RECIPE_FILE).read_text()))
-    return fields
+def origin(recipe: Recipe) -> dict[str, Any]:
+    """Return `init_from`, what the weights started from as it may be published, and `corpora`, the Hub's among those
+    that they have seen: also by way of former runs, and without a path of this machine.
+
+    Raises ValueError where a former run that did not note it is no longer there.
+    """
+    return _origin(recipe.flat(), recipe.origin)
 
 
-def first_source(recipe: Recipe) -> str:
-    """Return `init_from` of the run, or of the first of the former runs that it goes on from."""
-    return history(recipe)[-1].get("init_from", "")
+def _origin(fields: dict[str, Any], noted: dict[str, Any]) -> dict[str, Any]:
+    if noted:
+        before = noted
+    elif former := fields.get("init_from_checkpoint"):
+        try:
+            before = _origin(read_recipe(Path(former)), read_state(Path(former)).get("origin", {}))
+        except OSError as error:
+            raise ValueError(
+                f"init_from_checkpoint={former}: cannot be read ({error}), which alone says where the weights started; "
+                "put this folder back"
+            ) from error
+    else:
+        before = {"init_from": published_source(fields.get("init_from", "")), "corpora": []}
+    own = re.findall(r"^hf://datasets/([^/@]+/[^/@]+)", fields["corpus"])
+    return before | {"corpora": sorted({*before["corpora"], *own})}
 
 
-def hub_corpora(recipe: Recipe) -> list[str]:
-    """Return the repositories of the corpora of the run and of its former ones, where they are on the Hub."""
-    found = [re.match(r"hf://datasets/([^/@]+/[^/@]+)", fields["corpus"]) for fields in history(recipe)]
-    return sorted({match[1] for match in found if match})
+def published_source(init_from: str) -> str:
+    """Return a Hub id as it is, UNPUBLISHED for what else there is."""
+    try:
+        validate_repo_id(init_from)
+    except HFValidationError:
+        return UNPUBLISHED if init_from else ""
+    return init_from if "/" in init_from and not Path(init_from).exists() else UNPUBLISHED
 
 
 def recipe_name(recipe: Recipe) -> str:

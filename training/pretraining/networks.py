@@ -91,14 +91,17 @@ class Seen(NamedTuple):
 class Network(nn.Module):
     """Encoder and projection heads: one head for class tokens and patches (DINOv2's short recipe), or an `ibot_head`
     for patches beside it (its long recipe); none that no loss uses. Heads start from random weights; image_processor:
-    what standardizes the views, for weights that were made with another."""
+    what standardizes the views, for weights that were made with another; checkpoint: what is to be loaded, whose own
+    configuration the encoder then has."""
 
-    def __init__(self, recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None):
+    def __init__(
+        self, recipe: Recipe, image_processor: MammoDinoImageProcessor | None = None, checkpoint: Path | None = None
+    ):
         super().__init__()
         model = recipe.model
         self.is_sharded = recipe.run.fsdp
         self.tissue_tokens, self.loss = recipe.views.tissue_tokens, recipe.loss
-        self.backbone = start_backbone(recipe, image_processor)
+        self.backbone = start_backbone(recipe, image_processor, checkpoint)
         self.mean, self.std = image_processor.mean_and_std if image_processor else (0.5, 0.25)
         self.canvas_heads = CanvasHeads(recipe) if recipe.uses_canvas else None
         self.head = self.ibot_head = None
@@ -224,8 +227,13 @@ def num_patch_prototypes(model: ModelRecipe) -> int:
     return (model.separate_ibot_head and model.ibot_num_prototypes) or model.num_prototypes
 
 
-def start_backbone(recipe: Recipe, image_processor: MammoDinoImageProcessor | None) -> MammoDinoModel:
-    """Return the encoder of `init_from`, one of the shape of `init_from_checkpoint`, or a random one."""
+def start_backbone(
+    recipe: Recipe, image_processor: MammoDinoImageProcessor | None, checkpoint: Path | None
+) -> MammoDinoModel:
+    """Return one of the shape of a checkpoint that is to be loaded, else the encoder of `init_from`, one of the shape
+    of `init_from_checkpoint`, or a random one."""
+    if checkpoint and (checkpoint / CONFIG_FILE).is_file():  # which the first versions did not write
+        return MammoDinoModel(MammoDinoConfig.from_json_file(checkpoint / CONFIG_FILE))
     if recipe.model.init_from:
         return load_backbone(recipe, image_processor)
     return MammoDinoModel(former_config(recipe)) if recipe.model.init_from_checkpoint else random_backbone(recipe)

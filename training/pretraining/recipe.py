@@ -234,6 +234,7 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     run: RunRecipe = field(default_factory=RunRecipe)
+    origin: dict[str, Any] = field(default_factory=dict)  # of the weights, noted when the run begins: folders move
 
     @property
     def uses_slice_pairs(self) -> bool:
@@ -260,7 +261,8 @@ class Recipe:
 
     def flat(self) -> dict[str, Any]:
         """Every field by its name, as in the YAML file and on the command line."""
-        return {name: value for section in asdict(self).values() for name, value in section.items()}
+        sections = (self.model, self.views, self.loss, self.optimizer, self.run)
+        return {name: value for section in sections for name, value in asdict(section).items()}
 
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.flat(), sort_keys=False))
