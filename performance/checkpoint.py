@@ -38,7 +38,7 @@ def main() -> None:
         optimizer.zero_grad()
         print("| way | GB | held up, s | written, s |\n|---|---|---|---|")
         for step in range(1, options.repeats + 1):
-            with Saver(recipe, modules, optimizer, 1, Processes()) as saver:
+            with Saver(recipe, modules, optimizer, {}, Processes()) as saver:
                 synchronize(device)
                 started = time.perf_counter()
                 saver.save(step)
@@ -46,7 +46,7 @@ def main() -> None:
                 size = sum(file.stat().st_size for file in saver.finish(step).iterdir()) / 1e9
                 print(f"| in the background | {size:.2f} | {held:.2f} | {time.perf_counter() - started:.2f} |")
             started = time.perf_counter()
-            write_checkpoint(host_copy(modules, optimizer), student.backbone.config, recipe, step, 1)
+            write_checkpoint(host_copy(modules, optimizer), student.backbone.config, recipe, step, {})
             seconds = time.perf_counter() - started
             print(f"| at once | {size:.2f} | {seconds:.2f} | {seconds:.2f} |", flush=True)
 

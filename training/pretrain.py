@@ -131,6 +131,7 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     checkpoint = checkpoints.find_checkpoint(recipe)
     if checkpoint:
         checkpoints.check_same_run(recipe, global_batch, checkpoint)
+        checkpoints.check_corpus(corpus, checkpoint)
 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -178,7 +179,8 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     watch = FiniteWatch(views, run, accelerator)
     batches = monitor.wait((load or load_batches)(views, recipe, step, accelerator))
     wrapped.train()
-    with StopSignals(processes) as stop, Saver(recipe, modules, optimizer, global_batch, processes) as saver:
+    about = {"global_batch_size": global_batch, "corpus": corpus.fingerprint}
+    with StopSignals(processes) as stop, Saver(recipe, modules, optimizer, about, processes) as saver:
         while step < run.max_steps and not stop.is_agreed():
             now = {name: float(values[step]) for name, values in schedules.items()}
             set_learning_rates(optimizer, now)

@@ -121,6 +121,11 @@ class Corpus:
     def __reduce__(self) -> Any:  # a process that is spawned opens it anew
         return Corpus, (self.directory,)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash that changes with any row and with their order, and not with the place."""
+        return hashlib.sha256("".join(shard["sha256"] for shard in self.manifest["shards"]).encode()).hexdigest()
+
     @cached_property
     def rows(self) -> datasets.Dataset:
         """All columns, images as PNG, for a look: as `datasets` holds them, which costs memory by the row."""

@@ -19,6 +19,7 @@ from pretrain_runs import CROPS, ROOT, TINY, launch, log, main, recipe, train, w
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino import MammoDinoConfig
 from training import export, pretrain
 from training.pretraining import checkpoints
@@ -117,6 +118,24 @@ def test_another_recipe_does_not_go_on_silently(run, phantom_corpus):
         train(recipe(phantom_corpus, run, "--max_steps", "30", "--save_steps", "10"))
 
 
+def test_a_run_goes_on_on_its_own_corpus_alone_wherever_that_lies(run, phantom_corpus, tmp_path):
+    moved, other = (shutil.copytree(phantom_corpus, tmp_path / name) for name in ("moved", "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["shards"].append({"name": "data-00099.arrow", "rows": 1, "sha256": "0" * 64})  # as --extend does
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    saved, arguments = tmp_path / "run" / "checkpoint-20", ["--max_steps", "20", "--save_steps", "10"]
+    shutil.copytree(run, saved.parent, ignore=shutil.ignore_patterns("checkpoint-10"))
+    with pytest.raises(ValueError, match="corpus=.*other: .*checkpoint-20 was made with other images.* give the --cor"):
+        train(recipe(other, saved.parent, *arguments))
+    with pytest.raises(SystemExit, match="corpus=.*other: .*checkpoint-20 was made with other images"):
+        export.main([str(saved), "--corpus", str(other)])
+    checkpoints.check_corpus(Corpus(moved), saved)
+    state = json.loads((saved / "trainer_state.json").read_text())
+    del state["corpus"]  # as before it was noted
+    (saved / "trainer_state.json").write_text(json.dumps(state))
+    checkpoints.check_corpus(Corpus(other), saved)
+
+
 def test_a_damaged_checkpoint_is_named(run, phantom_corpus, tmp_path):
     damaged = tmp_path / "checkpoint-10"
     subprocess.run(["cp", "-r", str(run / "checkpoint-10"), str(damaged)], check=True)
@@ -197,7 +216,7 @@ def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_chosen(run, phan
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     files = {"targets": {"bias": torch.tensor([float("nan")])}}
     with pytest.raises(RuntimeError, match="step 30: targets bias is not finite, so no checkpoint is written"):
-        checkpoints.write_checkpoint(files, MammoDinoConfig(), named, 30, 8)
+        checkpoints.write_checkpoint(files, MammoDinoConfig(), named, 30, {})
     assert not (tmp_path / "checkpoint-30").exists()
 
 

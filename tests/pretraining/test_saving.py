@@ -31,7 +31,7 @@ def saver(tmp_path) -> Saver:
     optimizer = torch.optim.AdamW(student.parameters())
     student.backbone(torch.ones(1)).backward()
     optimizer.step()
-    return Saver(recipe("c", tmp_path), {"student": student}, optimizer, 8, Processes())
+    return Saver(recipe("c", tmp_path), {"student": student}, optimizer, {}, Processes())
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(saver, tmp_path, monkeypatch):

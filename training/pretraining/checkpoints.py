@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
+from dataset_scripts.corpus.reader import Corpus
 from modeling_mammodino.tools.files import atomic_folder
 from training.pretraining.views.sample import PretrainingViews
 
@@ -53,11 +54,12 @@ class Saver:
         recipe: Recipe,
         modules: dict[str, nn.Module],
         optimizer: Optimizer,
-        global_batch_size: int,
+        about: dict[str, Any],
         processes: Processes,
     ):
+        """about: what is noted beside the recipe, `global_batch_size` and the fingerprint of the `corpus`."""
         self.recipe, self.modules, self.optimizer, self.processes = recipe, modules, optimizer, processes
-        self.global_batch_size, self.last_step = global_batch_size, 0
+        self.about, self.last_step = about, 0
         self.writer, self.writing = ThreadPoolExecutor(1, "checkpoint"), Future[None]()
         self.writing.set_result(None)
 
@@ -81,8 +83,8 @@ class Saver:
         files = host_copy(self.modules, self.optimizer)
         if self.processes.is_main:
             student: Any = self.modules["student"]
-            about = (student.backbone.config, self.recipe, step, self.global_batch_size)
-            self.writing = self.writer.submit(write_checkpoint, files, *about)
+            config = student.backbone.config
+            self.writing = self.writer.submit(write_checkpoint, files, config, self.recipe, step, self.about)
         self.last_step = step
 
     def finish(self, step: int) -> Path:
@@ -110,10 +112,10 @@ def write_checkpoint(
     config: PreTrainedConfig,
     recipe: Recipe,
     step: int,
-    global_batch_size: int,
+    about: dict[str, Any],
 ) -> None:
-    """Write `checkpoint-{step}` atomically: a safetensors file each of `files`, the recipe, the step, the images of a
-    step, and the encoder's configuration, by which another run can go on from it.
+    """Write `checkpoint-{step}` atomically: a safetensors file each of `files`, the recipe, the step, what is noted of
+    the run beside, and the encoder's configuration, by which another run can go on from it.
 
     Raises OSError where it cannot, and RuntimeError, before it writes, where a tensor is not finite.
     """
@@ -130,7 +132,7 @@ def write_checkpoint(
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
             recipe.save(folder / RECIPE_FILE)
             config.to_json_file(folder / CONFIG_FILE)
-            state = {"global_step": step, "global_batch_size": global_batch_size, "origin": recipe.origin}
+            state = {"global_step": step, **about, "origin": recipe.origin}
             (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -220,6 +222,15 @@ def _not_finite_file(checkpoint: Path) -> str | None:
         except (OSError, SafetensorError):
             return None
     return None
+
+
+def check_corpus(corpus: Corpus, path: Path) -> None:
+    """Raise ValueError where a checkpoint was made with another corpus, as far as it says."""
+    if read_state(path).get("corpus", corpus.fingerprint) != corpus.fingerprint:
+        raise ValueError(
+            f"corpus={corpus.directory}: {path} was made with other images, or with fewer; give the --corpus that it "
+            f"had, or train its weights on this one with --init_from_checkpoint {path} and another --output_dir"
+        )
 
 
 def check_same_run(recipe: Recipe, global_batch_size: int, path: Path) -> None:

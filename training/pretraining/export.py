@@ -25,7 +25,7 @@ from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.files import atomic_folder
 from modeling_mammodino.tools.model_files import LOCAL_RECIPE_FIELDS
 
-from .checkpoints import CONFIG_FILE, LOG_FILE, RECIPE_FILE, read_recipe, read_state
+from .checkpoints import CONFIG_FILE, LOG_FILE, RECIPE_FILE, check_corpus, read_recipe, read_state
 from .recipe import MAY_CHANGE_ON_RESUME, RECIPES, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ PHANTOM = "phantom"  # the collection of simulated breasts
 def export_checkpoint(checkpoint: Path, folder: Path, corpus: Corpus, replace: bool = False) -> None:
     """Write the encoder of a run's checkpoint-N folder, its teacher's; see `export_encoder`.
 
-    Raises ValueError where it is no checkpoint, or damaged.
+    Raises ValueError where it is no checkpoint, or damaged, or was made with another corpus.
     """
     try:
         step = read_state(checkpoint)["global_step"]
@@ -48,6 +48,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, corpus: Corpus, replace: b
             encoder.load_state_dict({name: file.get_tensor(stored) for name, stored in names.items()})
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{checkpoint}: cannot be read ({error}); give a run's checkpoint-N folder") from error
+    check_corpus(corpus, checkpoint)
     export_encoder(encoder, corpus, checkpoint_recipe(checkpoint), step, folder, replace)
 
 
