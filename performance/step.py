@@ -26,7 +26,7 @@ from accelerate import Accelerator
 
 from modeling_mammodino import MammoDinoConfig
 from training.pretrain import train
-from training.pretraining.checkpoints import LOG_FILE
+from training.pretraining.checkpoints import LOG_FILE, read_log
 from training.pretraining.compute import matmul_peak, step_flops, synchronize
 from training.pretraining.recipe import Recipe, load_recipe
 from training.pretraining.views.sample import Batch, PretrainingViews, load_batches
@@ -134,8 +134,8 @@ class TimedRun:
         rate = recipe.model.drop_path_rate  # of which an export has none
         config = MammoDinoConfig.from_pretrained(encoder, drop_path_rate=rate)
         self.flops = step_flops(self.batch, config, recipe)
-        log = (Path(recipe.run.output_dir) / LOG_FILE).read_text().splitlines()
-        self.losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]
+        log = read_log(Path(recipe.run.output_dir) / LOG_FILE)
+        self.losses = [line["loss"] for line in log if "loss" in line]
 
     def tick(self) -> None:
         if self.device.type == "cuda":

@@ -104,7 +104,7 @@ def ship(encoder: Path, folder: Path, rows: dict[str, dict[str, Any]]) -> None:
     with atomic_folder(folder, replace=True) as temporary:
         save_file(weights, temporary / WEIGHTS, {"format": "pt"})
         write_json(temporary / CONFIG, config)
-        for name in (PROCESSOR, RECIPE, FIGURE):
+        for name in (PROCESSOR, RECIPE, *([FIGURE] if (encoder / FIGURE).is_file() else [])):
             shutil.copyfile(encoder / name, temporary / name)
         for name, content in model_code(config).items():
             if folder.is_relative_to(ROOT):  # a checkout has its code once; `mammodino push` sends what links lead to

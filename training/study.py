@@ -7,7 +7,6 @@ are evaluated on held-out simulated patients and, with --real_slices, on real on
 and several processes share the work. `--only "MammoDINO" --output ANOTHER` remakes one row. Research use only.
 """
 
-import json
 import logging
 import multiprocessing
 import os
@@ -38,7 +37,7 @@ from training.evaluation.runs import (
     run_jobs,
     write_parquet,
 )
-from training.pretraining.checkpoints import LOG_FILE
+from training.pretraining.checkpoints import LOG_FILE, read_log
 from training.pretraining.export import image_processor
 from training.pretraining.monitoring import read_warnings
 from training.pretraining.networks import random_backbone
@@ -204,10 +203,9 @@ class Run:
 
 
 def summary(log: Path) -> dict[str, float]:
-    """Return compute spent and the last losses, from a run's log."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    steps = [line for line in lines if "forward_teraflops" in line or "loss" in line]
-    return {name: value for name, value in steps[-1].items() if isinstance(value, int | float)}
+    """Return compute spent and the last losses, from a run's log; empty where it has none."""
+    steps = [line for line in read_log(log) if "forward_teraflops" in line or "loss" in line]
+    return {name: value for name, value in steps[-1].items() if isinstance(value, int | float)} if steps else {}
 
 
 def start(module: str, *arguments: str | Path) -> None:

@@ -26,7 +26,9 @@ from training.pretraining.export import (  # noqa: E402
     origin,
     recipe_name,
 )
+from training.pretraining.monitoring import append_line, read_warnings  # noqa: E402
 from training.pretraining.recipe import Recipe, load_recipe  # noqa: E402
+from training.study import summary  # noqa: E402
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -85,6 +87,25 @@ def test_an_export_can_be_published_as_it_is(encoder, phantom_corpus):
     assert yaml.safe_load((encoder / "recipe.yaml").read_text()).keys().isdisjoint({"corpus", "output_dir"})
     arguments = [str(encoder / "recipe.yaml"), "--corpus", "c", "--output_dir", "o"]
     assert load_recipe(arguments).flat()["image_height"] == 64  # and it is still a recipe
+
+
+def test_of_a_log_that_a_crash_cut_the_rest_is_read_and_without_a_log_there_is_no_figure(
+    encoder, phantom_corpus, tmp_path
+):
+    def export(output: Path) -> bool:
+        recipe = load_recipe(["mammodino", "--corpus", str(phantom_corpus), "--output_dir", str(tmp_path)])
+        export_encoder(MammoDinoModel.from_pretrained(encoder), Corpus(phantom_corpus), recipe, 5, output)
+        assert check_folder(output) == []
+        return "](pretraining.png)" in (output / "README.md").read_text() and (output / "pretraining.png").is_file()
+
+    log = tmp_path / "logs" / "log.jsonl"
+    assert not export(tmp_path / "without") and summary(log) == {} and read_warnings(tmp_path) == []
+    for file, name in ((log, "loss_ibot"), (log.with_name("warnings.jsonl"), "warning")):
+        for step in (1, 2):
+            append_line(file, {"step": step, "loss": 2.0, name: step})
+        file.write_text(file.read_text() + '{"step": 3, "lo')
+    assert export(tmp_path / "cut") and summary(log) == {"step": 2, "loss": 2.0, "loss_ibot": 2}
+    assert [each["warning"] for each in read_warnings(tmp_path)] == [1, 2]
 
 
 def test_a_corpus_of_patients_is_not_called_simulated(phantom_corpus, encoder, tmp_path):

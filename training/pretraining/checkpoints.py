@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,15 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
 
 def read_recipe(checkpoint: Path) -> dict[str, Any]:
     return yaml.safe_load((checkpoint / RECIPE_FILE).read_text())
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """Return the records of LOG_FILE or WARNINGS_FILE, but for lines that a crash cut; none where there is no file."""
+    found = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from modeling_mammodino.modeling_mammodino import as_pair
 from modeling_mammodino.tools.files import atomic_folder
 from modeling_mammodino.tools.model_files import LOCAL_RECIPE_FIELDS
 
-from .checkpoints import CONFIG_FILE, LOG_FILE, RECIPE_FILE, check_corpus, read_recipe, read_state
+from .checkpoints import CONFIG_FILE, LOG_FILE, RECIPE_FILE, check_corpus, read_log, read_recipe, read_state
 from .recipe import MAY_CHANGE_ON_RESUME, RECIPES, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def write_card(
         steps=step,
         commit=git_commit(ROOT),
         versions=f"mammodino {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
-        figure=FIGURE,
+        figure=FIGURE if path.with_name(FIGURE).is_file() else None,
         recipe=yaml.safe_dump(published_recipe(recipe), sort_keys=False).rstrip(),
         image_processor=json.dumps(settings, indent=2, default=list),
     )
@@ -241,9 +241,10 @@ def curves(lines: list[dict[str, float]]) -> dict[str, dict[str, list[tuple[floa
 
 
 def draw_log(log: Path, step: int, output: Path) -> None:
-    """Draw losses and signs of collapse up to a step, from the run's log."""
-    lines = map(json.loads, log.read_text().splitlines())
-    panels = curves([line for line in lines if line["step"] <= step])
+    """Draw losses and signs of collapse up to a step, from the run's log; nothing where it says nothing."""
+    panels = curves([line for line in read_log(log) if line["step"] <= step])
+    if not panels:
+        return
     figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
     for axis, (title, of) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for key, points in of.items():

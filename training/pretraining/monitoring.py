@@ -29,12 +29,12 @@ from modeling_mammodino import MammoDinoImageProcessor, MammoDinoModel
 from modeling_mammodino.tools.command import show_progress
 from modeling_mammodino.tools.features import RenderedSlice, SliceReader, extract_features, read_files
 from modeling_mammodino.tools.figure import write_figure
-from modeling_mammodino.tools.files import write_text
+from modeling_mammodino.tools.files import write_lines
 from modeling_mammodino.tools.visualize import draw_features
 from training.evaluation.metrics import auc
 from training.evaluation.probes import nearest_neighbors
 
-from .checkpoints import LOG_FILE, WARNINGS_FILE
+from .checkpoints import LOG_FILE, WARNINGS_FILE, read_log
 from .compute import matmul_peak, step_flops
 from .export import image_processor, published_recipe, was_computed
 from .feature_images import corpus_images
@@ -159,23 +159,13 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
 def forget_after(file: Path, step: int) -> None:
     """Take lines of later steps out of a file of JSON lines: a run that goes on from `step` writes them again. A line
     that a crash cut goes too."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            is_past = json.loads(line)["step"] <= step
-        except ValueError:
-            is_past = False
-        if step and is_past:
-            kept.append(line + "\n")
-    write_text(file, "".join(kept))
+    if file.is_file():
+        write_lines(file, [line for line in read_log(file) if step and line["step"] <= step])
 
 
 def read_warnings(output_dir: Path) -> list[dict[str, Any]]:
     """Return what a run warned of, `{"step": int, "warning": str}` each, oldest first; empty where it never did."""
-    file = output_dir / WARNINGS_FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return read_log(output_dir / WARNINGS_FILE)
 
 
 def find_tracker(report_to: str) -> str | None:
@@ -384,8 +374,7 @@ class Monitor:
                 self.warn(step, message)
             self.write(step, values | found)
             if self.run.preflight and step - self.run.logging_steps < FIRST_STEPS <= step:
-                log = (Path(self.run.output_dir) / LOG_FILE).read_text()
-                if still := learned_nothing([json.loads(line) for line in log.splitlines()]):
+                if still := learned_nothing(read_log(Path(self.run.output_dir) / LOG_FILE)):
                     self.warn(step, still)
             shown = {key: f"{values[key]:.3g}" for key in ("loss", "images_per_second", "mfu")}
             self.progress.set_postfix(shown, refresh=False)
