@@ -179,7 +179,7 @@ def train(recipe: Recipe, load: Callable[..., Iterator[Batch]] | None = None) ->
     watch = FiniteWatch(views, run, accelerator)
     batches = monitor.wait((load or load_batches)(views, recipe, step, accelerator))
     wrapped.train()
-    about = {"global_batch_size": global_batch, "corpus": corpus.fingerprint}
+    about = {"global_batch_size": global_batch, "corpus": corpus.fingerprints[-1]}
     with StopSignals(processes) as stop, Saver(recipe, modules, optimizer, about, processes) as saver:
         while step < run.max_steps and not stop.is_agreed():
             now = {name: float(values[step]) for name, values in schedules.items()}

@@ -122,9 +122,14 @@ class Corpus:
         return Corpus, (self.directory,)
 
     @property
-    def fingerprint(self) -> str:
-        """A hash that changes with any row and with their order, and not with the place."""
-        return hashlib.sha256("".join(shard["sha256"] for shard in self.manifest["shards"]).encode()).hexdigest()
+    def fingerprints(self) -> list[str]:
+        """Hashes of all rows in their order up to the end of each shard, wherever the corpus lies: the last is of the
+        whole, which stays among them when it is extended."""
+        digest, found = hashlib.sha256(), []
+        for shard in self.manifest["shards"]:
+            digest.update(shard["sha256"].encode())
+            found.append(digest.hexdigest())
+        return found
 
     @cached_property
     def rows(self) -> datasets.Dataset:

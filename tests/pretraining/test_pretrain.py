@@ -118,18 +118,27 @@ def test_another_recipe_does_not_go_on_silently(run, phantom_corpus):
         train(recipe(phantom_corpus, run, "--max_steps", "30", "--save_steps", "10"))
 
 
-def test_a_run_goes_on_on_its_own_corpus_alone_wherever_that_lies(run, phantom_corpus, tmp_path):
-    moved, other = (shutil.copytree(phantom_corpus, tmp_path / name) for name in ("moved", "other"))
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["shards"].append({"name": "data-00099.arrow", "rows": 1, "sha256": "0" * 64})  # as --extend does
+def test_a_run_goes_on_on_its_own_corpus_alone_wherever_that_lies(run, phantom_corpus, tmp_path, caplog):
+    moved, extended, other = (shutil.copytree(phantom_corpus, tmp_path / name) for name in ("moved", "more", "other"))
+    manifest = json.loads((extended / "manifest.json").read_text())
+    manifest["shards"].append({"name": "data-00099.arrow", "rows": 1, "sha256": "0" * 64})
+    (extended / "manifest.json").write_text(json.dumps(manifest))
+    manifest["shards"].pop(0)
     (other / "manifest.json").write_text(json.dumps(manifest))
     saved, arguments = tmp_path / "run" / "checkpoint-20", ["--max_steps", "20", "--save_steps", "10"]
     shutil.copytree(run, saved.parent, ignore=shutil.ignore_patterns("checkpoint-10"))
-    with pytest.raises(ValueError, match="corpus=.*other: .*checkpoint-20 was made with other images.* give the --cor"):
-        train(recipe(other, saved.parent, *arguments))
+    for corpus, message in (
+        (extended, "was extended after .*--init_from_checkpoint"),
+        (other, "other images; give the"),
+    ):
+        with pytest.raises(ValueError, match=f"corpus={corpus}: .*{message}"):
+            train(recipe(corpus, saved.parent, *arguments))
     with pytest.raises(SystemExit, match="corpus=.*other: .*checkpoint-20 was made with other images"):
         export.main([str(saved), "--corpus", str(other)])
     checkpoints.check_corpus(Corpus(moved), saved)
+    assert not caplog.records
+    checkpoints.check_corpus(Corpus(extended), saved, may_be_extended=True)
+    assert "counts the images that are new" in caplog.text
     state = json.loads((saved / "trainer_state.json").read_text())
     del state["corpus"]  # as before it was noted
     (saved / "trainer_state.json").write_text(json.dumps(state))

@@ -234,13 +234,19 @@ def _not_finite_file(checkpoint: Path) -> str | None:
     return None
 
 
-def check_corpus(corpus: Corpus, path: Path) -> None:
+def check_corpus(corpus: Corpus, path: Path, may_be_extended: bool = False) -> None:
     """Raise ValueError where a checkpoint was made with another corpus, as far as it says."""
-    if read_state(path).get("corpus", corpus.fingerprint) != corpus.fingerprint:
+    found, noted = corpus.fingerprints, read_state(path).get("corpus")
+    if noted is None or noted == found[-1]:
+        return
+    if noted not in found:
+        raise ValueError(f"corpus={corpus.directory}: {path} was made with other images; give the --corpus that it had")
+    if not may_be_extended:
         raise ValueError(
-            f"corpus={corpus.directory}: {path} was made with other images, or with fewer; give the --corpus that it "
-            f"had, or train its weights on this one with --init_from_checkpoint {path} and another --output_dir"
+            f"corpus={corpus.directory}: was extended after {path}, so that samples are others; train its weights on "
+            f"all with --init_from_checkpoint {path} and another --output_dir"
         )
+    logger.warning("%s was extended after %s, whose card counts the images that are new, too", corpus.directory, path)
 
 
 def check_same_run(recipe: Recipe, global_batch_size: int, path: Path) -> None:

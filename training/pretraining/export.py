@@ -48,7 +48,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, corpus: Corpus, replace: b
             encoder.load_state_dict({name: file.get_tensor(stored) for name, stored in names.items()})
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{checkpoint}: cannot be read ({error}); give a run's checkpoint-N folder") from error
-    check_corpus(corpus, checkpoint)
+    check_corpus(corpus, checkpoint, may_be_extended=True)
     export_encoder(encoder, corpus, checkpoint_recipe(checkpoint), step, folder, replace)
 
 
