@@ -43,7 +43,7 @@ from .card import evaluation, index, section
 WEIGHTS, SEEN = "model.safetensors", "seen.png"
 BY_HAND = ("Data", "Limits", "License")
 TRIED_BREASTS = 8
-OF_ONE_RUN = ("optimizer.safetensors", "trainer_state.json", "recipe.yaml")  # of a checkpoint; the last names folders
+OF_ONE_RUN = ("optimizer.safetensors", RECIPE)  # of a checkpoint; its recipe names folders, the encoder's does not
 PICTURE = f"""
 ![A simulated mammogram on the encoder's canvas, the outline of its breast mask, the patches that are encoded, and their
 features as colors]({SEEN})
@@ -204,6 +204,7 @@ def members(run: Path) -> dict[str, Path]:
     for path in sorted(list_checkpoints(run)[-1].iterdir()) if list_checkpoints(run) else []:
         if path.name not in OF_ONE_RUN:
             files[f"{path.parent.name}/{path.name}"] = path
+            files[f"{path.parent.name}/{RECIPE}"] = encoder / RECIPE
     return files
 
 

@@ -20,6 +20,7 @@ from training.pretraining.networks import Network, make_teacher
 from training.pretraining.optimization import make_schedules
 from training.pretraining.recipe import Recipe, load_recipe, whole_steps
 from training.pretraining.views.sample import PretrainingViews, collate
+from training.release import members
 
 FORMER_STEPS = 20
 FORMER = ["--max_steps", str(FORMER_STEPS), "--save_steps", str(FORMER_STEPS), "--teacher_targets", "centering",
@@ -122,6 +123,14 @@ def test_such_a_run_resumes_exactly_and_is_exported_when_the_former_one_is_gone(
         export.main([str(tmp_path / "checkpoint-1")])
     whole, resumed = (weights(folder / "checkpoint-2") for folder in (run, tmp_path))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_it_goes_on_from_what_a_release_archives_of_a_run(run, former, phantom_corpus, tmp_path):
+    for name, path in members(former.parent).items():
+        (tmp_path / "archive" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "archive" / name)
+    train(larger(phantom_corpus, tmp_path / "run", tmp_path / "archive" / former.name))
+    assert log(tmp_path / "run")[0]["loss"] == log(run)[0]["loss"]
 
 
 def test_gram_anchoring_begins_with_the_former_teacher(former, phantom_corpus, tmp_path):

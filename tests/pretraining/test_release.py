@@ -138,7 +138,9 @@ def test_the_archive_has_full_precision_and_heads_and_nothing_of_one_run_alone(r
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path / "out", filter="data")
     folder = tmp_path / "out" / "tiny"
-    assert [path.name for path in (folder / "checkpoint-5").iterdir()] == ["student.safetensors"]
+    files = {path.name: path.read_bytes() for path in (folder / "checkpoint-5").iterdir()}
+    assert files.keys() == {"student.safetensors", "trainer_state.json", "recipe.yaml"}
+    assert files["recipe.yaml"] == (run / "encoder" / "recipe.yaml").read_bytes()  # names no folder
     assert (folder / "model.safetensors").read_bytes() == (run / "encoder" / "model.safetensors").read_bytes()
     assert (folder / "README.md").read_bytes() == (tmp_path / "small" / "README.md").read_bytes()
 

@@ -176,7 +176,7 @@ def _origin(fields: dict[str, Any], noted: dict[str, Any]) -> dict[str, Any]:
             ) from error
     else:
         before = {"init_from": published_source(fields.get("init_from", "")), "corpora": []}
-    own = re.findall(r"^hf://datasets/([^/@]+/[^/@]+)", fields["corpus"])
+    own = re.findall(r"^hf://datasets/([^/@]+/[^/@]+)", fields.get("corpus", ""))
     return before | {"corpora": sorted({*before["corpora"], *own})}
 
 
