@@ -7,6 +7,7 @@ are evaluated on held-out simulated patients and, with --real_slices, on real on
 and several processes share the work. `--only "MammoDINO" --output ANOTHER` remakes one row. Research use only.
 """
 
+import json
 import logging
 import multiprocessing
 import os
