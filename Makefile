@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 
 .PHONY: docs wheel demo benchmark-demo release space test test-fast test-oldest test-transformers lint format clean
 
-# torch first and from the constraints, so that nothing pulls another build in; what is never imported is not compiled
+# torch first and from the constraints, so that nothing pulls another build in
 $(VENV)/ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # simulates a corpus, pretrains on it, compares, and leaves runs/demo/report.md
@@ -53,7 +53,7 @@ OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
 $(VENV)-oldest/ready: $(VENV)/ready
 	mkdir -p $(VENV)-oldest
 	grep -viE '^(transformers|huggingface[-_]hub)==' constraints.txt > $(VENV)-oldest/constraints.txt
-	$(BIN)/python -m pip install --quiet --no-compile --upgrade --target $(VENV)-oldest --constraint $(VENV)-oldest/constraints.txt $(OLDEST)
+	$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)-oldest --constraint $(VENV)-oldest/constraints.txt $(OLDEST)
 	touch $@
 
 test-oldest: $(VENV)-oldest/ready
