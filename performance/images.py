@@ -1,5 +1,6 @@
 """Images to measure on, and a corpus of them: real DBT slices where they are present, else phantoms."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -49,5 +50,8 @@ def write_corpus(folder: Path, count: int, fit_px: tuple[int, int] = FIT_PX) -> 
     datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(folder)
     manifest = {"image_processor": {}, "collection": "benchmark", "volumes": len(planes)}  # the default settings
     manifest |= {"rows": len(rows), "rows_by_kind": {"dbt": len(rows)}}
+    (shard,) = folder.glob("*.arrow")
+    sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
+    manifest["shards"] = [{"name": shard.name, "rows": len(rows), "sha256": sha256}]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return "phantoms" if what == "phantoms" else "real DBT slices"
