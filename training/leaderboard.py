@@ -221,9 +221,8 @@ class Leaderboard:
         )
         said = f"{config.hidden_size} x {config.num_hidden_layers}, patch {config.patch_size}, "
         said += f"{size['height']} x {size['width']} px"
-        recipe = folder / RECIPE_FILE
-        if self.is_encoder(source) and recipe.is_file():
-            values = yaml.safe_load(recipe.read_text())
+        if self.is_encoder(source) and (folder / RECIPE_FILE).is_file():
+            values = read_recipe(folder)
             said += f"; {values['max_steps']:,} steps of {values['per_device_train_batch_size']}"
         return said
 

@@ -43,7 +43,7 @@ from .card import evaluation, index, section
 WEIGHTS, SEEN = "model.safetensors", "seen.png"
 BY_HAND = ("Data", "Limits", "License")
 TRIED_BREASTS = 8
-OF_ONE_RUN = ("optimizer.safetensors", RECIPE)  # of a checkpoint; its recipe names folders, the encoder's does not
+OF_ONE_RUN = "optimizer.safetensors"  # of a checkpoint: no other run takes it up
 PICTURE = f"""
 ![A simulated mammogram on the encoder's canvas, the outline of its breast mask, the patches that are encoded, and their
 features as colors]({SEEN})
@@ -202,9 +202,8 @@ def members(run: Path) -> dict[str, Path]:
     encoder = run / "encoder"
     files = {path.name: path for path in encoder.iterdir() if path.is_file()}
     for path in sorted(list_checkpoints(run)[-1].iterdir()) if list_checkpoints(run) else []:
-        if path.name not in OF_ONE_RUN:
-            files[f"{path.parent.name}/{path.name}"] = path
-            files[f"{path.parent.name}/{RECIPE}"] = encoder / RECIPE
+        if path.name != OF_ONE_RUN:  # its recipe names folders, the encoder's does not
+            files[f"{path.parent.name}/{path.name}"] = encoder / RECIPE if path.name == RECIPE else path
     return files
 
 

@@ -183,9 +183,8 @@ def test_a_small_study_from_phantom_to_page(tmp_path, monkeypatch, capsys):
     assert not list(Path(tmp_path).rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    "noted_in", ["settings.json", "runs/untrained/seed-0/result.json"]
-)  # formerly in results alone
+# the first versions noted it in results alone
+@pytest.mark.parametrize("noted_in", ["settings.json", "runs/untrained/seed-0/result.json"])
 def test_another_size_in_a_folder_is_refused(tmp_path, noted_in):
     study = Study(tmp_path, SIZES["minutes"], "minutes", None)
     study.check_size()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,7 +24,7 @@ from modeling_mammodino.tools.convert import load_encoder, rebuild
 from training.pretraining.views.sample import NUM_GLOBAL_CROPS, Batch, at_places
 
 from .canvas_objective import CanvasHeads, CanvasOutputs
-from .checkpoints import CONFIG_FILE, RECIPE_FILE, load_module
+from .checkpoints import CONFIG_FILE, load_module, read_recipe
 from .losses.cross_entropy import Logits
 from .recipe import ModelRecipe, Recipe
 
@@ -301,7 +300,7 @@ def former_config(recipe: Recipe) -> MammoDinoConfig:
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"init_from_checkpoint={folder}: holds no {CONFIG_FILE}; give a run's checkpoint-N folder")
     wanted = recipe.flat()
-    former = Recipe().flat() | yaml.safe_load((folder / RECIPE_FILE).read_text())
+    former = Recipe().flat() | read_recipe(folder)
     for name in SHAPES:
         if wanted[name] != former[name]:
             raise ValueError(
