@@ -33,8 +33,8 @@ FIRST_TEST_PATIENT = 10_000
 SUITE_PROCESSES = 2
 # the phantom's breasts are small: patches of 6 mm, and a short run
 RECIPE = ("small_data", "--model_size", "nano", "--patch_size", "8", "--image_height", "256", "--image_width", "160",
-          "--per_device_train_batch_size", "32", "--learning_rate_reference_batch", "32", "--whiten_patch_embeddings",
-          "false", "--warmup_steps", "0.1", "--teacher_momentum", "0.95", "--teacher_momentum_end", "0.95")  # fmt: skip
+          "--canvas_tokens", "128", "--warmup_steps", "0.1", "--teacher_momentum", "0.95",
+          "--teacher_momentum_end", "0.95")  # fmt: skip
 HERE, SHIPPED_NAME, UNTRAINED = "pretrained here", "shipped", "untrained"
 TEMPLATE = Path(__file__).with_name("demo_template.md")
 # a look at the command: a narrow detector of one short epoch finds little

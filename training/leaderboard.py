@@ -1,17 +1,18 @@
 """Frozen encoders on held-out patients, one readout for all: evaluates rows, and writes the page of committed results.
 
-    python -m training.leaderboard --labels LABELS.csv --tasks TASKS.yaml --models NAME=SOURCE... --output RESULTS.json
-    python -m training.leaderboard --phantom LEARN TEST --models NAME=SOURCE... --output RESULTS.json
-    python -m training.leaderboard --results RESULTS.json... --output docs/leaderboard.md
+    python -m training.leaderboard --labels LABELS.csv... --tasks TASKS.yaml --models NAME=SOURCE... --output JSON
+    python -m training.leaderboard --phantom LEARN TEST --models NAME=SOURCE... --output JSON
+    python -m training.leaderboard --results JSON... --output docs/leaderboard.md
 
 A SOURCE is an encoder's folder, `untrained:FOLDER` (its architecture with random weights), `hand-crafted` or `lite0`
-(EfficientNet-Lite0, ImageNet weights). LABELS.csv has the columns `file` (relative to it), `patient` and what the tasks
-name, of patients that no encoder has learned from. A task of TASKS.yaml is a name with `label`, the column to predict;
+(EfficientNet-Lite0, ImageNet weights). LABELS.csv, one or several that stand below each other, has the columns `file`
+(relative to it), `patient` and what the tasks name. A task of TASKS.yaml is a name with `label`, the column to predict;
 `where`, values that other columns must have; `difference`, columns by whose values the mean of features is subtracted,
-such as patient and view, so that what remains is one breast against the other. Where the table has a column `split`,
-the head (logistic regression on standardized features, penalty chosen on held-out patients) learns from `train` and is
-scored on `test`, other rows being left out; else in five folds of patients. --dbt adds real DBT slices, --phantom an
-archive of simulated breasts, or two, to learn from and to test on. Research use only.
+such as patient and view, so that what remains is one breast against the other. The head (logistic regression on
+standardized features, penalty chosen on held-out patients) learns from the patients of `train` and is scored on those
+of `test`, whom no encoder may have learned from: by `held_out` of TASKS.yaml (`is_held_out`), or by a column `split`,
+other rows being left out; else in five folds of patients. --dbt adds real DBT slices, --phantom an archive of simulated
+breasts, or two, to learn from and to test on. Research use only.
 """
 
 import argparse
@@ -56,6 +57,7 @@ from training.studies.real_slices import RealSlices
 logger = logging.getLogger(__name__)
 
 TASK_FIELDS = {"label", "where", "difference"}
+HELD_OUT, HELD_OUT_FIELDS = "held_out", {"salt", "percent"}  # beside the tasks
 NEIGHBORS, BOXED = "real DBT neighbors, ordering", "real DBT, boxed places against others"
 ABOUT = {"configuration": "", "minutes": "CPU-minutes", "note": ""}
 SPEEDRUN_AUC = 0.80
@@ -64,8 +66,8 @@ UNTRAINED, TEACHER = "untrained:", "teacher.safetensors"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m training.leaderboard", description=__doc__.splitlines()[0])
-    parser.add_argument("--labels", type=user_path, help="CSV of held-out patients")
-    parser.add_argument("--tasks", type=user_path, help="YAML of what is predicted")
+    parser.add_argument("--labels", nargs="+", type=user_path, default=[], help="CSV of images and labels")
+    parser.add_argument("--tasks", type=user_path, help="YAML of what is predicted, and of whom")
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME=SOURCE", help="rows to evaluate")
     parser.add_argument("--dbt", type=user_path, help="BCS-DBT slices: a folder with slices.csv and slices/")
     parser.add_argument("--phantom", nargs="+", type=user_path, help="one or two archives of simulated breasts")
@@ -96,10 +98,10 @@ class Leaderboard:
     """The images of every task, rendered once for all rows with an equal image processor."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.tasks = options, read_tasks(options.tasks) if options.tasks else {}
+        self.options, self.tasks, held_out = options, *(read_tasks(options.tasks) if options.tasks else ({}, None))
         if options.labels:
-            self.table = read_labels(options.labels, sorted(set().union(*map(columns_of, self.tasks.values()))))
-            self.files = [options.labels.parent / file for file in self.table["file"]]
+            self.table = read_tables(options.labels, set().union(*map(columns_of, self.tasks.values())), held_out)
+            self.files = list(self.table["file"])
         self.processors: dict[str, MammoDinoImageProcessor] = {}
         self.images = cache(self._images)
 
@@ -245,13 +247,42 @@ class Leaderboard:
         return result
 
 
-def read_tasks(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the tasks of a YAML file. Raises ValueError naming the task whose fields are wrong."""
+def read_tasks(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+    """Return the tasks of a YAML file, and salt and percent of `held_out` where it has them. Raises ValueError naming
+    what is wrong."""
     tasks = yaml.safe_load(path.read_text()) or {}
+    if (held_out := tasks.pop(HELD_OUT, None)) is not None:
+        is_whole = isinstance(held_out, dict) and set(held_out) == HELD_OUT_FIELDS
+        if not is_whole or held_out["percent"] not in range(1, 100):
+            raise ValueError(f"{path}: {HELD_OUT} must have `salt`, a text, and `percent` of the patients, 1 to 99")
     for name, task in tasks.items():
         if not isinstance(task, dict) or "label" not in task or set(task) - TASK_FIELDS:
             raise ValueError(f"{path}: task {name!r} must have `label`, and may have `where` and `difference`")
-    return tasks
+    return tasks, held_out
+
+
+def is_held_out(patient: str, salt: str, percent: int) -> bool:
+    """Return whether a patient is of the share that no encoder learns from: by its name alone, so that no list of
+    them can be lost; the salt, for names that differ in a few digits are not spread evenly by every hash."""
+    return int(hashlib.sha256(f"{salt} {patient}".encode()).hexdigest(), 16) % 100 < percent
+
+
+def read_tables(paths: list[Path], columns: set[str], held_out: dict[str, Any] | None) -> pd.DataFrame:
+    """Return label tables below each other, `file` with its folder, what a table lacks missing; `split` by `held_out`
+    where that is given. Raises ValueError for a column that none has and for two ways to split."""
+    tables = [read_labels(path) for path in paths]
+    for path, each in zip(paths, tables, strict=True):
+        each["file"] = [path.parent / file for file in each["file"]]
+    table = pd.concat(tables, ignore_index=True)
+    if missing := sorted(columns - set(table)):
+        said = " and ".join(map(str, paths))
+        raise ValueError(f"{said}: no column {', '.join(missing)}; found {', '.join(table)}")
+    if held_out:
+        if "split" in table:
+            raise ValueError(f"{paths[0]} has a column split, and the tasks {HELD_OUT}; leave one out")
+        is_test = table["patient"].map(lambda patient: is_held_out(patient, **held_out))
+        table["split"] = np.where(is_test, "test", "train")
+    return table
 
 
 def columns_of(task: dict[str, Any]) -> set[str]:
@@ -318,7 +349,8 @@ def probabilities(table: pd.DataFrame, features: np.ndarray, tasks: dict[str, di
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """Return the page: a row an encoder, a column a task; behind the AUC the difference to the same, untrained."""
+    """Return the page: a row an encoder, a column a task; behind the AUC the difference to the same, untrained. What a
+    result says in `about` stands above."""
     rows: dict[str, dict[str, Any]] = {}
     for result in results:
         rows |= result["rows"]
@@ -338,6 +370,7 @@ def page(results: list[dict[str, Any]]) -> str:
             "Neighbors: how often two slices of a volume are more alike than slices of others of like density. Made by",
             "`python -m training.leaderboard`; [trials.md](trials.md) says what was tried. Research use only.",
             "",
+            *(line for result in results if "about" in result for line in (result["about"], "")),
             *markdown_table(["row", "configuration", "CPU-minutes", "note"], about),
             *(line for each in tables if each for line in ["", *score_table(rows, each)]),
             *speedrun_lines(results),

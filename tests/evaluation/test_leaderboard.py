@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dataset_scripts.phantom.archive import PhantomParameters, write_archive
 from modeling_mammodino import MammoDinoImageProcessor
-from training.leaderboard import main, page, probabilities, read_tasks
+from training.leaderboard import is_held_out, main, page, probabilities, read_tables, read_tasks
 
 TASKS = {
     "finding": {"label": "finding"},
@@ -71,11 +71,37 @@ def test_only_test_rows_are_scored(table):
     assert set(found.patients) == {f"p{number}" for number in range(3, 40, 5)}
 
 
+def test_patients_are_held_out_by_their_names_alone(table, tmp_path):
+    sites = [tmp_path / site / "labels.csv" for site in "AB"]  # two tables, each with a column of its own
+    for path, site in zip(sites, "AB", strict=True):
+        path.parent.mkdir()
+        of_site = table[table["site"] == site].rename(columns={"finding": f"finding_{site}"})
+        of_site.to_csv(path, index=False)
+    rule = {"salt": "a test", "percent": 30}
+    both = read_tables(sites, {"finding_A", "finding_B"}, rule)
+    assert len(both) == 80 and both["finding_A"].notna().sum() == both["finding_B"].notna().sum() == 40
+    assert both["file"][0] == tmp_path / "A" / "0_L.png" and both["file"][79] == tmp_path / "B" / "39_R.png"
+    held_out = {7, 9, 11, 15, 22, 25, 28, 32, 34}  # sha256("a test pN") modulo 100 is below 30; of p27 it is 30
+    assert {number for number in range(40) if is_held_out(f"p{number}", **rule)} == held_out
+    assert set(both["patient"][both["split"] == "test"]) == {f"p{number}" for number in held_out}
+    assert set(both["patient"][both["split"] == "train"]) == {f"p{number}" for number in set(range(40)) - held_out}
+    with pytest.raises(ValueError, match=r"column split, and the tasks held_out; leave one out"):
+        table.assign(split="train").to_csv(sites[0], index=False)
+        read_tables(sites, {"finding_B"}, rule)
+
+
+def test_the_held_out_share_must_be_whole(tmp_path):
+    for wrong in ("{salt: x}", "{salt: x, percent: 100}", "{salt: x, percent: many}", "{}", "30"):
+        (tmp_path / "tasks.yaml").write_text(f"held_out: {wrong}\nfinding: {{label: finding}}")
+        with pytest.raises(ValueError, match="held_out must have `salt`, a text, and `percent`"):
+            read_tasks(tmp_path / "tasks.yaml")
+
+
 def test_a_column_that_a_task_names_must_be_there(table, tmp_path):
     table.drop(columns="site").to_csv(tmp_path / "labels.csv", index=False)
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(TASKS))
     options = ["--labels", tmp_path / "labels.csv", "--tasks", tmp_path / "tasks.yaml", "--models", "hand=hand-crafted"]
-    with pytest.raises(SystemExit, match=r"labels\.csv: no column site; it has file"):
+    with pytest.raises(SystemExit, match=r"labels\.csv: no column site; found file"):
         main([*map(str, options), "--output", str(tmp_path / "results.json")])
 
 
@@ -154,7 +180,10 @@ def test_a_source_that_is_neither_folder_nor_known_is_refused_by_name(tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_the_committed_page_is_made_of_the_committed_results():
+@pytest.mark.parametrize(
+    ("name", "folder"), [("leaderboard", "leaderboard"), ("leaderboard_first", "leaderboard/first")]
+)
+def test_the_committed_pages_are_made_of_the_committed_results(name, folder):
     docs = Path(__file__).parents[2] / "docs"
-    results = [json.loads(path.read_text()) for path in sorted((docs / "leaderboard").glob("*.json"))]
-    assert page(results) == (docs / "leaderboard.md").read_text()
+    results = [json.loads(path.read_text()) for path in sorted((docs / folder).glob("*.json"))]
+    assert page(results) == (docs / f"{name}.md").read_text()

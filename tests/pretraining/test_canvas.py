@@ -142,6 +142,7 @@ def test_weights_that_a_run_starts_from_are_not_whitened_away(phantom_corpus, tm
     random.save_pretrained(source)
     Corpus(phantom_corpus).image_processor.save_pretrained(source)
     slow = ["--init_from", str(source), "--max_steps", "1", "--learning_rate", "1e-9", "--warmup_steps", "0"]
+    slow += ["--whiten_patch_embeddings", "true"]
     encoder = MammoDinoModel.from_pretrained(train(small(phantom_corpus, tmp_path / "run", *slow)))
     found, start = (each.embeddings.patch_embeddings.projection.weight for each in (encoder, random))
     torch.testing.assert_close(found, start, rtol=0, atol=1e-6)

@@ -22,8 +22,8 @@ SAMPLES_PER_BLOCK = 4096  # in which each kind of image has its exact share
 # fields of each model_size; the last three are the field's ViT-Ti, ViT-S and ViT-B
 SIZED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "per_device_train_batch_size")
 MODEL_SIZES = {
-    "nano": (128, 4, 2, 64),
-    "micro": (192, 6, 3, 96),
+    "nano": (128, 4, 2, 32),
+    "micro": (192, 6, 3, 32),
     "tiny": (192, 12, 3, 128),
     "small": (384, 12, 6, 256),
     "base": (768, 12, 12, 256),
