@@ -98,7 +98,8 @@ class Leaderboard:
     """The images of every task, rendered once for all rows with an equal image processor."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.tasks, held_out = options, *(read_tasks(options.tasks) if options.tasks else ({}, None))
+        self.options = options
+        self.tasks, held_out = read_tasks(options.tasks) if options.tasks else ({}, None)
         if options.labels:
             self.table = read_tables(options.labels, set().union(*map(columns_of, self.tasks.values())), held_out)
             self.files = list(self.table["file"])
@@ -275,8 +276,7 @@ def read_tables(paths: list[Path], columns: set[str], held_out: dict[str, Any] |
         each["file"] = [path.parent / file for file in each["file"]]
     table = pd.concat(tables, ignore_index=True)
     if missing := sorted(columns - set(table)):
-        said = " and ".join(map(str, paths))
-        raise ValueError(f"{said}: no column {', '.join(missing)}; found {', '.join(table)}")
+        raise ValueError(f"{' and '.join(map(str, paths))}: no column {', '.join(missing)}; it has {', '.join(table)}")
     if held_out:
         if "split" in table:
             raise ValueError(f"{paths[0]} has a column split, and the tasks {HELD_OUT}; leave one out")

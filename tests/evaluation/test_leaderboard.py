@@ -101,7 +101,7 @@ def test_a_column_that_a_task_names_must_be_there(table, tmp_path):
     table.drop(columns="site").to_csv(tmp_path / "labels.csv", index=False)
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(TASKS))
     options = ["--labels", tmp_path / "labels.csv", "--tasks", tmp_path / "tasks.yaml", "--models", "hand=hand-crafted"]
-    with pytest.raises(SystemExit, match=r"labels\.csv: no column site; found file"):
+    with pytest.raises(SystemExit, match=r"labels\.csv: no column site; it has file"):
         main([*map(str, options), "--output", str(tmp_path / "results.json")])
 
 
